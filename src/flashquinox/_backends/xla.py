@@ -1,0 +1,28 @@
+"""Plain XLA: the whole leaf is one tile."""
+
+from functools import partial
+
+import jax
+from jaxtyping import Array, Float
+
+from .._body import StepScalars, StepStructure, TileState, update_tile
+from .._layout import Layout
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def update_leaf(
+    structure: StepStructure,
+    layout: Layout,
+    scalars: StepScalars,
+    grad: Float[Array, "*shape"],
+    old: TileState,
+) -> TileState:
+    """One step of one leaf. Compiled once for all leaves of the same shape and dtypes."""
+    tile = update_tile(
+        structure,
+        scalars,
+        layout.tile_axis,
+        layout.tile(grad),
+        old.map(layout.tile, layout.tile_scales),
+    )
+    return tile.map(layout.untile, layout.untile_scales)

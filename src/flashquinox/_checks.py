@@ -1,0 +1,322 @@
+"""Everything a caller can get wrong, found before anything is computed.
+
+Each message says which call it was, which leaf, what came, and what to do.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ._codec import FullPrecision, MomentCodecs, QuantMoment, StoredMoment
+from ._defaults import Integer
+from ._rule import AbstractRule
+from ._split import Correction, CORRECTION_DTYPES, NARROW_DTYPES
+from ._state import OptimizerState
+from ._trees import Leaf
+
+
+_TRAINABLE_DTYPES = (*NARROW_DTYPES, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
+
+
+#
+# Arguments
+#
+
+
+def hyperparameters(
+    call: str, rule: Any, learning_rate: Any, weight_decay: Any
+) -> None:
+    if not isinstance(rule, AbstractRule):
+        raise TypeError(
+            f"`{call}(rule=...)` takes an instance of a subclass of "
+            f"`flashquinox.AbstractRule`; got {rule!r}."
+        )
+    values = {name: getattr(rule, name) for name in rule.bounds}
+    bounds = dict(rule.bounds)
+    for name, value in {
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+    }.items():
+        if not callable(value):
+            values[name] = value
+            bounds[name] = (0.0, float("inf"))
+    for name, value in values.items():
+        if value is not None:
+            _in_range(call, name, value, *bounds[name])
+
+
+def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    is_number = eqx.is_array_like(value) and not isinstance(value, (bool, complex))
+    if not is_number or np.ndim(value) != 0:
+        raise TypeError(
+            f"`{call}({name}=...)` takes a number or a scalar array; got {value!r}."
+        )
+    if low <= float(value) < high:
+        return
+    hint = ""
+    if isinstance(value, jax.Array) and value.dtype in NARROW_DTYPES:
+        hint = (
+            f" It arrived as {value.dtype}, which rounds: with "
+            "`optax.inject_hyperparams`, pass `hyperparam_dtype=jnp.float32`."
+        )
+    raise ValueError(
+        f"`{call}({name}=...)` must be at least {low:g} and less than {high:g}; got "
+        f"{value}.{hint}"
+    )
+
+
+def widths(call: str, master_weight_bits: Any, group_size: Any) -> None:
+    bits = _concrete(master_weight_bits)
+    if bits is not None and not isinstance(bits, jax.core.Tracer):
+        if bits not in CORRECTION_DTYPES:
+            raise ValueError(
+                f"`{call}(master_weight_bits=...)` must be 24, 32 or None; got {bits!r}."
+            )
+    size = _concrete(group_size)
+    if not isinstance(size, jax.core.Tracer):
+        if size not in range(16, 129, 16):
+            raise ValueError(
+                f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128; got "
+                f"{size!r}."
+            )
+
+
+def _concrete(value: Any) -> Any:
+    """Arrays as Python numbers, except where traced."""
+    if isinstance(value, jax.core.Tracer) or not eqx.is_array_like(value):
+        return value
+    return value if isinstance(value, bool) or np.ndim(value) else np.asarray(value).item()
+
+
+def peak(call: str, learning_rate: Any, decouple_lr: bool, peak_learning_rate: Any) -> Any:
+    """The peak learning rate of decoupled decay, or None if it is not wanted."""
+    if not decouple_lr:
+        if peak_learning_rate is not None:
+            raise ValueError(
+                f"`{call}(peak_learning_rate=...)` only has a meaning with "
+                "`decouple_lr=True`."
+            )
+        return None
+    if peak_learning_rate is not None:
+        _in_range(call, "peak_learning_rate", peak_learning_rate, 0.0, float("inf"))
+        if is_zero(peak_learning_rate):
+            raise ValueError(f"`{call}(peak_learning_rate=...)` must not be 0.")
+        return peak_learning_rate
+    if callable(learning_rate) or eqx.is_array(learning_rate):
+        raise ValueError(
+            f"`{call}(decouple_lr=True)` divides by the peak of the learning rate, which "
+            "a schedule or a traced learning rate does not tell: pass "
+            "`peak_learning_rate=...`."
+        )
+    # A constant learning rate of 0 is its own peak as well.
+    return learning_rate if learning_rate != 0 else 1.0
+
+
+def moment_codecs(call: str, moments: Any) -> MomentCodecs:
+    if isinstance(moments, MomentCodecs):
+        return moments
+    if isinstance(moments, str) and moments in MomentCodecs.names():
+        return MomentCodecs.named(moments)
+    names = ", ".join(repr(name) for name in MomentCodecs.names())
+    raise ValueError(
+        f"`{call}(moments=...)` must be one of {names} or a `flashquinox.MomentCodecs`; "
+        f"got {moments!r}."
+    )
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a value is a number that is known to be 0 when the program is built."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+#
+# Leaves
+#
+
+
+def is_float_array(x: Any) -> bool:
+    """Complex arrays included: they are refused with a message, not overlooked."""
+    return eqx.is_inexact_array(x)
+
+
+def is_trained(leaf: Leaf, call: str) -> bool:
+    """Whether a leaf of the model is one that an optimizer trains."""
+    if not is_float_array(leaf.value):
+        return False
+    dtype = jnp.dtype(leaf.value.dtype)
+    if dtype in _TRAINABLE_DTYPES:
+        return True
+    remedy = "Cast it with `flashquinox.cast`, or freeze it by making it no array."
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        remedy = "Store its real and imaginary parts as two arrays."
+    raise TypeError(
+        f"`{call}`: the weight at `{leaf.name}` is {dtype}; weights must be bfloat16, "
+        f"float16, float32 or float64. {remedy}"
+    )
+
+
+def correction_has_effect(
+    call: str, master_weight_bits: Any, trained: list[Leaf]
+) -> None:
+    if master_weight_bits is None or not trained:
+        return
+    if any(jnp.dtype(leaf.value.dtype) in NARROW_DTYPES for leaf in trained):
+        return
+    raise ValueError(
+        f"`{call}(master_weight_bits={master_weight_bits})` has no effect: none of the "
+        f"{len(trained)} weights is bfloat16 or float16 (`{trained[0].name}` is "
+        f"{trained[0].value.dtype}). Cast the model first, "
+        "`model = flashquinox.cast(model, jnp.bfloat16)`, or pass "
+        "`master_weight_bits=None`."
+    )
+
+
+def concrete_structure(
+    call: str, master_weight_bits: Any, group_size: Any
+) -> tuple[Any, int]:
+    """The dtype of corrections and the group size, which `init` must know."""
+    bits, size = _concrete(master_weight_bits), _concrete(group_size)
+    for name, value in (("master_weight_bits", bits), ("group_size", size)):
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"`{call}({name}=...)` is a traced array, but decides the "
+                "structure of the state. With `optax.inject_hyperparams`, pass "
+                f'`static_args=("master_weight_bits", "group_size")`, or leave it out.'
+            )
+    return None if bits is None else CORRECTION_DTYPES[bits], int(size)
+
+
+def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:
+    if not eqx.is_array_like(grad) or not hasattr(grad, "dtype"):
+        raise TypeError(
+            f"`{call}`: the gradient at `{leaf.name}` is no array but {grad!r}. Pass an "
+            "array, or None to leave this weight as it is."
+        )
+    if grad.shape != leaf.value.shape:
+        raise ValueError(
+            f"`{call}`: the gradient at `{leaf.name}` has shape {grad.shape}, its weight "
+            f"{leaf.value.shape}. Pass gradients of this model."
+        )
+    if jnp.dtype(grad.dtype) not in _TRAINABLE_DTYPES:
+        raise TypeError(
+            f"`{call}`: the gradient at `{leaf.name}` is {grad.dtype}; gradients must be "
+            "bfloat16, float16, float32 or float64."
+        )
+
+
+def is_mask_value(call: str, leaf: Leaf, value: Any) -> bool:
+    if value is None or not is_float_array(leaf.value):
+        return False
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(
+        f"`{call}`: the `mask` at `{leaf.name}` must be True or False; got {value!r}."
+    )
+
+
+#
+# State
+#
+
+
+def is_state(call: str, state: Any, rule: AbstractRule | None) -> None:
+    if not isinstance(state, OptimizerState):
+        raise TypeError(
+            f"`{call}`: the state is no `flashquinox.OptimizerState` but a "
+            f"{type(state).__name__}. Pass what `init` or the previous step returned; the "
+            "model comes before the state in `step`, the gradients before it in `update`."
+        )
+    if rule is not None and set(state.moments) != set(rule.moments):
+        raise ValueError(
+            f"`{call}`: this is the state of another optimizer: it has the moments "
+            f"{sorted(state.moments)}, where this one keeps {sorted(rule.moments)}. Make a "
+            "new state with `init`."
+        )
+
+
+def moments_fit(
+    call: str,
+    leaf: Leaf,
+    stored: dict[str, StoredMoment | None],
+    rule: AbstractRule,
+    codecs: MomentCodecs,
+    group_size: Any,
+) -> None:
+    expected_size = _concrete(group_size)
+    for name, kind in rule.moments.items():
+        moment = stored[name]
+        _moment_fits(call, leaf, name, moment, codecs.of(kind))
+        # Traced by `optax.inject_hyperparams`, the group size is whatever the state says.
+        if isinstance(expected_size, jax.core.Tracer):
+            continue
+        if isinstance(moment, QuantMoment) and moment.group_size != expected_size:
+            raise ValueError(
+                f"`{call}`: the state at `{leaf.name}` was made with "
+                f"`group_size={moment.group_size}`, this optimizer with "
+                f"`group_size={expected_size}`. Make a new state with `init`, or pass the "
+                "state's group size."
+            )
+
+
+def width_fits(
+    call: str, leaf: Leaf, correction: Correction | None, master_weight_bits: Any
+) -> None:
+    bits = _concrete(master_weight_bits)
+    if isinstance(bits, jax.core.Tracer):
+        return
+    expected = None
+    if bits is not None and jnp.dtype(leaf.value.dtype) in NARROW_DTYPES:
+        expected = CORRECTION_DTYPES[bits]
+    found = None if correction is None else jnp.dtype(correction.dtype)
+    if found != expected:
+        widths = {dtype: bits for bits, dtype in CORRECTION_DTYPES.items()}
+        raise ValueError(
+            f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was made "
+            f"with `master_weight_bits={widths.get(found)}`, this optimizer with "
+            f"`master_weight_bits={bits}`. Make a new state with `init`, or pass the "
+            "state's width."
+        )
+
+
+def _moment_fits(
+    call: str, leaf: Leaf, name: str, moment: Any, codec: Any
+) -> None:
+    where = f"`{call}`: the state's moment {name!r} at `{leaf.name}`"
+    if moment is None:
+        raise ValueError(
+            f"{where} is missing: when the state was made, this leaf was no floating-point "
+            "array. Make a new state with `init`."
+        )
+    found = moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
+    if found != codec:
+        raise ValueError(
+            f"{where} was stored by {found}, but this optimizer uses {codec}. Make a new "
+            "state with `init`, or pass the same `moments=...`."
+        )
+    codes = moment.codes if isinstance(moment, QuantMoment) else moment
+    if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
+        raise ValueError(
+            f"{where} has shape {np.shape(codes)}, the weight {leaf.value.shape}. Pass the "
+            "state of this model."
+        )
+    if isinstance(moment, QuantMoment):
+        if moment.scales.shape != moment.layout.scale_shape:
+            raise ValueError(
+                f"{where} has scales of shape {moment.scales.shape}; its groups need "
+                f"{moment.layout.scale_shape}. Pass the state as `init` laid it out."
+            )
+
+
+def correction_fits(call: str, leaf: Leaf, correction: Array | None) -> None:
+    if correction is not None and correction.shape != leaf.value.shape:
+        raise ValueError(
+            f"`{call}`: the state's correction at `{leaf.name}` has shape "
+            f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of this "
+            "model."
+        )

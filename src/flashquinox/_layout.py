@@ -1,0 +1,108 @@
+"""Where the groups of a leaf lie: which runs of elements share one scale."""
+
+import math
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+
+class Layout(eqx.Module):
+    """A leaf seen as groups of up to `group_size` consecutive elements along one axis.
+
+    A *tile* is the leaf with that axis split in two, `(groups, elements of a group)`; the
+    scales of a tile have length 1 in place of the latter, so that they broadcast. The last
+    group of an axis may be partial; it has a scale of its own.
+
+    `axis` counts from the end, so that it stays true under `vmap`. It is `None` when the
+    leaf is flattened first, as for scalars and for the codec of the paper.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    axis: int | None = eqx.field(static=True)
+    group_size: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.axis is not None and not -len(self.shape) <= self.axis < 0:
+            raise ValueError(
+                f"`Layout(axis={self.axis})`: the axis of the groups counts from the end "
+                f"and must exist in the shape {self.shape}."
+            )
+
+    @property
+    def tile_axis(self) -> int:
+        """The axis of a tile along which a group runs."""
+        return -1 if self.axis is None else self.axis
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of the scales at rest: the leaf's, with the group axis divided."""
+        shape = list(self._grouped_shape)
+        shape[self.tile_axis] = self._groups
+        return tuple(shape)
+
+    def tile(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*tile"]:
+        """The leaf as a tile; a partial group is filled up with zeros."""
+        x = x.reshape(self._grouped_shape)
+        if self._padding > 0:
+            padding = [(0, 0)] * x.ndim
+            padding[self.tile_axis] = (0, self._padding)
+            x = jnp.pad(x, padding)
+        return x.reshape(self._split(self._groups, self._group_length))
+
+    def untile(self, x: Shaped[Array, "*tile"]) -> Shaped[Array, "*shape"]:
+        """The leaf of a tile: the inverse of `tile`."""
+        padded = list(self._grouped_shape)
+        padded[self.tile_axis] += self._padding
+        x = x.reshape(padded)
+        if self._padding > 0:
+            length = self._grouped_shape[self.tile_axis]
+            x = lax.slice_in_dim(x, 0, length, axis=self.tile_axis)
+        return x.reshape(self.shape)
+
+    def tile_scales(self, x: Shaped[Array, "*groups"]) -> Shaped[Array, "*tile"]:
+        """The scales at rest in the form that broadcasts against a tile."""
+        return jnp.expand_dims(x, self.tile_axis)
+
+    def untile_scales(self, x: Shaped[Array, "*tile"]) -> Shaped[Array, "*groups"]:
+        """The inverse of `tile_scales`."""
+        return jnp.squeeze(x, self.tile_axis)
+
+    @property
+    def _grouped_shape(self) -> tuple[int, ...]:
+        return (math.prod(self.shape),) if self.axis is None else self.shape
+
+    @property
+    def _group_length(self) -> int:
+        # At least 1, for leaves of size 0.
+        return max(1, min(self.group_size, self._grouped_shape[self.tile_axis]))
+
+    @property
+    def _groups(self) -> int:
+        return -(-self._grouped_shape[self.tile_axis] // self._group_length)
+
+    @property
+    def _padding(self) -> int:
+        return (
+            self._groups * self._group_length - self._grouped_shape[self.tile_axis]
+        )
+
+    def _split(self, groups: int, length: int) -> tuple[int, ...]:
+        shape = list(self._grouped_shape)
+        position = len(shape) + self.tile_axis
+        return (*shape[:position], groups, length, *shape[position + 1 :])
+
+
+def choose_layout(shape: tuple[int, ...], group_size: int) -> Layout:
+    """Groups along the axis that needs the fewest scales; the last one among equals, which
+    is the model dimension of Equinox's `Linear` and `Embedding` weights.
+    """
+    if len(shape) == 0:
+        return Layout(shape, None, group_size)
+
+    def scales_per_element(axis: int) -> float:
+        return -(-shape[axis] // group_size) / max(1, shape[axis])
+
+    axis = min(range(-1, -len(shape) - 1, -1), key=scales_per_element)
+    return Layout(shape, axis, group_size)
