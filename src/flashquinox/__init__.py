@@ -1,16 +1,14 @@
 """Memory-efficient optimizers for JAX and Equinox."""
 
 from ._codec import (
-    AbstractCompanding as AbstractCompanding,
     AbstractMomentCodec as AbstractMomentCodec,
-    CompandedCodec as CompandedCodec,
     Dither as Dither,
     FlashOptimCodec as FlashOptimCodec,
-    FourthRoot as FourthRoot,
+    FourthRootCodec as FourthRootCodec,
     FullPrecision as FullPrecision,
     MomentCodecs as MomentCodecs,
     QuantMoment as QuantMoment,
-    Softsign as Softsign,
+    SoftsignCodec as SoftsignCodec,
 )
 from ._optimizer import (
     master_weights as master_weights,

@@ -1,8 +1,8 @@
 """The one computation of this library: decode, apply the rule, encode; for one tile.
 
-A backend only says how tiles reach this function. It is pure and elementwise but for the
-maximum over a group, closes over nothing that is traced, and reads every scalar from its
-arguments.
+A backend only says how tiles reach this function. It is pure and elementwise but for
+the maximum over a group, closes over nothing that is traced, and reads every scalar
+from its arguments.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
-from ._codec import Dither, MomentCodecs
+from ._codec import AbstractMomentCodec, Dither
 from ._rule import AbstractRule
 from ._split import Correction, decode_weight, encode_correction, encode_weight
 
@@ -21,7 +21,8 @@ class StepStructure(eqx.Module):
     """What of a step is known when it is compiled. Hashable, free of arrays."""
 
     rule: AbstractRule = eqx.field(static=True)
-    codecs: MomentCodecs = eqx.field(static=True)
+    # One for each moment of the rule, in its order.
+    codecs: tuple[AbstractMomentCodec, ...] = eqx.field(static=True)
     # Decoupled decay scales the weight; otherwise it is L2 regularization.
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
@@ -32,8 +33,8 @@ class StepScalars(eqx.Module):
     """What of a step is the same for all elements of a leaf: computed once."""
 
     rule: dict[str, Scalar]
-    # Of decoupled decay, the factor on the weight; of L2 regularization, the coefficient.
-    # None for a leaf without decay.
+    # Of decoupled decay, the factor on the weight; of L2 regularization, the
+    # coefficient. None for a leaf without decay.
     decay: Scalar | None
     dither: Dither
     # Whether to take this step at all. None if that was not asked.
@@ -51,12 +52,14 @@ class TileState(eqx.Module):
     def map(
         self, of_elements: Callable[[Array], Array], of_scales: Callable[[Array], Array]
     ) -> "TileState":
-        """Applies one function to every array with an entry per element of the weight, and
-        another to every array with an entry per group.
+        """Applies one function to every array with an entry per element of the weight,
+        and another to every array with an entry per group.
         """
+        weight, correction, codes = jtu.tree_map(
+            of_elements, (self.weight, self.correction, self.codes)
+        )
         return TileState(
-            *jtu.tree_map(of_elements, (self.weight, self.correction, self.codes)),
-            jtu.tree_map(of_scales, self.scales),
+            weight, correction, codes, jtu.tree_map(of_scales, self.scales)
         )
 
 
@@ -71,16 +74,17 @@ def update_tile(
 
     **Returns:**
 
-    The new state of the tile. With `structure.as_update`, `weight` is not the new weight
-    but the update: what to add to the old one, in its dtype; the correction then belongs to
-    the *sum*, as the caller will round it.
+    The new state of the tile. With `structure.as_update`, `weight` is not the new
+    weight but the update: what to add to the old one, in its dtype; the correction then
+    belongs to the *sum*, as the caller will round it.
     """
-    rule, codecs = structure.rule, structure.codecs
+    rule = structure.rule
+    codecs = dict(zip(rule.moments, structure.codecs, strict=True))
     master = decode_weight(old.weight, old.correction)
     dtype = master.dtype
     moments = {
-        name: codecs.of(kind).decode(old.codes[name], old.scales[name], dtype)
-        for name, kind in rule.moments.items()
+        name: codec.decode(old.codes[name], old.scales[name], dtype)
+        for name, codec in codecs.items()
     }
 
     wide_grad = grad.astype(dtype)
@@ -92,8 +96,8 @@ def update_tile(
             wide_grad = wide_grad + scalars.decay * master
     update, moments = rule.update(wide_grad, master, moments, scalars.rule)
     new_master = shrunk + update
-    # Arithmetic flushes subnormals to zero and loses the sign of -0. A weight that did not
-    # move keeps its bits.
+    # Arithmetic flushes subnormals to zero and loses the sign of -0. A weight that did
+    # not move keeps its bits.
     new_master = jnp.where(new_master == master, master, new_master)
 
     correction_dtype = None if old.correction is None else old.correction.dtype
@@ -108,10 +112,8 @@ def update_tile(
         correction = encode_correction(new_master, held, correction_dtype)
 
     codes, scales = {}, {}
-    for name, kind in rule.moments.items():
-        codes[name], scales[name] = codecs.of(kind).encode(
-            moments[name], axis, scalars.dither
-        )
+    for name, codec in codecs.items():
+        codes[name], scales[name] = codec.encode(moments[name], axis, scalars.dither)
     new = TileState(weight, correction, codes, scales)
     if scalars.take is None:
         return new

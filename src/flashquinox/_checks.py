@@ -7,12 +7,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from ._codec import FullPrecision, MomentCodecs, QuantMoment, StoredMoment
-from ._defaults import Integer
 from ._rule import AbstractRule
 from ._split import Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
@@ -57,7 +57,7 @@ def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None
         raise TypeError(
             f"`{call}({name}=...)` takes a number or a scalar array; got {value!r}."
         )
-    if low <= float(value) < high:
+    if low <= float(np.asarray(value)) < high:
         return
     hint = ""
     if isinstance(value, jax.Array) and value.dtype in NARROW_DTYPES:
@@ -76,14 +76,15 @@ def widths(call: str, master_weight_bits: Any, group_size: Any) -> None:
     if bits is not None and not isinstance(bits, jax.core.Tracer):
         if bits not in CORRECTION_DTYPES:
             raise ValueError(
-                f"`{call}(master_weight_bits=...)` must be 24, 32 or None; got {bits!r}."
+                f"`{call}(master_weight_bits=...)` must be 24, 32 or None; got "
+                f"{bits!r}."
             )
     size = _concrete(group_size)
     if not isinstance(size, jax.core.Tracer):
         if size not in range(16, 129, 16):
             raise ValueError(
-                f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128; got "
-                f"{size!r}."
+                f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128; "
+                f"got {size!r}."
             )
 
 
@@ -91,10 +92,14 @@ def _concrete(value: Any) -> Any:
     """Arrays as Python numbers, except where traced."""
     if isinstance(value, jax.core.Tracer) or not eqx.is_array_like(value):
         return value
-    return value if isinstance(value, bool) or np.ndim(value) else np.asarray(value).item()
+    return (
+        value if isinstance(value, bool) or np.ndim(value) else np.asarray(value).item()
+    )
 
 
-def peak(call: str, learning_rate: Any, decouple_lr: bool, peak_learning_rate: Any) -> Any:
+def peak(
+    call: str, learning_rate: Any, decouple_lr: bool, peak_learning_rate: Any
+) -> Any:
     """The peak learning rate of decoupled decay, or None if it is not wanted."""
     if not decouple_lr:
         if peak_learning_rate is not None:
@@ -110,8 +115,8 @@ def peak(call: str, learning_rate: Any, decouple_lr: bool, peak_learning_rate: A
         return peak_learning_rate
     if callable(learning_rate) or eqx.is_array(learning_rate):
         raise ValueError(
-            f"`{call}(decouple_lr=True)` divides by the peak of the learning rate, which "
-            "a schedule or a traced learning rate does not tell: pass "
+            f"`{call}(decouple_lr=True)` divides by the peak of the learning rate, "
+            "which a schedule or a traced learning rate does not tell: pass "
             "`peak_learning_rate=...`."
         )
     # A constant learning rate of 0 is its own peak as well.
@@ -125,8 +130,8 @@ def moment_codecs(call: str, moments: Any) -> MomentCodecs:
         return MomentCodecs.named(moments)
     names = ", ".join(repr(name) for name in MomentCodecs.names())
     raise ValueError(
-        f"`{call}(moments=...)` must be one of {names} or a `flashquinox.MomentCodecs`; "
-        f"got {moments!r}."
+        f"`{call}(moments=...)` must be one of {names} or a "
+        f"`flashquinox.MomentCodecs`; got {moments!r}."
     )
 
 
@@ -195,18 +200,18 @@ def concrete_structure(
 def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:
     if not eqx.is_array_like(grad) or not hasattr(grad, "dtype"):
         raise TypeError(
-            f"`{call}`: the gradient at `{leaf.name}` is no array but {grad!r}. Pass an "
-            "array, or None to leave this weight as it is."
+            f"`{call}`: the gradient at `{leaf.name}` is no array but {grad!r}. Pass "
+            "an array, or None to leave this weight as it is."
         )
     if grad.shape != leaf.value.shape:
         raise ValueError(
-            f"`{call}`: the gradient at `{leaf.name}` has shape {grad.shape}, its weight "
-            f"{leaf.value.shape}. Pass gradients of this model."
+            f"`{call}`: the gradient at `{leaf.name}` has shape {grad.shape}, its "
+            f"weight {leaf.value.shape}. Pass gradients of this model."
         )
     if jnp.dtype(grad.dtype) not in _TRAINABLE_DTYPES:
         raise TypeError(
-            f"`{call}`: the gradient at `{leaf.name}` is {grad.dtype}; gradients must be "
-            "bfloat16, float16, float32 or float64."
+            f"`{call}`: the gradient at `{leaf.name}` is {grad.dtype}; gradients must "
+            "be bfloat16, float16, float32 or float64."
         )
 
 
@@ -229,14 +234,15 @@ def is_state(call: str, state: Any, rule: AbstractRule | None) -> None:
     if not isinstance(state, OptimizerState):
         raise TypeError(
             f"`{call}`: the state is no `flashquinox.OptimizerState` but a "
-            f"{type(state).__name__}. Pass what `init` or the previous step returned; the "
-            "model comes before the state in `step`, the gradients before it in `update`."
+            f"{type(state).__name__}. Pass what `init` or the previous step returned; "
+            "the model comes before the state in `step`, the gradients before it in "
+            "`update`."
         )
     if rule is not None and set(state.moments) != set(rule.moments):
         raise ValueError(
             f"`{call}`: this is the state of another optimizer: it has the moments "
-            f"{sorted(state.moments)}, where this one keeps {sorted(rule.moments)}. Make a "
-            "new state with `init`."
+            f"{sorted(state.moments)}, where this one keeps {sorted(rule.moments)}. "
+            "Make a new state with `init`."
         )
 
 
@@ -251,16 +257,16 @@ def moments_fit(
     expected_size = _concrete(group_size)
     for name, kind in rule.moments.items():
         moment = stored[name]
-        _moment_fits(call, leaf, name, moment, codecs.of(kind))
-        # Traced by `optax.inject_hyperparams`, the group size is whatever the state says.
+        _moment_fits(call, leaf, name, moment, codecs.of(kind, leaf.value.shape))
+        # Traced by `optax.inject_hyperparams`, the group size is what the state says.
         if isinstance(expected_size, jax.core.Tracer):
             continue
         if isinstance(moment, QuantMoment) and moment.group_size != expected_size:
             raise ValueError(
                 f"`{call}`: the state at `{leaf.name}` was made with "
                 f"`group_size={moment.group_size}`, this optimizer with "
-                f"`group_size={expected_size}`. Make a new state with `init`, or pass the "
-                "state's group size."
+                f"`group_size={expected_size}`. Make a new state with `init`, or pass "
+                "the state's group size."
             )
 
 
@@ -275,35 +281,35 @@ def width_fits(
         expected = CORRECTION_DTYPES[bits]
     found = None if correction is None else jnp.dtype(correction.dtype)
     if found != expected:
-        widths = {dtype: bits for bits, dtype in CORRECTION_DTYPES.items()}
+        widths: dict[Any, int] = {
+            dtype: bits for bits, dtype in CORRECTION_DTYPES.items()
+        }
         raise ValueError(
-            f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was made "
-            f"with `master_weight_bits={widths.get(found)}`, this optimizer with "
+            f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was "
+            f"made with `master_weight_bits={widths.get(found)}`, this optimizer with "
             f"`master_weight_bits={bits}`. Make a new state with `init`, or pass the "
             "state's width."
         )
 
 
-def _moment_fits(
-    call: str, leaf: Leaf, name: str, moment: Any, codec: Any
-) -> None:
+def _moment_fits(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> None:
     where = f"`{call}`: the state's moment {name!r} at `{leaf.name}`"
     if moment is None:
         raise ValueError(
-            f"{where} is missing: when the state was made, this leaf was no floating-point "
-            "array. Make a new state with `init`."
+            f"{where} is missing: when the state was made, this leaf was no "
+            "floating-point array. Make a new state with `init`."
         )
     found = moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
     if found != codec:
         raise ValueError(
-            f"{where} was stored by {found}, but this optimizer uses {codec}. Make a new "
-            "state with `init`, or pass the same `moments=...`."
+            f"{where} was stored by {found}, but this optimizer uses {codec}. Make a "
+            "new state with `init`, or pass the same `moments=...`."
         )
     codes = moment.codes if isinstance(moment, QuantMoment) else moment
     if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
         raise ValueError(
-            f"{where} has shape {np.shape(codes)}, the weight {leaf.value.shape}. Pass the "
-            "state of this model."
+            f"{where} has shape {np.shape(codes)}, the weight {leaf.value.shape}. Pass "
+            "the state of this model."
         )
     if isinstance(moment, QuantMoment):
         if moment.scales.shape != moment.layout.scale_shape:
@@ -317,6 +323,6 @@ def correction_fits(call: str, leaf: Leaf, correction: Array | None) -> None:
     if correction is not None and correction.shape != leaf.value.shape:
         raise ValueError(
             f"`{call}`: the state's correction at `{leaf.name}` has shape "
-            f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of this "
-            "model."
+            f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of "
+            "this model."
         )

@@ -7,8 +7,8 @@ import numpy as np
 
 Integer: TypeAlias = int | np.integer
 
-# `optax.inject_hyperparams` turns every int, float and array argument into a traced array,
-# defaults included. These two decide shapes and dtypes, so they are NumPy scalars, which
-# it leaves alone.
+# `optax.inject_hyperparams` turns every int, float and array argument into a traced
+# array, defaults included. These two decide shapes and dtypes, so they are NumPy
+# scalars, which it leaves alone.
 MASTER_WEIGHT_BITS: Integer = np.uint8(24)
 GROUP_SIZE: Integer = np.uint8(32)

@@ -11,12 +11,12 @@ from jaxtyping import Array, Shaped
 class Layout(eqx.Module):
     """A leaf seen as groups of up to `group_size` consecutive elements along one axis.
 
-    A *tile* is the leaf with that axis split in two, `(groups, elements of a group)`; the
-    scales of a tile have length 1 in place of the latter, so that they broadcast. The last
-    group of an axis may be partial; it has a scale of its own.
+    A *tile* is the leaf with that axis split in two, `(groups, elements of a group)`;
+    the scales of a tile have length 1 in place of the latter, so that they broadcast.
+    The last group of an axis may be partial; it has a scale of its own.
 
-    `axis` counts from the end, so that it stays true under `vmap`. It is `None` when the
-    leaf is flattened first, as for scalars and for the codec of the paper.
+    `axis` counts from the end, so that it stays true under `vmap`. It is `None` when
+    the leaf is flattened first, as for scalars and for the codec of the paper.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True)
@@ -26,8 +26,8 @@ class Layout(eqx.Module):
     def __check_init__(self):
         if self.axis is not None and not -len(self.shape) <= self.axis < 0:
             raise ValueError(
-                f"`Layout(axis={self.axis})`: the axis of the groups counts from the end "
-                f"and must exist in the shape {self.shape}."
+                f"`Layout(axis={self.axis})`: the axis of the groups counts from the "
+                f"end and must exist in the shape {self.shape}."
             )
 
     @property
@@ -84,9 +84,7 @@ class Layout(eqx.Module):
 
     @property
     def _padding(self) -> int:
-        return (
-            self._groups * self._group_length - self._grouped_shape[self.tile_axis]
-        )
+        return self._groups * self._group_length - self._grouped_shape[self.tile_axis]
 
     def _split(self, groups: int, length: int) -> tuple[int, ...]:
         shape = list(self._grouped_shape)
@@ -95,8 +93,8 @@ class Layout(eqx.Module):
 
 
 def choose_layout(shape: tuple[int, ...], group_size: int) -> Layout:
-    """Groups along the axis that needs the fewest scales; the last one among equals, which
-    is the model dimension of Equinox's `Linear` and `Embedding` weights.
+    """Groups along the axis that needs the fewest scales; the last one among equals,
+    which is the model dimension of Equinox's `Linear` and `Embedding` weights.
     """
     if len(shape) == 0:
         return Layout(shape, None, group_size)

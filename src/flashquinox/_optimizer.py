@@ -1,4 +1,5 @@
-"""From a rule to an optimizer: state, schedules, masks, and the two ways to take a step."""
+"""From a rule to an optimizer: state, schedules, masks, and the two ways to take a
+step."""
 
 from collections.abc import Callable
 from typing import Any, cast, TypeAlias
@@ -12,7 +13,14 @@ from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 from . import _checks as checks
 from ._backends import xla
 from ._body import no_update, StepScalars, StepStructure, TileState
-from ._codec import Dither, MomentCodecs, QuantMoment, StoredMoment
+from ._codec import (
+    AbstractMomentCodec,
+    Dither,
+    FullPrecision,
+    MomentCodecs,
+    QuantMoment,
+    StoredMoment,
+)
 from ._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._layout import Layout
 from ._rule import AbstractRule, rule_scalars, rule_structure
@@ -30,8 +38,8 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     [`flashquinox.adam`][], [`flashquinox.lion`][], [`flashquinox.sgd`][],
     [`flashquinox.sgdw`][], or, from a rule of your own, by [`flashquinox.optimizer`][].
 
-    It is also an `optax.GradientTransformationExtraArgs`, and so goes wherever one goes:
-    `optax.chain`, `optax.MultiSteps`, `optax.inject_hyperparams`, and so on.
+    It is also an `optax.GradientTransformationExtraArgs`, and so goes wherever one
+    goes: `optax.chain`, `optax.MultiSteps`, `optax.inject_hyperparams`, and so on.
 
     ??? Example
 
@@ -50,16 +58,19 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     # The two fields of the tuple are bound methods of one `_Transformation`.
 
     @property
-    def step(self) -> Callable[[PyTree, OptimizerState, PyTree], tuple[PyTree, OptimizerState]]:
+    def step(
+        self,
+    ) -> Callable[[PyTree, OptimizerState, PyTree], tuple[PyTree, OptimizerState]]:
         """`step(model, state, grads)` takes one step.
 
         **Arguments:**
 
         - `model`: any pytree. Leaves that are not floating-point arrays are left alone.
         - `state`: from `init`, or from the previous step.
-        - `grads`: a pytree like `model`, as from `eqx.filter_grad`: gradients in bfloat16,
-            float16, float32 or float64, in the shapes of the weights. `None` in place of a
-            leaf, or of a whole subtree, leaves its weights and their state untouched.
+        - `grads`: a pytree like `model`, as from `eqx.filter_grad`: gradients in
+            bfloat16, float16, float32 or float64, in the shapes of the weights. `None`
+            in place of a leaf, or of a whole subtree, leaves its weights and their
+            state untouched.
 
         **Returns:**
 
@@ -67,8 +78,8 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
         **Raises:**
 
-        `TypeError` or `ValueError` if the trees, shapes or dtypes do not fit together, or the
-        state is that of another optimizer. The message names the leaf.
+        `TypeError` or `ValueError` if the trees, shapes or dtypes do not fit together,
+        or the state is that of another optimizer. The message names the leaf.
         """
         return cast(Any, self.update).__self__.step
 
@@ -105,7 +116,8 @@ class _Transformation(eqx.Module):
             layout = self.codecs.layout(shape, group_size)
             compute_dtype = jnp.promote_types(dtype, jnp.float32)
             for name, kind in self.rule.moments.items():
-                moments[name].append(self.codecs.of(kind).init(layout, compute_dtype))
+                codec = self.codecs.of(kind, shape)
+                moments[name].append(codec.init(layout, compute_dtype))
             narrow = correction_dtype is not None and dtype in NARROW_DTYPES
             corrections.append(jnp.zeros(shape, correction_dtype) if narrow else None)
         checks.correction_has_effect(self.call, self.master_weight_bits, trained)
@@ -136,7 +148,12 @@ class _Transformation(eqx.Module):
         return self._advance("update", params, state, updates, as_update=True)
 
     def _advance(
-        self, method: str, params: PyTree, state: OptimizerState, grads: PyTree, as_update: bool
+        self,
+        method: str,
+        params: PyTree,
+        state: OptimizerState,
+        grads: PyTree,
+        as_update: bool,
     ) -> tuple[PyTree, OptimizerState]:
         call = f"{self.call}(...).{method}"
         leaves, rebuild = flatten(params)
@@ -160,35 +177,31 @@ class _Transformation(eqx.Module):
                 new_values[index] = no_update(leaf.value)
             if grad_leaves[index] is None:
                 continue
-            stored = {name: moments[name][index] for name in moments}
+            stored = {name: moments[name][index] for name in self.rule.moments}
             checks.grad_fits(call, leaf, grad_leaves[index])
             checks.moments_fit(
                 call, leaf, stored, self.rule, self.codecs, self.group_size
             )
             checks.correction_fits(call, leaf, corrections[index])
-            checks.width_fits(
-                call, leaf, corrections[index], self.master_weight_bits
-            )
+            checks.width_fits(call, leaf, corrections[index], self.master_weight_bits)
             if leaf.value.size > 0:
                 trained.append(index)
 
         take = None
         if self.skip_nonfinite:
             take = _all_finite([grad_leaves[index] for index in trained])
-        structure = StepStructure(
-            rule_structure(self.rule), self.codecs, self.decoupled, as_update
-        )
+        rule = rule_structure(self.rule)
         scalars = _PerDType(lambda dtype: self._scalars(state.count, dtype))
         for index in trained:
             leaf = leaves[index]
-            stored = {name: moments[name][index] for name in moments}
+            stored = {name: moments[name][index] for name in self.rule.moments}
             dtype = jnp.promote_types(leaf.value.dtype, jnp.float32)
-            rule, decay = scalars[dtype]
+            rule_values, decay = scalars[dtype]
             new = xla.update_leaf(
-                structure,
+                StepStructure(rule, _codecs(stored), self.decoupled, as_update),
                 _layout(leaf, stored),
                 StepScalars(
-                    rule=rule,
+                    rule=rule_values,
                     decay=decay if decayed[index] else None,
                     dither=Dither.at(state.count, index),
                     take=take,
@@ -203,7 +216,7 @@ class _Transformation(eqx.Module):
                     stored[name], new.codes[name], new.scales[name]
                 )
 
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         if take is not None:
             count = jnp.where(take, count, state.count)
         return rebuild(new_values), OptimizerState(
@@ -215,7 +228,8 @@ class _Transformation(eqx.Module):
     def _scalars(
         self, count: Scalar, dtype: DTypeLike
     ) -> tuple[dict[str, Scalar], Scalar | None]:
-        """The rule's scalars and the scalar of weight decay, in the precision `dtype`."""
+        """The rule's scalars and the scalar of weight decay, in the precision
+        `dtype`."""
         learning_rate = jnp.asarray(_value(self.learning_rate, count), dtype)
         rule = rule_scalars(self.rule, count + 1, learning_rate, dtype)
         if checks.is_zero(self.weight_decay):
@@ -225,7 +239,9 @@ class _Transformation(eqx.Module):
             return rule, decay
         if self.peak_learning_rate is None:
             return rule, 1 - learning_rate * decay
-        return rule, 1 - learning_rate / jnp.asarray(self.peak_learning_rate, dtype) * decay
+        return rule, 1 - learning_rate / jnp.asarray(
+            self.peak_learning_rate, dtype
+        ) * decay
 
     def _decayed(self, call: str, params: PyTree, leaves: list[Leaf]) -> list[bool]:
         """For each leaf, whether weight decay applies to it."""
@@ -266,18 +282,23 @@ def optimizer(
     - `decoupled`: if `True`, $w \leftarrow (1 - \alpha\lambda) w + u$. If `False`, L2
         regularization: $\lambda w$ is added to the gradient.
     - `decouple_lr`: if `True`, decoupled decay is $\lambda \alpha / \alpha_\text{peak}$
-        instead of $\lambda\alpha$: it follows the shape of the schedule, not its height.
+        instead of $\lambda\alpha$: it follows the shape of the schedule, not its
+        height.
     - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decouple_lr=True`, unless
         `learning_rate` is a number, which is its own peak.
-    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of it, or
-        a function from the floating-point part of the model to one. As in `optax.adamw`.
-    - `master_weight_bits`: the precision in which bfloat16 and float16 weights accumulate
-        updates. 24 adds an `int8` correction per weight, 32 an `int16`; `None` none.
-    - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"flashoptim"` (8 bits, the
-        paper's codec), `"float32"` (uncompressed), or a [`flashquinox.MomentCodecs`][].
+    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
+        it, or a function from the floating-point part of the model to one. As in
+        `optax.adamw`.
+    - `master_weight_bits`: the precision in which bfloat16 and float16 weights
+        accumulate updates. 24 adds an `int8` correction per weight, 32 an `int16`;
+        `None` none.
+    - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"flashoptim"` (8
+        bits, the paper's codec), `"float32"` (uncompressed), or a
+        [`flashquinox.MomentCodecs`][].
     - `group_size`: how many elements share a scale: a multiple of 16 from 16 to 128.
-    - `skip_nonfinite`: if `True`, a step with a NaN or an infinity in any gradient changes
-        neither weights nor state. If `False`, it damages the leaves it came to, no others.
+    - `skip_nonfinite`: if `True`, a step with a NaN or an infinity in any gradient
+        changes neither weights nor state. If `False`, it damages the leaves it came to,
+        no others.
 
     **Returns:**
 
@@ -285,8 +306,8 @@ def optimizer(
 
     **Raises:**
 
-    `ValueError` or `TypeError` for arguments out of range; arrays that are traced are not
-    checked.
+    `ValueError` or `TypeError` for arguments out of range; arrays that are traced are
+    not checked.
     """
     return build_optimizer(
         "optimizer",
@@ -336,12 +357,13 @@ def build_optimizer(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
     )
-    return Optimizer(transformation.init, transformation.update)
+    # Optax's types know no state that is not made of arrays.
+    return Optimizer(cast(Any, transformation.init), cast(Any, transformation.update))
 
 
 def master_weights(model: PyTree, state: OptimizerState) -> PyTree:
-    """The model with its weights in float32 (float64 where they are), corrections included:
-    for evaluation, export, or a comparison.
+    """The model with its weights in float32 (float64 where they are), corrections
+    included: for evaluation, export, or a comparison.
 
     **Arguments:**
 
@@ -359,7 +381,9 @@ def master_weights(model: PyTree, state: OptimizerState) -> PyTree:
     """
     leaves, rebuild = flatten(model)
     checks.is_state("master_weights", state, rule=None)
-    corrections = match("master_weights", "state.corrections", state.corrections, leaves)
+    corrections = match(
+        "master_weights", "state.corrections", state.corrections, leaves
+    )
     new = []
     for leaf, correction in zip(leaves, corrections, strict=True):
         if checks.is_trained(leaf, "master_weights"):
@@ -399,6 +423,13 @@ def _layout(leaf: Leaf, stored: dict[str, StoredMoment]) -> Layout:
         if isinstance(moment, QuantMoment):
             return moment.layout
     return Layout(leaf.value.shape, None, max(1, leaf.value.size))
+
+
+def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
+    return tuple(
+        moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
+        for moment in stored.values()
+    )
 
 
 def _tile_state(

@@ -6,8 +6,8 @@ For example, AdamW is `Adam` (the rule) with decoupled weight decay; its first m
 stored through softsign companding, its second through fourth-root companding; and its
 weights are bfloat16 plus an int8 correction.
 
-Only the rule differs between optimizers. It sees float32 arrays of one tile, never bytes,
-so the same few lines serve every backend.
+Only the rule differs between optimizers. It sees float32 arrays of one tile, never
+bytes, so the same few lines serve every backend.
 """
 
 import abc
@@ -17,7 +17,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, Scalar, ScalarLike
 
 
 MomentKind: TypeAlias = Literal["signed", "nonnegative"]
@@ -31,12 +31,13 @@ class AbstractRule(eqx.Module):
 
     $$w \leftarrow (1 - \alpha \lambda) \, w + u$$
 
-    where $\lambda$ is the decoupled weight decay and $\alpha$ the learning rate, or, for
-    L2 regularization, $w \leftarrow w + u$ with $g + \lambda w$ in place of $g$. Decay,
-    masks, schedules, storage and sharding are not the rule's business.
+    where $\lambda$ is the decoupled weight decay and $\alpha$ the learning rate, or,
+    for L2 regularization, $w \leftarrow w + u$ with $g + \lambda w$ in place of $g$.
+    Decay, masks, schedules, storage and sharding are not the rule's business.
 
-    Numeric hyperparameters are ordinary fields: they may be traced arrays. Everything that
-    changes the structure of the computation (`nesterov`, say) must be a static field.
+    Numeric hyperparameters are ordinary fields: they may be traced arrays. Everything
+    that changes the structure of the computation (`nesterov`, say) must be a static
+    field.
 
     ??? Example
 
@@ -77,7 +78,7 @@ class AbstractRule(eqx.Module):
         return {}
 
     @abc.abstractmethod
-    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, Scalar]:
+    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         """Is called once per step, to compute everything that is the same for all
         elements. Fold as much as possible in here.
 
@@ -138,8 +139,8 @@ def rule_structure(rule: AbstractRule) -> AbstractRule:
 def rule_scalars(
     rule: AbstractRule, count: Scalar, learning_rate: Scalar, dtype: DTypeLike
 ) -> dict[str, Scalar]:
-    """`rule.scalars` in the precision `dtype`. Python numbers stay Python numbers, so that
-    `1 - b2` is rounded once only.
+    """`rule.scalars` in the precision `dtype`. Python numbers stay Python numbers, so
+    that `1 - b2` is rounded once only.
     """
     cast = lambda x: x.astype(dtype) if eqx.is_array(x) else x
     scalars = jtu.tree_map(cast, rule).scalars(

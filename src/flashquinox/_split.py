@@ -1,8 +1,8 @@
 """A float32 master weight as a narrow weight plus an integer correction.
 
-Floats of one sign are ordered like their bit patterns, so a fraction of a unit in the last
-place is a difference of integers: no exponent arithmetic, exact through subnormals and
-across binades.
+Floats of one sign are ordered like their bit patterns, so a fraction of a unit in the
+last place is a difference of integers: no exponent arithmetic, exact through subnormals
+and across binades.
 """
 
 import equinox as eqx
@@ -26,8 +26,8 @@ _SIGN = np.uint32(0x8000_0000)
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _QUIET_NAN = np.uint32(0x7FC0_0000)
 
-# float16 magnitudes lie on float32's once the exponent is rebiased and the constant spacing
-# below 2^-14 is stretched to that of the binade above.
+# float16 magnitudes lie on float32's once the exponent is rebiased and the constant
+# spacing below 2^-14 is stretched to that of the binade above.
 _F16_SMALLEST_NORMAL = np.float32(2.0**-14)
 _F16_REBIAS = np.uint32((127 - 15) << 10)
 _F16_INFINITY = np.uint32(0x7C00)
@@ -36,10 +36,11 @@ _F32_BINADE = np.uint32(1 << 23)
 
 
 class ECCWeight(eqx.Module):
-    r"""A master weight stored as a narrow floating-point weight and an integer correction.
+    r"""A master weight stored as a narrow floating-point weight and an integer
+    correction.
 
-    The correction counts steps of $2^{-8}$ (`int8`, 24 bits in all) or $2^{-16}$ (`int16`,
-    32 bits) of a unit in the last place of the weight:
+    The correction counts steps of $2^{-8}$ (`int8`, 24 bits in all) or $2^{-16}$
+    (`int16`, 32 bits) of a unit in the last place of the weight:
 
     $$\text{master} = \text{weight} + \text{correction} \cdot 2^{-8}
     \operatorname{ulp}(\text{weight})$$
@@ -59,10 +60,10 @@ class ECCWeight(eqx.Module):
 
     ??? cite "Reference"
 
-        The idea of a correction in units of the weight's rounding interval: Gonzalez Ortiz,
-        Gupta, Rinard and Blalock, *FlashOptim: Optimizers for Memory Efficient Training*,
-        [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.1. The integer
-        form is this library's.
+        The idea of a correction in units of the weight's rounding interval: Gonzalez
+        Ortiz, Gupta, Rinard and Blalock, *FlashOptim: Optimizers for Memory Efficient
+        Training*, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.1.
+        The integer form is this library's.
     """
 
     weight: Float[Array, "*shape"]
@@ -82,7 +83,8 @@ class ECCWeight(eqx.Module):
 
         **Returns:**
 
-        The weight in `dtype`, and an `int8`, an `int16` or no correction of the same shape.
+        The weight in `dtype`, and an `int8`, an `int16` or no correction of the same
+        shape.
         """
         correction_dtype = None if bits is None else CORRECTION_DTYPES[bits]
         weight, correction = encode_weight(master, jnp.dtype(dtype), correction_dtype)
@@ -98,8 +100,8 @@ def decode_weight(
 ) -> Float[Array, "*shape"]:
     """The master weight, in float32 (float64 for a float64 weight).
 
-    A correction that does not belong to the weight, such as a negative one beside a weight
-    that was set to zero, gives a neighbour of the weight, never NaN.
+    A correction that does not belong to the weight, such as a negative one beside a
+    weight that was set to zero, gives a neighbour of the weight, never NaN.
     """
     wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     if correction is None:
@@ -111,8 +113,8 @@ def decode_weight(
     else:
         magnitude = _from_float16_pattern(_float16_pattern(wide) + steps)
         master = jnp.where(jnp.isinf(wide), wide, jnp.copysign(magnitude, wide))
-    # The sum is a NaN pattern in just those cases where it left the weight's sign or passed
-    # its infinity (and for NaN weights).
+    # The sum is a NaN pattern in just those cases where it left the weight's sign or
+    # passed its infinity (and for NaN weights).
     return jnp.where(jnp.isnan(master), wide, master)
 
 
@@ -149,11 +151,11 @@ def encode_correction(
     weight: Float[Array, "*shape"],
     correction_dtype: DTypeLike | None,
 ) -> Correction | None:
-    """The correction that brings a *given* weight nearest to `master`: at most half a unit
-    in the last place of the weight either way.
+    """The correction that brings a *given* weight nearest to `master`: at most half a
+    unit in the last place of the weight either way.
 
-    [`flashquinox.ECCWeight.encode`][] chooses the weight too. This is for a weight that was
-    decided elsewhere, such as the rounded sum of an old weight and an Optax update.
+    [`flashquinox.ECCWeight.encode`][] chooses the weight too. This is for a weight that
+    was decided elsewhere, such as the rounded sum of an old weight and an Optax update.
     """
     if correction_dtype is None:
         return None
@@ -215,6 +217,4 @@ def _float16_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 def _from_float16_pattern(x: UInt32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     small = _from_pattern(x + _F32_BINADE) - _F16_SMALLEST_NORMAL
     magnitude = _from_pattern(x)
-    return jnp.where(
-        magnitude < _F16_SMALLEST_NORMAL, jnp.maximum(small, 0), magnitude
-    )
+    return jnp.where(magnitude < _F16_SMALLEST_NORMAL, jnp.maximum(small, 0), magnitude)

@@ -9,10 +9,10 @@ class OptimizerState(eqx.Module):
     structure of the model, with `None` for leaves that are not trained.
 
     - `count`: the number of steps taken.
-    - `moments`: for each moment of the rule, by its name: `QuantMoment`s, or plain arrays if
-        moments are uncompressed.
-    - `corrections`: for each weight that is narrower than its master weight, the integer
-        correction: see [`flashquinox.ECCWeight`][].
+    - `moments`: for each moment of the rule, by its name: `QuantMoment`s, or plain
+        arrays if moments are uncompressed.
+    - `corrections`: for each weight that is narrower than its master weight, the
+        integer correction: see [`flashquinox.ECCWeight`][].
     """
 
     count: Int32[Array, ""]

@@ -26,7 +26,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: PyTree) -> tuple[list[Leaf], Callable[[list[Any]], PyTree]]:
-    """The leaves of a tree in order, and a function from as many values to such a tree."""
+    """The leaves of a tree in order, and a function from as many values to such a
+    tree."""
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     return [Leaf(path, value) for path, value in leaves], treedef.unflatten
 
@@ -36,8 +37,8 @@ def match(
 ) -> list[Any]:
     """The entries of a tree, one for each leaf of the model, in the model's order.
 
-    `None` in place of a subtree stands for `None` in all of it; with `prefix`, so does any
-    other value.
+    `None` in place of a subtree stands for `None` in all of it; with `prefix`, so does
+    any other value.
 
     **Raises:**
 
@@ -50,8 +51,8 @@ def match(
         found = _find(entries, leaf.path, prefix)
         if found is None:
             raise ValueError(
-                f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has a "
-                f"leaf. Pass a `{name}` of the structure of the model"
+                f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
+                f"a leaf. Pass a `{name}` of the structure of the model"
                 + _structure_hint(name)
             )
         unused.discard(found)
@@ -59,8 +60,8 @@ def match(
     for path in entries:
         if path in unused and entries[path] is not None:
             raise ValueError(
-                f"`{call}`: `{name}` has a leaf at `{path_name(path)}`, where the model "
-                f"has none. Pass a `{name}` of the structure of the model"
+                f"`{call}`: `{name}` has a leaf at `{path_name(path)}`, where the "
+                f"model has none. Pass a `{name}` of the structure of the model"
                 + _structure_hint(name)
             )
     return values

@@ -18,8 +18,8 @@ def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
 
     **Returns:**
 
-    A pytree like `model`. Integers, complex arrays, functions and all other leaves are left
-    alone.
+    A pytree like `model`. Integers, complex arrays, functions and all other leaves are
+    left alone.
 
     **Raises:**
 
@@ -27,7 +27,8 @@ def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"`cast(model, dtype)` takes a floating-point dtype; got {jnp.dtype(dtype)}."
+            "`cast(model, dtype)` takes a floating-point dtype; got "
+            f"{jnp.dtype(dtype)}."
         )
 
     def cast_leaf(x):

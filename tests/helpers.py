@@ -1,0 +1,258 @@
+"""The one table of cases over which the tests parametrize, and what they share."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flashquinox as fq
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from flashquinox._codec import decode_scale
+from flashquinox._layout import Layout
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float32, PyTree, UInt32
+
+
+#
+# The table
+#
+
+
+class OptimizerCase(NamedTuple):
+    # `make(learning_rate, **storage)`.
+    make: Callable[..., fq.Optimizer]
+    # What it is in Optax; of the same names of moments.
+    reference: Callable[..., optax.GradientTransformation]
+
+
+def _l2(weight_decay: float, optimizer: optax.GradientTransformation):
+    return optax.chain(optax.add_decayed_weights(weight_decay), optimizer)
+
+
+def _sgdw(learning_rate, momentum: float, weight_decay: float):
+    return optax.chain(
+        optax.trace(momentum),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerCase(
+        partial(fq.adamw, weight_decay=0.1), partial(optax.adamw, weight_decay=0.1)
+    ),
+    "adamw-nesterov": OptimizerCase(
+        partial(fq.adamw, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, nesterov=True),
+        partial(optax.adamw, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, nesterov=True),
+    ),
+    "adam": OptimizerCase(
+        partial(fq.adam, weight_decay=0.1), lambda lr: _l2(0.1, optax.adam(lr))
+    ),
+    "lion": OptimizerCase(
+        partial(fq.lion, weight_decay=0.1), partial(optax.lion, weight_decay=0.1)
+    ),
+    "sgd": OptimizerCase(fq.sgd, optax.sgd),
+    "sgd-momentum": OptimizerCase(
+        partial(fq.sgd, momentum=0.9, weight_decay=0.1),
+        lambda lr: _l2(0.1, optax.sgd(lr, momentum=0.9)),
+    ),
+    "sgd-nesterov": OptimizerCase(
+        partial(fq.sgd, momentum=0.9, nesterov=True),
+        partial(optax.sgd, momentum=0.9, nesterov=True),
+    ),
+    "sgdw": OptimizerCase(
+        partial(fq.sgdw, momentum=0.9, weight_decay=0.1),
+        partial(_sgdw, momentum=0.9, weight_decay=0.1),
+    ),
+}
+
+
+class Storage(NamedTuple):
+    dtype: DTypeLike
+    master_weight_bits: int | None
+    moments: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "master_weight_bits": self.master_weight_bits,
+            "moments": self.moments,
+        }
+
+
+_WIDTHS = [
+    (jnp.bfloat16, 24),
+    (jnp.bfloat16, 32),
+    (jnp.bfloat16, None),
+    (jnp.float16, 24),
+    (jnp.float16, 32),
+    (jnp.float32, None),
+]
+STORAGES = [
+    Storage(dtype, bits, moments)
+    for dtype, bits in _WIDTHS
+    for moments in fq.MomentCodecs.names()
+]
+# What the optimizers beside AdamW are tested with: every dtype, width and codec once.
+_FEW_STORAGES = [
+    Storage(jnp.bfloat16, 24, "flashquinox"),
+    Storage(jnp.bfloat16, 32, "float32"),
+    Storage(jnp.float16, 24, "flashoptim"),
+    Storage(jnp.float32, None, "float32"),
+]
+
+SHAPES = {
+    "scalar": (),
+    "empty": (0,),
+    "bias": (37,),
+    "matrix": (4, 64),
+    "ragged": (64, 5),
+    "kernel": (3, 2, 3, 3),
+}
+
+
+class Case(NamedTuple):
+    name: str
+    storage: Storage
+
+    def optimizer(self, learning_rate: Any, **kwargs: Any) -> fq.Optimizer:
+        make = OPTIMIZERS[self.name].make
+        return make(learning_rate, **(self.storage.arguments | kwargs))
+
+    def reference(self, learning_rate: Any) -> optax.GradientTransformation:
+        return OPTIMIZERS[self.name].reference(learning_rate)
+
+    def weights(self, *names: str, seed: int = 0) -> dict[str, Array]:
+        return weights(*names, dtype=self.storage.dtype, seed=seed)
+
+
+def _id(case: Case) -> str:
+    dtype, bits, moments = case.storage
+    return f"{case.name}-{jnp.dtype(dtype).name}-{bits}-{moments}"
+
+
+CASES = [
+    Case(name, storage)
+    for name in OPTIMIZERS
+    for storage in (STORAGES if name == "adamw" else _FEW_STORAGES)
+]
+
+
+def parametrize_cases(select: Callable[[Case], bool] = lambda case: True):
+    cases = [case for case in CASES if select(case)]
+    return pytest.mark.parametrize("case", cases, ids=_id)
+
+
+def weights(
+    *names: str, dtype: DTypeLike = jnp.bfloat16, seed: int = 0
+) -> dict[str, Array]:
+    """Weights, or gradients, of these names in `SHAPES`; all if none is named."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(SHAPES[name]), jnp.float32).astype(dtype)
+        for name in (names or SHAPES)
+    }
+
+
+#
+# Bits
+#
+
+
+def bits_of(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def float_of(bits: UInt32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def tree_identical(x: PyTree, y: PyTree) -> bool:
+    """Whether two trees agree in structure, dtypes, shapes and every bit."""
+    if jtu.tree_structure(x) != jtu.tree_structure(y):
+        return False
+    return all(map(_identical, jtu.tree_leaves(x), jtu.tree_leaves(y)))
+
+
+def _identical(x: object, y: object) -> bool:
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return x is y or x == y
+    x, y = np.asarray(x), np.asarray(y)
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def float64(x: Array) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+#
+# Codes
+#
+
+
+def roundtrip(
+    codec: fq.AbstractMomentCodec, layout: Layout, moment: ArrayLike, count: int
+) -> tuple[Any, np.ndarray]:
+    """A moment as it is stored at step `count`, and as it is decoded."""
+    moment = jnp.asarray(moment)
+    codes, scales = codec.encode(
+        layout.tile(moment), layout.tile_axis, fq.Dither.at(jnp.asarray(count), 0)
+    )
+    stored = codec.init(layout, moment.dtype)
+    if not isinstance(stored, fq.QuantMoment):
+        return layout.untile(codes), np.asarray(layout.untile(codes))
+    assert scales is not None
+    codes, scales = layout.untile(codes), layout.untile_scales(scales)
+    assert codes.dtype == stored.codes.dtype and codes.shape == stored.codes.shape
+    assert scales.dtype == stored.scales.dtype and scales.shape == stored.scales.shape
+    stored = eqx.tree_at(lambda s: (s.codes, s.scales), stored, (codes, scales))
+    if isinstance(moment, jax.core.Tracer):
+        return stored, stored.decode()
+    return stored, np.asarray(stored.decode())
+
+
+def assert_code_of(
+    stored: fq.QuantMoment, exact: np.ndarray, atol: float | np.ndarray = 0.0
+) -> None:
+    """Asserts that the codes are the exact values rounded once: to nearest, and so off by
+    half a code, or by the dither, and so off by less than one.
+
+    The bound is the curve itself: what `expand` gives for half a code, or one, more and
+    less. `atol` is the error of the values before they were encoded.
+    """
+    codec = stored.codec
+    if isinstance(codec, fq.FlashOptimCodec):
+        # Nearest: half a code where codes are farthest apart, and a float16 scale's 2^-11.
+        largest = np.max(np.abs(exact), initial=0)
+        half = 0.5 * 254 / 126.5**2 if codec.kind == "signed" else 2 * 0.5 / 255 * 1.01
+        scale = 2**-11 if codec.kind == "signed" else 2**-10
+        error = np.abs(float64(stored.decode()) - exact)
+        assert np.all(error <= (half + scale) * largest + atol + 2.0**-24)
+        return
+    assert isinstance(codec, fq.CompandedCodec)
+    codes = float64(stored.codes)
+    # A thousandth of a code for the arithmetic: the largest code times 2^-22 is less.
+    radius = (1 if codec.dithered else 0.5) + 1e-3
+    below, above = codes - radius, codes + radius
+    if stored.codes.dtype == jnp.uint8:
+        below = np.maximum(below, 0)
+    low, high = (float64(_expand(stored, bound)) for bound in (below, above))
+    # At code 0 anything smaller is clamped to it.
+    if stored.codes.dtype == jnp.uint8:
+        low = np.where(codes <= 1, 0, low)
+    slack = atol + 2.0**-20 * np.abs(exact) + 2.0**-126
+    assert np.all((exact >= low - slack) & (exact <= high + slack))
+
+
+def _expand(stored: fq.QuantMoment, codes: np.ndarray) -> Array:
+    layout, codec = stored.layout, stored.codec
+    scales = layout.tile_scales(stored.scales)
+    scales = decode_scale(scales, codec.scale_mantissa_bits)
+    tile = layout.tile(jnp.asarray(codes, jnp.float32))
+    return layout.untile(codec.companding.expand(tile, scales))
