@@ -1,27 +1,28 @@
 """How much does storing moments in 8 bits change training?
 
-Open loop (the default): a small byte-level GPT is trained on real text by float32 AdamW.
-At each step its exact gradient also goes to each codec, which keeps its own moments. The
-update that follows from the stored moments, u', is compared with the exact one, u:
+Open loop (the default): a small byte-level GPT is trained on real text by float32
+AdamW. At each step its exact gradient also goes to each codec, which keeps its own
+moments. The update that follows from the stored moments, u', is compared with the exact
+one, u:
 
-- error: the mean over steps 10 to 250 of |u' - u| / |u| (Euclidean norms), for each tensor;
-- worst: the largest max|u'| / max|u| of any step and tensor;
+- error: the mean over steps 10 to 250 and all seeds of |u' - u| / |u| (Euclidean
+  norms), for each tensor;
+- worst: the largest max|u'| / max|u| of any step, tensor and seed;
 - sum of v: the sum of the decoded second moments over the exact one, for each tensor,
   averaged over the last 50 steps.
 
 Closed loop (--closed-loop --seeds 48): the GPT is trained by each codec, with bfloat16
-weights, bfloat16 gradients and a 24-bit master weight. Every seed is paired with the same
-seed under float32 AdamW (float32 weights and moments, the same bfloat16 forward pass). Prints
-the gap of the mean loss of the last 50 steps with its standard error, and the largest |u|
-after step 5 (median and worst seed). Seeds run side by side under `vmap`: on a GPU, 48 of
-them take seconds; with few, any machine will do.
+weights, bfloat16 gradients and a 24-bit master weight. Every seed is paired with the
+same seed under float32 AdamW (float32 weights and moments, the same bfloat16 forward
+pass). Prints the gap of the mean loss of the last 50 steps with its standard error, and
+the largest |u| after step 5 (median and worst seed). Seeds run side by side under
+`vmap`: on a GPU, 48 of them take a minute; with few, any machine will do.
 """
 
 import argparse
 import functools as ft
 import json
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -90,7 +91,7 @@ def open_loop(
     batch: int,
     learning_rate: float,
 ) -> dict[str, dict[str, Float[Array, "steps tensors"]]]:
-    """For each codec and step and tensor: error, largest-update ratio, ratio of sums of v."""
+    """For each codec, step and tensor: error, largest-update ratio, sum-of-v ratio."""
     model_key, data_key = jax.random.split(key)
     model, static = eqx.partition(GPT(key=model_key), eqx.is_inexact_array)
     nowhere = jtu.tree_map(jnp.zeros_like, model)
@@ -144,17 +145,18 @@ def _compare(
 
 
 def summarize(
-    measured: dict[str, Any], names: list[str], against: str = "flashoptim"
+    runs: list[dict[str, Any]], names: list[str], against: str = "flashoptim"
 ) -> list[dict[str, Any]]:
-    mean = {
-        codec: np.mean(np.asarray(values["error"])[FIRST_STEP:], axis=0)
-        for codec, values in measured.items()
-    }
+    """The figures of each codec, over all steps and seeds."""
+
+    def steps(codec: str, what: str, first: int) -> np.ndarray:
+        return np.concatenate([np.asarray(run[codec][what])[first:] for run in runs])
+
+    mean = {codec: steps(codec, "error", FIRST_STEP).mean(axis=0) for codec in codecs()}
     rows = []
     for codec in codecs():
-        values = measured[codec]
-        largest = np.asarray(values["largest"])[FIRST_STEP:]
-        sums = np.mean(np.asarray(values["sum"])[-LAST_STEPS:], axis=0)
+        largest = steps(codec, "largest", FIRST_STEP)
+        sums = steps(codec, "sum", STEPS - LAST_STEPS).mean(axis=0)
         ratio = mean[codec] / mean[against]
         rows.append(
             {
@@ -211,7 +213,7 @@ def train(
     steps: int,
     batch: int,
 ) -> tuple[Float[Array, "seeds steps"], Float[Array, "seeds steps"]]:
-    """The loss and the largest |u| of every step of every seed. `None` is float32 AdamW."""
+    """Losses and largest |u|s. `None` for the codec is float32 AdamW."""
 
     def one_seed(key):
         model_key, data_key = jax.random.split(key)
@@ -285,14 +287,15 @@ def print_closed_loop(
 ) -> None:
     learning_rate, b2 = setting
     print(
-        f"\nClosed loop, learning rate {learning_rate}, b2 = {b2}: {seeds} seeds, {steps} steps"
+        f"\nClosed loop, learning rate {learning_rate}, b2 = {b2}: "
+        f"{seeds} seeds, {steps} steps"
     )
-    print(
-        f"{'codec':20}{'loss':>9}{'gap to float32':>22}{'largest |u|: median / worst':>30}"
-    )
+    header = f"{'codec':20}{'loss':>9}{'gap to float32':>22}"
+    print(f"{header}{'largest |u|: median / worst':>30}")
     for row in rows:
         gap = f"{row['gap']:+.4f} +- {row['standard error']:.4f}"
-        peak = f"{row['largest |u|, median seed']:.2f} / {row['largest |u|, worst seed']:.2f}"
+        median, worst = row["largest |u|, median seed"], row["largest |u|, worst seed"]
+        peak = f"{median:.2f} / {worst:.2f}"
         print(f"{row['codec']:20}{row['loss']:9.4f}{gap:>22}{peak:>30}")
 
 
@@ -307,7 +310,7 @@ def parse_arguments() -> argparse.Namespace:
         "--closed-loop", action="store_true", help="train with each codec instead"
     )
     parser.add_argument(
-        "--seeds", type=int, default=2, help="seeds of the closed loop (default: 2)"
+        "--seeds", type=int, default=2, help="how many seeds (default: 2)"
     )
     parser.add_argument(
         "--steps", type=int, default=500, help="steps of the closed loop (default: 500)"
@@ -323,9 +326,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     arguments = parser.parse_args()
-    for name in ("seeds", "steps", "batch"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    for name, least in {"seeds": 1, "steps": 10, "batch": 1}.items():
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}")
     if arguments.text is not None and not arguments.text.is_file():
         parser.error(f"--text: no such file: {arguments.text}")
     return arguments
@@ -349,21 +352,28 @@ def main() -> None:
         key = jax.random.key(0)
         names = leaf_names(eqx.filter(GPT(key=key), eqx.is_inexact_array))
         for b2 in (0.999, 0.95):
-            measured = open_loop(
+            run = ft.partial(
+                open_loop,
                 text,
-                key,
-                jnp.float32(b2),
-                tuple(codecs().items()),
-                arguments.batch,
-                1e-3,
+                b2=jnp.float32(b2),
+                chosen=tuple(codecs().items()),
+                batch=arguments.batch,
+                learning_rate=1e-3,
             )
-            rows = summarize(jax.tree.map(np.asarray, measured), names)
+            keys = jax.random.split(key, arguments.seeds)
+            rows = summarize([run(key) for key in keys], names)
             print_open_loop(b2, rows)
             results[f"b2 {b2}"] = rows
     print(f"\n{time.perf_counter() - start:.0f} s")
     if arguments.json is not None:
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            "arguments": {
+                "closed_loop": arguments.closed_loop,
+                "seeds": arguments.seeds,
+                "steps": arguments.steps if arguments.closed_loop else STEPS,
+                "batch": arguments.batch,
+                "bytes of text": int(text.shape[0]),
+            },
             "device": device,
             "versions": {"jax": jax.__version__, "flashquinox": fq.__version__},
             "results": results,

@@ -52,8 +52,8 @@ def hyperparameters(
 def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, jax.core.Tracer):
         return
-    is_number = eqx.is_array_like(value) and not isinstance(value, (bool, complex))
-    if not is_number or np.ndim(value) != 0:
+    is_number = eqx.is_array_like(value) and not isinstance(value, bool)
+    if not is_number or np.ndim(value) != 0 or np.iscomplexobj(value):
         raise TypeError(
             f"`{call}({name}=...)` takes a number or a scalar array; got {value!r}."
         )

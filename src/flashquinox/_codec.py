@@ -96,10 +96,11 @@ class SoftsignCodec(AbstractMomentCodec):
     \qquad s = \max |m|$$
 
     A scale $s$ is kept as a float32's eight exponent bits and its `scale_mantissa_bits`
-    leading mantissa bits in a `uint16` (it has no sign). 8, the default, is the range of
-    a bfloat16 with one more bit of precision; 7 is bfloat16 itself. Scales are rounded by
-    the rotating threshold, or they would stall where a moment decays slowly; codes are
-    not, or a small moment would be left beside a second moment that is smaller still.
+    leading mantissa bits in a `uint16` (it has no sign). 8, the default, is the range
+    of a bfloat16 with one more bit of precision; 7 is bfloat16 itself. Scales are
+    rounded by the rotating threshold, or they would stall where a moment decays slowly;
+    codes are not, or a small moment would be left beside a second moment that is
+    smaller still.
 
     ??? cite "Reference"
 
@@ -147,25 +148,26 @@ class SoftsignCodec(AbstractMomentCodec):
 
 
 class FourthRootCodec(AbstractMomentCodec):
-    r"""For averages of squares: fourth-root companding in `uint8`, fitted to the range of
-    each group, rounded by the rotating threshold.
+    r"""For averages of squares: fourth-root companding in `uint8`, fitted to the range
+    of each group, rounded by the rotating threshold.
 
     $$\sqrt{v} = s \left( \frac{q + t}{N + t} \right)^2, \qquad
     s = \max \sqrt{v}, \qquad N = 254.5$$
 
-    The shift $t$ fits the curve to the range of the group: its code 0 stands for
+    The shift $t$ fits the curve to the range of the group: code 0 stands for
     $s \, (t / (N + t))^2$, at most the smallest $\sqrt{v}$ of the group. The relative
     step between neighboring codes is $2 / (q + t)$. A group of similar moments has a
-    large $t$ and steps of down to 0.2 %; a group that spans many orders of magnitude has
-    $t = 4$, the least there is. As $t > 0$, no code of a nonzero group stands for zero:
-    an update divides by $\sqrt{v}$.
+    large $t$ and steps of down to 0.05 %. A group that spans many orders of magnitude
+    has $t = 16$, the least there is, and code 0 stands for $0.0035 s$: where $\sqrt{v}$
+    is smaller than that, the first moment is below its own first code, and an update
+    divides the one by the other.
 
-    One `uint16` holds both, and no bit is lost: $s$ is rounded *up* to three mantissa
-    bits, as codes cover what it exceeds the maximum by, and $t$ *down* to one of 32
-    values, $4 \cdot 2^{i/4}$ or thereabouts. That is the sixteen bits of a bfloat16, and
-    its exponent range.
+    One `uint16` holds both: $s$ with eight exponent bits, rounded *up* to three mantissa
+    bits (codes make up for what it exceeds the maximum by), and $t$ rounded *down* to one
+    of 32 values, about $16 \cdot 2^{i/4}$. That is the size and the exponent range of a
+    bfloat16.
 
-    With `dithered=False`, codes are rounded to nearest; with `fitted=False`, $t = 4$
+    With `dithered=False`, codes are rounded to nearest; with `fitted=False`, $t = 16$
     everywhere: for measuring what each is worth.
     """
 
@@ -416,9 +418,9 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 def encode_scale(
     scale: Float32[Array, "*tile"], threshold: UInt32[Array, ""], mantissa_bits: int = 8
 ) -> UInt16[Array, "*tile"]:
-    """The eight exponent and the leading mantissa bits of a nonnegative float32, rounded
-    up where the sum of the cut bits and the 16-bit threshold overflows. NaN and infinity
-    are kept; finite scales stay finite.
+    """The eight exponent and the leading mantissa bits of a nonnegative float32,
+    rounded up where the sum of the cut bits and the 16-bit threshold overflows. NaN and
+    infinity are kept; finite scales stay finite.
     """
     dropped = 23 - mantissa_bits
     bits = _bits(scale)
@@ -437,12 +439,12 @@ def decode_scale(
 
 
 # Of a group's largest root, three mantissa bits are kept: 11 bits in all. The other 5 bits
-# index the shifts: floats with two mantissa bits, from 4 to 896.
+# index the shifts: floats with two mantissa bits, from 16 to 3584.
 _LARGEST_CODE = 254.5
 _ROOT_DROPPED_BITS = 20
 _SHIFT_BITS = 5
 _SHIFT_DROPPED_BITS = 21
-_SMALLEST_SHIFT = np.uint32(0x4080_0000 >> _SHIFT_DROPPED_BITS)
+_SMALLEST_SHIFT = np.uint32(0x4180_0000 >> _SHIFT_DROPPED_BITS)
 _LAST_SHIFT = np.uint32((1 << _SHIFT_BITS) - 1)
 # The square root of the smallest subnormal float32 is 4e-23.
 _NEGLIGIBLE_ROOT = np.float32(1e-30)
@@ -451,8 +453,9 @@ _NEGLIGIBLE_ROOT = np.float32(1e-30)
 def encode_range(
     smallest: Float32[Array, "*tile"], largest: Float32[Array, "*tile"]
 ) -> UInt16[Array, "*tile"]:
-    """The scale and the shift for a group whose square roots lie in this range: the least
-    scale and the largest shift that cover it. NaN and infinity are kept in the scale.
+    """The scale and the shift for a group whose square roots lie in this range: the
+    least scale and the largest shift that cover it. NaN and infinity are kept in the
+    scale.
     """
     round_up = np.uint32((1 << _ROOT_DROPPED_BITS) - 1)
     scale_bits = (_bits(largest) + round_up) >> _ROOT_DROPPED_BITS

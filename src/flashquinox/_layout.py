@@ -43,12 +43,13 @@ class Layout(eqx.Module):
         return tuple(shape)
 
     def tile(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*tile"]:
-        """The leaf as a tile; a partial group is filled up with zeros."""
+        """The leaf as a tile. A partial group is filled up with copies of its last
+        element, which change neither its largest nor its smallest element."""
         x = x.reshape(self._grouped_shape)
         if self._padding > 0:
             padding = [(0, 0)] * x.ndim
             padding[self.tile_axis] = (0, self._padding)
-            x = jnp.pad(x, padding)
+            x = jnp.pad(x, padding, mode="edge")
         return x.reshape(self._split(self._groups, self._group_length))
 
     def untile(self, x: Shaped[Array, "*tile"]) -> Shaped[Array, "*shape"]:

@@ -24,7 +24,7 @@ from ._codec import (
 from ._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._layout import Layout
 from ._rule import AbstractRule, rule_scalars, rule_structure
-from ._split import Correction, decode_weight, NARROW_DTYPES
+from ._split import compute_dtype, Correction, decode_weight, NARROW_DTYPES
 from ._state import OptimizerState
 from ._trees import flatten, Leaf, match
 
@@ -114,10 +114,9 @@ class _Transformation(eqx.Module):
             trained.append(leaf)
             shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
             layout = self.codecs.layout(shape, group_size)
-            compute_dtype = jnp.promote_types(dtype, jnp.float32)
             for name, kind in self.rule.moments.items():
                 codec = self.codecs.of(kind, shape)
-                moments[name].append(codec.init(layout, compute_dtype))
+                moments[name].append(codec.init(layout, compute_dtype(dtype)))
             narrow = correction_dtype is not None and dtype in NARROW_DTYPES
             corrections.append(jnp.zeros(shape, correction_dtype) if narrow else None)
         checks.correction_has_effect(self.call, self.master_weight_bits, trained)
@@ -195,7 +194,7 @@ class _Transformation(eqx.Module):
         for index in trained:
             leaf = leaves[index]
             stored = {name: moments[name][index] for name in self.rule.moments}
-            dtype = jnp.promote_types(leaf.value.dtype, jnp.float32)
+            dtype = compute_dtype(leaf.value.dtype)
             rule_values, decay = scalars[dtype]
             new = xla.update_leaf(
                 StepStructure(rule, _codecs(stored), self.decoupled, as_update),
@@ -248,7 +247,8 @@ class _Transformation(eqx.Module):
         if self.mask is None:
             return [True for _ in leaves]
         mask = self.mask
-        if callable(mask):
+        # A mask of the model's structure is a module, and that may be callable too.
+        if callable(mask) and not isinstance(mask, eqx.Module):
             mask = mask(eqx.filter(params, checks.is_float_array))
         matched = match(call, "mask", mask, leaves, prefix=True)
         return [

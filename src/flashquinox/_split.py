@@ -95,6 +95,11 @@ class ECCWeight(eqx.Module):
         return decode_weight(self.weight, self.correction)
 
 
+def compute_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which a weight of this dtype is updated: float32, or float64."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
 def decode_weight(
     weight: Float[Array, "*shape"], correction: Correction | None
 ) -> Float[Array, "*shape"]:
@@ -103,7 +108,7 @@ def decode_weight(
     A correction that does not belong to the weight, such as a negative one beside a
     weight that was set to zero, gives a neighbour of the weight, never NaN.
     """
-    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    wide = weight.astype(compute_dtype(weight.dtype))
     if correction is None:
         return wide
     shift = _unstored_bits(weight.dtype, correction.dtype)
