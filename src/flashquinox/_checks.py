@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._codec import FullPrecision, MomentCodecs, QuantMoment, StoredMoment
+from ._codec import QuantMoment, StoredMoment
+from ._codecs.full_precision import FullPrecision
+from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
 from ._split import Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
@@ -35,18 +37,17 @@ def hyperparameters(
             f"`{call}(rule=...)` takes an instance of a subclass of "
             f"`flashquinox.AbstractRule`; got {rule!r}."
         )
-    values = {name: getattr(rule, name) for name in rule.bounds}
-    bounds = dict(rule.bounds)
-    for name, value in {
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-    }.items():
-        if not callable(value):
-            values[name] = value
-            bounds[name] = (0.0, float("inf"))
-    for name, value in values.items():
+    for name, (low, high) in rule.bounds.items():
+        value = getattr(rule, name)
+        # An absent momentum, say: what may be None is the rule's business.
         if value is not None:
-            _in_range(call, name, value, *bounds[name])
+            _in_range(call, name, value, low, high)
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+    ):
+        if not callable(value):
+            _in_range(call, name, value, 0.0, float("inf"))
 
 
 def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None:
@@ -195,6 +196,14 @@ def concrete_structure(
                 f'`static_args=("master_weight_bits", "group_size")`, or leave it out.'
             )
     return None if bits is None else CORRECTION_DTYPES[bits], int(size)
+
+
+def is_given(call: str, name: str, tree: Any) -> None:
+    if tree is None:
+        raise TypeError(
+            f"`{call}`: `{name}` is None. Pass a tree like the model; `None` may stand "
+            "in it for a leaf or a subtree that is frozen."
+        )
 
 
 def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:

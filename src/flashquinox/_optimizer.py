@@ -1,36 +1,14 @@
-"""From a rule to an optimizer: state, schedules, masks, and the two ways to take a
-step."""
+from typing import Any, cast, TYPE_CHECKING
 
-from collections.abc import Callable
-from typing import Any, cast, TypeAlias
-
-import equinox as eqx
-import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, PyTree, ScalarLike
 
 from . import _checks as checks
-from ._backends import xla
-from ._body import no_update, StepScalars, StepStructure, TileState
-from ._codec import (
-    AbstractMomentCodec,
-    Dither,
-    FullPrecision,
-    MomentCodecs,
-    QuantMoment,
-    StoredMoment,
-)
 from ._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
-from ._layout import Layout
-from ._rule import AbstractRule, rule_scalars, rule_structure
-from ._split import compute_dtype, Correction, decode_weight, NARROW_DTYPES
+from ._moment_codecs import MomentCodecs
+from ._rule import AbstractRule
 from ._state import OptimizerState
-from ._trees import flatten, Leaf, match
-
-
-ScalarOrSchedule: TypeAlias = ScalarLike | Callable[[Scalar], ScalarLike]
-Mask: TypeAlias = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
+from ._transformation import Mask, ScalarOrSchedule, Transformation
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
@@ -55,13 +33,23 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         ```
     """
 
-    # The two fields of the tuple are bound methods of one `_Transformation`.
+    # At run time, the two fields of the tuple: bound methods of one `Transformation`.
+    if TYPE_CHECKING:
 
-    @property
+        def init(self, params: PyTree) -> OptimizerState: ...
+
+        def update(
+            self,
+            updates: PyTree,
+            state: OptimizerState,
+            params: PyTree | None = None,
+            **extra_args: Any,
+        ) -> tuple[PyTree, OptimizerState]: ...
+
     def step(
-        self,
-    ) -> Callable[[PyTree, OptimizerState, PyTree], tuple[PyTree, OptimizerState]]:
-        """`step(model, state, grads)` takes one step.
+        self, model: PyTree, state: OptimizerState, grads: PyTree
+    ) -> tuple[PyTree, OptimizerState]:
+        """Takes one step.
 
         **Arguments:**
 
@@ -81,180 +69,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         `TypeError` or `ValueError` if the trees, shapes or dtypes do not fit together,
         or the state is that of another optimizer. The message names the leaf.
         """
-        return cast(Any, self.update).__self__.step
-
-
-class _Transformation(eqx.Module):
-    call: str = eqx.field(static=True)
-    rule: AbstractRule
-    learning_rate: ScalarOrSchedule
-    weight_decay: ScalarOrSchedule
-    decoupled: bool = eqx.field(static=True)
-    peak_learning_rate: ScalarLike | None
-    mask: Mask | None
-    master_weight_bits: Integer | Array | None
-    codecs: MomentCodecs = eqx.field(static=True)
-    group_size: Integer | Array
-    skip_nonfinite: bool = eqx.field(static=True)
-
-    def init(self, params: PyTree) -> OptimizerState:
-        leaves, rebuild = flatten(params)
-        correction_dtype, group_size = checks.concrete_structure(
-            self.call, self.master_weight_bits, self.group_size
-        )
-        moments = {name: [] for name in self.rule.moments}
-        corrections = []
-        trained = []
-        for leaf in leaves:
-            if not checks.is_trained(leaf, f"{self.call}(...).init"):
-                for stored in moments.values():
-                    stored.append(None)
-                corrections.append(None)
-                continue
-            trained.append(leaf)
-            shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
-            layout = self.codecs.layout(shape, group_size)
-            for name, kind in self.rule.moments.items():
-                codec = self.codecs.of(kind, shape)
-                moments[name].append(codec.init(layout, compute_dtype(dtype)))
-            narrow = correction_dtype is not None and dtype in NARROW_DTYPES
-            corrections.append(jnp.zeros(shape, correction_dtype) if narrow else None)
-        checks.correction_has_effect(self.call, self.master_weight_bits, trained)
-        return OptimizerState(
-            count=jnp.zeros((), jnp.int32),
-            moments={name: rebuild(stored) for name, stored in moments.items()},
-            corrections=rebuild(corrections),
-        )
-
-    def step(
-        self, model: PyTree, state: OptimizerState, grads: PyTree
-    ) -> tuple[PyTree, OptimizerState]:
-        return self._advance("step", model, state, grads, as_update=False)
-
-    def update(
-        self,
-        updates: PyTree,
-        state: OptimizerState,
-        params: PyTree | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, OptimizerState]:
-        del extra_args
-        if params is None:
-            raise ValueError(
-                f"`{self.call}(...).update(grads, state, params)` got no `params`. The "
-                "weights are part of the computation: pass them as third argument."
-            )
-        return self._advance("update", params, state, updates, as_update=True)
-
-    def _advance(
-        self,
-        method: str,
-        params: PyTree,
-        state: OptimizerState,
-        grads: PyTree,
-        as_update: bool,
-    ) -> tuple[PyTree, OptimizerState]:
-        call = f"{self.call}(...).{method}"
-        leaves, rebuild = flatten(params)
-        checks.is_state(call, state, self.rule)
-        grad_leaves = match(call, "grads", grads, leaves)
-        decayed = self._decayed(call, params, leaves)
-        moments = {
-            name: match(call, f"state.moments[{name!r}]", tree, leaves)
-            for name, tree in state.moments.items()
-        }
-        corrections = match(call, "state.corrections", state.corrections, leaves)
-        new_values = [None if as_update else leaf.value for leaf in leaves]
-        new_moments = {name: list(stored) for name, stored in moments.items()}
-        new_corrections = list(corrections)
-
-        trained = []
-        for index, leaf in enumerate(leaves):
-            if not checks.is_trained(leaf, call):
-                continue
-            if as_update:
-                new_values[index] = no_update(leaf.value)
-            if grad_leaves[index] is None:
-                continue
-            stored = {name: moments[name][index] for name in self.rule.moments}
-            checks.grad_fits(call, leaf, grad_leaves[index])
-            checks.moments_fit(
-                call, leaf, stored, self.rule, self.codecs, self.group_size
-            )
-            checks.correction_fits(call, leaf, corrections[index])
-            checks.width_fits(call, leaf, corrections[index], self.master_weight_bits)
-            if leaf.value.size > 0:
-                trained.append(index)
-
-        take = None
-        if self.skip_nonfinite:
-            take = _all_finite([grad_leaves[index] for index in trained])
-        rule = rule_structure(self.rule)
-        scalars = _PerDType(lambda dtype: self._scalars(state.count, dtype))
-        for index in trained:
-            leaf = leaves[index]
-            stored = {name: moments[name][index] for name in self.rule.moments}
-            dtype = compute_dtype(leaf.value.dtype)
-            rule_values, decay = scalars[dtype]
-            new = xla.update_leaf(
-                StepStructure(rule, _codecs(stored), self.decoupled, as_update),
-                _layout(leaf, stored),
-                StepScalars(
-                    rule=rule_values,
-                    decay=decay if decayed[index] else None,
-                    dither=Dither.at(state.count, index),
-                    take=take,
-                ),
-                jnp.asarray(grad_leaves[index]),
-                _tile_state(leaf, stored, corrections[index]),
-            )
-            new_values[index] = new.weight
-            new_corrections[index] = new.correction
-            for name in moments:
-                new_moments[name][index] = _store(
-                    stored[name], new.codes[name], new.scales[name]
-                )
-
-        count = jnp.asarray(optax.safe_increment(state.count))
-        if take is not None:
-            count = jnp.where(take, count, state.count)
-        return rebuild(new_values), OptimizerState(
-            count=count,
-            moments={name: rebuild(stored) for name, stored in new_moments.items()},
-            corrections=rebuild(new_corrections),
-        )
-
-    def _scalars(
-        self, count: Scalar, dtype: DTypeLike
-    ) -> tuple[dict[str, Scalar], Scalar | None]:
-        """The rule's scalars and the scalar of weight decay, in the precision
-        `dtype`."""
-        learning_rate = jnp.asarray(_value(self.learning_rate, count), dtype)
-        rule = rule_scalars(self.rule, count + 1, learning_rate, dtype)
-        if checks.is_zero(self.weight_decay):
-            return rule, None
-        decay = jnp.asarray(_value(self.weight_decay, count), dtype)
-        if not self.decoupled:
-            return rule, decay
-        if self.peak_learning_rate is None:
-            return rule, 1 - learning_rate * decay
-        return rule, 1 - learning_rate / jnp.asarray(
-            self.peak_learning_rate, dtype
-        ) * decay
-
-    def _decayed(self, call: str, params: PyTree, leaves: list[Leaf]) -> list[bool]:
-        """For each leaf, whether weight decay applies to it."""
-        if self.mask is None:
-            return [True for _ in leaves]
-        mask = self.mask
-        # A mask of the model's structure is a module, and that may be callable too.
-        if callable(mask) and not isinstance(mask, eqx.Module):
-            mask = mask(eqx.filter(params, checks.is_float_array))
-        matched = match(call, "mask", mask, leaves, prefix=True)
-        return [
-            checks.is_mask_value(call, leaf, value)
-            for leaf, value in zip(leaves, matched, strict=True)
-        ]
+        return cast(Any, self.update).__self__.step(model, state, grads)
 
 
 def optimizer(
@@ -344,7 +159,7 @@ def build_optimizer(
     checks.hyperparameters(call, rule, learning_rate, weight_decay)
     checks.widths(call, master_weight_bits, group_size)
     peak = checks.peak(call, learning_rate, decouple_lr, peak_learning_rate)
-    transformation = _Transformation(
+    transformation = Transformation(
         call=call,
         rule=rule,
         learning_rate=learning_rate,
@@ -359,91 +174,3 @@ def build_optimizer(
     )
     # Optax's types know no state that is not made of arrays.
     return Optimizer(cast(Any, transformation.init), cast(Any, transformation.update))
-
-
-def master_weights(model: PyTree, state: OptimizerState) -> PyTree:
-    """The model with its weights in float32 (float64 where they are), corrections
-    included: for evaluation, export, or a comparison.
-
-    **Arguments:**
-
-    - `model`: the model.
-    - `state`: its optimizer state, which holds the corrections.
-
-    **Returns:**
-
-    A pytree like `model`. Leaves that are not floating-point arrays are left alone.
-
-    **Raises:**
-
-    `ValueError` if the state is not one of this model; `TypeError` if it is no
-    [`flashquinox.OptimizerState`][].
-    """
-    leaves, rebuild = flatten(model)
-    checks.is_state("master_weights", state, rule=None)
-    corrections = match(
-        "master_weights", "state.corrections", state.corrections, leaves
-    )
-    new = []
-    for leaf, correction in zip(leaves, corrections, strict=True):
-        if checks.is_trained(leaf, "master_weights"):
-            checks.correction_fits("master_weights", leaf, correction)
-            new.append(decode_weight(jnp.asarray(leaf.value), correction))
-        else:
-            new.append(leaf.value)
-    return rebuild(new)
-
-
-class _PerDType(dict):
-    """Computes a value once for each dtype that asks."""
-
-    def __init__(self, make: Callable[[Any], Any]):
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, dtype: Any) -> Any:
-        self[dtype] = self._make(dtype)
-        return self[dtype]
-
-
-def _value(value: ScalarOrSchedule, count: Scalar) -> ScalarLike:
-    return value(count) if callable(value) else value
-
-
-def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
-    finite = jnp.asarray(True)
-    for grad in grads:
-        finite = finite & jnp.all(jnp.isfinite(grad))
-    return finite
-
-
-def _layout(leaf: Leaf, stored: dict[str, StoredMoment]) -> Layout:
-    """The groups of a leaf. The state decides, not the defaults of this optimizer."""
-    for moment in stored.values():
-        if isinstance(moment, QuantMoment):
-            return moment.layout
-    return Layout(leaf.value.shape, None, max(1, leaf.value.size))
-
-
-def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
-    return tuple(
-        moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
-        for moment in stored.values()
-    )
-
-
-def _tile_state(
-    leaf: Leaf, stored: dict[str, StoredMoment], correction: Correction | None
-) -> TileState:
-    codes, scales = {}, {}
-    for name, moment in stored.items():
-        quantized = isinstance(moment, QuantMoment)
-        codes[name] = moment.codes if quantized else moment
-        scales[name] = moment.scales if quantized else None
-    return TileState(jnp.asarray(leaf.value), correction, codes, scales)
-
-
-def _store(like: StoredMoment, codes: Array, scales: Array | None) -> StoredMoment:
-    if not isinstance(like, QuantMoment):
-        return codes
-    return eqx.tree_at(lambda q: (q.codes, q.scales), like, (codes, scales))

@@ -85,7 +85,20 @@ class ECCWeight(eqx.Module):
 
         The weight in `dtype`, and an `int8`, an `int16` or no correction of the same
         shape.
+
+        **Raises:**
+
+        `ValueError` for other dtypes or widths.
         """
+        if master.dtype != jnp.float32 or jnp.dtype(dtype) not in NARROW_DTYPES:
+            raise ValueError(
+                "`ECCWeight.encode(master, dtype, bits)` splits float32 into bfloat16 "
+                f"or float16; got {master.dtype} and {jnp.dtype(dtype)}."
+            )
+        if bits is not None and bits not in CORRECTION_DTYPES:
+            raise ValueError(
+                f"`ECCWeight.encode(..., bits)` must be 24, 32 or None; got {bits!r}."
+            )
         correction_dtype = None if bits is None else CORRECTION_DTYPES[bits]
         weight, correction = encode_weight(master, jnp.dtype(dtype), correction_dtype)
         return ECCWeight(weight, correction)

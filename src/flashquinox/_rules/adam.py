@@ -2,10 +2,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .._codec import MomentCodecs
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
-from .._optimizer import build_optimizer, Mask, Optimizer, ScalarOrSchedule
+from .._moment_codecs import MomentCodecs
+from .._optimizer import build_optimizer, Optimizer
 from .._rule import AbstractRule, MomentKind
+from .._transformation import Mask, ScalarOrSchedule
 
 
 class Adam(AbstractRule):

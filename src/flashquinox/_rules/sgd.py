@@ -3,10 +3,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .._checks import is_zero
-from .._codec import MomentCodecs
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
-from .._optimizer import build_optimizer, Mask, Optimizer, ScalarOrSchedule
+from .._moment_codecs import MomentCodecs
+from .._optimizer import build_optimizer, Optimizer
 from .._rule import AbstractRule, MomentKind
+from .._transformation import Mask, ScalarOrSchedule
 
 
 class SGD(AbstractRule):

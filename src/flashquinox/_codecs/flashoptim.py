@@ -1,0 +1,75 @@
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from .._codec import AbstractMomentCodec, Dither, StoredMoment, zeros
+from .._layout import Layout
+from .._rule import MomentKind
+
+
+class FlashOptimCodec(AbstractMomentCodec):
+    r"""The codec of the paper, bit-compatible with its reference implementation:
+    flattened groups of 32 with float16 scales, everything rounded to nearest.
+
+    $$q = \lfloor 127 \cdot 2n / (1 + |n|) + \tfrac12 \rfloor \text{ with }
+    n = m / \max |m| \text{ for signed moments}$$
+
+    $$q = \lfloor 255 \cdot \sqrt{v} / \max \sqrt{v} + \tfrac12 \rfloor
+    \text{ for averages of squares}$$
+
+    For checkpoints from elsewhere and for comparison. Its scales overflow above 65504
+    and vanish below $3 \cdot 10^{-8}$, and its second moments stall and collapse.
+
+    ??? cite "Reference"
+
+        FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.2.
+    """
+
+    kind: MomentKind = eqx.field(static=True)
+
+    @property
+    def flattened(self) -> bool:
+        return True
+
+    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
+        del dtype
+        return zeros(self, layout, self._code_dtype, jnp.float16)
+
+    def encode(
+        self, moment: Float[Array, "*tile"], axis: int, dither: Dither
+    ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*#tile"] | None]:
+        del dither
+        signed = self.kind == "signed"
+        amplitude = moment if signed else jnp.sqrt(moment)
+        largest = jnp.max(jnp.abs(amplitude), axis=axis, keepdims=True)
+        largest = jnp.maximum(largest, 1e-12)
+        codes = amplitude / largest
+        if signed:
+            codes = 2 * codes / (1 + jnp.abs(codes))
+        codes = jnp.floor(codes * self._largest_code + 0.5)
+        return codes.astype(self._code_dtype), largest.astype(jnp.float16)
+
+    def decode(
+        self,
+        codes: Shaped[Array, "*tile"],
+        scales: Shaped[Array, "*#tile"] | None,
+        dtype: DTypeLike,
+    ) -> Float[Array, "*tile"]:
+        assert scales is not None
+        # Behind a barrier, or XLA multiplies by the rounded reciprocal of the constant.
+        largest_code = lax.optimization_barrier(jnp.asarray(self._largest_code, dtype))
+        amplitude = codes.astype(dtype) / largest_code
+        if self.kind == "signed":
+            return amplitude / (2 - jnp.abs(amplitude)) * scales.astype(dtype)
+        amplitude = amplitude * scales.astype(dtype)
+        return amplitude * amplitude
+
+    @property
+    def _code_dtype(self) -> DTypeLike:
+        return jnp.int8 if self.kind == "signed" else jnp.uint8
+
+    @property
+    def _largest_code(self) -> float:
+        return 127.0 if self.kind == "signed" else 255.0
