@@ -111,7 +111,9 @@ def open_loop(
         for name, moments in chosen:
             update, state = shadow(moments).step(nowhere, states[name], grads)
             states = {**states, name: state}
-            measured[name] = _compare(update, exact, state, exact_state.nu)
+            measured[name] = _compare(
+                update, exact, state, optax.tree.get(exact_state, "nu")
+            )
         model = jtu.tree_map(lambda w, u: w - learning_rate * u, model, exact)
         return (model, exact_state, states), measured
 

@@ -6,8 +6,8 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# No deadline: the first example of every shape compiles. Derandomized, so that a failure
-# is a change of the code and not of the dice.
+# No deadline: the first example of every shape compiles. Derandomized, so that a
+# failure is a change of the code and not of the dice.
 hypothesis.settings.register_profile(
     "flashquinox", deadline=None, derandomize=True, max_examples=40
 )

@@ -1,14 +1,15 @@
 from collections.abc import Callable
 from functools import partial
 
-import flashquinox as fq
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flashquinox._split import encode_correction
 from jaxtyping import Array, Bool, UInt32
+
+import flashquinox as fq
+from flashquinox._split import encode_correction
 
 from .helpers import bits_of, float_of, tree_identical
 
@@ -22,7 +23,9 @@ _SIGN = np.uint32(0x8000_0000)
 _INFINITY = np.uint32(0x7F80_0000)
 
 
-def _bfloat16_promises(bits: UInt32[Array, " n"], width: int) -> dict[str, Bool[Array, " n"]]:
+def _bfloat16_promises(
+    bits: UInt32[Array, " n"], width: int
+) -> dict[str, Bool[Array, " n"]]:
     """For each float32 pattern, whether each promise of a bfloat16 split is kept."""
     split = fq.ECCWeight.encode(float_of(bits), jnp.bfloat16, width)
     again = fq.ECCWeight.encode(split.decode(), jnp.bfloat16, width)
@@ -31,8 +34,8 @@ def _bfloat16_promises(bits: UInt32[Array, " n"], width: int) -> dict[str, Bool[
     magnitude = bits & _MAGNITUDE
     nan = magnitude > _INFINITY
     infinite = magnitude == _INFINITY
-    # 24 bits end at 0x7F7F_FF00. As in IEEE arithmetic, what lies half a step beyond the
-    # largest number rounds to infinity; 32 bits reach all finite numbers.
+    # 24 bits end at 0x7F7F_FF00. As in IEEE arithmetic, what lies half a step beyond
+    # the largest number rounds to infinity; 32 bits reach all finite numbers.
     overflows = ~nan & (magnitude >= (0x7F7F_FF80 if width == 24 else _INFINITY))
     inside = ~nan & ~overflows
     # Patterns order magnitudes, so these are errors in steps of float32.
@@ -52,7 +55,9 @@ def _bfloat16_promises(bits: UInt32[Array, " n"], width: int) -> dict[str, Bool[
     }
 
 
-def _float16_promises(bits: UInt32[Array, " n"], width: int) -> dict[str, Bool[Array, " n"]]:
+def _float16_promises(
+    bits: UInt32[Array, " n"], width: int
+) -> dict[str, Bool[Array, " n"]]:
     """Likewise for float16."""
     split = fq.ECCWeight.encode(float_of(bits), jnp.float16, width)
     again = fq.ECCWeight.encode(split.decode(), jnp.float16, width)
@@ -60,7 +65,8 @@ def _float16_promises(bits: UInt32[Array, " n"], width: int) -> dict[str, Bool[A
     weight = lax.bitcast_convert_type(split.weight, jnp.uint16)
     magnitude = bits & _MAGNITUDE
     nan = magnitude > _INFINITY
-    # 65520, where float16 rounds to infinity, less half a step of the 24-bit correction.
+    # 65520, where float16 rounds to infinity, less half a step of the 24-bit
+    # correction.
     largest = bits_of(jnp.float32(65520 - 2**-4 if width == 24 else 65520))
     overflows = ~nan & (magnitude >= largest)
     normal = ~nan & ~overflows & (magnitude >= bits_of(jnp.float32(2**-14)))
@@ -68,8 +74,8 @@ def _float16_promises(bits: UInt32[Array, " n"], width: int) -> dict[str, Bool[A
     # The int8 correction counts 2^5 float32 steps; the int16 one counts single steps.
     error = _distance(decoded & _MAGNITUDE, magnitude)
     # Below 2^-14 the spacing is 2^-37 for the int16 correction, 2^-32 for the int8 one,
-    # which is rounded from it: half a step each, and the bound of both rounded up to the
-    # next float32.
+    # which is rounded from it: half a step each, and the bound of both rounded up to
+    # the next float32.
     absolute = jnp.abs(split.decode() - float_of(bits))
     bound = np.float32((2**-33 + 2**-38 if width == 24 else 2**-38) * (1 + 2**-23))
     return {
@@ -128,7 +134,18 @@ def _patterns() -> UInt32[np.ndarray, " n"]:
     """Every sign and exponent, with mantissas around every tie of every rounding, and a
     dense sample of all others.
     """
-    ties = [0, 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 12, 1 << 13, 1 << 15, 1 << 16, 1 << 23]
+    ties = [
+        0,
+        1 << 4,
+        1 << 5,
+        1 << 7,
+        1 << 8,
+        1 << 12,
+        1 << 13,
+        1 << 15,
+        1 << 16,
+        1 << 23,
+    ]
     near = np.arange(-3, 4)
     edges = np.unique((np.add.outer(ties, ties)[..., None] + near) % 2**23)
     high = (np.arange(0, 128, 9)[:, None] << 16) + np.arange(-3, 4) * 128 + 0x8000
@@ -204,7 +221,9 @@ def _all_pairs(dtype, correction_dtype) -> tuple[Array, Array]:
         most = 2 ** (13 if dtype == jnp.float16 else 16) // 2
         corrections = jnp.arange(-most, most, most // 32 - 1).astype(jnp.int16)
     shape = (weights.size, corrections.size)
-    return jnp.broadcast_to(weights[:, None], shape), jnp.broadcast_to(corrections, shape)
+    return jnp.broadcast_to(weights[:, None], shape), jnp.broadcast_to(
+        corrections, shape
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -228,8 +247,7 @@ def test_all_pairs(dtype, correction_dtype):
             "sign": jnp.isnan(weight) | (jnp.signbit(master) == jnp.signbit(weight)),
             "finite": ~jnp.isfinite(weight) | jnp.isfinite(master),
             "infinity": ~(infinite & (correction >= 0)) | (master == wide),
-            "zero": ~(zero & (correction <= 0))
-            | (bits_of(master) == bits_of(wide)),
+            "zero": ~(zero & (correction <= 0)) | (bits_of(master) == bits_of(wide)),
             "no correction": (correction != 0)
             | jnp.isnan(weight)
             | (bits_of(master) == bits_of(wide)),
@@ -249,7 +267,8 @@ def test_all_pairs(dtype, correction_dtype):
 @pytest.mark.parametrize("width", [24, 32])
 def test_decode_is_the_documented_sum(dtype, width):
     # master = weight + correction * 2^-8 ulp(weight), for normal weights, computed in
-    # float64. Corrections below a power of two count half-sized steps, as floats do there.
+    # float64. Corrections below a power of two count half-sized steps, as floats do
+    # there.
     rng = np.random.default_rng(1)
     top = (0x7BFF if dtype == jnp.float16 else 0x7F7F) + 1
     smallest = 0x0401 if dtype == jnp.float16 else 0x0081
@@ -306,8 +325,8 @@ def test_correction_of_another_weight_is_nearest(dtype):
     truth = np.asarray(master, np.float64)
     reached = np.asarray(fq.ECCWeight(held, correction).decode(), np.float64)
     best = np.min(np.abs(reachable - truth), axis=0)
-    # Below 2^-14, a float16 master is first rounded to a multiple of 2^-37, which moves the
-    # errors of two candidates apart by up to as much.
+    # Below 2^-14, a float16 master is first rounded to a multiple of 2^-37, which moves
+    # the errors of two candidates apart by up to as much.
     slack = 2.0**-37 if dtype == jnp.float16 else 0
     assert np.all(np.abs(reached - truth) <= best + slack)
 

@@ -47,7 +47,7 @@ class TileState(eqx.Module):
     weight: Float[Array, "*tile"]
     correction: Correction | None
     codes: dict[str, Shaped[Array, "*tile"]]
-    scales: dict[str, Shaped[Array, "*#tile"] | None]
+    scales: dict[str, Shaped[Array, "..."] | None]
 
     def map(
         self, of_elements: Callable[[Array], Array], of_scales: Callable[[Array], Array]
@@ -103,11 +103,7 @@ def update_tile(
     correction_dtype = None if old.correction is None else old.correction.dtype
     weight, correction = encode_weight(new_master, old.weight.dtype, correction_dtype)
     if structure.as_update:
-        difference = weight.astype(dtype) - old.weight.astype(dtype)
-        update = jnp.where(
-            difference == 0, no_update(weight), difference.astype(weight.dtype)
-        )
-        held = (old.weight.astype(dtype) + update.astype(dtype)).astype(weight.dtype)
+        update, held = _difference(new_master, weight, old.weight)
         weight = update
         correction = encode_correction(new_master, held, correction_dtype)
 
@@ -122,6 +118,28 @@ def update_tile(
         unchanged = eqx.tree_at(lambda tile: tile.weight, old, no_update(old.weight))
     take = scalars.take
     return jtu.tree_map(lambda x, y: jnp.where(take, x, y), new, unchanged)
+
+
+def _difference(
+    master: Float[Array, "*tile"],
+    new: Float[Array, "*tile"],
+    old: Float[Array, "*tile"],
+) -> tuple[Float[Array, "*tile"], Float[Array, "*tile"]]:
+    """What to add to the old weight to have the new one, in its dtype, and the sum as
+    the caller will round it. Where no number of that dtype leads to the new weight, the
+    one that leads nearest to the master weight.
+    """
+
+    def add(update: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return (wide_old + update.astype(wide_old.dtype)).astype(old.dtype)
+
+    wide_old, wide_new = old.astype(master.dtype), new.astype(master.dtype)
+    update = (wide_new - wide_old).astype(old.dtype)
+    nearest = (master - wide_old).astype(old.dtype)
+    update = jnp.where(add(update) == new, update, nearest)
+    # Also where both are infinite, and their difference is not a number.
+    update = jnp.where(wide_new == wide_old, no_update(old), update)
+    return update, add(update)
 
 
 def no_update(weight: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

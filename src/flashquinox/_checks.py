@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
+from ._defaults import Unknown
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
 from ._split import Correction, CORRECTION_DTYPES, NARROW_DTYPES
@@ -38,10 +39,7 @@ def hyperparameters(
             f"`flashquinox.AbstractRule`; got {rule!r}."
         )
     for name, (low, high) in rule.bounds.items():
-        value = getattr(rule, name)
-        # An absent momentum, say: what may be None is the rule's business.
-        if value is not None:
-            _in_range(call, name, value, low, high)
+        _in_range(call, name, getattr(rule, name), low, high)
     for name, value in (
         ("learning_rate", learning_rate),
         ("weight_decay", weight_decay),
@@ -72,30 +70,33 @@ def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None
     )
 
 
-def widths(call: str, master_weight_bits: Any, group_size: Any) -> None:
-    bits = _concrete(master_weight_bits)
-    if bits is not None and not isinstance(bits, jax.core.Tracer):
-        if bits not in CORRECTION_DTYPES:
-            raise ValueError(
-                f"`{call}(master_weight_bits=...)` must be 24, 32 or None; got "
-                f"{bits!r}."
-            )
-    size = _concrete(group_size)
-    if not isinstance(size, jax.core.Tracer):
-        if size not in range(16, 129, 16):
-            raise ValueError(
-                f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128; "
-                f"got {size!r}."
-            )
-
-
-def _concrete(value: Any) -> Any:
-    """Arrays as Python numbers, except where traced."""
-    if isinstance(value, jax.core.Tracer) or not eqx.is_array_like(value):
-        return value
-    return (
-        value if isinstance(value, bool) or np.ndim(value) else np.asarray(value).item()
+def master_weight_bits(call: str, value: Any) -> int | Unknown | None:
+    """The argument of this name as a Python number, if it is known."""
+    bits = _known_integer(value)
+    if bits is None or bits is Unknown.TRACED or bits in CORRECTION_DTYPES:
+        return bits
+    raise ValueError(
+        f"`{call}(master_weight_bits=...)` must be 24, 32 or None; got {bits!r}."
     )
+
+
+def group_size(call: str, value: Any) -> int | Unknown:
+    """The argument of this name as a Python number, if it is known."""
+    size = _known_integer(value)
+    if size is Unknown.TRACED or size in range(16, 129, 16):
+        return size
+    raise ValueError(
+        f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128; "
+        f"got {size!r}."
+    )
+
+
+def _known_integer(value: Any) -> Any:
+    if isinstance(value, jax.core.Tracer):
+        return Unknown.TRACED
+    if eqx.is_array_like(value) and not isinstance(value, bool) and np.ndim(value) == 0:
+        return np.asarray(value).item()
+    return value
 
 
 def peak(
@@ -168,14 +169,14 @@ def is_trained(leaf: Leaf, call: str) -> bool:
 
 
 def correction_has_effect(
-    call: str, master_weight_bits: Any, trained: list[Leaf]
+    call: str, bits: int | Unknown | None, trained: list[Leaf]
 ) -> None:
-    if master_weight_bits is None or not trained:
+    if bits is None or not trained:
         return
     if any(jnp.dtype(leaf.value.dtype) in NARROW_DTYPES for leaf in trained):
         return
     raise ValueError(
-        f"`{call}(master_weight_bits={master_weight_bits})` has no effect: none of the "
+        f"`{call}(master_weight_bits={bits})` has no effect: none of the "
         f"{len(trained)} weights is bfloat16 or float16 (`{trained[0].name}` is "
         f"{trained[0].value.dtype}). Cast the model first, "
         "`model = flashquinox.cast(model, jnp.bfloat16)`, or pass "
@@ -183,19 +184,19 @@ def correction_has_effect(
     )
 
 
-def concrete_structure(
-    call: str, master_weight_bits: Any, group_size: Any
+def structure_is_known(
+    call: str, bits: int | Unknown | None, size: int | Unknown
 ) -> tuple[Any, int]:
     """The dtype of corrections and the group size, which `init` must know."""
-    bits, size = _concrete(master_weight_bits), _concrete(group_size)
     for name, value in (("master_weight_bits", bits), ("group_size", size)):
-        if isinstance(value, jax.core.Tracer):
+        if value is Unknown.TRACED:
             raise TypeError(
                 f"`{call}({name}=...)` is a traced array, but decides the "
                 "structure of the state. With `optax.inject_hyperparams`, pass "
                 f'`static_args=("master_weight_bits", "group_size")`, or leave it out.'
             )
-    return None if bits is None else CORRECTION_DTYPES[bits], int(size)
+    assert not isinstance(bits, Unknown) and not isinstance(size, Unknown)
+    return None if bits is None else CORRECTION_DTYPES[bits], size
 
 
 def is_given(call: str, name: str, tree: Any) -> None:
@@ -261,29 +262,26 @@ def moments_fit(
     stored: dict[str, StoredMoment | None],
     rule: AbstractRule,
     codecs: MomentCodecs,
-    group_size: Any,
+    size: int | Unknown,
 ) -> None:
-    expected_size = _concrete(group_size)
     for name, kind in rule.moments.items():
         moment = stored[name]
         _moment_fits(call, leaf, name, moment, codecs.of(kind, leaf.value.shape))
-        # Traced by `optax.inject_hyperparams`, the group size is what the state says.
-        if isinstance(expected_size, jax.core.Tracer):
+        if size is Unknown.TRACED or not isinstance(moment, QuantMoment):
             continue
-        if isinstance(moment, QuantMoment) and moment.group_size != expected_size:
+        if moment.group_size != size:
             raise ValueError(
                 f"`{call}`: the state at `{leaf.name}` was made with "
                 f"`group_size={moment.group_size}`, this optimizer with "
-                f"`group_size={expected_size}`. Make a new state with `init`, or pass "
+                f"`group_size={size}`. Make a new state with `init`, or pass "
                 "the state's group size."
             )
 
 
 def width_fits(
-    call: str, leaf: Leaf, correction: Correction | None, master_weight_bits: Any
+    call: str, leaf: Leaf, correction: Correction | None, bits: int | Unknown | None
 ) -> None:
-    bits = _concrete(master_weight_bits)
-    if isinstance(bits, jax.core.Tracer):
+    if isinstance(bits, Unknown):
         return
     expected = None
     if bits is not None and jnp.dtype(leaf.value.dtype) in NARROW_DTYPES:
@@ -291,7 +289,7 @@ def width_fits(
     found = None if correction is None else jnp.dtype(correction.dtype)
     if found != expected:
         widths: dict[Any, int] = {
-            dtype: bits for bits, dtype in CORRECTION_DTYPES.items()
+            dtype: width for width, dtype in CORRECTION_DTYPES.items()
         }
         raise ValueError(
             f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was "

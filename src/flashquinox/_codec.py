@@ -105,7 +105,7 @@ class QuantMoment(eqx.Module):
         return self.layout.untile(tile)
 
 
-StoredMoment = QuantMoment | Float[Array, "*shape"]
+StoredMoment = QuantMoment | Float[Array, "..."]
 
 
 def zeros(

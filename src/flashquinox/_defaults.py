@@ -1,5 +1,6 @@
 """Defaults that more than one file needs."""
 
+import enum
 from typing import TypeAlias
 
 import numpy as np
@@ -12,3 +13,11 @@ Integer: TypeAlias = int | np.integer
 # scalars, which it leaves alone.
 MASTER_WEIGHT_BITS: Integer = np.uint8(24)
 GROUP_SIZE: Integer = np.uint8(32)
+
+
+class Unknown(enum.Enum):
+    """Stands for such an argument that is a traced array all the same, as when it is
+    passed through `inject_hyperparams`. What it was, the state can tell.
+    """
+
+    TRACED = "traced"

@@ -157,7 +157,6 @@ def build_optimizer(
 ) -> Optimizer:
     """`optimizer`, for errors that name `call` as the user wrote it."""
     checks.hyperparameters(call, rule, learning_rate, weight_decay)
-    checks.widths(call, master_weight_bits, group_size)
     peak = checks.peak(call, learning_rate, decouple_lr, peak_learning_rate)
     transformation = Transformation(
         call=call,
@@ -167,9 +166,9 @@ def build_optimizer(
         decoupled=decoupled,
         peak_learning_rate=peak,
         mask=mask,
-        master_weight_bits=master_weight_bits,
+        master_weight_bits=checks.master_weight_bits(call, master_weight_bits),
         codecs=checks.moment_codecs(call, moments),
-        group_size=group_size,
+        group_size=checks.group_size(call, group_size),
         skip_nonfinite=skip_nonfinite,
     )
     # Optax's types know no state that is not made of arrays.

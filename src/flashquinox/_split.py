@@ -185,7 +185,7 @@ def encode_correction(
     most = (1 << (_correction_bits(dtype, correction_dtype) - 1)) - 1
     low = jnp.clip(target.astype(jnp.int32) - origin.astype(jnp.int32), -most - 1, most)
     low = jnp.where(jnp.signbit(master) == jnp.signbit(wide), low, -most - 1)
-    low = jnp.where(jnp.isnan(master) | (wide == 0) & (low < 0), 0, low)
+    low = jnp.where(jnp.isnan(master), 0, low)
     return low.astype(correction_dtype)
 
 

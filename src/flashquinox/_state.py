@@ -1,20 +1,35 @@
+from typing import NamedTuple
+
 import equinox as eqx
 from jaxtyping import Array, Int32, Integer, PyTree
 
 from ._codec import StoredMoment
 
 
+class StepCount(NamedTuple):
+    """The number of steps taken. `optax.tree.get(state, "count")` and `optax.tree.set`
+    look into named tuples and dictionaries, not into modules.
+    """
+
+    count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
 class OptimizerState(eqx.Module):
-    """What an optimizer keeps between steps. Every field but `count` holds trees of the
+    """What an optimizer keeps between steps. Every field but `steps` holds trees of the
     structure of the model, with `None` for leaves that are not trained.
 
-    - `count`: the number of steps taken.
+    - `steps.count`, or `count` for short: the number of steps taken.
     - `moments`: for each moment of the rule, by its name: `QuantMoment`s, or plain
         arrays if moments are uncompressed.
     - `corrections`: for each weight that is narrower than its master weight, the
         integer correction: see [`flashquinox.ECCWeight`][].
     """
 
-    count: Int32[Array, ""]
+    steps: StepCount
     moments: dict[str, PyTree[StoredMoment | None]]
     corrections: PyTree[Integer[Array, "..."] | None]
+
+    @property
+    def count(self) -> Int32[Array, "*ensemble"]:
+        """The number of steps taken."""
+        return self.steps.count

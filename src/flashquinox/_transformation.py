@@ -15,12 +15,12 @@ from ._backends import xla
 from ._body import no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, Dither, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
-from ._defaults import Integer
+from ._defaults import Unknown
 from ._layout import Layout
 from ._moment_codecs import MomentCodecs
-from ._rule import AbstractRule, rule_scalars, rule_structure
+from ._rule import AbstractRule, MomentKind, rule_scalars, rule_structure
 from ._split import compute_dtype, Correction, NARROW_DTYPES
-from ._state import OptimizerState
+from ._state import OptimizerState, StepCount
 from ._trees import flatten, Leaf, match
 
 
@@ -36,14 +36,14 @@ class Transformation(eqx.Module):
     decoupled: bool = eqx.field(static=True)
     peak_learning_rate: ScalarLike | None
     mask: Mask | None
-    master_weight_bits: Integer | Array | None
+    master_weight_bits: int | Unknown | None = eqx.field(static=True)
     codecs: MomentCodecs = eqx.field(static=True)
-    group_size: Integer | Array
+    group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
 
     def init(self, params: PyTree) -> OptimizerState:
         leaves, rebuild = flatten(params)
-        correction_dtype, group_size = checks.concrete_structure(
+        correction_dtype, group_size = checks.structure_is_known(
             self.call, self.master_weight_bits, self.group_size
         )
         moments = {name: [] for name in self.rule.moments}
@@ -65,7 +65,7 @@ class Transformation(eqx.Module):
             corrections.append(jnp.zeros(shape, correction_dtype) if narrow else None)
         checks.correction_has_effect(self.call, self.master_weight_bits, trained)
         return OptimizerState(
-            count=jnp.zeros((), jnp.int32),
+            steps=StepCount(jnp.zeros((), jnp.int32)),
             moments={name: rebuild(stored) for name, stored in moments.items()},
             corrections=rebuild(corrections),
         )
@@ -105,8 +105,17 @@ class Transformation(eqx.Module):
         grad_leaves = match(call, "grads", grads, leaves)
         decayed = self._decayed(call, params, leaves)
         moments = {
-            name: match(call, f"state.moments[{name!r}]", tree, leaves)
-            for name, tree in state.moments.items()
+            name: [
+                self._put_together(leaf, kind, moment)
+                for leaf, moment in zip(
+                    leaves,
+                    match(
+                        call, f"state.moments[{name!r}]", state.moments[name], leaves
+                    ),
+                    strict=True,
+                )
+            ]
+            for name, kind in self.rule.moments.items()
         }
         corrections = match(call, "state.corrections", state.corrections, leaves)
         new_values = [None if as_update else leaf.value for leaf in leaves]
@@ -164,9 +173,22 @@ class Transformation(eqx.Module):
         if take is not None:
             count = jnp.where(take, count, state.count)
         return rebuild(new_values), OptimizerState(
-            count=count,
+            steps=StepCount(count),
             moments={name: rebuild(stored) for name, stored in new_moments.items()},
             corrections=rebuild(new_corrections),
+        )
+
+    def _put_together(self, leaf: Leaf, kind: MomentKind, moment: Any) -> Any:
+        """A moment of which only the arrays have come, as `init` would lay it out."""
+        if not isinstance(moment, dict):
+            return moment
+        _, group_size = checks.structure_is_known(self.call, None, self.group_size)
+        layout = self.codecs.layout(leaf.value.shape, group_size)
+        return QuantMoment(
+            **moment,
+            axis=layout.axis,
+            group_size=layout.group_size,
+            codec=self.codecs.of(kind, leaf.value.shape),
         )
 
     def _scalars(

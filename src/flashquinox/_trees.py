@@ -38,7 +38,9 @@ def match(
     """The entries of a tree, one for each leaf of the model, in the model's order.
 
     `None` in place of a subtree stands for `None` in all of it; with `prefix`, so does
-    any other value.
+    any other value. A subtree in place of a leaf is an entry if it holds the arrays of
+    a `QuantMoment`, as a dictionary: Flax's `nnx.Optimizer` takes apart every pytree
+    that it finds in a state.
 
     **Raises:**
 
@@ -49,14 +51,19 @@ def match(
     values = []
     for leaf in leaves:
         found = _find(entries, leaf.path, prefix)
-        if found is None:
+        if found is not None:
+            unused.discard(found)
+            values.append(entries[found])
+            continue
+        parts = {path: _key(path) for path in entries if path[:-1] == leaf.path}
+        if set(parts.values()) != {"codes", "scales"}:
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
                 f"a leaf. Pass a `{name}` of the structure of the model"
                 + _structure_hint(name)
             )
-        unused.discard(found)
-        values.append(entries[found])
+        unused.difference_update(parts)
+        values.append({key: entries[path] for path, key in parts.items()})
     for path in entries:
         if path in unused and entries[path] is not None:
             raise ValueError(
@@ -65,6 +72,11 @@ def match(
                 + _structure_hint(name)
             )
     return values
+
+
+def _key(path: tuple[Any, ...]) -> Any:
+    """The last key of a path, whatever kind of container it is a key of."""
+    return jtu.keystr(path[-1:], simple=True)
 
 
 def _find(

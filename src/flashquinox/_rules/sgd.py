@@ -39,6 +39,8 @@ class SGD(AbstractRule):
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
+        if self.momentum is None:
+            return {}
         return {"momentum": (0.0, 1.0), "dampening": (0.0, 1.0)}
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
@@ -197,7 +199,7 @@ def _rule(
         raise ValueError(
             f"`{call}(nesterov=True)` needs momentum: pass `momentum=0.9`, say."
         )
-    if momentum is None and not is_zero(dampening):
+    if momentum is None and isinstance(dampening, (int, float)) and dampening != 0:
         raise ValueError(
             f"`{call}(dampening={dampening})` needs momentum: pass `momentum=0.9`, say."
         )
