@@ -199,12 +199,12 @@ def float64(x: Array) -> np.ndarray:
 
 
 def roundtrip(
-    codec: fq.AbstractMomentCodec, layout: Layout, moment: ArrayLike, count: int
+    codec: fq.AbstractMomentCodec, layout: Layout, moment: ArrayLike, count: ArrayLike
 ) -> tuple[Any, np.ndarray]:
     """A moment as it is stored at step `count`, and as it is decoded."""
-    moment = jnp.asarray(moment)
+    moment, count = jnp.asarray(moment), jnp.asarray(count)
     codes, scales = codec.encode(
-        layout.tile(moment), layout.tile_axis, fq.Dither.at(jnp.asarray(count), 0)
+        layout.tile(moment), layout.tile_axis, fq.Dither.at(count, 0)
     )
     stored = codec.init(layout, moment.dtype)
     if not isinstance(stored, fq.QuantMoment):
@@ -214,7 +214,7 @@ def roundtrip(
     assert codes.dtype == stored.codes.dtype and codes.shape == stored.codes.shape
     assert scales.dtype == stored.scales.dtype and scales.shape == stored.scales.shape
     stored = eqx.tree_at(lambda s: (s.codes, s.scales), stored, (codes, scales))
-    if isinstance(moment, jax.core.Tracer):
+    if isinstance(codes, jax.core.Tracer):
         return stored, stored.decode()
     return stored, np.asarray(stored.decode())
 

@@ -1,6 +1,6 @@
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -58,9 +58,13 @@ class FlashOptimCodec(AbstractMomentCodec):
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
         assert scales is not None
-        # Behind a barrier, or XLA multiplies by the rounded reciprocal of the constant.
-        largest_code = lax.optimization_barrier(jnp.asarray(self._largest_code, dtype))
-        amplitude = codes.astype(dtype) / largest_code
+        # XLA divides by a constant through its rounded reciprocal. In two parts, of
+        # which the first has an exact product with any code, it is rounded only once.
+        reciprocal = 1 / self._largest_code
+        high = np.float32(round(reciprocal * 2**22) / 2**22)
+        low = np.float32(reciprocal - float(high))
+        codes = codes.astype(dtype)
+        amplitude = codes * high.astype(dtype) + codes * low.astype(dtype)
         if self.kind == "signed":
             return amplitude / (2 - jnp.abs(amplitude)) * scales.astype(dtype)
         amplitude = amplitude * scales.astype(dtype)

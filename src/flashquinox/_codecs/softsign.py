@@ -48,7 +48,8 @@ class SoftsignCodec(AbstractMomentCodec):
         # Keeps the quotients of a group of zeros at zero.
         positive = jnp.maximum(rounded, _SMALLEST_NORMAL).astype(moment.dtype)
         # A scale that was rounded down lets this reach 127.25 at most.
-        codes = 254 * moment / (positive + magnitude)
+        # The quotient comes first: products with large moments would overflow.
+        codes = 254 * (moment / (positive + magnitude))
         if self.dithered:
             codes = jnp.floor(codes + dither.code.astype(moment.dtype))
         else:
@@ -64,7 +65,7 @@ class SoftsignCodec(AbstractMomentCodec):
         assert scales is not None
         codes = codes.astype(dtype)
         scales = decode_scale(scales, self.scale_mantissa_bits).astype(dtype)
-        return codes * scales / (254 - jnp.abs(codes))
+        return codes / (254 - jnp.abs(codes)) * scales
 
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
