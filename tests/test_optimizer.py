@@ -1,3 +1,6 @@
+import math
+import re
+
 import equinox as eqx
 import jax
 import jax.lax as lax
@@ -215,6 +218,27 @@ def test_gradients_of_any_dtype():
     half = {"matrix": grads["matrix"].astype(jnp.float16)}
     _, state = optim.step(w, optim.init(w), half)
     assert state.moments["mu"]["matrix"].codes.dtype == jnp.int8
+
+
+@pytest.mark.parametrize("make", [fq.adamw, fq.lion, fq.sgdw])
+def test_gradients_are_not_copied(make):
+    """No array of the compiled step is the gradient in another dtype: whatever is made
+    from the gradient is made from the moments or the weight as well."""
+    w = {"matrix": jnp.ones((256, 512), jnp.bfloat16)}
+    optim = make(1e-3)
+    if make is fq.sgdw:
+        optim = make(1e-3, momentum=0.9)
+    lowered = jax.jit(optim.step).lower(w, optim.init(w), w)
+    entry = lowered.compile().as_text().split("ENTRY")[1]
+    reads = re.findall(r"%\S+ = f32\[([\d,]+)\]\S* \w+\(([^)]*)\)", entry)
+    large = [
+        re.findall(r"%(\S+?)[,\s]", operands + ",")
+        for shape, operands in reads
+        if math.prod(map(int, shape.split(","))) == w["matrix"].size
+    ]
+    assert any(name.startswith("grads") for operands in large for name in operands)
+    for operands in large:
+        assert not all(name.startswith("grads") for name in operands)
 
 
 #
