@@ -53,8 +53,10 @@ class ECCWeight(eqx.Module):
     With bfloat16 weights and 32 bits, every finite float32 is kept bit for bit. With
     float16 weights, an `int16` correction keeps every float32 in
     $[2^{-14}, 65520)$ bit for bit, and is within $2^{-38}$ below; an `int8` correction
-    is within half of $2^{-8}$ of a float16 unit in the last place. Magnitudes of 65520
-    and above are infinite in float16 and stay infinite.
+    is within half of $2^{-8}$ of a float16 unit in the last place, and within
+    $2^{-33} + 2^{-38}$ below $2^{-14}$. Magnitudes that round to 65520 or more are
+    infinite in float16 and stay infinite; likewise, with bfloat16 weights and 24 bits,
+    the 128 largest float32 magnitudes.
 
     NaN, $\pm\infty$ and $\pm 0$ are kept.
 
