@@ -122,7 +122,7 @@ class Transformation(eqx.Module):
         new_moments = {name: list(stored) for name, stored in moments.items()}
         new_corrections = list(corrections)
 
-        trained = []
+        trained: dict[int, dict[str, StoredMoment]] = {}
         for index, leaf in enumerate(leaves):
             if not checks.is_trained(leaf, call):
                 continue
@@ -138,16 +138,15 @@ class Transformation(eqx.Module):
             checks.correction_fits(call, leaf, corrections[index])
             checks.width_fits(call, leaf, corrections[index], self.master_weight_bits)
             if leaf.value.size > 0:
-                trained.append(index)
+                trained[index] = stored
 
         take = None
         if self.skip_nonfinite:
             take = _all_finite([grad_leaves[index] for index in trained])
         rule = rule_structure(self.rule)
         scalars = _PerDType(lambda dtype: self._scalars(state.count, dtype))
-        for index in trained:
+        for index, stored in trained.items():
             leaf = leaves[index]
-            stored = {name: moments[name][index] for name in self.rule.moments}
             dtype = compute_dtype(leaf.value.dtype)
             rule_values, decay = scalars[dtype]
             new = xla.update_leaf(
