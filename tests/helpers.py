@@ -199,18 +199,23 @@ def float64(x: Array) -> np.ndarray:
 
 
 def roundtrip(
-    codec: fq.AbstractMomentCodec, layout: Layout, moment: ArrayLike, count: ArrayLike
+    codec: fq.AbstractMomentCodec,
+    layout: Layout,
+    moment: ArrayLike,
+    count: ArrayLike,
+    factor: ArrayLike | None = None,
 ) -> tuple[Any, np.ndarray]:
-    """A moment as it is stored at step `count`, and as it is decoded."""
+    """A moment, times a factor, as it is stored at step `count`; and decoded again."""
     moment, count = jnp.asarray(moment), jnp.asarray(count)
+    factor = None if factor is None else jnp.asarray(factor, moment.dtype)
     codes, scales = codec.encode(
-        layout.tile(moment), layout.tile_axis, fq.Dither.at(count, 0)
+        layout.tile(moment), layout.tile_axis, fq.Dither.at(count, 0), factor
     )
+    codes = layout.untile(codes)
     stored = codec.init(layout, moment.dtype)
     if not isinstance(stored, fq.QuantMoment):
-        return layout.untile(codes), np.asarray(layout.untile(codes))
+        return codes, np.asarray(codes)
     assert scales is not None
-    codes, scales = layout.untile(codes), layout.untile_scales(scales)
     assert codes.dtype == stored.codes.dtype and codes.shape == stored.codes.shape
     assert scales.dtype == stored.scales.dtype and scales.shape == stored.scales.shape
     stored = eqx.tree_at(lambda s: (s.codes, s.scales), stored, (codes, scales))
@@ -219,14 +224,21 @@ def roundtrip(
     return stored, np.asarray(stored.decode())
 
 
+def of_elements(layout: Layout, groups: ArrayLike) -> np.ndarray:
+    """What each group has, for each of its elements."""
+    tile = layout.tile(jnp.zeros(layout.shape))
+    groups = jnp.expand_dims(jnp.asarray(groups), layout.tile_axis)
+    return np.asarray(layout.untile(jnp.broadcast_to(groups, tile.shape)))
+
+
 def assert_code_of(
     stored: fq.QuantMoment, exact: np.ndarray, atol: float | np.ndarray = 0.0
 ) -> None:
     """Asserts that the codes are the exact values rounded once: to nearest, and so off
-    by half a code, or by the dither, and so off by less than one.
+    by half a code, or by the dither, and so off by at most one.
 
-    The bound is the curve itself: what `expand` gives for half a code, or one, more and
-    less. `atol` is the error of the values before they were encoded.
+    The bound is the curve itself: what half a code, or one, more and less stands for.
+    `atol` is the error of the values before they were encoded.
     """
     codec = stored.codec
     if isinstance(codec, fq.FlashOptimCodec):
@@ -238,29 +250,60 @@ def assert_code_of(
         error = np.abs(float64(stored.decode()) - exact)
         assert np.all(error <= (half + scale) * largest + atol + 2.0**-24)
         return
+    assert isinstance(codec, fq.SoftsignCodec | fq.FittedLogCodec)
+    exact = exact.astype(np.float64)
     codes = float64(stored.codes)
-    signed = stored.codes.dtype == jnp.int8
-    # 0.032 more: what the correction of the fourth root's bias takes away at code 0,
-    # where it is largest: t - sqrt(t^2 - 0.25), t >= 4. A thousandth for the
-    # arithmetic.
-    radius = (1 if codec.dithered else 0.5) + 1e-3
-    below, above = codes - radius, codes + radius + (0 if signed else 0.032)
-    if not signed:
-        below = np.maximum(below, 0)
-    low, high = (float64(_decode_codes(stored, bound)) for bound in (below, above))
-    if not signed:
-        # What is smaller still is clamped to code 0.
-        low = np.where(codes <= 1, 0, low)
+    # The arithmetic's share is a few roundings of a code of at most 255: less than
+    # 255 * 4 * 2^-24. The dither of a fitted step, a whole number of at least 2^12, is
+    # rounded to one: 2^-13.
+    radius = (1 if codec.dithered else 0.5) + 2.0**-12
+    # Numbers below 2^-126 may be flushed.
     slack = atol + 2.0**-20 * np.abs(exact) + 2.0**-126
-    assert np.all((exact >= low - slack) & (exact <= high + slack))
+    low, high = exact - slack, exact + slack
+    if isinstance(codec, fq.SoftsignCodec):
+        below, above = (
+            float64(_decode_codes(stored, bound))
+            for bound in (codes - radius, codes + radius)
+        )
+        assert np.all((high >= below) & (low <= above))
+        return
+    # A step is the same everywhere on the bits, not on the values.
+    low, high = map(real_bits, (np.maximum(low, 0), high))
+    origin, step = (of_elements(stored.layout, x) for x in grid(stored.scales))
+    # Only what is 15 powers of two below the largest, which takes the coarsest step, or
+    # below the normal numbers, is below code 0, and clamped to it.
+    assert np.all((step == 2**19) | (origin < 2**24) | (high >= origin))
+    low, high = np.maximum(low, origin), np.maximum(high, origin)
+    bits = origin + codes * step
+    assert np.all((high >= bits - radius * step) & (low <= bits + radius * step))
 
 
 def _decode_codes(stored: fq.QuantMoment, codes: np.ndarray) -> Array:
     """What codes between the codes would stand for."""
     layout = stored.layout
     tile = layout.tile(jnp.asarray(codes, jnp.float32))
-    scales = layout.tile_scales(stored.scales)
-    return layout.untile(stored.codec.decode(tile, scales, jnp.float32))
+    decoded = stored.codec.decode(tile, stored.scales, layout.tile_axis, jnp.float32)
+    return layout.untile(decoded)
+
+
+def grid(scales: Array) -> tuple[np.ndarray, np.ndarray]:
+    """The bits of code 0 and the step to code 1, for each group of a
+    `FittedLogCodec`."""
+
+    def bits(code: int) -> np.ndarray:
+        codes = jnp.full((*scales.shape, 1), code, jnp.uint8)
+        decoded = fq.FittedLogCodec().decode(codes, scales, -1, jnp.float32)
+        return np.asarray(bits_of(decoded)).astype(np.int64)[..., 0]
+
+    return bits(0), bits(1) - bits(0)
+
+
+def real_bits(x: np.ndarray) -> np.ndarray:
+    """The bits of a nonnegative float32 as a function of real numbers: linear between
+    powers of two, and below the normal numbers."""
+    mantissa, exponent = np.frexp(x)
+    normal = 2.0**23 * (125 + exponent + 2 * mantissa)
+    return np.where(x < 2.0**-126, x * 2.0**149, normal)
 
 
 #

@@ -1,6 +1,7 @@
 import math
 
 import hypothesis.strategies as st
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import flashquinox as fq
 from flashquinox._codec import Dither
 from flashquinox._layout import choose_layout, Layout
 
-from .helpers import SHAPES, tree_identical
+from .helpers import of_elements, SHAPES, tree_identical
 
 
 _shapes = st.lists(st.integers(0, 70), max_size=4).filter(
@@ -37,23 +38,17 @@ def test_round_trip(layout):
 
 
 @given(_layouts)
-def test_scales_broadcast_and_round_trip(layout):
+def test_reductions_of_groups_are_scales(layout):
     layout = Layout(*layout)
-    scales = jnp.arange(math.prod(layout.scale_shape)).reshape(layout.scale_shape)
     tile = layout.tile(jnp.zeros(layout.shape))
-    tile_scales = layout.tile_scales(scales)
-    assert tile_scales.shape[layout.tile_axis] == 1
-    assert jnp.broadcast_shapes(tile_scales.shape, tile.shape) == tile.shape
-    assert tree_identical(layout.untile_scales(tile_scales), scales)
+    assert jnp.sum(tile, axis=layout.tile_axis).shape == layout.scale_shape
 
 
 @given(_layouts)
 def test_groups_are_runs_along_the_axis(layout):
     layout = Layout(*layout)
-    tile = np.asarray(layout.tile(jnp.ones(layout.shape, jnp.int32)))
     groups = np.arange(math.prod(layout.scale_shape)).reshape(layout.scale_shape)
-    tile_groups = np.asarray(layout.tile_scales(jnp.asarray(groups)))
-    found = layout.untile(jnp.asarray(tile * tile_groups))
+    found = of_elements(layout, groups)
     # The definition: the group of an element is its position along the axis (or in the
     # flattened leaf) divided by the group size.
     shape = (math.prod(layout.shape),) if layout.axis is None else layout.shape
@@ -99,6 +94,21 @@ def test_choose_layout(shape, axis):
     assert choose_layout(shape, 32).axis == axis
 
 
+@pytest.mark.parametrize(
+    "shape,axis",
+    [
+        ((64, 96), -2),
+        ((3, 64, 5), -2),
+        # No full groups along rows, or no rows.
+        ((33, 64), -1),
+        ((64,), -1),
+        ((), None),
+    ],
+)
+def test_choose_rows(shape, axis):
+    assert choose_layout(shape, 32, prefer_rows=True).axis == axis
+
+
 @given(_shapes)
 def test_choose_layout_needs_the_fewest_scales(shape):
     shape = tuple(shape)
@@ -114,22 +124,33 @@ def test_axis_counts_from_the_end(axis):
         Layout((3, 4), axis, 32)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (70, 40), (2, 40, 3)], ids=str)
 @pytest.mark.parametrize("moments", fq.MomentCodecs.names())
 def test_padding_never_leaks(shape, moments):
-    """Whatever fills up a partial group, its elements are stored alike."""
+    """A partial group is stored as it would be alone."""
     codecs = fq.MomentCodecs.named(moments)
     layout = codecs.layout(shape, 32)
+    axis = layout.tile_axis
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    dither = Dither.at(jnp.asarray(3), 0)
-    for codec, value in ((codecs.signed, x), (codecs.nonnegative, x * x)):
-        tile = layout.tile(value)
-        codes, scales = codec.encode(tile, layout.tile_axis, dither)
+    if layout.axis is None:
+        x = x.reshape(-1)
+    length = x.shape[axis]
+    full = length // 32 * 32
+    rest = lax.slice_in_dim(x, full, length, axis=axis)
+    alone = Layout(rest.shape, axis, 32)
+    for codec in (codecs.signed, codecs.nonnegative):
+        if codec is codecs.nonnegative:
+            x, rest = x * x, rest * rest
+        dither = Dither.at(jnp.asarray(3), 0)
+        tile = layout.tile(x.reshape(shape))
+        codes, scales = codec.encode(tile, axis, dither)
+        codes = layout.untile(codes).reshape(x.shape)
+        codes_alone, scales_alone = codec.encode(alone.tile(rest), axis, dither)
+        partial = lax.slice_in_dim(codes, full, length, axis=axis)
+        assert tree_identical(alone.untile(codes_alone), partial)
         if scales is not None:
-            filled = jnp.where(
-                tile == 0, tile.max(layout.tile_axis, keepdims=True), tile
-            )
-            again = codec.encode(filled, layout.tile_axis, dither)
-            assert tree_identical(layout.untile(again[0]), layout.untile(codes))
-            assert tree_identical(again[1], scales)
+            assert scales_alone is not None
+            assert scales_alone.shape[axis] == (0 if full == length else 1)
+            last = lax.slice_in_dim(scales, full // 32, scales.shape[axis], axis=axis)
+            assert tree_identical(scales_alone, last)

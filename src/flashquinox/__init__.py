@@ -5,8 +5,8 @@ from ._codec import (
     Dither as Dither,
     QuantMoment as QuantMoment,
 )
+from ._codecs.fitted_log import FittedLogCodec as FittedLogCodec
 from ._codecs.flashoptim import FlashOptimCodec as FlashOptimCodec
-from ._codecs.fourth_root import FourthRootCodec as FourthRootCodec
 from ._codecs.full_precision import FullPrecision as FullPrecision
 from ._codecs.softsign import SoftsignCodec as SoftsignCodec
 from ._moment_codecs import MomentCodecs as MomentCodecs

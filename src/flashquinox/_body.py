@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
 from ._codec import AbstractMomentCodec, Dither
 from ._rule import AbstractRule
-from ._split import Correction, decode_weight, encode_correction, encode_weight
+from ._split import (
+    compute_dtype,
+    Correction,
+    decode_weight,
+    encode_correction,
+    encode_weight,
+)
 
 
 class StepStructure(eqx.Module):
@@ -27,6 +33,18 @@ class StepStructure(eqx.Module):
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
     as_update: bool = eqx.field(static=True)
+
+    @property
+    def codec_of(self) -> dict[str, AbstractMomentCodec]:
+        return dict(zip(self.rule.moments, self.codecs, strict=True))
+
+    def factors(
+        self, scalars: "StepScalars"
+    ) -> dict[str, tuple[Scalar | None, Scalar | None]]:
+        """For each moment, the factors before and after the rule."""
+        names = {name: (None, None) for name in self.rule.moments} | self.rule.factors
+        value = lambda name: None if name is None else scalars.rule[name]
+        return {name: (value(old), value(new)) for name, (old, new) in names.items()}
 
 
 class StepScalars(eqx.Module):
@@ -47,20 +65,13 @@ class TileState(eqx.Module):
     weight: Float[Array, "*tile"]
     correction: Correction | None
     codes: dict[str, Shaped[Array, "*tile"]]
-    scales: dict[str, Shaped[Array, "..."] | None]
+    scales: dict[str, Shaped[Array, "*groups"] | None]
 
-    def map(
-        self, of_elements: Callable[[Array], Array], of_scales: Callable[[Array], Array]
-    ) -> "TileState":
-        """Applies one function to every array with an entry per element of the weight,
-        and another to every array with an entry per group.
-        """
-        weight, correction, codes = jtu.tree_map(
-            of_elements, (self.weight, self.correction, self.codes)
-        )
-        return TileState(
-            weight, correction, codes, jtu.tree_map(of_scales, self.scales)
-        )
+    def map(self, of_elements: Callable[[Array], Array]) -> "TileState":
+        """Applies a function to every array with an entry per element of the weight:
+        all but the scales."""
+        elements = (self.weight, self.correction, self.codes)
+        return TileState(*jtu.tree_map(of_elements, elements), self.scales)
 
 
 def update_tile(
@@ -75,41 +86,25 @@ def update_tile(
     **Returns:**
 
     The new state of the tile. With `structure.as_update`, `weight` is not the new
-    weight but the update: what to add to the old one, in its dtype; the correction then
-    belongs to the *sum*, as the caller will round it.
+    weight but the update, as from [`advance`][].
     """
-    rule = structure.rule
-    codecs = dict(zip(rule.moments, structure.codecs, strict=True))
-    master = decode_weight(old.weight, old.correction)
-    dtype = master.dtype
+    codecs = structure.codec_of
+    dtype = compute_dtype(old.weight.dtype)
+    factors = structure.factors(scalars)
     moments = {
-        name: codec.decode(old.codes[name], old.scales[name], dtype)
+        name: codec.decode(
+            old.codes[name], old.scales[name], axis, dtype, factors[name][0]
+        )
         for name, codec in codecs.items()
     }
-
-    wide_grad = grad.astype(dtype)
-    shrunk = master
-    if scalars.decay is not None:
-        if structure.decoupled:
-            shrunk = scalars.decay * master
-        else:
-            wide_grad = wide_grad + scalars.decay * master
-    update, moments = rule.update(wide_grad, master, moments, scalars.rule)
-    new_master = shrunk + update
-    # Arithmetic flushes subnormals to zero and loses the sign of -0. A weight that did
-    # not move keeps its bits.
-    new_master = jnp.where(new_master == master, master, new_master)
-
-    correction_dtype = None if old.correction is None else old.correction.dtype
-    weight, correction = encode_weight(new_master, old.weight.dtype, correction_dtype)
-    if structure.as_update:
-        update, held = _difference(new_master, weight, old.weight)
-        weight = update
-        correction = encode_correction(new_master, held, correction_dtype)
-
+    weight, correction, moments = advance(
+        structure, scalars, grad, old.weight, old.correction, moments
+    )
     codes, scales = {}, {}
     for name, codec in codecs.items():
-        codes[name], scales[name] = codec.encode(moments[name], axis, scalars.dither)
+        codes[name], scales[name] = codec.encode(
+            moments[name], axis, scalars.dither, factors[name][1]
+        )
     new = TileState(weight, correction, codes, scales)
     if scalars.take is None:
         return new
@@ -118,6 +113,50 @@ def update_tile(
         unchanged = eqx.tree_at(lambda tile: tile.weight, old, no_update(old.weight))
     take = scalars.take
     return jtu.tree_map(lambda x, y: jnp.where(take, x, y), new, unchanged)
+
+
+def advance(
+    structure: StepStructure,
+    scalars: StepScalars,
+    grad: Float[Array, "*tile"],
+    weight: Float[Array, "*tile"],
+    correction: Correction | None,
+    moments: dict[str, Float[Array, "*tile"]],
+    keep_unmoved: bool = True,
+) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
+    """The elementwise part of a step: everything but the storage of moments. With
+    `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
+    or -0.
+
+    **Returns:**
+
+    A 3-tuple of the new weight, its correction, and the new moments. With
+    `structure.as_update`, the first is not the new weight but the update: what to add
+    to the old one, in its dtype; the correction then belongs to the *sum*, as the
+    caller will round it.
+    """
+    master = decode_weight(weight, correction)
+    wide_grad = grad.astype(master.dtype)
+    shrunk = master
+    if scalars.decay is not None:
+        if structure.decoupled:
+            shrunk = scalars.decay * master
+        else:
+            wide_grad = wide_grad + scalars.decay * master
+    update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
+    new_master = shrunk + update
+    if keep_unmoved:
+        # Arithmetic flushes subnormals to zero and loses the sign of -0.
+        new_master = jnp.where(new_master == master, master, new_master)
+
+    correction_dtype = None if correction is None else correction.dtype
+    new_weight, new_correction = encode_weight(
+        new_master, weight.dtype, correction_dtype
+    )
+    if structure.as_update:
+        update, held = _difference(new_master, new_weight, weight)
+        return update, encode_correction(new_master, held, correction_dtype), moments
+    return new_weight, new_correction, moments
 
 
 def _difference(

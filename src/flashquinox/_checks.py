@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ._backends.dispatch import Backend, BACKENDS
 from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import Unknown
@@ -135,6 +136,13 @@ def moment_codecs(call: str, moments: Any) -> MomentCodecs:
         f"`{call}(moments=...)` must be one of {names} or a "
         f"`flashquinox.MomentCodecs`; got {moments!r}."
     )
+
+
+def backend(call: str, backend: Any) -> Backend:
+    if backend in BACKENDS:
+        return backend
+    names = ", ".join(repr(name) for name in BACKENDS)
+    raise ValueError(f"`{call}(backend=...)` must be one of {names}; got {backend!r}.")
 
 
 def is_zero(value: Any) -> bool:

@@ -13,6 +13,8 @@ again thousands of times, decide the rest:
 """
 
 import abc
+from collections.abc import Callable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -47,8 +49,22 @@ class Dither(eqx.Module):
         return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
 
 
+Reduction: TypeAlias = Callable[..., Array]
+# What is the same for all elements of a group, or (scalars) of all groups.
+GroupConstants: TypeAlias = tuple[Shaped[Array, "..."], ...]
+
+
 class AbstractMomentCodec(eqx.Module):
-    """Moments to bytes and back, one tile at a time."""
+    """Moments to bytes and back.
+
+    `encode` and `decode` work on one tile. They are made of steps, so that a kernel can
+    do what concerns a whole group on arrays that are not broadcast yet: `prepare`,
+    `quantize` and `dequantize` are elementwise, `statistics` reduces each group, `fit`
+    and `dequantizer` are elementwise over groups.
+
+    `factor` is what the stored moment is multiplied by when it is decoded, and what a
+    moment is multiplied by before it is stored. `None` is 1.
+    """
 
     @property
     @abc.abstractmethod
@@ -59,20 +75,85 @@ class AbstractMomentCodec(eqx.Module):
     def init(self, layout: Layout, dtype: DTypeLike) -> "StoredMoment":
         """A stored moment of zeros, for a leaf that computes in `dtype`."""
 
-    @abc.abstractmethod
-    def encode(
-        self, moment: Float[Array, "*tile"], axis: int, dither: Dither
-    ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*#tile"] | None]:
-        """The codes and the scales of a tile whose groups run along `axis`."""
+    def prepare(
+        self, moment: Float[Array, "*tile"]
+    ) -> tuple[Float[Array, "*tile"], ...]:
+        """The arrays that `statistics` and `quantize` share: computed once."""
+        return (moment,)
 
     @abc.abstractmethod
+    def statistics(
+        self, prepared: tuple[Float[Array, "*tile"], ...]
+    ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:
+        """What the scale of a group depends on: each a reduction along the axis of the
+        group, `jnp.max` or `jnp.min`, and what it is taken of."""
+
+    @abc.abstractmethod
+    def fit(
+        self,
+        statistics: tuple[Float[Array, "*groups"], ...],
+        factor: Scalar | None,
+        dither: Dither,
+    ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
+        """The scales to store, and what `quantize` needs to know of a group."""
+
+    @abc.abstractmethod
+    def quantize(
+        self,
+        prepared: tuple[Float[Array, "*tile"], ...],
+        quantizer: GroupConstants,
+    ) -> Shaped[Array, "*tile"]:
+        """The codes of the elements. Every element must lie within the statistics of
+        its group."""
+
+    @abc.abstractmethod
+    def dequantizer(
+        self,
+        scales: Shaped[Array, "*groups"] | None,
+        factor: Scalar | None,
+        dtype: DTypeLike,
+    ) -> GroupConstants:
+        """What `dequantize` needs to know of a group."""
+
+    @abc.abstractmethod
+    def dequantize(
+        self,
+        codes: Shaped[Array, "*tile"],
+        dequantizer: GroupConstants,
+        dtype: DTypeLike,
+    ) -> Float[Array, "*tile"]:
+        """The elements that the codes stand for, in the floating-point `dtype`."""
+
+    def encode(
+        self,
+        moment: Float[Array, "*tile"],
+        axis: int,
+        dither: Dither,
+        factor: Scalar | None = None,
+    ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*groups"] | None]:
+        """The codes and the scales of a tile whose groups run along `axis`."""
+        prepared = self.prepare(moment)
+        statistics = tuple(
+            reduction(x, axis=axis) for reduction, x in self.statistics(prepared)
+        )
+        scales, quantizer = self.fit(statistics, factor, dither)
+        return self.quantize(prepared, _broadcastable(quantizer, axis)), scales
+
     def decode(
         self,
         codes: Shaped[Array, "*tile"],
-        scales: Shaped[Array, "*#tile"] | None,
+        scales: Shaped[Array, "*groups"] | None,
+        axis: int,
         dtype: DTypeLike,
+        factor: Scalar | None = None,
     ) -> Float[Array, "*tile"]:
         """The moments of a tile, in the floating-point `dtype`."""
+        dequantizer = self.dequantizer(scales, factor, dtype)
+        return self.dequantize(codes, _broadcastable(dequantizer, axis), dtype)
+
+
+def _broadcastable(constants: GroupConstants, axis: int) -> GroupConstants:
+    return tuple(x if x.ndim == 0 else jnp.expand_dims(x, axis) for x in constants)
 
 
 class QuantMoment(eqx.Module):
@@ -99,10 +180,11 @@ class QuantMoment(eqx.Module):
 
         Of an ensemble made by `vmap`, decode the members under `jax.vmap` as well.
         """
+        layout = self.layout
         tile = self.codec.decode(
-            self.layout.tile(self.codes), self.layout.tile_scales(self.scales), dtype
+            layout.tile(self.codes), self.scales, layout.tile_axis, dtype
         )
-        return self.layout.untile(tile)
+        return layout.untile(tile)
 
 
 StoredMoment = QuantMoment | Float[Array, "..."]

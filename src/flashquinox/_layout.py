@@ -11,8 +11,7 @@ from jaxtyping import Array, Shaped
 class Layout(eqx.Module):
     """A leaf seen as groups of up to `group_size` consecutive elements along one axis.
 
-    A *tile* is the leaf with that axis split in two, `(groups, elements of a group)`;
-    the scales of a tile have length 1 in place of the latter, so that they broadcast.
+    A *tile* is the leaf with that axis split in two, `(groups, elements of a group)`.
     The last group of an axis may be partial; it has a scale of its own.
 
     `axis` counts from the end, so that it stays true under `vmap`. It is `None` when
@@ -62,14 +61,6 @@ class Layout(eqx.Module):
             x = lax.slice_in_dim(x, 0, length, axis=self.tile_axis)
         return x.reshape(self.shape)
 
-    def tile_scales(self, x: Shaped[Array, "*groups"]) -> Shaped[Array, "*tile"]:
-        """The scales at rest in the form that broadcasts against a tile."""
-        return jnp.expand_dims(x, self.tile_axis)
-
-    def untile_scales(self, x: Shaped[Array, "*tile"]) -> Shaped[Array, "*groups"]:
-        """The inverse of `tile_scales`."""
-        return jnp.squeeze(x, self.tile_axis)
-
     @property
     def _grouped_shape(self) -> tuple[int, ...]:
         return (math.prod(self.shape),) if self.axis is None else self.shape
@@ -93,10 +84,15 @@ class Layout(eqx.Module):
         return (*shape[:position], groups, length, *shape[position + 1 :])
 
 
-def choose_layout(shape: tuple[int, ...], group_size: int) -> Layout:
+def choose_layout(
+    shape: tuple[int, ...], group_size: int, prefer_rows: bool = False
+) -> Layout:
     """Groups along the axis that needs the fewest scales; the last one among equals,
-    which is the model dimension of Equinox's `Linear` and `Embedding` weights.
+    which is the model dimension of Equinox's `Linear` and `Embedding` weights. With
+    `prefer_rows`, the last but one, if full groups fit into it.
     """
+    if prefer_rows and len(shape) >= 2 and shape[-2] % group_size == 0:
+        return Layout(shape, -2, group_size)
     if len(shape) == 0:
         return Layout(shape, None, group_size)
 

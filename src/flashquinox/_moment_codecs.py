@@ -3,8 +3,8 @@ import math
 import equinox as eqx
 
 from ._codec import AbstractMomentCodec
+from ._codecs.fitted_log import FittedLogCodec
 from ._codecs.flashoptim import FlashOptimCodec
-from ._codecs.fourth_root import FourthRootCodec
 from ._codecs.full_precision import FullPrecision
 from ._codecs.softsign import SoftsignCodec
 from ._layout import choose_layout, Layout
@@ -16,8 +16,8 @@ class MomentCodecs(eqx.Module):
 
     `MomentCodecs.named` gives the three that `moments=` accepts by name:
 
-    - `"flashquinox"`: softsign, rounded to nearest, for signed moments; fitted fourth
-        root with rotating dither for averages of squares.
+    - `"flashquinox"`: softsign, rounded to nearest, for signed moments; fitted
+        logarithm with rotating dither for averages of squares.
     - `"flashoptim"`: the codec of the paper.
     - `"float32"`: no compression.
 
@@ -44,15 +44,17 @@ class MomentCodecs(eqx.Module):
             return FullPrecision()
         return self.signed if kind == "signed" else self.nonnegative
 
-    def layout(self, shape: tuple[int, ...], group_size: int) -> Layout:
+    def layout(
+        self, shape: tuple[int, ...], group_size: int, prefer_rows: bool = False
+    ) -> Layout:
         """The groups of a leaf of this shape."""
         if self.signed.flattened or self.nonnegative.flattened:
             return Layout(shape, None, group_size)
-        return choose_layout(shape, group_size)
+        return choose_layout(shape, group_size, prefer_rows)
 
 
 _named = {
-    "flashquinox": MomentCodecs(SoftsignCodec(), FourthRootCodec()),
+    "flashquinox": MomentCodecs(SoftsignCodec(), FittedLogCodec()),
     "flashoptim": MomentCodecs(
         FlashOptimCodec("signed"), FlashOptimCodec("nonnegative"), smallest_vector=0
     ),

@@ -4,6 +4,7 @@ import optax
 from jaxtyping import Array, PyTree, ScalarLike
 
 from . import _checks as checks
+from ._backends.dispatch import Backend
 from ._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
@@ -85,6 +86,7 @@ def optimizer(
     moments: str | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    backend: Backend = "auto",
 ) -> Optimizer:
     r"""An optimizer from a rule: yours, or one of this library's.
 
@@ -115,6 +117,11 @@ def optimizer(
         changes neither weights nor state. If `False`, it damages the leaves it came to,
         no others.
 
+    - `backend`: `"auto"` takes the kernels of the platform that a program is compiled
+        for, and plain XLA where there is none. `"xla"` takes plain XLA everywhere.
+        `"tpu"` makes states for TPUs on any machine, and takes their kernels, which
+        platforms without them interpret (slowly: for debugging).
+
     **Returns:**
 
     A [`flashquinox.Optimizer`][].
@@ -137,6 +144,7 @@ def optimizer(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        backend=backend,
     )
 
 
@@ -154,6 +162,7 @@ def build_optimizer(
     moments: str | MomentCodecs,
     group_size: Integer | Array,
     skip_nonfinite: bool,
+    backend: Backend,
 ) -> Optimizer:
     """`optimizer`, for errors that name `call` as the user wrote it."""
     checks.hyperparameters(call, rule, learning_rate, weight_decay)
@@ -170,6 +179,7 @@ def build_optimizer(
         codecs=checks.moment_codecs(call, moments),
         group_size=checks.group_size(call, group_size),
         skip_nonfinite=skip_nonfinite,
+        backend=checks.backend(call, backend),
     )
     # Optax's types know no state that is not made of arrays.
     return Optimizer(cast(Any, transformation.init), cast(Any, transformation.update))

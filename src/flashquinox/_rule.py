@@ -3,7 +3,7 @@ gradient into an update), a *codec* (how a moment is stored in 8 bits), and a *s
 (how a float32 weight is stored as a narrow weight plus a correction).
 
 For example, AdamW is `Adam` (the rule) with decoupled weight decay; its first moment is
-stored through softsign companding, its second through fourth-root companding; and its
+stored through softsign companding, its second through logarithmic companding; and its
 weights are bfloat16 plus an int8 correction.
 
 Only the rule differs between optimizers. It sees float32 arrays of one tile, never
@@ -77,6 +77,18 @@ class AbstractRule(eqx.Module):
         """
         return {}
 
+    @property
+    def factors(self) -> dict[str, tuple[str | None, str | None]]:
+        r"""For moments that need it, the names of two of `scalars`: what the stored
+        moment is multiplied by before `update` sees it, and what the one that `update`
+        returns is multiplied by before it is stored. `None` is 1.
+
+        Of a compressed moment these products are free, as they go into the scales of
+        its groups: with $\beta / (1 - \beta)$ and $1 - \beta$, an exponential moving
+        average $m \leftarrow \beta m + (1 - \beta) x$ is one addition of $x$.
+        """
+        return {}
+
     @abc.abstractmethod
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         """Is called once per step, to compute everything that is the same for all
@@ -108,12 +120,13 @@ class AbstractRule(eqx.Module):
 
         - `grad`: the gradient, with L2 regularization already added.
         - `weight`: the master weight before this step.
-        - `moments`: the decoded moments of the previous step.
+        - `moments`: the decoded moments of the previous step, times their factors.
         - `scalars`: what the method `scalars` returned.
 
         **Returns:**
 
-        A 2-tuple of the update, which is *added* to the weight, and the new moments.
+        A 2-tuple of the update, which is *added* to the weight, and the new moments,
+        before their factors.
         """
 
 

@@ -147,10 +147,16 @@ def encode_weight(
     if correction_dtype is None:
         return master.astype(dtype), None
     pattern = _aligned_pattern(master, dtype)
-    correction_bits = _correction_bits(dtype, correction_dtype)
-    stored = _round_shift(pattern, _unstored_bits(dtype, correction_dtype))
-    high = _round_shift(stored, correction_bits)
-    low = (stored - (high << correction_bits)).astype(jnp.int32)
+    stored_bits = _correction_bits(dtype, correction_dtype)
+    unstored_bits = _unstored_bits(dtype, correction_dtype)
+    # Both roundings at once: floor((floor(x / a) + b) / c) is floor((x + a b) / (a c)).
+    # With c = 2 b, what is left of it is the last digit in base c, less b.
+    half = 1 << (stored_bits - 1)
+    rounding = (half << unstored_bits) + ((1 << unstored_bits) >> 1)
+    shifted = pattern + np.uint32(rounding)
+    high = shifted >> (stored_bits + unstored_bits)
+    digit = (shifted >> unstored_bits) & np.uint32(2 * half - 1)
+    low = digit.astype(jnp.int32) - half
     if dtype == jnp.bfloat16:
         weight = high.astype(jnp.uint16)
     else:

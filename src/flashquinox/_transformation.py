@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks
-from ._backends import xla
+from ._backends import dispatch
+from ._backends.dispatch import Backend
 from ._body import no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, Dither, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
@@ -40,6 +41,7 @@ class Transformation(eqx.Module):
     codecs: MomentCodecs = eqx.field(static=True)
     group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
+    backend: Backend = eqx.field(static=True)
 
     def init(self, params: PyTree) -> OptimizerState:
         leaves, rebuild = flatten(params)
@@ -57,7 +59,7 @@ class Transformation(eqx.Module):
                 continue
             trained.append(leaf)
             shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
-            layout = self.codecs.layout(shape, group_size)
+            layout = self._new_layout(shape, group_size)
             for name, kind in self.rule.moments.items():
                 codec = self.codecs.of(kind, shape)
                 moments[name].append(codec.init(layout, compute_dtype(dtype)))
@@ -149,7 +151,8 @@ class Transformation(eqx.Module):
             leaf = leaves[index]
             dtype = compute_dtype(leaf.value.dtype)
             rule_values, decay = scalars[dtype]
-            new = xla.update_leaf(
+            new = dispatch.update_leaf(
+                self.backend,
                 StepStructure(rule, _codecs(stored), self.decoupled, as_update),
                 _layout(leaf, stored),
                 StepScalars(
@@ -177,12 +180,16 @@ class Transformation(eqx.Module):
             corrections=rebuild(new_corrections),
         )
 
+    def _new_layout(self, shape: tuple[int, ...], group_size: int) -> Layout:
+        rows = dispatch.prefers_rows(self.backend)
+        return self.codecs.layout(shape, group_size, prefer_rows=rows)
+
     def _put_together(self, leaf: Leaf, kind: MomentKind, moment: Any) -> Any:
         """A moment of which only the arrays have come, as `init` would lay it out."""
         if not isinstance(moment, dict):
             return moment
         _, group_size = checks.structure_is_known(self.call, None, self.group_size)
-        layout = self.codecs.layout(leaf.value.shape, group_size)
+        layout = self._new_layout(leaf.value.shape, group_size)
         return QuantMoment(
             **moment,
             axis=layout.axis,

@@ -24,6 +24,6 @@ def update_leaf(
         scalars,
         layout.tile_axis,
         layout.tile(grad),
-        old.map(layout.tile, layout.tile_scales),
+        old.map(layout.tile),
     )
-    return tile.map(layout.untile, layout.untile_scales)
+    return tile.map(layout.untile)

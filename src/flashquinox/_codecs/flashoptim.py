@@ -2,9 +2,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._codec import AbstractMomentCodec, Dither, StoredMoment, zeros
+from .._codec import (
+    AbstractMomentCodec,
+    Dither,
+    GroupConstants,
+    Reduction,
+    StoredMoment,
+    zeros,
+)
 from .._layout import Layout
 from .._rule import MomentKind
 
@@ -37,27 +44,58 @@ class FlashOptimCodec(AbstractMomentCodec):
         del dtype
         return zeros(self, layout, self._code_dtype, jnp.float16)
 
-    def encode(
-        self, moment: Float[Array, "*tile"], axis: int, dither: Dither
-    ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*#tile"] | None]:
+    def statistics(
+        self, prepared: tuple[Float[Array, "*tile"], ...]
+    ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:
+        (moment,) = prepared
+        return ((jnp.max, jnp.abs(self._amplitude(moment))),)
+
+    def fit(
+        self,
+        statistics: tuple[Float[Array, "*groups"], ...],
+        factor: Scalar | None,
+        dither: Dither,
+    ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
         del dither
-        signed = self.kind == "signed"
-        amplitude = moment if signed else jnp.sqrt(moment)
-        largest = jnp.max(jnp.abs(amplitude), axis=axis, keepdims=True)
+        (largest,) = statistics
+        if factor is not None:
+            largest = largest * (factor if self.kind == "signed" else jnp.sqrt(factor))
         largest = jnp.maximum(largest, 1e-12)
-        codes = amplitude / largest
-        if signed:
+        constants = (largest,) if factor is None else (largest, factor)
+        return largest.astype(jnp.float16), constants
+
+    def quantize(
+        self,
+        prepared: tuple[Float[Array, "*tile"], ...],
+        quantizer: GroupConstants,
+    ) -> Shaped[Array, "*tile"]:
+        (moment,) = prepared
+        largest, *factor = quantizer
+        if factor:
+            moment = moment * factor[0]
+        codes = self._amplitude(moment) / largest
+        if self.kind == "signed":
             codes = 2 * codes / (1 + jnp.abs(codes))
         codes = jnp.floor(codes * self._largest_code + 0.5)
-        return codes.astype(self._code_dtype), largest.astype(jnp.float16)
+        return codes.astype(self._code_dtype)
 
-    def decode(
+    def dequantizer(
+        self,
+        scales: Shaped[Array, "*groups"] | None,
+        factor: Scalar | None,
+        dtype: DTypeLike,
+    ) -> GroupConstants:
+        assert scales is not None
+        scales = scales.astype(dtype)
+        return (scales,) if factor is None else (scales, factor)
+
+    def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        scales: Shaped[Array, "*#tile"] | None,
+        dequantizer: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        assert scales is not None
+        scale, *factor = dequantizer
         # XLA divides by a constant through its rounded reciprocal. In two parts, of
         # which the first has an exact product with any code, it is rounded only once.
         reciprocal = 1 / self._largest_code
@@ -66,9 +104,14 @@ class FlashOptimCodec(AbstractMomentCodec):
         codes = codes.astype(dtype)
         amplitude = codes * high.astype(dtype) + codes * low.astype(dtype)
         if self.kind == "signed":
-            return amplitude / (2 - jnp.abs(amplitude)) * scales.astype(dtype)
-        amplitude = amplitude * scales.astype(dtype)
-        return amplitude * amplitude
+            moment = amplitude / (2 - jnp.abs(amplitude)) * scale
+        else:
+            amplitude = amplitude * scale
+            moment = amplitude * amplitude
+        return moment * factor[0] if factor else moment
+
+    def _amplitude(self, moment: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return moment if self.kind == "signed" else jnp.sqrt(moment)
 
     @property
     def _code_dtype(self) -> DTypeLike:

@@ -1,8 +1,14 @@
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._codec import AbstractMomentCodec, Dither, StoredMoment
+from .._codec import (
+    AbstractMomentCodec,
+    Dither,
+    GroupConstants,
+    Reduction,
+    StoredMoment,
+)
 from .._layout import Layout
 
 
@@ -16,17 +22,47 @@ class FullPrecision(AbstractMomentCodec):
     def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
         return jnp.zeros(layout.shape, dtype)
 
-    def encode(
-        self, moment: Float[Array, "*tile"], axis: int, dither: Dither
-    ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*#tile"] | None]:
-        del axis, dither
-        return moment, None
+    def statistics(
+        self, prepared: tuple[Float[Array, "*tile"], ...]
+    ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:
+        del prepared
+        return ()
 
-    def decode(
+    def fit(
+        self,
+        statistics: tuple[Float[Array, "*groups"], ...],
+        factor: Scalar | None,
+        dither: Dither,
+    ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
+        del statistics, dither
+        return None, () if factor is None else (factor,)
+
+    def quantize(
+        self,
+        prepared: tuple[Float[Array, "*tile"], ...],
+        quantizer: GroupConstants,
+    ) -> Shaped[Array, "*tile"]:
+        (moment,) = prepared
+        for factor in quantizer:
+            moment = moment * factor
+        return moment
+
+    def dequantizer(
+        self,
+        scales: Shaped[Array, "*groups"] | None,
+        factor: Scalar | None,
+        dtype: DTypeLike,
+    ) -> GroupConstants:
+        del scales, dtype
+        return () if factor is None else (factor,)
+
+    def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        scales: Shaped[Array, "*#tile"] | None,
+        dequantizer: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        del scales
-        return codes.astype(dtype)
+        moment = codes.astype(dtype)
+        for factor in dequantizer:
+            moment = moment * factor
+        return moment

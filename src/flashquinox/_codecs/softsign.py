@@ -2,9 +2,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._codec import AbstractMomentCodec, Dither, StoredMoment, zeros
+from .._codec import (
+    AbstractMomentCodec,
+    Dither,
+    GroupConstants,
+    Reduction,
+    StoredMoment,
+    zeros,
+)
 from .._layout import Layout
 from .._scales import decode_scale, encode_scale
 
@@ -12,19 +19,20 @@ from .._scales import decode_scale, encode_scale
 class SoftsignCodec(AbstractMomentCodec):
     r"""For signed moments: softsign companding in `int8`, rounded to nearest.
 
-    $$q = 127 \cdot \frac{2 n}{1 + |n|}, \qquad n = \frac{m}{s} = \frac{q}{254 - |q|},
-    \qquad s = \max |m|$$
+    $$q = \frac{256 \, m}{s + |m|}, \qquad m = s \, \frac{q}{256 - |q|}, \qquad
+    s = \frac{129}{127} \max |m|$$
 
-    A scale $s$ is kept as a float32's eight exponent bits and its `scale_mantissa_bits`
-    leading mantissa bits in a `uint16` (it has no sign). 8, the default, is the range
-    of a bfloat16 with one more bit of precision; 7 is bfloat16 itself. Scales are
-    rounded by the rotating threshold, or they would stall where a moment decays slowly;
-    codes are not, or a small moment would be left beside a second moment that is
-    smaller still.
+    so that the largest element of a group has the code $\pm 127$. A scale $s$ is kept
+    as a float32's eight exponent bits and its `scale_mantissa_bits` leading mantissa
+    bits in a `uint16` (it has no sign). 8, the default, is the range of a bfloat16 with
+    one more bit of precision; 7 is bfloat16 itself. Scales are rounded by the rotating
+    threshold, or they would stall where a moment decays slowly; codes are not, or a
+    small moment would be left beside a second moment that is smaller still.
 
     ??? cite "Reference"
 
-        FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.2.
+        FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.2,
+        which has $254 \, m / (\max |m| + |m|)$.
     """
 
     dithered: bool = eqx.field(static=True, default=False)
@@ -38,34 +46,72 @@ class SoftsignCodec(AbstractMomentCodec):
         del dtype
         return zeros(self, layout, jnp.int8, jnp.uint16)
 
-    def encode(
-        self, moment: Float[Array, "*tile"], axis: int, dither: Dither
-    ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*#tile"] | None]:
-        magnitude = jnp.abs(moment)
-        largest = jnp.max(magnitude, axis=axis, keepdims=True).astype(jnp.float32)
-        scales = encode_scale(largest, dither.scale, self.scale_mantissa_bits)
-        rounded = decode_scale(scales, self.scale_mantissa_bits)
-        # Keeps the quotients of a group of zeros at zero.
-        positive = jnp.maximum(rounded, _SMALLEST_NORMAL).astype(moment.dtype)
-        # A scale that was rounded down lets this reach 127.25 at most.
-        # The quotient comes first: products with large moments would overflow.
-        codes = 254 * (moment / (positive + magnitude))
-        if self.dithered:
-            codes = jnp.floor(codes + dither.code.astype(moment.dtype))
-        else:
-            codes = jnp.round(codes)
-        return codes.astype(jnp.int8), scales
+    def prepare(
+        self, moment: Float[Array, "*tile"]
+    ) -> tuple[Float[Array, "*tile"], ...]:
+        return moment, jnp.abs(moment)
 
-    def decode(
+    def statistics(
+        self, prepared: tuple[Float[Array, "*tile"], ...]
+    ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:
+        _, magnitude = prepared
+        return ((jnp.max, magnitude),)
+
+    def fit(
+        self,
+        statistics: tuple[Float[Array, "*groups"], ...],
+        factor: Scalar | None,
+        dither: Dither,
+    ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
+        (largest,) = statistics
+        dtype = largest.dtype
+        if factor is not None:
+            largest = largest * factor
+        scale = largest.astype(jnp.float32) * np.float32(129 / 127)
+        scales = encode_scale(scale, dither.scale, self.scale_mantissa_bits)
+        scale = decode_scale(scales, self.scale_mantissa_bits)
+        # Keeps the quotients of a group of zeros at zero.
+        scale = jnp.maximum(scale, _SMALLEST_NORMAL).astype(dtype)
+        if factor is not None:
+            scale = jnp.maximum(scale / factor, _SMALLEST_NORMAL.astype(dtype))
+        if not self.dithered:
+            return scales, (scale,)
+        threshold = jnp.broadcast_to(dither.code.astype(dtype) - 0.5, scale.shape)
+        return scales, (scale, threshold)
+
+    def quantize(
+        self,
+        prepared: tuple[Float[Array, "*tile"], ...],
+        quantizer: GroupConstants,
+    ) -> Shaped[Array, "*tile"]:
+        moment, magnitude = prepared
+        scale, *threshold = quantizer
+        # A scale that was rounded down lets this reach 127.3 at most. The quotient
+        # comes first here too.
+        codes = 256 * (moment / (scale + magnitude))
+        if self.dithered:
+            codes = jnp.clip(codes + threshold[0], -127, 127)
+        return jnp.round(codes).astype(jnp.int8)
+
+    def dequantizer(
+        self,
+        scales: Shaped[Array, "*groups"] | None,
+        factor: Scalar | None,
+        dtype: DTypeLike,
+    ) -> GroupConstants:
+        assert scales is not None
+        scale = decode_scale(scales, self.scale_mantissa_bits).astype(dtype)
+        return (scale if factor is None else scale * factor,)
+
+    def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        scales: Shaped[Array, "*#tile"] | None,
+        dequantizer: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        assert scales is not None
+        (scale,) = dequantizer
         codes = codes.astype(dtype)
-        scales = decode_scale(scales, self.scale_mantissa_bits).astype(dtype)
-        return codes / (254 - jnp.abs(codes)) * scales
+        return codes / (256 - jnp.abs(codes)) * scale
 
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)

@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
+from .._backends.dispatch import Backend
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
 from .._optimizer import build_optimizer, Optimizer
@@ -41,22 +42,28 @@ class Adam(AbstractRule):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, float("inf"))}
 
+    @property
+    def factors(self) -> dict[str, tuple[str | None, str | None]]:
+        return {"mu": ("decay", "one_minus_b1")}
+
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         # With r = sqrt(1 - b2^t): m/(sqrt(v)/r + eps) = m r / (sqrt(v) + eps r).
         root_correction2 = jnp.sqrt(_bias_correction(self.b2, count))
         correction1 = _bias_correction(self.b1, count)
         step = -learning_rate * root_correction2
         scalars = {
-            "b1": self.b1,
-            "b2": self.b2,
+            "decay": self.b1 / (1 - self.b1),
             "one_minus_b1": 1 - self.b1,
+            "b2": self.b2,
             "one_minus_b2": 1 - self.b2,
             "eps": self.eps * root_correction2,
         }
+        # `update` has m / (1 - b1).
+        step = step * (1 - self.b1)
         if self.nesterov:
             next_correction1 = _bias_correction(self.b1, count + 1)
             scalars["mu_step"] = step * self.b1 / next_correction1
-            scalars["grad_step"] = step * (1 - self.b1) / correction1
+            scalars["grad_step"] = step / correction1
         else:
             scalars["mu_step"] = step / correction1
         return scalars
@@ -69,7 +76,7 @@ class Adam(AbstractRule):
         scalars: dict[str, Scalar],
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
         del weight
-        mu = scalars["b1"] * moments["mu"] + scalars["one_minus_b1"] * grad
+        mu = moments["mu"] + grad
         nu = scalars["b2"] * moments["nu"] + scalars["one_minus_b2"] * (grad * grad)
         numerator = scalars["mu_step"] * mu
         if self.nesterov:
@@ -98,6 +105,7 @@ def adamw(
     moments: str | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    backend: Backend = "auto",
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: [`flashquinox.Adam`][] and
 
@@ -125,7 +133,8 @@ def adamw(
     - `nesterov`: whether to use Nesterov momentum.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
+        weights and
         moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
@@ -150,6 +159,7 @@ def adamw(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        backend=backend,
     )
 
 
@@ -166,6 +176,7 @@ def adam(
     moments: str | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    backend: Backend = "auto",
 ) -> Optimizer:
     r"""Adam, with L2 regularization if wanted: [`flashquinox.Adam`][] with
     $g_t + \lambda w_{t-1}$ for the gradient.
@@ -186,7 +197,8 @@ def adam(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
+        weights and
         moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
@@ -211,4 +223,5 @@ def adam(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        backend=backend,
     )

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
+from .._backends.dispatch import Backend
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
 from .._optimizer import build_optimizer, Optimizer
@@ -35,13 +36,19 @@ class Lion(AbstractRule):
     def bounds(self) -> dict[str, tuple[float, float]]:
         return {"b1": (0.0, 1.0), "b2": (0.0, 1.0)}
 
+    @property
+    def factors(self) -> dict[str, tuple[str | None, str | None]]:
+        return {"mu": ("decay", "one_minus_b2")}
+
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         del count
+        # `update` has b2 m / (1 - b2), and divides what it takes the sign of by 1 - b1.
+        # With b2 = 0, something that is lost in any sum.
+        decay = jnp.maximum(self.b2 / (1 - self.b2), 1e-20)
         return {
-            "b1": self.b1,
-            "b2": self.b2,
-            "one_minus_b1": 1 - self.b1,
+            "decay": decay,
             "one_minus_b2": 1 - self.b2,
+            "direction": self.b1 / (1 - self.b1) / decay,
             "step": -learning_rate,
         }
 
@@ -53,8 +60,8 @@ class Lion(AbstractRule):
         scalars: dict[str, Scalar],
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
         del weight
-        direction = scalars["b1"] * moments["mu"] + scalars["one_minus_b1"] * grad
-        mu = scalars["b2"] * moments["mu"] + scalars["one_minus_b2"] * grad
+        direction = scalars["direction"] * moments["mu"] + grad
+        mu = moments["mu"] + grad
         return scalars["step"] * jnp.sign(direction), {"mu": mu}
 
 
@@ -71,6 +78,7 @@ def lion(
     moments: str | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    backend: Backend = "auto",
 ) -> Optimizer:
     r"""Lion with decoupled weight decay: [`flashquinox.Lion`][] and
 
@@ -96,7 +104,8 @@ def lion(
         it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
+        weights and
         moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
@@ -121,4 +130,5 @@ def lion(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        backend=backend,
     )

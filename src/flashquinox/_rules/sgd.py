@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
+from .._backends.dispatch import Backend
 from .._checks import is_zero
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
@@ -43,11 +44,16 @@ class SGD(AbstractRule):
             return {}
         return {"momentum": (0.0, 1.0), "dampening": (0.0, 1.0)}
 
+    @property
+    def factors(self) -> dict[str, tuple[str | None, str | None]]:
+        return {} if self.momentum is None else {"trace": ("momentum", None)}
+
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         scalars: dict[str, ScalarLike] = {"step": -learning_rate}
         if self.momentum is not None:
             scalars["momentum"] = self.momentum
-            scalars["grad"] = jnp.where(count == 1, 1, 1 - self.dampening)
+            if not is_zero(self.dampening):
+                scalars["grad"] = jnp.where(count == 1, 1, 1 - self.dampening)
         return scalars
 
     def update(
@@ -60,7 +66,8 @@ class SGD(AbstractRule):
         del weight
         if self.momentum is None:
             return scalars["step"] * grad, {}
-        trace = scalars["momentum"] * moments["trace"] + scalars["grad"] * grad
+        dampened = scalars["grad"] * grad if "grad" in scalars else grad
+        trace = moments["trace"] + dampened
         direction = grad + scalars["momentum"] * trace if self.nesterov else trace
         return scalars["step"] * direction, {"trace": trace}
 
@@ -77,6 +84,7 @@ def sgd(
     moments: str | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    backend: Backend = "auto",
 ) -> Optimizer:
     r"""Stochastic gradient descent, with L2 regularization if wanted:
     [`flashquinox.SGD`][] with $g_t + \lambda w_{t-1}$ for the gradient; in 4.0625 bytes
@@ -97,7 +105,8 @@ def sgd(
         decay use [`flashquinox.sgdw`][].
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
+        weights and
         moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
@@ -122,6 +131,7 @@ def sgd(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        backend=backend,
     )
 
 
@@ -139,6 +149,7 @@ def sgdw(
     moments: str | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    backend: Backend = "auto",
 ) -> Optimizer:
     r"""Stochastic gradient descent with decoupled weight decay: [`flashquinox.SGD`][]
     and
@@ -162,7 +173,8 @@ def sgdw(
         it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`: how weights and
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
+        weights and
         moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
 
     **Returns:**
@@ -187,6 +199,7 @@ def sgdw(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        backend=backend,
     )
 
 

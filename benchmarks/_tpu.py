@@ -1,0 +1,308 @@
+"""Compiles for TPUs on a machine without one, and reads the compiler's schedules."""
+
+import dataclasses
+import functools as ft
+import math
+import os
+import pathlib
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+
+class ScheduleError(Exception):
+    """A dump that is not as this module believes dumps to be."""
+
+
+def set_up(dump: pathlib.Path) -> None:
+    """Before anything is compiled: libtpu reads all of this once, when it is loaded."""
+    jax.config.update("jax_platforms", "cpu")
+    # Otherwise libtpu asks the network which TPU this machine has.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    dumping = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dumping}".strip()
+
+
+@ft.cache
+def device(chip: str) -> Any:
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[chip]
+    ).devices[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function, and the kernels in it: `pallas_call` equations."""
+
+    compiled: Any
+    kernels: list[Any]
+    seconds: float
+
+
+def compile_for(
+    chip: str,
+    function: Callable,
+    *shapes: Any,
+    donate: tuple[int, ...] = (),
+    dump: pathlib.Path,
+) -> Program:
+    """Leaves the dump of this program, and of no other, in that directory."""
+    for file in dump.iterdir():
+        file.unlink()
+    target = device(chip)
+    sharding = SingleDeviceSharding(target)
+    shapes = jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    # Kernels ask this mesh for their generation.
+    kind = AbstractDevice(target.device_kind, target.num_cores, "tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        traced = jax.jit(function, donate_argnums=donate).trace(*shapes)
+        start = time.perf_counter()
+        compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    kernels = [
+        eqn
+        for eqn in equations(traced.jaxpr.jaxpr)
+        # The interpreted ones are for other platforms.
+        if eqn.primitive.name == "pallas_call" and not eqn.params["interpret"]
+    ]
+    return Program(compiled, kernels, seconds)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of inner functions included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jtu.tree_leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            # Closed jaxprs have their jaxpr inside.
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+#
+# Kernels as written
+#
+
+
+def grid(kernel: Any) -> tuple[int, ...]:
+    return tuple(kernel.params["grid_mapping"].grid)
+
+
+def kernel_name(kernel: Any) -> str:
+    params = kernel.params
+    return params["name"] if "name" in params else params["name_and_src_info"].name
+
+
+def loop_lengths(kernel: Any) -> list[int]:
+    """Of the loops in the body of a kernel."""
+    body = equations(kernel.params["jaxpr"])
+    return [eqn.params["length"] for eqn in body if eqn.primitive.name == "scan"]
+
+
+def operand_bytes(kernel: Any) -> int:
+    """Of all operands and results, each once."""
+    avals = [x.aval for x in (*kernel.invars, *kernel.outvars)]
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+
+
+#
+# Kernels as scheduled
+#
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """One very long instruction word."""
+
+    label: str
+    # In how many loops it is.
+    depth: int
+    text: str
+    # How many slots of each unit are taken.
+    slots: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Of one core's part of a kernel."""
+
+    bundles: list[Bundle]
+    # Of each unit, how many slots a bundle has.
+    capacity: dict[str, int]
+    # The part of the grid that one core does.
+    core_grid: tuple[int, ...]
+    # How often each bundle runs.
+    runs: list[int]
+
+    @property
+    def executed(self) -> int:
+        return sum(self.runs)
+
+    def slots(self, unit: str) -> int:
+        """How many slots of this unit are taken in all."""
+        pairs = zip(self.bundles, self.runs, strict=True)
+        return sum(bundle.slots[unit] * runs for bundle, runs in pairs)
+
+    def opcodes(self) -> Counter[str]:
+        """How often each vector instruction runs."""
+        counter = Counter()
+        for bundle, runs in zip(self.bundles, self.runs, strict=True):
+            code = _COMMENT.sub("", bundle.text)
+            for operation, store in _OPCODE.findall(code):
+                counter[operation or store] += runs
+        return counter
+
+
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
+_EMPTY = re.compile(r":\s*\{\}")
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_OPCODE = re.compile(r"= (v[a-z][\w.]*)|(vst[\w.]*) ")
+_GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
+_EXIT = re.compile(r"= scmp\.ge\.s32\.totalorder (%s\w+), (\d+) /\* loop exit test \*/")
+
+
+def schedule(dump: pathlib.Path, kernel: Any) -> Schedule:
+    """That of a kernel from its last compilation."""
+    text = _read(dump, kernel, "final_bundles")
+    table = _read(dump, kernel, "final_hlo-static-per-bundle-utilization")
+    capacity, slots = _utilization(table)
+    bundles = _bundles(text, slots)
+    bounds = {
+        tuple(int(x) for x in bounds.split(",") if x.strip())
+        for bounds in _GRID.findall(text)
+    }
+    if len(bounds) != 1:
+        raise ScheduleError(f"{len(bounds)} grids in the dump of a kernel")
+    (core_grid,) = bounds
+    if math.prod(grid(kernel)) % math.prod(core_grid) != 0:
+        raise ScheduleError(f"a grid {grid(kernel)}, and of one core {core_grid}")
+    runs = _runs(bundles, math.prod(core_grid), loop_lengths(kernel))
+    return Schedule(bundles, capacity, core_grid, runs)
+
+
+def _read(dump: pathlib.Path, kernel: Any, what: str) -> str:
+    # The name of the kernel, the number of its instance, and that of the pass. Other
+    # passes have names that end alike.
+    name = re.compile(rf"\d+-{kernel_name(kernel)}(\.\d+)?-\d+-{what}\.txt")
+    files = [file for file in dump.iterdir() if name.fullmatch(file.name)]
+    if len(files) != 1:
+        raise ScheduleError(f"{len(files)} files {what} for {kernel_name(kernel)}")
+    return files[0].read_text()
+
+
+def _utilization(table: str) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """What there is of each unit, and what each bundle takes."""
+    _, names, capacity, _, *rows = table.splitlines()
+    units = [name.strip() for name in names.split(",")]
+
+    def numbers(row: str) -> dict[str, int]:
+        return dict(zip(units, map(int, row.split()), strict=True))
+
+    return numbers(capacity), [numbers(row) for row in rows if row.strip()]
+
+
+def _bundles(text: str, slots: list[dict[str, int]]) -> list[Bundle]:
+    # Comments may hold line breaks; a bundle ends where the next one starts.
+    parts = []
+    for line in text.splitlines():
+        start = _BUNDLE.match(line)
+        if start is not None:
+            parts.append((start[1] or "", start[2].count(">"), [line]))
+        elif parts:
+            parts[-1][2].append(line)
+    if len(parts) != len(slots):
+        raise ScheduleError(f"{len(parts)} bundles, but {len(slots)} in the table")
+    bundles = []
+    for (label, depth, lines), used in zip(parts, slots, strict=True):
+        text = "\n".join(lines)
+        # Empty bundles have no marks. They wait for those before them, mostly for a
+        # jump, in the same loop.
+        if bundles and _EMPTY.search(text):
+            depth = bundles[-1].depth
+        bundles.append(Bundle(label, depth, text, used))
+    return bundles
+
+
+def _runs(bundles: list[Bundle], steps: int, lengths: list[int]) -> list[int]:
+    """How often each bundle runs: once outside of the loop over the grid. In that loop,
+    in all of its turns, but for the kernel's own body, which the turns that only fill
+    and drain the pipeline jump over: that is from the last jump before the kernel's
+    loop up to the mark behind it. Other bundles of these turns count even where their
+    instructions are masked, as they are, because they take their cycle.
+    """
+    runs = [1] * len(bundles)
+    outer = _loops(bundles, 1)
+    if len(outer) != 1:
+        raise ScheduleError(f"{len(outer)} loops over one grid")
+    ((first, last),) = outer
+    turns = _turns(bundles, 1, first, last)
+    if not steps <= turns <= steps + 2:
+        raise ScheduleError(f"{turns} turns for a grid of {steps} steps")
+    runs[first:last] = [turns] * (last - first)
+    inner = _loops(bundles, 2)
+    if len(inner) != 1 or any(bundle.depth > 2 for bundle in bundles):
+        raise ScheduleError("a kernel with one loop expected")
+    ((start, end),) = inner
+    jumps = [i for i in range(first, start) if "sbr.rel" in bundles[i].text]
+    marks = [i for i in range(end, last) if bundles[i].label == "PF"]
+    if not jumps or not marks:
+        raise ScheduleError("the body of the kernel cannot be told from its pipeline")
+    body = slice(jumps[-1] + 1, marks[0])
+    runs[body] = [steps] * (body.stop - body.start)
+    length = _turns(bundles, 2, start, end)
+    if length not in lengths:
+        raise ScheduleError(f"a loop of {length} turns, written as one of {lengths}")
+    runs[start:end] = [steps * length] * (end - start)
+    return runs
+
+
+def _loops(bundles: list[Bundle], depth: int) -> list[tuple[int, int]]:
+    """The first bundle of each loop of this depth, and the first one after it."""
+    loops = []
+    for i, bundle in enumerate(bundles):
+        if bundle.label == "LB" and bundle.depth == depth:
+            end = i + 1
+            while end < len(bundles) and bundles[end].depth >= depth:
+                if bundles[end].label == "LB" and bundles[end].depth == depth:
+                    break
+                end += 1
+            loops.append((i, end))
+    covered = sum(end - start for start, end in loops)
+    if covered != sum(bundle.depth >= depth for bundle in bundles):
+        raise ScheduleError("bundles of a loop without a start")
+    return loops
+
+
+def _turns(bundles: list[Bundle], depth: int, first: int, last: int) -> int:
+    """Of a loop that counts up by 1 from 0."""
+    loop = [bundle.text for bundle in bundles[first:last] if bundle.depth == depth]
+    exits = [found for text in loop for found in _EXIT.findall(text)]
+    if len(exits) != 1:
+        raise ScheduleError(f"{len(exits)} exits of a loop")
+    ((counter, limit),) = exits
+    if not any(f"{counter} = sadd.s32 1, " in text for text in loop):
+        raise ScheduleError("a loop that does not count up by 1")
+    return int(limit)

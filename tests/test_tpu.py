@@ -1,0 +1,405 @@
+"""The TPU kernels: interpreted, against plain XLA; and compiled, by the real compiler,
+for every generation. No TPU is needed."""
+
+import functools as ft
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+import flashquinox as fq
+from flashquinox._backends import tpu
+from flashquinox._backends._tpu_arithmetic import Arithmetic
+from flashquinox._body import TileState
+from flashquinox._layout import Layout
+
+from .helpers import Case, float64, parametrize_cases, Storage
+
+
+_ours = Storage(jnp.bfloat16, 24, "flashquinox")
+
+# Groups that fill a chunk and some that do not, lanes that do not fill a register,
+# several chunks in a block, and leading axes.
+_SHAPES = {"matrix": (64, 128), "stack": (2, 96, 200)}
+_ODD_SHAPES = {
+    "narrow": (32, 5),
+    "high": (1056, 130),
+    "deep": (2, 3, 32, 128),
+    "wide": (32, 700),
+}
+
+
+def _arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    # Rows of very different size, for moments to use the range of their codes.
+    size = lambda shape: np.exp2(rng.uniform(-20, 0, (*shape[:-1], 1)))
+    return {
+        name: jnp.asarray(rng.standard_normal(shape) * size(shape), jnp.float32).astype(
+            dtype
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def _assert_same(ours, reference, params) -> None:
+    """Of a new model and its state, codes and scales are the same bit for bit, but for
+    one code in 10^4 that may differ by one: a product and a sum are one operation in
+    one program and two in another. So weights may lie a rounding of float32 apart, of
+    the larger of the weight and what is added to it, which seldom is one of the 24 bits
+    (one time in 256 for each unit in the last place).
+    """
+    assert jtu.tree_structure(ours) == jtu.tree_structure(reference)
+    (model, state), (expected_model, expected_state) = ours, reference
+    assert np.array_equal(state.count, expected_state.count)
+    for x, y in zip(
+        jtu.tree_leaves(state.moments),
+        jtu.tree_leaves(expected_state.moments),
+        strict=True,
+    ):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        if x.dtype == jnp.float32:
+            np.testing.assert_allclose(x, y, rtol=2**-22)
+            continue
+        difference = np.abs(np.asarray(x).astype(int) - np.asarray(y).astype(int))
+        assert np.all(difference <= 1)
+        assert np.sum(difference != 0) <= 1e-4 * difference.size
+    has_correction = len(jtu.tree_leaves(state.corrections)) > 0
+    masters = jtu.tree_leaves(fq.master_weights(model, state))
+    expected_masters = jtu.tree_leaves(
+        fq.master_weights(expected_model, expected_state)
+    )
+    for old, new, expected in zip(
+        jtu.tree_leaves(params), masters, expected_masters, strict=True
+    ):
+        narrow = old.dtype != jnp.float32
+        old, new, expected = map(float64, (old, new, expected))
+        size = np.maximum(np.abs(old), np.abs(expected - old))
+        bound = size * 2**-22
+        if narrow:
+            # A unit of the stored weight, where its rounding went the other way: one
+            # of 24 bits of the sixteenth place, or of bfloat16 itself without a
+            # correction.
+            bound += np.abs(expected) * (2**-15 if has_correction else 2**-7)
+        different = new != expected
+        assert np.all(np.abs(new - expected)[different] <= bound[different])
+        if narrow:
+            assert np.sum(different) <= 0.01 * different.size + 1
+
+
+def _run(make, params, grads, method: str = "step", **kwargs) -> None:
+    """Steps of the kernel and of plain XLA, each from the state of the latter."""
+    kernel, plain = (make(backend=backend, **kwargs) for backend in ("tpu", "xla"))
+    state = kernel.init(params)
+    assert all(
+        moment.axis == -2
+        for moment in jtu.tree_leaves(
+            state.moments, is_leaf=lambda x: isinstance(x, fq.QuantMoment)
+        )
+        if isinstance(moment, fq.QuantMoment)
+    )
+
+    def take(optim, params, state, grad):
+        if method == "step":
+            return optim.step(params, state, grad)
+        return optim.update(grad, state, params)
+
+    take = jax.jit(take, static_argnums=0)
+    for grad in grads:
+        results = [take(o, params, state, grad) for o in (kernel, plain)]
+        if method == "update":
+            results = [(optax.apply_updates(params, u), s) for u, s in results]
+        _assert_same(*results, params)
+        params, state = results[1]
+
+
+def _supported(case: Case) -> bool:
+    return case.storage.dtype != jnp.float16 and case.storage.moments != "flashoptim"
+
+
+@parametrize_cases(_supported)
+def test_interpreted_kernel_is_plain_xla(case):
+    dtype = case.storage.dtype
+    shapes = _SHAPES if case.name == "adamw" else {"stack": _SHAPES["stack"]}
+    grads = [_arrays(shapes, dtype, seed) for seed in (1, 2, 3)]
+    make = ft.partial(case.optimizer, 1e-2)
+    _run(make, _arrays(shapes, dtype, 0), grads)
+
+
+@pytest.mark.parametrize("shape", _ODD_SHAPES)
+def test_odd_shapes(shape):
+    shapes = {"leaf": _ODD_SHAPES[shape]}
+    grads = [_arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2)
+    _run(make, _arrays(shapes, jnp.bfloat16, 0), grads)
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_other_groups(group_size):
+    shapes = {"leaf": (256, 64)}
+    grads = [_arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
+    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, group_size=group_size)
+    _run(make, _arrays(shapes, jnp.bfloat16, 0), grads)
+
+
+@pytest.mark.parametrize("bits", [24, 32, None])
+def test_updates(bits):
+    grads = [_arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    storage = Storage(jnp.bfloat16, bits, "flashquinox")
+    make = ft.partial(Case("adamw", storage).optimizer, 1e-2)
+    _run(make, _arrays(_SHAPES, jnp.bfloat16, 0), grads, method="update")
+
+
+def test_a_rule_of_the_user():
+    class Normalized(fq.AbstractRule):
+        """Of everything that kernels replace: a quotient, a root, a sign."""
+
+        @property
+        def moments(self):
+            return {"second": "nonnegative", "first": "signed"}
+
+        def scalars(self, count, learning_rate):
+            return {"step": -learning_rate, "half": 0.5}
+
+        def update(self, grad, weight, moments, scalars):
+            half = scalars["half"]
+            first = half * moments["first"] + half * grad
+            second = half * moments["second"] + half * grad * grad
+            size = jnp.sqrt(second) + 1e-3 * jnp.abs(weight) + 1e-30
+            update = scalars["step"] * (first / size + 0.1 * jnp.sign(grad))
+            return update, {"second": second, "first": first}
+
+    grads = [_arrays(_SHAPES, jnp.float32, seed) for seed in (1, 2)]
+    make = ft.partial(fq.optimizer, Normalized(), 1e-2)
+    _run(make, _arrays(_SHAPES, jnp.bfloat16, 0), grads)
+
+
+@pytest.mark.parametrize("method", ["step", "update"])
+def test_nonfinite_steps_are_skipped(method):
+    bad = _arrays(_SHAPES, jnp.bfloat16, 2)
+    bad["matrix"] = bad["matrix"].at[3, 4].set(jnp.nan)
+    grads = [_arrays(_SHAPES, jnp.bfloat16, 1), bad, _arrays(_SHAPES, jnp.bfloat16, 3)]
+    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, skip_nonfinite=True)
+    _run(make, _arrays(_SHAPES, jnp.bfloat16, 0), grads, method=method)
+
+
+def test_damage_shows():
+    params = _arrays({"leaf": (64, 128)}, jnp.bfloat16, 0)
+    grads = _arrays({"leaf": (64, 128)}, jnp.bfloat16, 1)
+    grads["leaf"] = grads["leaf"].at[40, 4].set(jnp.nan)
+    optim = fq.adamw(1e-2, backend="tpu")
+    new, state = jax.jit(optim.step)(params, optim.init(params), grads)
+    found = np.isnan(np.asarray(new["leaf"], np.float32))
+    assert found[40, 4] and found.sum() == 1
+    # And stays.
+    grads = _arrays({"leaf": (64, 128)}, jnp.bfloat16, 2)
+    new, _ = jax.jit(optim.step)(new, state, grads)
+    assert np.isnan(np.asarray(new["leaf"], np.float32))[40, 4]
+
+
+def test_ensembles():
+    shapes = {"leaf": (3, 64, 128)}
+    params, grads = (_arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
+    kernel, plain = (fq.adamw(1e-2, backend=backend) for backend in ("tpu", "xla"))
+    state = jax.vmap(kernel.init)(params)
+    ours, reference = (
+        jax.jit(jax.vmap(optim.step))(params, state, grads) for optim in (kernel, plain)
+    )
+    _assert_same(ours, reference, params)
+
+
+def test_what_the_kernel_cannot_take_goes_through_xla():
+    """Nothing raises with `backend="tpu"` that works without it."""
+    shapes = {"ragged": (37, 5), "vector": (40,), "scalar": (), "empty": (0, 32)}
+    params = _arrays({**shapes, "lanes": (5, 64)}, jnp.bfloat16, 0)
+    params["half"] = jnp.ones((64, 64), jnp.float16)
+    grads = jtu.tree_map(jnp.ones_like, params)
+    kernel, plain = (fq.adamw(1e-2, backend=backend) for backend in ("tpu", "xla"))
+    state = kernel.init(params)
+    ours, reference = (
+        jax.jit(optim.step)(params, state, grads) for optim in (kernel, plain)
+    )
+    _assert_same(ours, reference, params)
+
+
+def test_support():
+    def supports(shape, axis=-2, group_size=32, dtype=jnp.bfloat16):
+        leaf = jnp.zeros(shape, dtype)
+        return tpu.supports(
+            Layout(shape, axis, group_size), TileState(leaf, None, {}, {}), leaf
+        )
+
+    assert supports((32, 1)) and supports((5, 64, 100))
+    assert not supports((33, 128)) and not supports((32, 128), axis=-1)
+    assert not supports((32, 128), group_size=16)
+    assert not supports((32, 128), dtype=jnp.float16)
+
+
+#
+# Arithmetic
+#
+
+
+def test_arithmetic_evaluates_any_function():
+    @jax.jit
+    def inner(x, y):
+        return jnp.where(x > 0, x / y, jnp.sqrt(y)), {"sum": jnp.sum(x)}
+
+    def function(x, y):
+        z, rest = inner(x, y)
+        codes = jnp.round(256 * x).astype(jnp.int8)
+        low = (jax.lax.bitcast_convert_type(x, jnp.uint32) >> 8) & np.uint32(255)
+        return z, rest, codes, (low.astype(jnp.int32) - 128).astype(jnp.int8)
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(-0.49, 0.49, (8, 128)), jnp.float32)
+    y = jnp.asarray(rng.uniform(0.5, 2, (8, 128)), jnp.float32)
+    found = Arithmetic.exact().evaluate(function, x, y)
+    expected = function(x, y)
+    assert jtu.tree_structure(found) == jtu.tree_structure(expected)
+    for ours, reference in zip(
+        jtu.tree_leaves(found), jtu.tree_leaves(expected), strict=True
+    ):
+        assert ours.dtype == reference.dtype
+        assert np.array_equal(ours, reference)
+
+
+#
+# Compiled
+#
+
+
+_TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+
+@ft.cache
+def _device(chip: str):
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=_TOPOLOGIES[chip]
+    ).devices[0]
+
+
+def _compile(chip: str, optim: fq.Optimizer, params, grads, method: str = "step"):
+    """The compiled step, for shapes, with everything donated but the gradients."""
+    device = _device(chip)
+    sharding = SingleDeviceSharding(device)
+    place = lambda tree: jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+    state = jax.eval_shape(optim.init, params)
+    abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        if method == "step":
+            step = jax.jit(optim.step, donate_argnums=(0, 1))
+            lowered = step.lower(place(params), place(state), place(grads))
+        else:
+            step = jax.jit(optim.update, donate_argnums=(0, 1))
+            lowered = step.lower(place(grads), place(state), place(params))
+    return lowered.compile()
+
+
+def _bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
+
+
+_VARIANTS = {
+    "adamw": fq.adamw(1e-3, backend="tpu"),
+    "adamw-nesterov-32": fq.adamw(
+        1e-3, nesterov=True, master_weight_bits=32, backend="tpu"
+    ),
+    "adam-float32-moments": fq.adam(
+        1e-3, weight_decay=0.1, moments="float32", backend="tpu"
+    ),
+    "lion": fq.lion(1e-3, backend="tpu"),
+    "sgd": fq.sgd(1e-3, backend="tpu"),
+    "sgdw": fq.sgdw(1e-3, momentum=0.9, skip_nonfinite=True, backend="tpu"),
+    "adamw-groups-of-64": fq.adamw(1e-3, group_size=64, backend="tpu"),
+}
+
+
+# The storage of a leaf is the same code on all generations: once is enough.
+_COMPILED = [
+    (chip, variant)
+    for variant in _VARIANTS
+    for chip in (_TOPOLOGIES if variant in ("adamw", "lion", "sgdw") else ("v5e",))
+]
+
+
+@pytest.mark.parametrize("chip, variant", _COMPILED)
+def test_compiles_without_temporaries(chip, variant):
+    optim = _VARIANTS[variant]
+    params = {"stack": jax.ShapeDtypeStruct((2, 1024, 384), jnp.bfloat16)}
+    compiled = _compile(chip, optim, params, params)
+    assert "tpu_custom_call" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    state = jax.eval_shape(optim.init, params)
+    # Everything that goes in comes out in the same place, and nothing else is there but
+    # the scalars.
+    assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
+    assert memory.temp_size_in_bytes <= 2**20
+
+
+@pytest.mark.parametrize("chip", _TOPOLOGIES)
+def test_compiles_other_dtypes_and_updates(chip):
+    shape = jax.ShapeDtypeStruct((96, 200), jnp.float32)
+    optim = fq.adamw(1e-3, master_weight_bits=None, backend="tpu")
+    assert "tpu_custom_call" in _compile(chip, optim, shape, shape).as_text()
+    narrow = jax.ShapeDtypeStruct((96, 200), jnp.bfloat16)
+    optim = fq.adamw(1e-3, backend="tpu")
+    compiled = _compile(chip, optim, narrow, shape, method="update")
+    assert "tpu_custom_call" in compiled.as_text()
+
+
+def test_compiles_what_the_kernel_cannot_take():
+    params = {
+        "ragged": jax.ShapeDtypeStruct((37, 5), jnp.bfloat16),
+        "vector": jax.ShapeDtypeStruct((40,), jnp.bfloat16),
+        "scalar": jax.ShapeDtypeStruct((), jnp.float32),
+        "half": jax.ShapeDtypeStruct((64, 64), jnp.float16),
+        "lanes": jax.ShapeDtypeStruct((5, 64), jnp.bfloat16),
+    }
+    optim = fq.adamw(1e-3, backend="tpu")
+    assert "tpu_custom_call" not in _compile("v5e", optim, params, params).as_text()
+
+
+def _llama(layers: int, width: int, hidden: int, keys: int, vocabulary: int):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    return {
+        "embedding": shape(vocabulary, width),
+        "head": shape(vocabulary, width),
+        "norm": shape(width),
+        "layers": {
+            "query": shape(layers, width, width),
+            "key": shape(layers, keys, width),
+            "value": shape(layers, keys, width),
+            "out": shape(layers, width, width),
+            "gate": shape(layers, hidden, width),
+            "up": shape(layers, hidden, width),
+            "down": shape(layers, width, hidden),
+            "attention_norm": shape(layers, width),
+            "mlp_norm": shape(layers, width),
+        },
+    }
+
+
+def test_llama_3_1_8b_compiles():
+    params = _llama(32, 4096, 14336, 1024, 128256)
+    count = sum(math.prod(x.shape) for x in jtu.tree_leaves(params))
+    assert count == 8_030_261_248
+    compiled = _compile("v5p", fq.adamw(1e-3, backend="tpu"), params, params)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 10e6
+    # 5.125 bytes of weights and state, and a gradient of 2.
+    assert memory.argument_size_in_bytes < 7.13 * count
+    assert memory.alias_size_in_bytes > 5.125 * count
