@@ -137,12 +137,15 @@ def operand_bytes(kernel: Any) -> int:
 class Bundle:
     """One very long instruction word."""
 
-    label: str
-    # In how many loops it is.
+    # In how many loops it is by the dump, or one of its instructions was.
     depth: int
     text: str
     # How many slots of each unit are taken.
     slots: dict[str, int]
+
+    @property
+    def empty(self) -> bool:
+        return _EMPTY.search(self.text) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +179,16 @@ class Schedule:
         return counter
 
 
-_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
 _EMPTY = re.compile(r":\s*\{\}")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _OPCODE = re.compile(r"= (v[a-z][\w.]*)|(vst[\w.]*) ")
 _GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
-_EXIT = re.compile(r"= scmp\.ge\.s32\.totalorder (%s\w+), (\d+) /\* loop exit test \*/")
+_JUMP = re.compile(r"sbr\.rel \(!?(%p\w+)\) target = \$region(\d+)")
+_EXIT = r"= scmp\.ge\.s32\.totalorder (%s\w+), (\d+) /\* loop exit test \*/"
+
+# More than on any generation.
+_MOST_BEHIND_JUMP = 8
 
 
 def schedule(dump: pathlib.Path, kernel: Any) -> Schedule:
@@ -230,79 +237,92 @@ def _bundles(text: str, slots: list[dict[str, int]]) -> list[Bundle]:
     for line in text.splitlines():
         start = _BUNDLE.match(line)
         if start is not None:
-            parts.append((start[1] or "", start[2].count(">"), [line]))
+            parts.append((start[1].count(">"), [line]))
         elif parts:
-            parts[-1][2].append(line)
+            parts[-1][1].append(line)
     if len(parts) != len(slots):
         raise ScheduleError(f"{len(parts)} bundles, but {len(slots)} in the table")
-    bundles = []
-    for (label, depth, lines), used in zip(parts, slots, strict=True):
-        text = "\n".join(lines)
-        # Empty bundles have no marks. They wait for those before them, mostly for a
-        # jump, in the same loop.
-        if bundles and _EMPTY.search(text):
-            depth = bundles[-1].depth
-        bundles.append(Bundle(label, depth, text, used))
-    return bundles
+    return [
+        Bundle(depth, "\n".join(lines), used)
+        for (depth, lines), used in zip(parts, slots, strict=True)
+    ]
 
 
 def _runs(bundles: list[Bundle], steps: int, lengths: list[int]) -> list[int]:
     """How often each bundle runs: once outside of the loop over the grid. In that loop,
     in all of its turns, but for the kernel's own body, which the turns that only fill
-    and drain the pipeline jump over: that is from the last jump before the kernel's
-    loop up to the mark behind it. Other bundles of these turns count even where their
-    instructions are masked, as they are, because they take their cycle.
+    and drain the pipeline jump over. Other bundles that a turn jumps over count.
     """
+    jumps = _jumps(bundles)
+    loops = sorted(_loop(bundles, jump) for jump in jumps if jump.target <= jump.source)
+    if len(loops) != 2 or loops[0].end < loops[1].end:
+        raise ScheduleError(f"{len(loops)} loops, not a grid's and one inside")
+    outer, inner = loops
+    if not steps <= outer.turns <= steps + 2:
+        raise ScheduleError(f"{outer.turns} turns for a grid of {steps} steps")
+    if inner.turns not in lengths:
+        raise ScheduleError(f"{inner.turns} turns of a loop written as {lengths}")
+    around = [
+        jump
+        for jump in jumps
+        if outer.start <= jump.source < inner.start and inner.end <= jump.target
+    ]
+    if len(around) != 1:
+        raise ScheduleError(f"{len(around)} jumps over the body of a kernel")
     runs = [1] * len(bundles)
-    outer = _loops(bundles, 1)
-    if len(outer) != 1:
-        raise ScheduleError(f"{len(outer)} loops over one grid")
-    ((first, last),) = outer
-    turns = _turns(bundles, 1, first, last)
-    if not steps <= turns <= steps + 2:
-        raise ScheduleError(f"{turns} turns for a grid of {steps} steps")
-    runs[first:last] = [turns] * (last - first)
-    inner = _loops(bundles, 2)
-    if len(inner) != 1 or any(bundle.depth > 2 for bundle in bundles):
-        raise ScheduleError("a kernel with one loop expected")
-    ((start, end),) = inner
-    jumps = [i for i in range(first, start) if "sbr.rel" in bundles[i].text]
-    marks = [i for i in range(end, last) if bundles[i].label == "PF"]
-    if not jumps or not marks:
-        raise ScheduleError("the body of the kernel cannot be told from its pipeline")
-    body = slice(jumps[-1] + 1, marks[0])
-    runs[body] = [steps] * (body.stop - body.start)
-    length = _turns(bundles, 2, start, end)
-    if length not in lengths:
-        raise ScheduleError(f"a loop of {length} turns, written as one of {lengths}")
-    runs[start:end] = [steps * length] * (end - start)
+    for start, end, turns in (
+        (outer.start, outer.end, outer.turns),
+        (around[0].source + 1, around[0].target, steps),
+        (inner.start, inner.end, steps * inner.turns),
+    ):
+        runs[start:end] = [turns] * (end - start)
     return runs
 
 
-def _loops(bundles: list[Bundle], depth: int) -> list[tuple[int, int]]:
-    """The first bundle of each loop of this depth, and the first one after it."""
-    loops = []
-    for i, bundle in enumerate(bundles):
-        if bundle.label == "LB" and bundle.depth == depth:
+@dataclasses.dataclass(frozen=True)
+class _Jump:
+    source: int
+    target: int
+    condition: str
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Loop:
+    """From a bundle to before another one."""
+
+    start: int
+    end: int
+    turns: int
+
+
+def _jumps(bundles: list[Bundle]) -> list[_Jump]:
+    jumps = []
+    for source, bundle in enumerate(bundles):
+        for condition, region in _JUMP.findall(bundle.text):
+            mark = re.compile(rf"Start(/End empty)? region {region}\b")
+            targets = [i for i, x in enumerate(bundles) if mark.search(x.text)]
+            if len(targets) != 1:
+                raise ScheduleError(f"{len(targets)} targets of a jump")
+            jumps.append(_Jump(source, targets[0], condition))
+    return jumps
+
+
+def _loop(bundles: list[Bundle], jump: _Jump) -> _Loop:
+    """One that counts up by 1 from 0."""
+    start, end = jump.target, jump.source + 1
+    # Some bundles behind a jump still belong to the loop. Their marks tell, though one
+    # or the other may have the marks of an instruction from elsewhere, or be empty.
+    depth = bundles[start].depth
+    for i in range(end, min(end + _MOST_BEHIND_JUMP, len(bundles))):
+        if bundles[i].depth >= depth and not bundles[i].empty:
             end = i + 1
-            while end < len(bundles) and bundles[end].depth >= depth:
-                if bundles[end].label == "LB" and bundles[end].depth == depth:
-                    break
-                end += 1
-            loops.append((i, end))
-    covered = sum(end - start for start, end in loops)
-    if covered != sum(bundle.depth >= depth for bundle in bundles):
-        raise ScheduleError("bundles of a loop without a start")
-    return loops
-
-
-def _turns(bundles: list[Bundle], depth: int, first: int, last: int) -> int:
-    """Of a loop that counts up by 1 from 0."""
-    loop = [bundle.text for bundle in bundles[first:last] if bundle.depth == depth]
-    exits = [found for text in loop for found in _EXIT.findall(text)]
+    while end < len(bundles) and bundles[end].empty:
+        end += 1
+    text = "\n".join(bundle.text for bundle in bundles[start:end])
+    exits = re.findall(rf"{jump.condition} {_EXIT}", text)
     if len(exits) != 1:
         raise ScheduleError(f"{len(exits)} exits of a loop")
     ((counter, limit),) = exits
-    if not any(f"{counter} = sadd.s32 1, " in text for text in loop):
+    if f"{counter} = sadd.s32 1, " not in text:
         raise ScheduleError("a loop that does not count up by 1")
-    return int(limit)
+    return _Loop(start, end, int(limit))

@@ -70,8 +70,10 @@ class TileState(eqx.Module):
     def map(self, of_elements: Callable[[Array], Array]) -> "TileState":
         """Applies a function to every array with an entry per element of the weight:
         all but the scales."""
-        elements = (self.weight, self.correction, self.codes)
-        return TileState(*jtu.tree_map(of_elements, elements), self.scales)
+        weight, correction, codes = jtu.tree_map(
+            of_elements, (self.weight, self.correction, self.codes)
+        )
+        return TileState(weight, correction, codes, self.scales)
 
 
 def update_tile(

@@ -226,7 +226,7 @@ class _Kernel:
         ]
 
     def run(self, unpack, treedef, floats, integers, grad, *refs) -> None:
-        state, scratch = refs[:-3], refs[-3:]
+        *state, constants, maxima, prepared = refs
         old, new = (
             jtu.tree_unflatten(treedef, x)
             for x in (state[: len(state) // 2], state[len(state) // 2 :])
@@ -241,7 +241,8 @@ class _Kernel:
                 j, k = (0, index) if high == 1 else (index // wide, index % wide)
                 lanes = pl.ds(pl.multiple_of(k * self.lanes, self.lanes), self.lanes)
                 at = _Place(j * self.groups, lanes, self.groups, self.group_size)
-                self._chunk(scalars, grad, old, new, at, _Scratch(*scratch, zero))
+                kept = _Scratch(constants, maxima, prepared, zero)
+                self._chunk(scalars, grad, old, new, at, kept)
                 return carry
 
             lax.fori_loop(0, high * wide, chunk, None)
@@ -304,7 +305,7 @@ class _Kernel:
                 of_group,
             )
             new.weight[here] = weight
-            if correction is not None:
+            if new.correction is not None:
                 new.correction[here] = correction
             scratch.put_prepared(prepared, group, self.group_size)
             scratch.put_maxima(maxima, group, self.groups)
@@ -321,8 +322,9 @@ class _Kernel:
             scales, quantizer = evaluate(
                 codec.fit, statistics, factors[name][1], scalars.dither
             )
-            if scales is not None:
-                new.scales[name][at.groups] = scales
+            target = new.scales[name]
+            if target is not None:
+                target[at.groups] = scales
             quantizers[name] = scratch.put_constants(quantizer)
 
         for group in range(self.groups):
