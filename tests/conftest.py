@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# Nor is there one that two processes could want at the same time.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 import hypothesis
 import jax
