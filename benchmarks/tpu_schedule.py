@@ -292,7 +292,7 @@ def compare(chip: str, optimizer: str, dump: pathlib.Path) -> dict[str, Any]:
             step = Step.of(optimizer, backend)
             program = step.compile_for(chip, dump)
             row[backend] = _memory(program, step)
-            moved = program.compiled.cost_analysis().get("bytes accessed", math.nan)
+            moved = int(program.compiled.cost_analysis()["bytes accessed"])
             if backend == "tpu":
                 # XLA does not look into kernels.
                 moved = sum(operand_bytes(kernel) for kernel in program.kernels)
@@ -391,7 +391,7 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
             moved = memory["bytes accessed"]
             print(
                 f"{start}{memory['temp']:14,}{_count(memory['above arguments']):>17}"
-                f"{moved:16,.0f}{moved / math.prod(SHAPE):15.2f}"
+                f"{moved:16,}{moved / math.prod(SHAPE):15.2f}"
             )
 
 

@@ -16,8 +16,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32
+
+
+# JAX moved it.
+_pallas_reciprocal = (pltpu if hasattr(pltpu, "reciprocal") else pl).reciprocal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _is_power_of_two(value: _Value) -> bool:
 
 
 def _reciprocal(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    return pltpu.reciprocal(x, approx=True)
+    return _pallas_reciprocal(x, approx=True)
 
 
 def _round_to_byte(x: Float32[Array, "*shape"], factor: float, dtype: Any) -> Array:
