@@ -37,6 +37,8 @@ def set_up(dump: pathlib.Path) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # No TPU is used, so other processes may compile for some at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     dumping = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dumping}".strip()
