@@ -1,6 +1,7 @@
 """The TPU kernels: interpreted, against plain XLA; and compiled, by the real compiler,
 for every generation. No TPU is needed."""
 
+import contextlib
 import functools as ft
 import math
 
@@ -51,8 +52,8 @@ def _assert_same(ours, reference, params) -> None:
     """Of a new model and its state, codes and scales are the same bit for bit, but for
     one code in 10^4 that may differ by one: a product and a sum are one operation in
     one program and two in another. So weights may lie a rounding of float32 apart, of
-    the larger of the weight and what is added to it. That shows in a master weight of 32
-    bits, which has every bit of a float32; of 24 bits or fewer it seldom is one (one
+    the larger of the weight and what is added to it. That shows in a master weight of
+    32 bits, which has every bit of a float32; of 24 bits or fewer it seldom is one (one
     time in 256 for each unit in the last place).
     """
     assert jtu.tree_structure(ours) == jtu.tree_structure(reference)
@@ -122,6 +123,14 @@ def _run(make, params, grads, method: str = "step", **kwargs) -> None:
         params, state = results[1]
 
 
+@contextlib.contextmanager
+def _compiling_for(kind: str, cores: int = 1):
+    """Kernels ask for their device."""
+    device = AbstractDevice(kind, cores, "tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
 def _supported(case: Case) -> bool:
     return case.storage.dtype != jnp.float16 and case.storage.moments != "flashoptim"
 
@@ -141,6 +150,22 @@ def test_odd_shapes(shape):
     grads = [_arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
     make = ft.partial(Case("adamw", _ours).optimizer, 1e-2)
     _run(make, _arrays(shapes, jnp.bfloat16, 0), grads)
+
+
+@parametrize_cases(
+    lambda case: (
+        _supported(case)
+        and (case.name == "adamw" or (case.name, case.storage) == ("lion", _ours))
+    )
+)
+def test_only_words(case):
+    """Of TPUs that have no instructions for bytes, such as v4."""
+    shapes = _SHAPES if case.name == "adamw" else _ODD_SHAPES
+    grads = [_arrays(shapes, case.storage.dtype, seed) for seed in (1, 2)]
+    make = ft.partial(case.optimizer, 1e-2)
+    with _compiling_for("TPU v4"):
+        assert tpu._Chip.current().arithmetic.only_words
+        _run(make, _arrays(shapes, case.storage.dtype, 0), grads)
 
 
 @pytest.mark.parametrize("group_size", [64, 128])
@@ -263,7 +288,7 @@ def test_arithmetic_evaluates_any_function():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(-0.49, 0.49, (8, 128)), jnp.float32)
     y = jnp.asarray(rng.uniform(0.5, 2, (8, 128)), jnp.float32)
-    found = Arithmetic.exact().evaluate(function, x, y)
+    found = Arithmetic.of(None).exact.evaluate(function, x, y)
     expected = function(x, y)
     assert jtu.tree_structure(found) == jtu.tree_structure(expected)
     for ours, reference in zip(
@@ -302,8 +327,7 @@ def _compile(chip: str, optim: fq.Optimizer, params, grads, method: str = "step"
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
     state = jax.eval_shape(optim.init, params)
-    abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+    with _compiling_for(device.device_kind, device.num_cores):
         if method == "step":
             step = jax.jit(optim.step, donate_argnums=(0, 1))
             lowered = step.lower(place(params), place(state), place(grads))

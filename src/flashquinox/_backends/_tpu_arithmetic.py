@@ -20,6 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32
 
+from .._arithmetic import BYTE_TIMES
+from ._tpu_words import Words
+
 
 # JAX moved it.
 _pallas_reciprocal = (pltpu if hasattr(pltpu, "reciprocal") else pl).reciprocal
@@ -27,11 +30,13 @@ _pallas_reciprocal = (pltpu if hasattr(pltpu, "reciprocal") else pl).reciprocal
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How a generation of TPUs divides and takes square roots."""
+    """What a generation of TPUs does in few instructions, and how."""
 
     # `None` leaves division and the square root as they are.
     reciprocal: Callable[[Array], Array] | None
     square_root: Callable[[Array], Array] | None
+    # Whether there are no instructions for bytes, nor for products of integers.
+    only_words: bool = False
 
     @staticmethod
     def of(generation: int | None) -> "Arithmetic":
@@ -44,27 +49,35 @@ class Arithmetic:
         """
         if generation is not None and generation >= 6:
             return Arithmetic(_reciprocal, lambda x: _reciprocal(lax.rsqrt(x)))
-        return Arithmetic(_reciprocal, lambda x: lax.exp2(0.5 * jnp.log2(x)))
+        only_words = generation is not None and generation <= 4
+        return Arithmetic(
+            _reciprocal, lambda x: lax.exp2(0.5 * jnp.log2(x)), only_words
+        )
 
-    @staticmethod
-    def exact() -> "Arithmetic":
-        """Where no TPU is at hand."""
-        return Arithmetic(None, None)
+    @property
+    def exact(self) -> "Arithmetic":
+        """The same without approximations."""
+        return Arithmetic(None, None, self.only_words)
 
     def evaluate(self, function: Callable, *args: Any) -> Any:
-        """`function(*args)`, of arrays in trees."""
+        """`function(*args)`, of arrays (and [`Words`][], which are leaves) in trees."""
         leaves, structure = jtu.tree_flatten(args)
+        shapes = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Words) else x
+            for x in leaves
+        ]
         traced, out_shape = jax.make_jaxpr(
             lambda *leaves: function(*jtu.tree_unflatten(structure, leaves)),
             return_shape=True,
-        )(*leaves)
+        )(*shapes)
         outs = self._evaluate(
             traced.jaxpr,
             [_Value(x) for x in traced.consts],
-            [_Value(x) for x in leaves],
+            [_Value.of(x) for x in leaves],
         )
         return jtu.tree_unflatten(
-            jtu.tree_structure(out_shape), [out.array for out in outs]
+            jtu.tree_structure(out_shape),
+            [out.array if out.words is None else out.words for out in outs],
         )
 
     def _evaluate(
@@ -79,69 +92,34 @@ class Arithmetic:
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
             inner = _called(eqn)
-            if inner is not None:
+            if inner is None:
+                results = self._apply(eqn, operands)
+            elif self.only_words and eqn.params.get("name") == BYTE_TIMES:
+                results = [_byte_times(*operands)]
+            else:
                 consts = [_Value(x) for x in inner.consts]
                 results = self._evaluate(inner.jaxpr, consts, operands)
-            else:
-                results = self._apply(eqn, operands)
             values.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _apply(self, eqn: Any, operands: list["_Value"]) -> list["_Value"]:
-        name, params, aval = eqn.primitive.name, eqn.params, eqn.outvars[0].aval
-        elementwise = aval.dtype == jnp.float32 and aval.ndim > 0
+        aval = eqn.outvars[0].aval
+        rules = _rules_of_bits
+        if aval.dtype == jnp.float32 and aval.ndim > 0:
+            rules = _rules_of_floats | rules
 
-        def default() -> list[_Value]:
+        def default() -> list[Any]:
             arrays = [operand.array for operand in operands]
-            results = eqn.primitive.bind(*arrays, **params)
-            if not eqn.primitive.multiple_results:
-                results = [results]
-            return [_Value(x) for x in results]
+            results = eqn.primitive.bind(*arrays, **eqn.params)
+            return results if eqn.primitive.multiple_results else [results]
 
-        if name == "div" and elementwise and self.reciprocal is not None:
-            x, y = (operand.array for operand in operands)
-            y = self.reciprocal(jnp.broadcast_to(y, aval.shape))
-            return [_Value(x * y)]
-        if name == "sqrt" and elementwise and self.square_root is not None:
-            return [_Value(self.square_root(operands[0].array))]
-        if name == "sign" and elementwise:
-            # 2^126 times the smallest normal number is 1.
-            x = operands[0].array * np.float32(2.0**126)
-            return [_Value(jnp.clip(x, -1, 1))]
-        if name == "round" and elementwise and _is_to_even(params):
-            x = operands[0].product or (operands[0].array, 1.0)
-            return [_Value.later(lambda: default()[0].array, rounded=x)]
-        if name == "mul" and elementwise:
-            for x, y in (operands, operands[::-1]):
-                if _is_power_of_two(y):
-                    product = (x.array, float(y.array))
-                    return [_Value.later(lambda: default()[0].array, product=product)]
-        if name == "and":
-            for mask in (0xFF, 0xFFFF):
-                if operands[1].is_constant(mask):
-                    (result,) = default()
-                    bits = operands[0].array, mask
-                    return [dataclasses.replace(result, low_bits=bits)]
-        if name == "sub" and operands[0].low_bits is not None:
-            x, mask = operands[0].low_bits
-            if operands[1].is_constant((mask + 1) // 2):
-                (result,) = default()
-                return [dataclasses.replace(result, centered=(x, mask))]
-        if name == "convert_element_type":
-            (operand,), dtype = operands, params["new_dtype"]
-            if operand.rounded is not None and dtype in (jnp.int8, jnp.uint8):
-                return [_Value(_round_to_byte(*operand.rounded, dtype))]
-            if operand.low_bits is not None and dtype == jnp.int32:
-                (result,) = default()
-                return [dataclasses.replace(result, low_bits=operand.low_bits)]
-            if operand.centered is not None and dtype in (jnp.int8, jnp.int16):
-                x, mask = operand.centered
-                least = jnp.iinfo(dtype).min
-                if mask + 1 == -2 * least:
-                    # The conversion keeps just those bits.
-                    narrow = lax.bitcast_convert_type(x, jnp.int32).astype(dtype)
-                    return [_Value(narrow ^ least)]
-        return default()
+        rule = rules.get(eqn.primitive.name)
+        if rule is not None:
+            op = _Operation(self, eqn, operands, lambda: default()[0])
+            value = rule(op, *operands)
+            if value is not None:
+                return [value]
+        return [_Value(x) for x in default()]
 
 
 @dataclasses.dataclass
@@ -150,14 +128,22 @@ class _Value:
 
     _array: Any
     _make: Callable[[], Array] | None = None
+    # Of an array of a narrow dtype.
+    words: Words | None = None
     # x and c, of an array that is x * c with a power of two c.
     product: tuple[Array, float] | None = None
     # The same, of an array that is x * c rounded to integers.
     rounded: tuple[Array, float] | None = None
-    # x and m, of an array that is x & m, for a mask of low bits.
-    low_bits: tuple[Array, int] | None = None
-    # The same, of an array that is x & m, less (m + 1) / 2.
-    centered: tuple[Array, int] | None = None
+    # Of an array that holds some bits of another one.
+    field: "_Field | None" = None
+    # The same, of an array that is a field of n bits less 2^(n - 1).
+    centered: "_Field | None" = None
+
+    @staticmethod
+    def of(x: Any) -> "_Value":
+        if isinstance(x, Words):
+            return _Value(None, lambda: x.widen().astype(x.dtype), words=x)
+        return _Value(x)
 
     @staticmethod
     def later(make: Callable[[], Array], **known: Any) -> "_Value":
@@ -169,9 +155,173 @@ class _Value:
             self._array, self._make = self._make(), None
         return self._array
 
-    def is_constant(self, *values: int) -> bool:
+    @property
+    def constant(self) -> Any:
+        """The number, if it is one. No array."""
         known = self._make is None and not isinstance(self._array, jax.Array)
-        return known and np.ndim(self._array) == 0 and int(self._array) in values
+        return self._array if known and np.ndim(self._array) == 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """Bits of the elements of an array: from `first` upward."""
+
+    source: Array
+    first: int
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """One of a function, to be replaced."""
+
+    arithmetic: Arithmetic
+    eqn: Any
+    operands: list[_Value]
+    default: Callable[[], Array]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.eqn.outvars[0].aval.shape
+
+    @property
+    def width(self) -> int:
+        """Of an element of the first operand, in bytes."""
+        return self.eqn.invars[0].aval.dtype.itemsize
+
+    def but(self, **known: Any) -> _Value:
+        """The operation as it is, and what is known of its result."""
+        return _Value.later(self.default, **known)
+
+
+# Each gives the value of an operation, or `None` to leave it as it is.
+
+
+def _divide(op: _Operation, x: _Value, y: _Value) -> _Value | None:
+    reciprocal = op.arithmetic.reciprocal
+    if reciprocal is None:
+        return None
+    return _Value(x.array * reciprocal(jnp.broadcast_to(y.array, op.shape)))
+
+
+def _take_root(op: _Operation, x: _Value) -> _Value | None:
+    root = op.arithmetic.square_root
+    return None if root is None else _Value(root(x.array))
+
+
+def _take_sign(op: _Operation, x: _Value) -> _Value:
+    del op
+    # 2^126 times the smallest normal number is 1.
+    return _Value(jnp.clip(x.array * np.float32(2.0**126), -1, 1))
+
+
+def _round(op: _Operation, x: _Value) -> _Value | None:
+    if op.eqn.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
+        return None
+    return op.but(rounded=x.product or (x.array, 1.0))
+
+
+def _multiply(op: _Operation, *operands: _Value) -> _Value | None:
+    for x, y in (operands, operands[::-1]):
+        factor = y.constant
+        if factor is not None and np.frexp(factor)[0] == 0.5:
+            return op.but(product=(x.array, float(factor)))
+    return None
+
+
+def _shift(op: _Operation, x: _Value, distance: _Value) -> _Value | None:
+    if distance.constant is None or op.width != 4:
+        return None
+    first = int(distance.constant)
+    return op.but(field=_Field(x.array, first, 32 - first))
+
+
+def _mask(op: _Operation, x: _Value, mask: _Value) -> _Value | None:
+    if mask.constant is None or op.width != 4:
+        return None
+    field = x.field or _Field(x.array, 0, 32)
+    bits = int(mask.constant).bit_length()
+    if int(mask.constant) != 2**bits - 1 or bits > field.bits:
+        return None
+    return op.but(field=_Field(field.source, field.first, bits))
+
+
+def _subtract(op: _Operation, x: _Value, y: _Value) -> _Value | None:
+    if x.field is None or y.constant is None:
+        return None
+    if int(y.constant) != 2 ** (x.field.bits - 1):
+        return None
+    return op.but(centered=x.field)
+
+
+def _exclusive_or(op: _Operation, x: _Value, y: _Value) -> _Value | None:
+    del op
+    if x.words is None or y.constant is None:
+        return None
+    return _Value.of(x.words ^ int(y.constant))
+
+
+def _bitcast(op: _Operation, x: _Value) -> _Value | None:
+    if x.words is None:
+        return None
+    return _Value.of(x.words.bitcast(op.eqn.params["new_dtype"]))
+
+
+def _convert(op: _Operation, x: _Value) -> _Value | None:
+    dtype = op.eqn.params["new_dtype"]
+    only_words = op.arithmetic.only_words
+    bits = 8 * dtype.itemsize
+    if x.words is not None and bits == 32:
+        return _Value(x.words.widen().astype(dtype))
+    if x.rounded is not None and dtype in (jnp.int8, jnp.uint8):
+        if only_words:
+            return _Value.of(Words.of_rounded(*x.rounded, dtype))
+        return _Value(_round_to_byte(*x.rounded, dtype))
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return None
+    if bits == 32:
+        return op.but(field=x.field)
+    # A conversion to fewer bits keeps the lowest.
+    if x.centered is not None and x.centered.bits == bits:
+        narrow = _narrow(x.centered, dtype, only_words)
+        if only_words:
+            return _Value.of(narrow ^ 2 ** (bits - 1))
+        return _Value(narrow ^ jnp.iinfo(dtype).min)
+    if x.field is not None and x.field.bits >= bits and only_words:
+        return _Value.of(_narrow(x.field, dtype, only_words))
+    return None
+
+
+def _narrow(field: _Field, dtype: Any, only_words: bool) -> Any:
+    """The lowest bits of a field, as a narrow dtype."""
+    source = lax.bitcast_convert_type(field.source, jnp.int32)
+    if only_words:
+        return Words.of_bits(source, field.first, dtype)
+    return lax.shift_right_logical(source, np.int32(field.first)).astype(dtype)
+
+
+_rules_of_floats = {
+    "div": _divide,
+    "sqrt": _take_root,
+    "sign": _take_sign,
+    "round": _round,
+    "mul": _multiply,
+}
+_rules_of_bits = {
+    "shift_right_logical": _shift,
+    "and": _mask,
+    "sub": _subtract,
+    "xor": _exclusive_or,
+    "bitcast_convert_type": _bitcast,
+    "convert_element_type": _convert,
+}
+
+
+def _byte_times(byte: _Value, factor: _Value) -> _Value:
+    """By a product of floats."""
+    wide = byte.array if byte.words is None else byte.words.widen()
+    product = wide.astype(jnp.float32) * factor.array.astype(jnp.float32)
+    return _Value(product.astype(jnp.int32))
 
 
 def _called(eqn: Any) -> Any:
@@ -179,16 +329,6 @@ def _called(eqn: Any) -> Any:
     if eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call"):
         return eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
     return None
-
-
-def _is_to_even(params: dict[str, Any]) -> bool:
-    return params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
-
-
-def _is_power_of_two(value: _Value) -> bool:
-    if value._make is not None or isinstance(value._array, jax.Array):
-        return False
-    return np.ndim(value._array) == 0 and bool(np.frexp(value._array)[0] == 0.5)
 
 
 def _reciprocal(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:

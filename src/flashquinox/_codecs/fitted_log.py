@@ -5,6 +5,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, Scalar, Shaped, UInt16
 
+from .._arithmetic import byte_times
 from .._codec import (
     AbstractMomentCodec,
     Dither,
@@ -123,7 +124,7 @@ class FittedLogCodec(AbstractMomentCodec):
     ) -> Float[Array, "*tile"]:
         middle, step, *factor = dequantizer
         codes = lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
-        moment = float_of(codes.astype(jnp.int32) * step + middle).astype(dtype)
+        moment = float_of(byte_times(codes, step) + middle).astype(dtype)
         return moment * factor[0] if factor else moment
 
 
