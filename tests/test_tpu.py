@@ -152,6 +152,9 @@ def test_odd_shapes(shape):
     _run(make, _arrays(shapes, jnp.bfloat16, 0), grads)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
+)
 @parametrize_cases(
     lambda case: (
         _supported(case)
