@@ -2,8 +2,11 @@ import os
 
 
 # The TPU compiler may be installed where there is no TPU: JAX must not look for one,
-# and the compiler must not ask a cloud what machine it is on.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# and the compiler must not ask a cloud what machine it is on. A GPU is for the tests
+# that ask for one.
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu,cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
+)
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

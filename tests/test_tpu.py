@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox._backends import tpu
-from flashquinox._backends._tpu_arithmetic import Arithmetic
+from flashquinox._backends._kernel_arithmetic import Arithmetic
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
-from .helpers import Case, float64, parametrize_cases, Storage
+from .helpers import Case, parametrize_cases, Storage
+from .kernels import arrays, assert_same, run
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -34,93 +34,6 @@ _ODD_SHAPES = {
     "deep": (2, 3, 32, 128),
     "wide": (32, 700),
 }
-
-
-def _arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    # Rows of very different size, for moments to use the range of their codes.
-    size = lambda shape: np.exp2(rng.uniform(-20, 0, (*shape[:-1], 1)))
-    return {
-        name: jnp.asarray(rng.standard_normal(shape) * size(shape), jnp.float32).astype(
-            dtype
-        )
-        for name, shape in shapes.items()
-    }
-
-
-def _assert_same(ours, reference, params) -> None:
-    """Of a new model and its state, codes and scales are the same bit for bit, but for
-    one code in 10^4 that may differ by one: a product and a sum are one operation in
-    one program and two in another. So weights may lie a rounding of float32 apart, of
-    the larger of the weight and what is added to it. That shows in a master weight of
-    32 bits, which has every bit of a float32; of 24 bits or fewer it seldom is one (one
-    time in 256 for each unit in the last place).
-    """
-    assert jtu.tree_structure(ours) == jtu.tree_structure(reference)
-    (model, state), (expected_model, expected_state) = ours, reference
-    assert np.array_equal(state.count, expected_state.count)
-    for x, y in zip(
-        jtu.tree_leaves(state.moments),
-        jtu.tree_leaves(expected_state.moments),
-        strict=True,
-    ):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        if x.dtype == jnp.float32:
-            np.testing.assert_allclose(x, y, rtol=2**-22)
-            continue
-        difference = np.abs(np.asarray(x).astype(int) - np.asarray(y).astype(int))
-        assert np.all(difference <= 1)
-        assert np.sum(difference != 0) <= 1e-4 * difference.size
-    corrections = {str(x.dtype) for x in jtu.tree_leaves(state.corrections)}
-    is_exact = "int16" in corrections
-    masters = jtu.tree_leaves(fq.master_weights(model, state))
-    expected_masters = jtu.tree_leaves(
-        fq.master_weights(expected_model, expected_state)
-    )
-    for old, new, expected in zip(
-        jtu.tree_leaves(params), masters, expected_masters, strict=True
-    ):
-        narrow = old.dtype != jnp.float32
-        old, new, expected = map(float64, (old, new, expected))
-        # The terms of an update, which may cancel, are no larger than 4 learning rates:
-        # in Adam's, (1 - b1) / sqrt(1 - b2) < 4 of a gradient; in others, gradients.
-        size = np.maximum(np.abs(old), np.abs(expected - old)) + 4 * 1e-2
-        bound = size * 2**-22
-        if narrow and not is_exact:
-            # A unit of the stored weight, where its rounding went the other way: one
-            # of 24 bits of the sixteenth place, or of bfloat16 itself without a
-            # correction.
-            bound += np.abs(expected) * (2**-15 if corrections else 2**-7)
-        different = new != expected
-        assert np.all(np.abs(new - expected)[different] <= bound[different])
-        if narrow and not is_exact:
-            assert np.sum(different) <= 0.01 * different.size + 1
-
-
-def _run(make, params, grads, method: str = "step", **kwargs) -> None:
-    """Steps of the kernel and of plain XLA, each from the state of the latter."""
-    kernel, plain = (make(backend=backend, **kwargs) for backend in ("tpu", "xla"))
-    state = kernel.init(params)
-    assert all(
-        moment.axis == -2
-        for moment in jtu.tree_leaves(
-            state.moments, is_leaf=lambda x: isinstance(x, fq.QuantMoment)
-        )
-        if isinstance(moment, fq.QuantMoment)
-    )
-
-    def take(optim, params, state, grad):
-        if method == "step":
-            return optim.step(params, state, grad)
-        return optim.update(grad, state, params)
-
-    take = jax.jit(take, static_argnums=0)
-    for grad in grads:
-        results = [take(o, params, state, grad) for o in (kernel, plain)]
-        if method == "update":
-            results = [(optax.apply_updates(params, u), s) for u, s in results]
-        _assert_same(*results, params)
-        params, state = results[1]
 
 
 @contextlib.contextmanager
@@ -139,17 +52,25 @@ def _supported(case: Case) -> bool:
 def test_interpreted_kernel_is_plain_xla(case):
     dtype = case.storage.dtype
     shapes = _SHAPES if case.name == "adamw" else {"stack": _SHAPES["stack"]}
-    grads = [_arrays(shapes, dtype, seed) for seed in (1, 2, 3)]
+    grads = [arrays(shapes, dtype, seed) for seed in (1, 2, 3)]
     make = ft.partial(case.optimizer, 1e-2)
-    _run(make, _arrays(shapes, dtype, 0), grads)
+    run("tpu", make, arrays(shapes, dtype, 0), grads)
+
+
+def test_groups_run_along_rows():
+    state = fq.adamw(1e-3, backend="tpu").init(arrays(_SHAPES, jnp.bfloat16, 0))
+    moments = jtu.tree_leaves(
+        state.moments, is_leaf=lambda x: isinstance(x, fq.QuantMoment)
+    )
+    assert len(moments) == 4 and all(moment.axis == -2 for moment in moments)
 
 
 @pytest.mark.parametrize("shape", _ODD_SHAPES)
 def test_odd_shapes(shape):
     shapes = {"leaf": _ODD_SHAPES[shape]}
-    grads = [_arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
+    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
     make = ft.partial(Case("adamw", _ours).optimizer, 1e-2)
-    _run(make, _arrays(shapes, jnp.bfloat16, 0), grads)
+    run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
 @pytest.mark.skipif(
@@ -164,27 +85,27 @@ def test_odd_shapes(shape):
 def test_only_words(case):
     """Of TPUs that have no instructions for bytes, such as v4."""
     shapes = _SHAPES if case.name == "adamw" else _ODD_SHAPES
-    grads = [_arrays(shapes, case.storage.dtype, seed) for seed in (1, 2)]
+    grads = [arrays(shapes, case.storage.dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     with _compiling_for("TPU v4"):
         assert tpu._Chip.current().arithmetic.only_words
-        _run(make, _arrays(shapes, case.storage.dtype, 0), grads)
+        run("tpu", make, arrays(shapes, case.storage.dtype, 0), grads)
 
 
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_other_groups(group_size):
     shapes = {"leaf": (256, 64)}
-    grads = [_arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
+    grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
     make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, group_size=group_size)
-    _run(make, _arrays(shapes, jnp.bfloat16, 0), grads)
+    run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
 @pytest.mark.parametrize("bits", [24, 32, None])
 def test_updates(bits):
-    grads = [_arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
     storage = Storage(jnp.bfloat16, bits, "flashquinox")
     make = ft.partial(Case("adamw", storage).optimizer, 1e-2)
-    _run(make, _arrays(_SHAPES, jnp.bfloat16, 0), grads, method="update")
+    run("tpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads, method="update")
 
 
 def test_a_rule_of_the_user():
@@ -206,49 +127,49 @@ def test_a_rule_of_the_user():
             update = scalars["step"] * (first / size + 0.1 * jnp.sign(grad))
             return update, {"second": second, "first": first}
 
-    grads = [_arrays(_SHAPES, jnp.float32, seed) for seed in (1, 2)]
+    grads = [arrays(_SHAPES, jnp.float32, seed) for seed in (1, 2)]
     make = ft.partial(fq.optimizer, Normalized(), 1e-2)
-    _run(make, _arrays(_SHAPES, jnp.bfloat16, 0), grads)
+    run("tpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads)
 
 
 @pytest.mark.parametrize("method", ["step", "update"])
 def test_nonfinite_steps_are_skipped(method):
-    bad = _arrays(_SHAPES, jnp.bfloat16, 2)
+    bad = arrays(_SHAPES, jnp.bfloat16, 2)
     bad["matrix"] = bad["matrix"].at[3, 4].set(jnp.nan)
-    grads = [_arrays(_SHAPES, jnp.bfloat16, 1), bad, _arrays(_SHAPES, jnp.bfloat16, 3)]
+    grads = [arrays(_SHAPES, jnp.bfloat16, 1), bad, arrays(_SHAPES, jnp.bfloat16, 3)]
     make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, skip_nonfinite=True)
-    _run(make, _arrays(_SHAPES, jnp.bfloat16, 0), grads, method=method)
+    run("tpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads, method=method)
 
 
 def test_damage_shows():
-    params = _arrays({"leaf": (64, 128)}, jnp.bfloat16, 0)
-    grads = _arrays({"leaf": (64, 128)}, jnp.bfloat16, 1)
+    params = arrays({"leaf": (64, 128)}, jnp.bfloat16, 0)
+    grads = arrays({"leaf": (64, 128)}, jnp.bfloat16, 1)
     grads["leaf"] = grads["leaf"].at[40, 4].set(jnp.nan)
     optim = fq.adamw(1e-2, backend="tpu")
     new, state = jax.jit(optim.step)(params, optim.init(params), grads)
     found = np.isnan(np.asarray(new["leaf"], np.float32))
     assert found[40, 4] and found.sum() == 1
     # And stays.
-    grads = _arrays({"leaf": (64, 128)}, jnp.bfloat16, 2)
+    grads = arrays({"leaf": (64, 128)}, jnp.bfloat16, 2)
     new, _ = jax.jit(optim.step)(new, state, grads)
     assert np.isnan(np.asarray(new["leaf"], np.float32))[40, 4]
 
 
 def test_ensembles():
     shapes = {"leaf": (3, 64, 128)}
-    params, grads = (_arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
+    params, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
     kernel, plain = (fq.adamw(1e-2, backend=backend) for backend in ("tpu", "xla"))
     state = jax.vmap(kernel.init)(params)
     ours, reference = (
         jax.jit(jax.vmap(optim.step))(params, state, grads) for optim in (kernel, plain)
     )
-    _assert_same(ours, reference, params)
+    assert_same(ours, reference, params, state, grads)
 
 
 def test_what_the_kernel_cannot_take_goes_through_xla():
     """Nothing raises with `backend="tpu"` that works without it."""
     shapes = {"ragged": (37, 5), "vector": (40,), "scalar": (), "empty": (0, 32)}
-    params = _arrays({**shapes, "lanes": (5, 64)}, jnp.bfloat16, 0)
+    params = arrays({**shapes, "lanes": (5, 64)}, jnp.bfloat16, 0)
     params["half"] = jnp.ones((64, 64), jnp.float16)
     grads = jtu.tree_map(jnp.ones_like, params)
     kernel, plain = (fq.adamw(1e-2, backend=backend) for backend in ("tpu", "xla"))
@@ -256,7 +177,7 @@ def test_what_the_kernel_cannot_take_goes_through_xla():
     ours, reference = (
         jax.jit(optim.step)(params, state, grads) for optim in (kernel, plain)
     )
-    _assert_same(ours, reference, params)
+    assert_same(ours, reference, params, state, grads)
 
 
 def test_support():
@@ -291,7 +212,7 @@ def test_arithmetic_evaluates_any_function():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(-0.49, 0.49, (8, 128)), jnp.float32)
     y = jnp.asarray(rng.uniform(0.5, 2, (8, 128)), jnp.float32)
-    found = Arithmetic.of(None).exact.evaluate(function, x, y)
+    found = Arithmetic().evaluate(function, x, y)
     expected = function(x, y)
     assert jtu.tree_structure(found) == jtu.tree_structure(expected)
     for ours, reference in zip(

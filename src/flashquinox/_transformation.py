@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks
 from ._backends import dispatch
-from ._backends.dispatch import Backend
+from ._backends.dispatch import Backend, LeafStep
 from ._body import no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, Dither, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
@@ -147,23 +147,26 @@ class Transformation(eqx.Module):
             take = _all_finite([grad_leaves[index] for index in trained])
         rule = rule_structure(self.rule)
         scalars = _PerDType(lambda dtype: self._scalars(state.count, dtype))
+        steps = []
         for index, stored in trained.items():
             leaf = leaves[index]
-            dtype = compute_dtype(leaf.value.dtype)
-            rule_values, decay = scalars[dtype]
-            new = dispatch.update_leaf(
-                self.backend,
-                StepStructure(rule, _codecs(stored), self.decoupled, as_update),
-                _layout(leaf, stored),
-                StepScalars(
-                    rule=rule_values,
-                    decay=decay if decayed[index] else None,
-                    dither=Dither.at(state.count, index),
-                    take=take,
-                ),
-                jnp.asarray(grad_leaves[index]),
-                _tile_state(leaf, stored, corrections[index]),
+            rule_values, decay = scalars[compute_dtype(leaf.value.dtype)]
+            steps.append(
+                LeafStep(
+                    StepStructure(rule, _codecs(stored), self.decoupled, as_update),
+                    _layout(leaf, stored),
+                    StepScalars(
+                        rule=rule_values,
+                        decay=decay if decayed[index] else None,
+                        dither=Dither.at(state.count, index),
+                        take=take,
+                    ),
+                    jnp.asarray(grad_leaves[index]),
+                    _tile_state(leaf, stored, corrections[index]),
+                )
             )
+        updated = dispatch.update_leaves(self.backend, steps)
+        for (index, stored), new in zip(trained.items(), updated, strict=True):
             new_values[index] = new.weight
             new_corrections[index] = new.correction
             for name in moments:

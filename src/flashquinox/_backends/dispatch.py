@@ -1,43 +1,145 @@
-"""Which backend takes a step of a leaf."""
+"""Which backend takes a step of which leaves."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.lax as lax
+import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._body import StepScalars, StepStructure, TileState
+from .._codec import Dither
 from .._layout import Layout
-from . import tpu, xla
+from . import gpu, tpu, xla
 
 
-Backend: TypeAlias = Literal["auto", "xla", "tpu"]
-BACKENDS: tuple[Backend, ...] = ("auto", "xla", "tpu")
+Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]
+BACKENDS: tuple[Backend, ...] = ("auto", "xla", "tpu", "gpu")
+
+# That share a kernel on GPUs. Each brings code of its own, for loads and stores.
+_MOST_LEAVES = 16
 
 
-def update_leaf(
-    backend: Backend,
-    structure: StepStructure,
-    layout: Layout,
-    scalars: StepScalars,
-    grad: Float[Array, "*shape"],
-    old: TileState,
-) -> TileState:
-    """One step of one leaf.
+class LeafStep(eqx.Module):
+    """What a step of one leaf needs. The scalars of leaves that have the same ones
+    differ in the dither alone."""
+
+    structure: StepStructure
+    layout: Layout
+    scalars: StepScalars
+    grad: Float[Array, "*shape"]
+    old: TileState
+
+
+def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
+    """One step of all leaves.
 
     The platform is that of the compiled program, which a process for another platform
     may make. The state decides the layout, and the layout whether there is a kernel:
     without one, and on other platforms, plain XLA.
     """
-    plain = partial(xla.update_leaf, structure, layout)
-    if backend == "xla" or not tpu.supports(tpu.layout_of(layout, old), old, grad):
-        return plain(scalars, grad, old)
-    kernel = partial(tpu.update_leaf, structure, tpu.layout_of(layout, old))
-    elsewhere = plain if backend == "auto" else partial(kernel, interpret=True)
-    return lax.platform_dependent(scalars, grad, old, tpu=kernel, default=elsewhere)
+    new: dict[int, TileState] = {}
+    for batch in _batches(backend, steps):
+        updated = _update_batch(backend, [steps[i] for i in batch])
+        new.update(zip(batch, updated, strict=True))
+    return [new[i] for i in range(len(steps))]
 
 
 def prefers_rows(backend: Backend) -> bool:
     """Whether new states shall have their groups along rows, as TPUs need them."""
     return backend == "tpu" or (backend == "auto" and jax.default_backend() == "tpu")
+
+
+def _batches(backend: Backend, steps: list[LeafStep]) -> list[list[int]]:
+    """Which leaves share a kernel on GPUs: those that are stored alike, from large to
+    small. Leaves of a size follow one another, so that many kernels are the same."""
+    alike: dict[Any, list[int]] = {}
+    for i, step in enumerate(steps):
+        alike.setdefault(_kind(backend, step) or i, []).append(i)
+    batches = []
+    for indices in alike.values():
+        indices.sort(key=lambda i: -steps[i].old.weight.size)
+        count = -(-len(indices) // _MOST_LEAVES)
+        each = -(-len(indices) // count)
+        batches += [indices[i : i + each] for i in range(0, len(indices), each)]
+    return batches
+
+
+def _kind(backend: Backend, step: LeafStep) -> tuple[Any, ...] | None:
+    """What leaves must have in common to share a kernel. `None` for none."""
+    view = _gpu_view(step) if backend == "gpu" else None
+    if view is None:
+        return None
+    leaves, structure = jtu.tree_flatten((step.grad, step.old))
+    dtypes = tuple(x.dtype for x in leaves)
+    scalars = jtu.tree_structure(step.scalars)
+    return step.structure, scalars, view.kind, structure, dtypes
+
+
+def _gpu_view(step: LeafStep) -> gpu.View | None:
+    return gpu.view_of(step.layout, step.grad, step.old)
+
+
+def _update_batch(backend: Backend, steps: list[LeafStep]) -> tuple[TileState, ...]:
+    structure = steps[0].structure
+    layouts = [step.layout for step in steps]
+    operands = (
+        steps[0].scalars,
+        tuple(step.scalars.dither for step in steps),
+        tuple(step.grad for step in steps),
+        tuple(step.old for step in steps),
+    )
+    plain = partial(_one_by_one, xla.update_leaf, structure, layouts)
+    kernels: dict[str, Callable] = {}
+    if backend in ("auto", "tpu") and any(map(_on_tpu, steps)):
+        kernels["tpu"] = partial(_one_by_one, _tpu_or_plain, structure, layouts)
+    views = tuple(map(_gpu_view, steps))
+    # Not by default, as long as it has not been measured.
+    if backend == "gpu" and None not in views:
+        kernels["cuda"] = partial(gpu.update_leaves, structure, views)
+    if not kernels:
+        return plain(*operands)
+    default = plain
+    if backend != "auto":
+        (kernel,) = kernels.values()
+        default = partial(kernel, interpret=True)
+    return lax.platform_dependent(*operands, **kernels, default=default)
+
+
+def _one_by_one(
+    update_leaf: Callable[..., TileState],
+    structure: StepStructure,
+    layouts: list[Layout],
+    scalars: StepScalars,
+    dithers: tuple[Dither, ...],
+    grads: tuple[Array, ...],
+    old: tuple[TileState, ...],
+    **options: Any,
+) -> tuple[TileState, ...]:
+    def one(layout: Layout, dither: Dither, grad: Array, old: TileState) -> TileState:
+        of_leaf = eqx.tree_at(lambda x: x.dither, scalars, dither)
+        return update_leaf(structure, layout, of_leaf, grad, old, **options)
+
+    return tuple(map(one, layouts, dithers, grads, old))
+
+
+def _on_tpu(step: LeafStep) -> bool:
+    layout = tpu.layout_of(step.layout, step.old)
+    return tpu.supports(layout, step.old, step.grad)
+
+
+def _tpu_or_plain(
+    structure: StepStructure,
+    layout: Layout,
+    scalars: StepScalars,
+    grad: Float[Array, "*shape"],
+    old: TileState,
+    interpret: bool = False,
+) -> TileState:
+    own = tpu.layout_of(layout, old)
+    if not tpu.supports(own, old, grad):
+        return xla.update_leaf(structure, layout, scalars, grad, old)
+    return tpu.update_leaf(structure, own, scalars, grad, old, interpret=interpret)

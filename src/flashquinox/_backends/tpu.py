@@ -34,7 +34,9 @@ from .._body import advance, no_update, StepScalars, StepStructure, TileState
 from .._codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 from .._layout import Layout
 from . import _tpu_words as words
-from ._tpu_arithmetic import Arithmetic
+from ._kernel_arithmetic import Arithmetic
+from ._scalars import pack
+from ._tpu_arithmetic import arithmetic_of
 
 
 _LANES = 128
@@ -88,7 +90,7 @@ def update_leaf(
         jtu.tree_map(lambda _: of_groups, old.scales),
     )
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    packed, unpack = _pack(scalars)
+    *packed, unpack = pack(scalars)
     state, treedef = jtu.tree_flatten(old)
     state_specs = jtu.tree_leaves(specs)
     new = pl.pallas_call(
@@ -135,11 +137,11 @@ class _Chip:
         try:
             info = pltpu.get_tpu_info()
         except ValueError:
-            return _Chip(Arithmetic.of(None), 16 * 2**20, 10 * 2**20)
+            return _Chip(arithmetic_of(None), 16 * 2**20, 10 * 2**20)
         capacity = info.vmem_capacity_bytes
         # The rest is XLA's, and for the compiler's own use.
         limit = capacity if capacity <= 16 * 2**20 else capacity * 3 // 4
-        return _Chip(Arithmetic.of(info.generation), limit, limit * 5 // 8)
+        return _Chip(arithmetic_of(info.generation), limit, limit * 5 // 8)
 
 
 def _block(
@@ -189,29 +191,6 @@ def _evenly(times: int, count: int, most: int, size: int = 1) -> int:
     return min(range(1, max(1, min(count, most)) + 1), key=cost)
 
 
-def _pack(scalars: StepScalars):
-    """The scalars as arrays for SMEM, and a function that reads them there."""
-    names = sorted(scalars.rule)
-    floats = [scalars.rule[name] for name in names]
-    floats += [scalars.dither.code] + ([] if scalars.decay is None else [scalars.decay])
-    integers = [jnp.zeros((), jnp.int32), scalars.dither.scale]
-    integers += [] if scalars.take is None else [scalars.take]
-    packed = (
-        jnp.stack([x.astype(jnp.float32) for x in floats]),
-        jnp.stack([x.astype(jnp.int32) for x in integers]),
-    )
-
-    def unpack(floats, integers) -> StepScalars:
-        return StepScalars(
-            rule={name: floats[i] for i, name in enumerate(names)},
-            decay=None if scalars.decay is None else floats[len(names) + 1],
-            dither=Dither(floats[len(names)], integers[1]),
-            take=None if scalars.take is None else integers[2] != 0,
-        )
-
-    return packed, unpack
-
-
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
     structure: StepStructure
@@ -248,7 +227,8 @@ class _Kernel:
             jtu.tree_unflatten(treedef, x)
             for x in (state[: len(state) // 2], state[len(state) // 2 :])
         )
-        scalars, zero = unpack(floats, integers), integers[0]
+        scalars = unpack(lambda i: floats[i], lambda i: integers[i])
+        zero = integers[0]
 
         def step() -> None:
             high = self.block[0] // (self.groups * self.group_size)

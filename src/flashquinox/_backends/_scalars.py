@@ -1,0 +1,47 @@
+"""The scalars of a step as two small arrays, which kernels take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float32, Int32
+
+from .._body import StepScalars
+
+
+def pack(
+    scalars: StepScalars,
+) -> tuple[
+    Float32[Array, " floats"], Int32[Array, " integers"], Callable[..., StepScalars]
+]:
+    """The floats, the integers (and booleans), and a function that makes the scalars
+    again of functions that read those arrays at an index. The first integer is zero:
+    none of the scalars, but a number that a compiler does not know.
+    """
+    leaves, structure = jtu.tree_flatten(scalars)
+    dtypes = [x.dtype for x in leaves]
+    are_floats = [dtype == jnp.float32 for dtype in dtypes]
+    floats = [x for x, is_float in zip(leaves, are_floats, strict=True) if is_float]
+    integers = [
+        x for x, is_float in zip(leaves, are_floats, strict=True) if not is_float
+    ]
+
+    def unpack(float_at: Callable, integer_at: Callable) -> StepScalars:
+        next_float, next_integer = iter(range(len(floats))), iter(range(len(integers)))
+
+        def read(dtype: Any, is_float: bool) -> Any:
+            if is_float:
+                return float_at(next(next_float))
+            value = integer_at(1 + next(next_integer))
+            return value != 0 if dtype == jnp.bool_ else value
+
+        values = [read(*x) for x in zip(dtypes, are_floats, strict=True)]
+        return jtu.tree_unflatten(structure, values)
+
+    zero = jnp.zeros((), jnp.int32)
+    return (
+        jnp.stack(floats),
+        jnp.stack([zero, *(x.astype(jnp.int32) for x in integers)]),
+        unpack,
+    )

@@ -1,0 +1,134 @@
+"""A kernel against plain XLA."""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+
+import flashquinox as fq
+
+from .helpers import float64
+
+
+Arrays: TypeAlias = dict[str, jax.Array]
+
+
+# Older interpreters compile a weight and its correction into two programs, in which a
+# product and a sum may be one operation or two. If that leads to roundings in different
+# directions, the two do not belong together: by one unit of the weight.
+_COMPILES_APART = jax.__version_info__ < (0, 11)
+
+
+def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    # Rows of very different size, for moments to use the range of their codes.
+    size = lambda shape: np.exp2(rng.uniform(-20, 0, (*shape[:-1], 1)))
+    return {
+        name: jnp.asarray(rng.standard_normal(shape) * size(shape), jnp.float32).astype(
+            dtype
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def assert_same(ours, reference, params, old, grads) -> None:
+    """Of a new model and its state, codes and scales are the same bit for bit, but for
+    one code in 10^4 that may differ by one: a product and a sum are one operation in
+    one program and two in another. So numbers may lie a rounding of float32 apart, of
+    the largest term of their sum. For weights, that shows in a master weight of 32
+    bits, which has every bit of a float32; of 24 bits or fewer it seldom is one (one
+    time in 256 for each unit in the last place).
+    """
+    assert jtu.tree_structure(ours) == jtu.tree_structure(reference)
+    (model, state), (expected_model, expected_state) = ours, reference
+    assert np.array_equal(state.count, expected_state.count)
+    sizes = [
+        np.abs(float64(param)) + np.abs(np.nan_to_num(float64(grad)))
+        for param, grad in zip(*map(jtu.tree_leaves, (params, grads)), strict=True)
+    ]
+    is_moment = lambda x: isinstance(x, fq.QuantMoment)
+    for name in state.moments:
+        moments = (x.moments[name] for x in (state, expected_state, old))
+        leaves = (jtu.tree_leaves(x, is_leaf=is_moment) for x in moments)
+        for new, expected, before, size in zip(*leaves, sizes, strict=True):
+            if is_moment(new):
+                _assert_same_codes(new.codes, expected.codes)
+                _assert_same_codes(new.scales, expected.scales)
+            else:
+                new, expected, before = map(float64, (new, expected, before))
+                size = size + np.abs(before)
+                assert np.all(np.abs(new - expected) <= size * 2**-22)
+    corrections = {str(x.dtype) for x in jtu.tree_leaves(state.corrections)}
+    is_exact = "int16" in corrections
+    masters = jtu.tree_leaves(fq.master_weights(model, state))
+    expected_masters = jtu.tree_leaves(
+        fq.master_weights(expected_model, expected_state)
+    )
+    for param, new, expected in zip(
+        jtu.tree_leaves(params), masters, expected_masters, strict=True
+    ):
+        narrow = param.dtype != jnp.float32
+        param, new, expected = map(float64, (param, new, expected))
+        # The terms of an update, which may cancel, are no larger than 4 learning rates:
+        # in Adam's, (1 - b1) / sqrt(1 - b2) < 4 of a gradient; in others, gradients.
+        size = np.maximum(np.abs(param), np.abs(expected - param)) + 4 * 1e-2
+        bound = size * 2**-22
+        if narrow and not is_exact:
+            # A unit of the stored weight, where its rounding went the other way: one
+            # of 24 bits of the sixteenth place, or of bfloat16 itself without a
+            # correction.
+            bound += np.abs(expected) * (2**-15 if corrections else 2**-7)
+        different = new != expected
+        difference = np.abs(new - expected)[different]
+        if _COMPILES_APART:
+            outliers = difference > bound[different]
+            assert np.sum(outliers) <= 1e-3 * different.size
+            bound = np.abs(expected) * 2**-7 + bound
+        assert np.all(difference <= bound[different])
+        if narrow and not is_exact:
+            assert np.sum(different) <= 0.01 * different.size + 1
+
+
+def _assert_same_codes(new, expected) -> None:
+    assert new.dtype == expected.dtype and new.shape == expected.shape
+    difference = np.abs(np.asarray(new).astype(int) - np.asarray(expected).astype(int))
+    assert np.all(difference <= 1)
+    assert np.sum(difference != 0) <= 1e-4 * difference.size
+
+
+def run(
+    backend: str,
+    make: Callable[..., fq.Optimizer],
+    params: Any,
+    grads: Sequence[Arrays],
+    method: str = "step",
+    groups_of: str | None = None,
+    device: Any = None,
+    **kwargs,
+) -> None:
+    """Steps of the kernel, on a device, and of plain XLA, each from the state of the
+    latter. Groups are as the backend `groups_of` has them: by default, the first one.
+    """
+    kernel, plain = (make(backend=name, **kwargs) for name in (backend, "xla"))
+    state = make(backend=groups_of or backend, **kwargs).init(params)
+
+    def take(optim, params, state, grad):
+        if method == "step":
+            return optim.step(params, state, grad)
+        return optim.update(grad, state, params)
+
+    take_kernel, take_plain = (jax.jit(ft.partial(take, x)) for x in (kernel, plain))
+    here = jax.devices("cpu")[0]
+    for grad in grads:
+        there = jax.device_put((params, state, grad), device)
+        found = jax.device_put(take_kernel(*there), here)
+        results = [found, take_plain(params, state, grad)]
+        if method == "update":
+            results = [(optax.apply_updates(params, u), s) for u, s in results]
+        assert_same(*results, params, state, grad)
+        params, state = results[1]

@@ -1,0 +1,169 @@
+"""The GPU kernels: interpreted, against plain XLA; and lowered for CUDA. On a GPU, also
+run there."""
+
+import contextlib
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import flashquinox as fq
+from flashquinox._backends import dispatch, gpu
+from flashquinox._body import TileState
+from flashquinox._layout import Layout
+
+from .helpers import Case, parametrize_cases, Storage
+from .kernels import arrays, run
+
+
+_ours = Storage(jnp.bfloat16, 24, "flashquinox")
+
+# Two leaves in one kernel whose last tiles are partial, and leaves of other kinds: one
+# without groups, and one of which the last groups are partial.
+_SHAPES = {
+    "matrix": (70, 64),
+    "stack": (2, 96, 96),
+    "vector": (40,),
+    "ragged": (37, 5),
+}
+# Of groups along rows: lanes that fill a tile and some that do not, and leading axes.
+_ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}
+
+
+@parametrize_cases()
+def test_interpreted_kernel_is_plain_xla(case):
+    dtype = case.storage.dtype
+    shapes = _SHAPES if case.name == "adamw" else {"matrix": _SHAPES["matrix"]}
+    grads = [arrays(shapes, dtype, seed) for seed in (1, 2)]
+    make = ft.partial(case.optimizer, 1e-2)
+    run("gpu", make, arrays(shapes, dtype, 0), grads)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_groups_along_rows(name):
+    """Of a state that was made for a TPU."""
+    grads = [arrays(_ROW_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    run("gpu", make, arrays(_ROW_SHAPES, jnp.bfloat16, 0), grads, groups_of="tpu")
+
+
+@pytest.mark.parametrize("bits", [24, None])
+def test_updates(bits):
+    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    storage = Storage(jnp.bfloat16, bits, "flashquinox")
+    make = ft.partial(Case("adamw", storage).optimizer, 1e-2)
+    params = arrays(_SHAPES, jnp.bfloat16, 0)
+    run("gpu", make, params, grads, method="update")
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 128])
+def test_other_groups(group_size):
+    """Also where the kernel has no tile of them."""
+    shapes = {"leaf": (9, 384)}
+    grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
+    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, group_size=group_size)
+    run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
+
+
+def test_nonfinite_steps_are_skipped():
+    bad = arrays(_SHAPES, jnp.bfloat16, 2)
+    bad["vector"] = bad["vector"].at[3].set(jnp.nan)
+    grads = [arrays(_SHAPES, jnp.bfloat16, 1), bad, arrays(_SHAPES, jnp.bfloat16, 3)]
+    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, skip_nonfinite=True)
+    run("gpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads)
+
+
+def test_leaves_with_and_without_decay():
+    """They do not share a kernel, and keep their dither."""
+    params = arrays({name: (64, 64) for name in "abcd"}, jnp.bfloat16, 0)
+    mask = {"a": True, "b": False, "c": True, "d": False}
+    grads = [arrays({name: (64, 64) for name in "abcd"}, jnp.bfloat16, 1)]
+    make = ft.partial(fq.adamw, 1e-2, weight_decay=0.1, mask=mask)
+    run("gpu", make, params, grads)
+
+
+def _step(shape, group_size=32, axis: int | None = -1, dtype=jnp.bfloat16):
+    leaf = jnp.zeros(shape, dtype)
+    scales = {"moment": jnp.zeros(())}
+    return gpu.view_of(
+        Layout(shape, axis, group_size), leaf, TileState(leaf, None, {}, scales)
+    )
+
+
+def test_views():
+    assert _step((3, 64)) == gpu.Lanes(6, 32)
+    assert _step((3, 64), axis=-2, group_size=16) is None
+    assert _step((2, 64, 5), axis=-2) == gpu.Rows(4, 32, 5)
+    assert _step((64, 3, 5), axis=-3) == gpu.Rows(2, 32, 15)
+    assert _step((4, 48), axis=None) == gpu.Lanes(6, 32)
+    assert _step((3, 48)) is None and _step((3, 96), group_size=48) is None
+
+
+#
+# Lowered
+#
+
+
+@contextlib.contextmanager
+def _compiling_for_cuda():
+    """Newer versions of Pallas ask for the device."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 1, "cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def _kernels(optim: fq.Optimizer, params) -> int:
+    """The number of kernels in the step for CUDA."""
+    state = jax.eval_shape(optim.init, params)
+    triton = "__gpu$xla.gpu.triton"
+    with _compiling_for_cuda():
+        exported = jax.export.export(
+            jax.jit(optim.step),
+            platforms=["cuda"],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(triton)],
+        )(params, state, params)
+    return exported.mlir_module().count(f"@{triton}")
+
+
+def _shapes(dtype, **shapes):
+    return {name: jax.ShapeDtypeStruct(x, dtype) for name, x in shapes.items()}
+
+
+@parametrize_cases()
+def test_lowers_for_cuda(case):
+    params = _shapes(case.storage.dtype, matrix=(70, 64))
+    optim = case.optimizer(1e-3, backend="gpu")
+    assert _kernels(optim, params) == 1
+
+
+def test_leaves_share_kernels():
+    matrices = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(20)}
+    vectors = {f"vector{i}": (40 + i,) for i in range(5)}
+    params = _shapes(jnp.bfloat16, **matrices, **vectors)
+    # No more than so many in one, evenly; and the vectors, which have no groups.
+    assert dispatch._MOST_LEAVES == 16
+    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 2 + 1
+
+
+#
+# On a GPU
+#
+
+
+def _gpus() -> list[Any]:
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []
+
+
+@pytest.mark.skipif(not _gpus(), reason="needs a GPU")
+@parametrize_cases()
+def test_kernel_on_a_gpu_is_plain_xla(case):
+    dtype = case.storage.dtype
+    grads = [arrays(_SHAPES, dtype, seed) for seed in (1, 2)]
+    make = ft.partial(case.optimizer, 1e-2)
+    run("gpu", make, arrays(_SHAPES, dtype, 0), grads, device=_gpus()[0])
