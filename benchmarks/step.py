@@ -1,0 +1,636 @@
+"""How fast is a step of the optimizer alone, and what does it need?
+
+On one GPU, in one run, this measures flashquinox beside
+
+- optax: in float32, and in bfloat16 without master weights;
+- PyTorch's fused AdamW in float32;
+- FlashOptim (PyTorch) and flashoptim-jax, where they can be imported: `--peers DIR`
+  (several times, if need be) adds directories of sources to the path;
+- the copy limit: the rate at which the device reads an array and writes it back, by
+  the bytes that a step must move.
+
+Columns:
+
+- Gparam/s: parameters updated in a nanosecond: the median of the repeats. Steps of JAX
+  run in a loop inside of one compiled program, as in training; PyTorch's are timed by
+  the events of its stream. Smallest and largest are in the JSON;
+- limit: that rate, over what the copy limit allows for the bytes that must be moved;
+- B/param: what weights, gradient and state take;
+- temp: what the compiled step takes beside them, in bytes per parameter;
+- compile: seconds to compile one step, the kernels' included.
+
+Leaves are square matrices, or those of a model: `gpt2` is GPT-2 124M (148 leaves),
+`llama` a Llama of 1.2 billion parameters with stacked layers (11 leaves).
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+# PyTorch needs memory too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jaxtyping import PyTree
+
+import flashquinox as fq
+
+
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.01
+
+
+#
+# What is updated
+#
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def gpt2() -> Shapes:
+    """The leaves of GPT-2 124M, with the head tied to the embedding."""
+    width, layers = 768, 12
+    shapes: Shapes = {"token": (50257, width), "position": (1024, width)}
+    for i in range(layers):
+        for name, out, into in (
+            ("query_key_value", 3 * width, width),
+            ("attention_out", width, width),
+            ("mlp_up", 4 * width, width),
+            ("mlp_down", width, 4 * width),
+        ):
+            shapes |= {f"{i}.{name}": (out, into), f"{i}.{name}.bias": (out,)}
+        for name in ("attention_norm", "mlp_norm"):
+            shapes |= {f"{i}.{name}": (width,), f"{i}.{name}.bias": (width,)}
+    return shapes | {"norm": (width,), "norm.bias": (width,)}
+
+
+def llama() -> Shapes:
+    """The leaves of Llama 3.2 1B, whose layers are stacked and whose head is tied."""
+    layers, width, hidden, keys, vocabulary = 16, 2048, 8192, 512, 128256
+    return {
+        "token": (vocabulary, width),
+        "query": (layers, width, width),
+        "key": (layers, keys, width),
+        "value": (layers, keys, width),
+        "out": (layers, width, width),
+        "gate": (layers, hidden, width),
+        "up": (layers, hidden, width),
+        "down": (layers, width, hidden),
+        "attention_norm": (layers, width),
+        "mlp_norm": (layers, width),
+        "norm": (width,),
+    }
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {"gpt2": gpt2, "llama": llama}
+
+
+def count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+#
+# What is measured
+#
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Repeated runs, in seconds for a step."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    @staticmethod
+    def of(seconds: list[float]) -> "Timing":
+        return Timing(statistics.median(seconds), min(seconds), max(seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long to measure."""
+
+    repeats: int
+    # Of one repeat.
+    seconds: float
+
+    def steps(self, first_guess: float) -> int:
+        """How many steps fill a repeat, of which one takes about so long."""
+        return max(3, min(1000, round(self.seconds / first_guess)))
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxStep:
+    """`step(params, state, grads)` of JAX."""
+
+    params: Any
+    state: Any
+    grads: Any
+    step: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+    def measure(self, plan: Plan) -> dict[str, Any]:
+        shapes = jtu.tree_map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            (self.params, self.state, self.grads),
+        )
+        lowered = jax.jit(self.step, donate_argnums=(0, 1)).lower(*shapes)
+        start = time.perf_counter()
+        memory: Any = lowered.compile().memory_analysis()
+        seconds_to_compile = time.perf_counter() - start
+
+        def many(carry: Any, grads: Any, steps: Any) -> Any:
+            return jax.lax.fori_loop(
+                0, steps, lambda _, carry: self.step(*carry, grads), carry
+            )
+
+        loop = jax.jit(many, donate_argnums=0)
+        carry = self.params, self.state
+
+        def run(carry: Any, steps: int) -> tuple[Any, float]:
+            steps_there = jax.block_until_ready(jnp.asarray(steps))
+            start = time.perf_counter()
+            carry = jax.block_until_ready(loop(carry, self.grads, steps_there))
+            return carry, (time.perf_counter() - start) / steps
+
+        carry, _ = run(carry, 1)
+        carry, guess = run(carry, 3)
+        seconds = []
+        for _ in range(plan.repeats):
+            carry, taken = run(carry, plan.steps(guess))
+            seconds.append(taken)
+        finite = all(
+            bool(jnp.all(jnp.isfinite(x)))
+            for x in jtu.tree_leaves(carry[0])
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        )
+        return {
+            **dataclasses.asdict(Timing.of(seconds)),
+            "bytes": sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(shapes)),
+            "temporary bytes": memory.temp_size_in_bytes,
+            "aliased bytes": memory.alias_size_in_bytes,
+            "compile seconds": seconds_to_compile,
+            "finite": finite,
+        }
+
+
+def arrays(shapes: Shapes, dtype: Any, seed: int, size: float) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    return {
+        name: (size * normal(key, shape, jnp.float32)).astype(dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def jax_step(
+    shapes: Shapes, dtype: Any, init: Callable, step: Callable, grad_dtype: Any = None
+) -> JaxStep:
+    params = arrays(shapes, dtype, 0, 0.02)
+    grads = arrays(shapes, grad_dtype or dtype, 1, 1e-3)
+    return JaxStep(params, jax.jit(init)(params), grads, step)
+
+
+def optax_step(shapes: Shapes, dtype: Any, optim: Any) -> JaxStep:
+    def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = optim.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax_step(shapes, dtype, optim.init, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchStep:
+    """An optimizer of PyTorch."""
+
+    torch: Any
+    params: list[Any]
+    optim: Any
+
+    @staticmethod
+    def of(torch: Any, shapes: Shapes, dtype: str, make: Callable) -> "TorchStep":
+        dtype = getattr(torch, dtype)
+        params = []
+        for shape in shapes.values():
+            x = torch.empty(shape, dtype=dtype, device="cuda").normal_(0, 0.02)
+            param = torch.nn.Parameter(x)
+            param.grad = torch.empty_like(x).normal_(0, 1e-3)
+            params.append(param)
+        return TorchStep(torch, params, make(params))
+
+    def measure(self, plan: Plan) -> dict[str, Any]:
+        cuda = self.torch.cuda
+
+        def run(steps: int) -> float:
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            cuda.synchronize()
+            start.record()
+            for _ in range(steps):
+                self.optim.step()
+            end.record()
+            cuda.synchronize()
+            return start.elapsed_time(end) / 1000 / steps
+
+        start = time.perf_counter()
+        run(1)
+        seconds_to_compile = time.perf_counter() - start
+        guess = run(3)
+        seconds = [run(plan.steps(guess)) for _ in range(plan.repeats)]
+        state = [x for group in self.optim.state.values() for x in group.values()]
+        tensors = [*self.params, *(x.grad for x in self.params), *_tensors(state)]
+        result = {
+            **dataclasses.asdict(Timing.of(seconds)),
+            "bytes": sum(x.numel() * x.element_size() for x in tensors),
+            "compile seconds": seconds_to_compile,
+            "finite": all(bool(x.isfinite().all()) for x in self.params),
+        }
+        for x in self.params:
+            x.grad = None
+        self.optim.state.clear()
+        self.params.clear()
+        cuda.empty_cache()
+        return result
+
+
+def _tensors(values: list[Any]) -> list[Any]:
+    """The tensors among values, and in the fields of objects among them."""
+    found = []
+    for x in values:
+        if hasattr(x, "element_size"):
+            found.append(x)
+        elif hasattr(x, "__dict__"):
+            found += _tensors(list(vars(x).values()))
+    return found
+
+
+#
+# Who is measured
+#
+
+
+# From shapes to what has a method `measure`.
+Contender = Callable[[Shapes], Any]
+
+
+def our_steps(optimizer: str, backend: Any) -> dict[str, Contender]:
+    make = {
+        "adamw": lambda backend: fq.adamw(
+            LEARNING_RATE, weight_decay=WEIGHT_DECAY, backend=backend
+        ),
+        "lion": lambda backend: fq.lion(
+            LEARNING_RATE, weight_decay=WEIGHT_DECAY, backend=backend
+        ),
+        "sgdw": lambda backend: fq.sgdw(
+            LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, backend=backend
+        ),
+    }[optimizer]
+
+    def ours(shapes: Shapes, groups_of: Any, backend: Any) -> JaxStep:
+        init, step = make(groups_of).init, make(backend).step
+        return jax_step(shapes, jnp.bfloat16, init, step)
+
+    return {
+        "flashquinox": lambda shapes: ours(shapes, "xla", backend),
+        "flashquinox, groups along rows": lambda shapes: ours(shapes, "tpu", backend),
+        "flashquinox, plain XLA": lambda shapes: ours(shapes, "xla", "xla"),
+    }
+
+
+def optax_steps(optimizer: str) -> dict[str, Contender]:
+    make = {
+        "adamw": lambda: optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        "lion": lambda: optax.lion(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        "sgdw": lambda: optax.chain(
+            optax.trace(0.9),
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            optax.scale_by_learning_rate(LEARNING_RATE),
+        ),
+    }[optimizer]
+    return {
+        "optax, float32": lambda shapes: optax_step(shapes, jnp.float32, make()),
+        "optax, bfloat16": lambda shapes: optax_step(shapes, jnp.bfloat16, make()),
+    }
+
+
+def torch_steps(optimizer: str) -> dict[str, Contender]:
+    torch, flashoptim = optional("torch"), optional("flashoptim")
+    steps: dict[str, Contender] = {}
+    if torch is None or not torch.cuda.is_available():
+        return steps
+    hyperparameters = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+    if optimizer == "adamw":
+        steps["PyTorch, fused float32"] = lambda shapes: TorchStep.of(
+            torch,
+            shapes,
+            "float32",
+            lambda x: torch.optim.AdamW(x, fused=True, **hyperparameters),
+        )
+    if flashoptim is not None:
+        if optimizer == "sgdw":
+            hyperparameters["momentum"] = 0.9
+        make = {"adamw": "FlashAdamW", "lion": "FlashLion", "sgdw": "FlashSGDW"}
+        make = getattr(flashoptim, make[optimizer])
+        steps["FlashOptim"] = lambda shapes: TorchStep.of(
+            torch, shapes, "bfloat16", lambda x: make(x, **hyperparameters)
+        )
+    return steps
+
+
+def flashoptim_jax_steps(optimizer: str) -> dict[str, Contender]:
+    package = optional("flashoptim_jax")
+    if package is None:
+        return {}
+    make = getattr(package, f"flash_{optimizer}")
+    hyperparameters = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+    if optimizer == "sgdw":
+        hyperparameters["momentum"] = 0.9
+    optim = make(**hyperparameters)
+    return {
+        "flashoptim-jax": lambda shapes: jax_step(
+            shapes, jnp.bfloat16, optim.init, optim.step
+        )
+    }
+
+
+def optional(name: str) -> Any:
+    """A module, or `None` where it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def copy_bandwidth(plan: Plan, size: int) -> Timing:
+    """Seconds for a byte that is read, and one that is written in its place."""
+    x = jnp.ones((size // 4,), jnp.float32)
+    negate = lambda _, x: -x
+    loop = jax.jit(
+        lambda x, steps: jax.lax.fori_loop(0, steps, negate, x), donate_argnums=0
+    )
+
+    def run(x: jax.Array, steps: int) -> tuple[jax.Array, float]:
+        there = jax.block_until_ready(jnp.asarray(steps))
+        start = time.perf_counter()
+        x = jax.block_until_ready(loop(x, there))
+        return x, (time.perf_counter() - start) / steps / size
+
+    x, _ = run(x, 1)
+    x, guess = run(x, 3)
+    seconds = []
+    for _ in range(plan.repeats):
+        x, taken = run(x, plan.steps(guess * size))
+        seconds.append(taken)
+    return Timing.of(seconds)
+
+
+#
+# Tables and plots
+#
+
+
+# Bytes that a step of one parameter must move: the gradient, and twice each of weight,
+# correction, moments and scales.
+OPTIMIZERS = {"adamw": 2 + 2 * 5.125, "lion": 2 + 2 * 4.0625, "sgdw": 2 + 2 * 4.0625}
+
+
+def measure(
+    optimizer: str, name: str, shapes: Shapes, who: str, make: Contender, plan: Plan
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"optimizer": optimizer, "leaves": name, "contender": who}
+    row["parameters"] = count(shapes)
+    try:
+        row |= make(shapes).measure(plan)
+    # Whatever stops a contender is its result, out of memory above all.
+    except Exception as error:
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return row
+
+
+def rate(row: dict[str, Any]) -> float:
+    return row["parameters"] / row["median"] / 1e9
+
+
+def print_row(row: dict[str, Any], bytes_per_second: float) -> None:
+    start = f"{row['optimizer']:6}{row['leaves']:>8}  {row['contender']:32}"
+    if "error" in row:
+        print(start + row["error"][:60])
+        return
+    parameters = row["parameters"]
+    limit = bytes_per_second / OPTIMIZERS[row["optimizer"]] / 1e9
+    temporary = row.get("temporary bytes")
+    cell = "-" if temporary is None else f"{temporary / parameters:.2f}"
+    print(
+        f"{start}{rate(row):9.1f}{rate(row) / limit:8.1%}"
+        f"{row['bytes'] / parameters:9.2f}{cell:>7}{row['compile seconds']:8.1f} s"
+        + ("" if row["finite"] else "  NOT FINITE")
+    )
+
+
+def plot(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
+    """Two pictures: the rates of all that was measured, and bytes per parameter."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if "error" not in row]
+    of_adamw = [row for row in rows if row["optimizer"] == "adamw"] or rows
+    leaves = list(dict.fromkeys(row["leaves"] for row in of_adamw))
+    contenders = list(dict.fromkeys(row["contender"] for row in of_adamw))
+    figures = {
+        "step-rate.png": ("Gparam/s", rate),
+        "step-memory.png": (
+            "bytes per parameter",
+            lambda row: (
+                (row["bytes"] + row.get("temporary bytes", 0)) / row["parameters"]
+            ),
+        ),
+    }
+    for file, (label, value) in figures.items():
+        figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+        width = 0.8 / len(contenders)
+        for i, contender in enumerate(contenders):
+            own = {x["leaves"]: x for x in of_adamw if x["contender"] == contender}
+            places = [leaves.index(name) + i * width for name in own]
+            heights = [value(row) for row in own.values()]
+            axes.bar(places, heights, width, label=contender)
+        centers = [i + 0.4 - width / 2 for i in range(len(leaves))]
+        axes.set_xticks(centers, leaves)
+        axes.set_ylabel(f"{label} ({of_adamw[0]['optimizer']})")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+        figure.savefig(directory / file, dpi=150)
+        plt.close(figure)
+
+
+#
+# Command line
+#
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def some_of(names: list[str], text: str) -> list[str]:
+    chosen = [name.strip() for name in text.split(",") if name.strip()]
+    for name in chosen:
+        if name not in names:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is none of {', '.join(names)} (or several, with commas)"
+            )
+    return chosen
+
+
+def sizes(text: str) -> list[int]:
+    try:
+        found = [int(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        found = [0]
+    if any(size <= 0 or size % 32 != 0 for size in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: sides of matrices, multiples of 32, with commas between them"
+        )
+    return found
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--optimizers",
+        type=lambda text: some_of(list(OPTIMIZERS), text),
+        default=list(OPTIMIZERS),
+        help=f"some of {','.join(OPTIMIZERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=sizes,
+        default=[1024, 2048, 4096, 8192, 16384],
+        help="sides of square matrices (default: 1024,2048,4096,8192,16384)",
+    )
+    parser.add_argument(
+        "--models",
+        type=lambda text: some_of(list(MODELS), text),
+        default=list(MODELS),
+        help="some of gpt2,llama (default: all; empty for none)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a directory to import flashoptim or flashoptim_jax from",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("gpu", "auto", "xla"),
+        default="gpu",
+        help="of flashquinox (default: gpu)",
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="(default: 7)")
+    parser.add_argument(
+        "--seconds", type=positive, default=0.2, help="of a repeat (default: 0.2)"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_argument("--plots", type=pathlib.Path, help="also write two PNGs here")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats must be positive")
+    for directory in arguments.peers:
+        if not directory.is_dir():
+            parser.error(f"--peers: not a directory: {directory}")
+    if arguments.json is not None and arguments.json.is_dir():
+        parser.error(f"--json: a directory: {arguments.json}")
+    return arguments
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    sys.path[:0] = map(str, arguments.peers)
+    (device, *_) = jax.devices()
+    names = ("jax", "jaxlib", "optax", "torch", "triton", "flashquinox")
+    versions = {name: version(name) for name in names if version(name)}
+    print(
+        f"{device.device_kind};",
+        ", ".join(f"{name} {x}" for name, x in versions.items()),
+    )
+    plan = Plan(arguments.repeats, arguments.seconds)
+    on_cpu = device.platform == "cpu"
+    copy = copy_bandwidth(plan, 2**26 if on_cpu else 2**30)
+    bytes_per_second = 2 / copy.median
+    print(f"Copy limit: {bytes_per_second / 1e9:.0f} GB/s, reads and writes together")
+    print(
+        f"{'':6}{'leaves':>8}  {'':32}{'Gparam/s':>9}{'limit':>8}{'B/param':>9}"
+        f"{'temp':>7}{'compile':>10}"
+    )
+    leaves = {str(n): {"matrix": (n, n)} for n in arguments.sizes}
+    leaves |= {name: MODELS[name]() for name in arguments.models}
+    rows = []
+    for optimizer in arguments.optimizers:
+        contenders = {
+            **our_steps(optimizer, arguments.backend),
+            **optax_steps(optimizer),
+            **torch_steps(optimizer),
+            **flashoptim_jax_steps(optimizer),
+        }
+        for name, shapes in leaves.items():
+            for who, make in contenders.items():
+                row = measure(optimizer, name, shapes, who, make, plan)
+                print_row(row, bytes_per_second)
+                rows.append(row)
+    if arguments.json is not None:
+        record = {
+            "command": " ".join(["benchmarks/step.py", *sys.argv[1:]]),
+            "device": device.device_kind,
+            "versions": versions,
+            "copy bytes per second": bytes_per_second,
+            "rows": rows,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.plots is not None:
+        plot(rows, arguments.plots)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
