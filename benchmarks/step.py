@@ -191,9 +191,8 @@ class JaxStep:
 
 def arrays(shapes: Shapes, dtype: Any, seed: int, size: float) -> dict[str, jax.Array]:
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     return {
-        name: (size * normal(key, shape, jnp.float32)).astype(dtype)
+        name: (size * jax.random.normal(key, shape)).astype(dtype)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
