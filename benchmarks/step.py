@@ -156,7 +156,7 @@ class JaxStep:
 
         def many(carry: Any, grads: Any, steps: Any) -> Any:
             return jax.lax.fori_loop(
-                0, steps, lambda _, carry: self.step(*carry, grads), carry
+                0, steps, lambda _, carry: self.step(carry[0], carry[1], grads), carry
             )
 
         loop = jax.jit(many, donate_argnums=0)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
-from flashquinox._backends import dispatch, gpu
+from flashquinox._backends import gpu
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
@@ -143,9 +143,9 @@ def test_leaves_share_kernels():
     matrices = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(20)}
     vectors = {f"vector{i}": (40 + i,) for i in range(5)}
     params = _shapes(jnp.bfloat16, **matrices, **vectors)
-    # No more than so many in one, evenly; and the vectors, which have no groups.
-    assert dispatch._MOST_LEAVES == 16
-    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 2 + 1
+    # No more than so many in one; and the vectors, which have no groups.
+    assert gpu.Lanes.most_leaves == 4 and gpu.Elements.most_leaves == 8
+    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 5 + 1
 
 
 #

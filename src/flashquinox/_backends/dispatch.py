@@ -19,9 +19,6 @@ from . import gpu, tpu, xla
 Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]
 BACKENDS: tuple[Backend, ...] = ("auto", "xla", "tpu", "gpu")
 
-# That share a kernel on GPUs. Each brings code of its own, for loads and stores.
-_MOST_LEAVES = 16
-
 
 class LeafStep(eqx.Module):
     """What a step of one leaf needs. The scalars of leaves that have the same ones
@@ -54,18 +51,27 @@ def prefers_rows(backend: Backend) -> bool:
 
 
 def _batches(backend: Backend, steps: list[LeafStep]) -> list[list[int]]:
-    """Which leaves share a kernel on GPUs: those that are stored alike, from large to
-    small. Leaves of a size follow one another, so that many kernels are the same."""
-    alike: dict[Any, list[int]] = {}
+    """Which leaves share a kernel on GPUs: those that are stored alike. First leaves of
+    the same size, so that many kernels are the same one, which is compiled once; then
+    what is left of them."""
+    alike: dict[Any, dict[Any, list[int]]] = {}
     for i, step in enumerate(steps):
-        alike.setdefault(_kind(backend, step) or i, []).append(i)
+        kind = _kind(backend, step) or i
+        alike.setdefault(kind, {}).setdefault(_gpu_view(step), []).append(i)
     batches = []
-    for indices in alike.values():
-        indices.sort(key=lambda i: -steps[i].old.weight.size)
-        count = -(-len(indices) // _MOST_LEAVES)
-        each = -(-len(indices) // count)
-        batches += [indices[i : i + each] for i in range(0, len(indices), each)]
+    for views in alike.values():
+        most = max(1 if view is None else view.most_leaves for view in views)
+        rest = []
+        for indices in views.values():
+            whole = len(indices) // most * most
+            batches += _split(indices[:whole], most)
+            rest += indices[whole:]
+        batches += _split(rest, most)
     return batches
+
+
+def _split(indices: list[int], most: int) -> list[list[int]]:
+    return [indices[i : i + most] for i in range(0, len(indices), most)]
 
 
 def _kind(backend: Backend, step: LeafStep) -> tuple[Any, ...] | None:
