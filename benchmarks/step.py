@@ -35,7 +35,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 
 # PyTorch needs memory too.
@@ -45,6 +46,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
+from _command_line import in_few_words, Parser, some_of
 from jaxtyping import PyTree
 
 import flashquinox as fq
@@ -134,6 +136,29 @@ class Plan:
         """How many steps fill a repeat, of which one takes about so long."""
         return max(3, min(1000, round(self.seconds / first_guess)))
 
+    def measure(self, run: Callable[[int], float]) -> Timing:
+        """Of what takes a number of steps and gives the seconds that it took."""
+        run(1)
+        steps = self.steps(run(3) / 3)
+        return Timing.of([run(steps) / steps for _ in range(self.repeats)])
+
+
+def time_loop(
+    plan: Plan, many: Callable, carry: Any, *operands: Any
+) -> tuple[Timing, Any]:
+    """The timing of `carry = many(carry, steps, *operands)`, and the last carry, in
+    whose place all of them are."""
+    loop = jax.jit(many, donate_argnums=0)
+
+    def run(steps: int) -> float:
+        nonlocal carry
+        there = jax.block_until_ready(jnp.asarray(steps))
+        start = time.perf_counter()
+        carry = jax.block_until_ready(loop(carry, there, *operands))
+        return time.perf_counter() - start
+
+    return plan.measure(run), carry
+
 
 @dataclasses.dataclass(frozen=True)
 class JaxStep:
@@ -154,33 +179,19 @@ class JaxStep:
         memory: Any = lowered.compile().memory_analysis()
         seconds_to_compile = time.perf_counter() - start
 
-        def many(carry: Any, grads: Any, steps: Any) -> Any:
+        def many(carry: Any, steps: Any, grads: Any) -> Any:
             return jax.lax.fori_loop(
                 0, steps, lambda _, carry: self.step(carry[0], carry[1], grads), carry
             )
 
-        loop = jax.jit(many, donate_argnums=0)
-        carry = self.params, self.state
-
-        def run(carry: Any, steps: int) -> tuple[Any, float]:
-            steps_there = jax.block_until_ready(jnp.asarray(steps))
-            start = time.perf_counter()
-            carry = jax.block_until_ready(loop(carry, self.grads, steps_there))
-            return carry, (time.perf_counter() - start) / steps
-
-        carry, _ = run(carry, 1)
-        carry, guess = run(carry, 3)
-        seconds = []
-        for _ in range(plan.repeats):
-            carry, taken = run(carry, plan.steps(guess))
-            seconds.append(taken)
+        timing, carry = time_loop(plan, many, (self.params, self.state), self.grads)
         finite = all(
             bool(jnp.all(jnp.isfinite(x)))
             for x in jtu.tree_leaves(carry[0])
             if jnp.issubdtype(x.dtype, jnp.floating)
         )
         return {
-            **dataclasses.asdict(Timing.of(seconds)),
+            **dataclasses.asdict(timing),
             "bytes": sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(shapes)),
             "temporary bytes": memory.temp_size_in_bytes,
             "aliased bytes": memory.alias_size_in_bytes,
@@ -243,17 +254,16 @@ class TorchStep:
                 self.optim.step()
             end.record()
             cuda.synchronize()
-            return start.elapsed_time(end) / 1000 / steps
+            return start.elapsed_time(end) / 1000
 
         start = time.perf_counter()
         run(1)
         seconds_to_compile = time.perf_counter() - start
-        guess = run(3)
-        seconds = [run(plan.steps(guess)) for _ in range(plan.repeats)]
+        timing = plan.measure(run)
         state = [x for group in self.optim.state.values() for x in group.values()]
         tensors = [*self.params, *(x.grad for x in self.params), *_tensors(state)]
         result = {
-            **dataclasses.asdict(Timing.of(seconds)),
+            **dataclasses.asdict(timing),
             "bytes": sum(x.numel() * x.element_size() for x in tensors),
             "compile seconds": seconds_to_compile,
             "finite": all(bool(x.isfinite().all()) for x in self.params),
@@ -374,27 +384,12 @@ def optional(name: str) -> Any:
         return None
 
 
-def copy_bandwidth(plan: Plan, size: int) -> Timing:
-    """Seconds for a byte that is read, and one that is written in its place."""
-    x = jnp.ones((size // 4,), jnp.float32)
+def copy_bandwidth(plan: Plan, size: int) -> float:
+    """How many bytes are read in a second, while others are written in their place."""
     negate = lambda _, x: -x
-    loop = jax.jit(
-        lambda x, steps: jax.lax.fori_loop(0, steps, negate, x), donate_argnums=0
-    )
-
-    def run(x: jax.Array, steps: int) -> tuple[jax.Array, float]:
-        there = jax.block_until_ready(jnp.asarray(steps))
-        start = time.perf_counter()
-        x = jax.block_until_ready(loop(x, there))
-        return x, (time.perf_counter() - start) / steps / size
-
-    x, _ = run(x, 1)
-    x, guess = run(x, 3)
-    seconds = []
-    for _ in range(plan.repeats):
-        x, taken = run(x, plan.steps(guess * size))
-        seconds.append(taken)
-    return Timing.of(seconds)
+    many = lambda x, steps: jax.lax.fori_loop(0, steps, negate, x)
+    timing, _ = time_loop(plan, many, jnp.ones((size // 4,), jnp.float32))
+    return size / timing.median
 
 
 #
@@ -416,7 +411,7 @@ def measure(
         row |= make(shapes).measure(plan)
     # Whatever stops a contender is its result, out of memory above all.
     except Exception as error:
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        row["error"] = in_few_words(error)
     return row
 
 
@@ -483,21 +478,6 @@ def plot(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
 #
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def some_of(names: list[str], text: str) -> list[str]:
-    chosen = [name.strip() for name in text.split(",") if name.strip()]
-    for name in chosen:
-        if name not in names:
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is none of {', '.join(names)} (or several, with commas)"
-            )
-    return chosen
-
-
 def sizes(text: str) -> list[int]:
     try:
         found = [int(x) for x in text.split(",") if x.strip()]
@@ -526,7 +506,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--optimizers",
-        type=lambda text: some_of(list(OPTIMIZERS), text),
+        type=partial(some_of, OPTIMIZERS),
         default=list(OPTIMIZERS),
         help=f"some of {','.join(OPTIMIZERS)} (default: all)",
     )
@@ -538,7 +518,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--models",
-        type=lambda text: some_of(list(MODELS), text),
+        type=lambda text: some_of(MODELS, text) if text else [],
         default=list(MODELS),
         help="some of gpt2,llama (default: all; empty for none)",
     )
@@ -593,7 +573,7 @@ def main() -> None:
     plan = Plan(arguments.repeats, arguments.seconds)
     on_cpu = device.platform == "cpu"
     copy = copy_bandwidth(plan, 2**26 if on_cpu else 2**30)
-    bytes_per_second = 2 / copy.median
+    bytes_per_second = 2 * copy
     print(f"Copy limit: {bytes_per_second / 1e9:.0f} GB/s, reads and writes together")
     print(
         f"{'':6}{'leaves':>8}  {'':32}{'Gparam/s':>9}{'limit':>8}{'B/param':>9}"

@@ -50,11 +50,12 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from _command_line import in_few_words, Parser, some_of
 from _tpu import (
     compile_for,
     device,
@@ -223,7 +224,7 @@ def measure(
         program = step.compile_for(chip, dump)
     # Compilers fail in many ways, and each is a result.
     except Exception as error:
-        return {**row, "error": _in_few_words(error)}
+        return {**row, "error": in_few_words(error)}
     (kernel,) = program.kernels
     found = schedule(dump, kernel)
     share = math.prod(found.core_grid) / math.prod(grid(kernel))
@@ -298,13 +299,8 @@ def compare(chip: str, optimizer: str, dump: pathlib.Path) -> dict[str, Any]:
                 moved = sum(operand_bytes(kernel) for kernel in program.kernels)
             row[backend]["bytes accessed"] = moved
     except Exception as error:
-        return {**row, "error": _in_few_words(error)}
+        return {**row, "error": in_few_words(error)}
     return row
-
-
-def _in_few_words(error: Exception) -> str:
-    words = " ".join(f"{type(error).__name__}: {error}".split())
-    return words if len(words) <= 100 else words[:97] + "..."
 
 
 #
@@ -422,21 +418,6 @@ def rounded(tree: Any) -> Any:
 #
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def some_of(names: dict[str, Any], text: str) -> list[str]:
-    chosen = [name.strip() for name in text.split(",")]
-    for name in chosen:
-        if name not in names:
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is none of {', '.join(names)} (or several, with commas)"
-            )
-    return list(dict.fromkeys(chosen))
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -506,7 +487,7 @@ def main() -> None:
             device(arguments.chips[0])
             results = run(arguments, dump)
         except (ScheduleError, jax.errors.JaxRuntimeError) as error:
-            sys.exit(f"tpu_schedule.py: {_in_few_words(error)}")
+            sys.exit(f"tpu_schedule.py: {in_few_words(error)}")
     if arguments.json is not None:
         record = {
             "arguments": {

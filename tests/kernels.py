@@ -1,5 +1,6 @@
 """A kernel against plain XLA."""
 
+import contextlib
 import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
 
@@ -22,6 +24,14 @@ Arrays: TypeAlias = dict[str, jax.Array]
 # product and a sum may be one operation or two. If that leads to roundings in different
 # directions, the two do not belong together: by one unit of the weight.
 _COMPILES_APART = jax.__version_info__ < (0, 11)
+
+
+@contextlib.contextmanager
+def compiling_for(kind: str, platform: str, cores: int = 1):
+    """Kernels ask for their device."""
+    device = AbstractDevice(kind, cores, platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:

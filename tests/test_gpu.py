@@ -1,14 +1,12 @@
 """The GPU kernels: interpreted, against plain XLA; and lowered for CUDA. On a GPU, also
 run there."""
 
-import contextlib
 import functools as ft
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
 from flashquinox._backends import gpu
@@ -16,7 +14,7 @@ from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
 from .helpers import Case, parametrize_cases, Storage
-from .kernels import arrays, run
+from .kernels import arrays, compiling_for, run
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -107,19 +105,11 @@ def test_views():
 #
 
 
-@contextlib.contextmanager
-def _compiling_for_cuda():
-    """Newer versions of Pallas ask for the device."""
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 1, "cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        yield
-
-
 def _kernels(optim: fq.Optimizer, params) -> int:
     """The number of kernels in the step for CUDA."""
     state = jax.eval_shape(optim.init, params)
     triton = "__gpu$xla.gpu.triton"
-    with _compiling_for_cuda():
+    with compiling_for("NVIDIA H100 80GB HBM3", "cuda"):
         exported = jax.export.export(
             jax.jit(optim.step),
             platforms=["cuda"],

@@ -1,7 +1,6 @@
 """The TPU kernels: interpreted, against plain XLA; and compiled, by the real compiler,
 for every generation. No TPU is needed."""
 
-import contextlib
 import functools as ft
 import math
 
@@ -11,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox._backends import tpu
@@ -20,7 +19,7 @@ from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
 from .helpers import Case, parametrize_cases, Storage
-from .kernels import arrays, assert_same, run
+from .kernels import arrays, assert_same, compiling_for, run
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -34,14 +33,6 @@ _ODD_SHAPES = {
     "deep": (2, 3, 32, 128),
     "wide": (32, 700),
 }
-
-
-@contextlib.contextmanager
-def _compiling_for(kind: str, cores: int = 1):
-    """Kernels ask for their device."""
-    device = AbstractDevice(kind, cores, "tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        yield
 
 
 def _supported(case: Case) -> bool:
@@ -87,7 +78,7 @@ def test_only_words(case):
     shapes = _SHAPES if case.name == "adamw" else _ODD_SHAPES
     grads = [arrays(shapes, case.storage.dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
-    with _compiling_for("TPU v4"):
+    with compiling_for("TPU v4", "tpu"):
         assert tpu._Chip.current().arithmetic.only_words
         run("tpu", make, arrays(shapes, case.storage.dtype, 0), grads)
 
@@ -251,7 +242,7 @@ def _compile(chip: str, optim: fq.Optimizer, params, grads, method: str = "step"
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
     state = jax.eval_shape(optim.init, params)
-    with _compiling_for(device.device_kind, device.num_cores):
+    with compiling_for(device.device_kind, "tpu", device.num_cores):
         if method == "step":
             step = jax.jit(optim.step, donate_argnums=(0, 1))
             lowered = step.lower(place(params), place(state), place(grads))

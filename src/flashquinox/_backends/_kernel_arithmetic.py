@@ -95,7 +95,7 @@ class Arithmetic:
 
         rule = rules.get(eqn.primitive.name)
         if rule is not None:
-            op = _Operation(self, eqn, operands, lambda: default()[0])
+            op = _Operation(self, eqn, lambda: default()[0])
             value = rule(op, *operands)
             if value is not None:
                 return [value]
@@ -157,7 +157,6 @@ class _Operation:
 
     arithmetic: Arithmetic
     eqn: Any
-    operands: list[_Value]
     default: Callable[[], Array]
 
     @property

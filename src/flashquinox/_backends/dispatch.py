@@ -1,6 +1,6 @@
 """Which backend takes a step of which leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -38,9 +38,12 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
     may make. The state decides the layout, and the layout whether there is a kernel:
     without one, and on other platforms, plain XLA.
     """
+    views = [_gpu_view(backend, step) for step in steps]
     new: dict[int, TileState] = {}
-    for batch in _batches(backend, steps):
-        updated = _update_batch(backend, [steps[i] for i in batch])
+    for batch in _batches(steps, views):
+        updated = _update_batch(
+            backend, [steps[i] for i in batch], tuple(views[i] for i in batch)
+        )
         new.update(zip(batch, updated, strict=True))
     return [new[i] for i in range(len(steps))]
 
@@ -50,46 +53,51 @@ def prefers_rows(backend: Backend) -> bool:
     return backend == "tpu" or (backend == "auto" and jax.default_backend() == "tpu")
 
 
-def _batches(backend: Backend, steps: list[LeafStep]) -> list[list[int]]:
+def _gpu_view(backend: Backend, step: LeafStep) -> gpu.View | None:
+    # Not by default, as long as it has not been measured.
+    if backend != "gpu":
+        return None
+    return gpu.view_of(step.layout, step.grad, step.old)
+
+
+def _batches(
+    steps: list[LeafStep], views: list[gpu.View | None]
+) -> Iterator[list[int]]:
     """Which leaves share a kernel on GPUs: those that are stored alike. First leaves of
     the same size, so that many kernels are the same one, which is compiled once; then
     what is left of them."""
-    alike: dict[Any, dict[Any, list[int]]] = {}
-    for i, step in enumerate(steps):
-        kind = _kind(backend, step) or i
-        alike.setdefault(kind, {}).setdefault(_gpu_view(step), []).append(i)
-    batches = []
-    for views in alike.values():
-        most = max(1 if view is None else view.most_leaves for view in views)
+    alike: dict[Any, dict[gpu.View, list[int]]] = {}
+    for i, (step, view) in enumerate(zip(steps, views, strict=True)):
+        if view is None:
+            yield [i]
+        else:
+            same_kind = alike.setdefault(_kind(step, view), {})
+            same_kind.setdefault(view, []).append(i)
+    for same_kind in alike.values():
+        most = next(iter(same_kind)).most_leaves
         rest = []
-        for indices in views.values():
+        for indices in same_kind.values():
             whole = len(indices) // most * most
-            batches += _split(indices[:whole], most)
+            yield from _split(indices[:whole], most)
             rest += indices[whole:]
-        batches += _split(rest, most)
-    return batches
+        yield from _split(rest, most)
 
 
 def _split(indices: list[int], most: int) -> list[list[int]]:
     return [indices[i : i + most] for i in range(0, len(indices), most)]
 
 
-def _kind(backend: Backend, step: LeafStep) -> tuple[Any, ...] | None:
-    """What leaves must have in common to share a kernel. `None` for none."""
-    view = _gpu_view(step) if backend == "gpu" else None
-    if view is None:
-        return None
+def _kind(step: LeafStep, view: gpu.View) -> tuple[Any, ...]:
+    """What leaves must have in common to share a kernel."""
     leaves, structure = jtu.tree_flatten((step.grad, step.old))
     dtypes = tuple(x.dtype for x in leaves)
     scalars = jtu.tree_structure(step.scalars)
     return step.structure, scalars, view.kind, structure, dtypes
 
 
-def _gpu_view(step: LeafStep) -> gpu.View | None:
-    return gpu.view_of(step.layout, step.grad, step.old)
-
-
-def _update_batch(backend: Backend, steps: list[LeafStep]) -> tuple[TileState, ...]:
+def _update_batch(
+    backend: Backend, steps: list[LeafStep], views: tuple[gpu.View | None, ...]
+) -> tuple[TileState, ...]:
     structure = steps[0].structure
     layouts = [step.layout for step in steps]
     operands = (
@@ -102,9 +110,7 @@ def _update_batch(backend: Backend, steps: list[LeafStep]) -> tuple[TileState, .
     kernels: dict[str, Callable] = {}
     if backend in ("auto", "tpu") and any(map(_on_tpu, steps)):
         kernels["tpu"] = partial(_one_by_one, _tpu_or_plain, structure, layouts)
-    views = tuple(map(_gpu_view, steps))
-    # Not by default, as long as it has not been measured.
-    if backend == "gpu" and None not in views:
+    if None not in views:
         kernels["cuda"] = partial(gpu.update_leaves, structure, views)
     if not kernels:
         return plain(*operands)

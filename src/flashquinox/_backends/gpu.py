@@ -170,12 +170,10 @@ class View(abc.ABC):
 
     # Where the groups of a tile run.
     axis: ClassVar[int] = -1
-    # That share a tile. With 16 elements for each thread, bytes are loaded 16 at a time
-    # and few threads share a group: 60 instructions for an element of AdamW, in place
-    # of 71 with 8 elements (compiled for sm_90).
+    # That share a tile. With 16 elements for each thread, bytes are loaded 16 at a
+    # time, and what all threads of a group compute is computed by few.
     warps: ClassVar[int] = 4
-    # That share a kernel. Triton takes a time that grows with their square: 1 s for one
-    # leaf or four, 3 s for eight, 20 s for sixteen.
+    # That share a kernel. Triton's time to compile grows with their square.
     most_leaves: ClassVar[int] = 4
 
     @property
@@ -309,8 +307,7 @@ class Rows(View):
     columns: int
 
     axis: ClassVar[int] = -2
-    # Threads that share a group share it column by column: the fewer, the better. 84
-    # instructions for an element of AdamW, in place of 174 with four warps.
+    # Threads that share a group reduce it column by column: the fewer, the better.
     warps: ClassVar[int] = 1
 
     @property

@@ -3,15 +3,15 @@
 A leaf is seen as matrices whose groups run along the rows: 32 rows of 128 lanes are one
 tile of 8-bit integers, and four registers of float32. A grid of blocks covers the
 matrices; the pipeline brings a block into VMEM while the one before it is computed.
-Inside of a block, a loop takes a *chunk* at a time: eight groups of 128 lanes, such
-that their scales are one full register. A chunk has three phases:
+Inside of a block, a loop takes a *chunk* at a time: 16 or 32 groups of 128 lanes,
+such that their scales are full registers. A chunk has three phases:
 
-1. What its elements need to know of their groups is computed from the scales, for eight
-   groups at once, and goes to VMEM. From there it comes back with one group's row in
+1. What its elements need to know of their groups is computed from the scales, for all
+   of them at once, and goes to VMEM. From there it comes back with one group's row in
    all sublanes: loads can do that for nothing, while the vector unit is what is scarce.
 2. The step itself, group by group. New moments wait in VMEM as float32, beside the
    maxima of a group's registers.
-3. The maxima over sublanes, by loads with a stride; the new scales, for eight groups at
+3. The maxima over sublanes, by loads with a stride; the new scales, for all groups at
    once; and the codes, group by group.
 """
 
