@@ -1,6 +1,8 @@
 """What the command lines of benchmarks have in common."""
 
 import argparse
+import importlib.metadata
+import math
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -27,3 +29,31 @@ def some_of(names: Iterable[str], text: str) -> list[str]:
 def in_few_words(error: Exception) -> str:
     words = " ".join(f"{type(error).__name__}: {error}".split())
     return words if len(words) <= 100 else words[:97] + "..."
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def positive_integer(text: str) -> int:
+    number = positive(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(number)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those packages that are there."""
+    there = {}
+    for package in packages:
+        try:
+            there[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return there

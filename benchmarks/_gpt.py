@@ -1,4 +1,5 @@
-"""A small byte-level GPT and real text to train it on, shared by the benchmarks."""
+"""A GPT, byte-level and small by default, and real text to train it on, shared by the
+benchmarks."""
 
 import pathlib
 
@@ -10,7 +11,6 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 
 CONTEXT = 128
-_VOCABULARY = 256
 
 
 class _Block(eqx.Module):
@@ -43,33 +43,45 @@ class _Block(eqx.Module):
 
 
 class GPT(eqx.Module):
-    """A decoder-only transformer over bytes: 3.3 million parameters by default."""
+    """A decoder-only transformer over bytes: 3.3 million parameters by default. With a
+    tied head, the embedding is the head too."""
 
     embedding: Float[Array, "vocabulary width"]
     position: Float[Array, "time width"]
     blocks: list[_Block]
     norm: eqx.nn.LayerNorm
-    head: eqx.nn.Linear
+    head: eqx.nn.Linear | None
 
     def __init__(
-        self, width: int = 256, layers: int = 4, heads: int = 4, *, key: Key[Array, ""]
+        self,
+        width: int = 256,
+        layers: int = 4,
+        heads: int = 4,
+        vocabulary: int = 256,
+        context: int = CONTEXT,
+        tied_head: bool = False,
+        *,
+        key: Key[Array, ""],
     ):
         keys = jax.random.split(key, layers + 3)
-        self.embedding = 0.02 * jax.random.normal(keys[0], (_VOCABULARY, width))
-        self.position = 0.02 * jax.random.normal(keys[1], (CONTEXT, width))
+        self.embedding = 0.02 * jax.random.normal(keys[0], (vocabulary, width))
+        self.position = 0.02 * jax.random.normal(keys[1], (context, width))
         self.blocks = [_Block(width, heads, key=key) for key in keys[3:]]
         self.norm = eqx.nn.LayerNorm(width)
-        self.head = eqx.nn.Linear(width, _VOCABULARY, use_bias=False, key=keys[2])
+        self.head = None
+        if not tied_head:
+            self.head = eqx.nn.Linear(width, vocabulary, use_bias=False, key=keys[2])
 
     def __call__(self, tokens: Int[Array, " time"]) -> Float[Array, "time vocabulary"]:
         x = self.embedding[tokens] + self.position
         for block in self.blocks:
             x = block(x)
-        return jax.vmap(self.head)(jax.vmap(self.norm)(x))
+        x = jax.vmap(self.norm)(x)
+        return x @ self.embedding.T if self.head is None else jax.vmap(self.head)(x)
 
 
 def loss(model: GPT, batch: Int[Array, "batch time_plus_1"]) -> Float[Array, ""]:
-    """The mean cross-entropy of the next byte, in nats."""
+    """The mean cross-entropy of the next token, in nats."""
     logits = jax.vmap(model)(batch[:, :-1]).astype(jnp.float32)
     log_probabilities = jax.nn.log_softmax(logits)
     targets = batch[:, 1:, None]

@@ -17,7 +17,8 @@ Columns:
 - limit: that rate, over what the copy limit allows for the bytes that must be moved;
 - B/param: what weights, gradient and state take;
 - temp: what the compiled step takes beside them, in bytes per parameter;
-- compile: seconds to compile one step, the kernels' included.
+- trace: seconds to trace and lower one step, in Python;
+- compile: seconds to compile it, the kernels' included. Of PyTorch, of its first step.
 
 Leaves are square matrices, or those of a model: `gpt2` is GPT-2 124M (148 leaves),
 `llama` a Llama of 1.2 billion parameters with stacked layers (11 leaves).
@@ -26,12 +27,10 @@ Leaves are square matrices, or those of a model: `gpt2` is GPT-2 124M (148 leave
 import argparse
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +45,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from _command_line import in_few_words, Parser, some_of
+from _command_line import (
+    in_few_words,
+    Parser,
+    positive,
+    positive_integer,
+    some_of,
+    versions,
+)
+from _timing import Plan, time_loop
 from jaxtyping import PyTree
 
 import flashquinox as fq
@@ -112,55 +119,6 @@ def count(shapes: Shapes) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-    """Repeated runs, in seconds for a step."""
-
-    median: float
-    smallest: float
-    largest: float
-
-    @staticmethod
-    def of(seconds: list[float]) -> "Timing":
-        return Timing(statistics.median(seconds), min(seconds), max(seconds))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How long to measure."""
-
-    repeats: int
-    # Of one repeat.
-    seconds: float
-
-    def steps(self, first_guess: float) -> int:
-        """How many steps fill a repeat, of which one takes about so long."""
-        return max(3, min(1000, round(self.seconds / first_guess)))
-
-    def measure(self, run: Callable[[int], float]) -> Timing:
-        """Of what takes a number of steps and gives the seconds that it took."""
-        run(1)
-        steps = self.steps(run(3) / 3)
-        return Timing.of([run(steps) / steps for _ in range(self.repeats)])
-
-
-def time_loop(
-    plan: Plan, many: Callable, carry: Any, *operands: Any
-) -> tuple[Timing, Any]:
-    """The timing of `carry = many(carry, steps, *operands)`, and the last carry, in
-    whose place all of them are."""
-    loop = jax.jit(many, donate_argnums=0)
-
-    def run(steps: int) -> float:
-        nonlocal carry
-        there = jax.block_until_ready(jnp.asarray(steps))
-        start = time.perf_counter()
-        carry = jax.block_until_ready(loop(carry, there, *operands))
-        return time.perf_counter() - start
-
-    return plan.measure(run), carry
-
-
-@dataclasses.dataclass(frozen=True)
 class JaxStep:
     """`step(params, state, grads)` of JAX."""
 
@@ -174,17 +132,18 @@ class JaxStep:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
             (self.params, self.state, self.grads),
         )
-        lowered = jax.jit(self.step, donate_argnums=(0, 1)).lower(*shapes)
         start = time.perf_counter()
+        lowered = jax.jit(self.step, donate_argnums=(0, 1)).lower(*shapes)
+        seconds_to_trace = time.perf_counter() - start
         memory: Any = lowered.compile().memory_analysis()
-        seconds_to_compile = time.perf_counter() - start
+        seconds_to_compile = time.perf_counter() - start - seconds_to_trace
 
-        def many(carry: Any, steps: Any, grads: Any) -> Any:
-            return jax.lax.fori_loop(
-                0, steps, lambda _, carry: self.step(carry[0], carry[1], grads), carry
-            )
+        def one(carry: Any, grads: Any) -> Any:
+            params, state = carry
+            return self.step(params, state, grads)
 
-        timing, carry = time_loop(plan, many, (self.params, self.state), self.grads)
+        carry = self.params, self.state
+        timing, carry = time_loop(plan, one, carry, self.grads)
         finite = all(
             bool(jnp.all(jnp.isfinite(x)))
             for x in jtu.tree_leaves(carry[0])
@@ -195,6 +154,7 @@ class JaxStep:
             "bytes": sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(shapes)),
             "temporary bytes": memory.temp_size_in_bytes,
             "aliased bytes": memory.alias_size_in_bytes,
+            "trace seconds": seconds_to_trace,
             "compile seconds": seconds_to_compile,
             "finite": finite,
         }
@@ -386,9 +346,7 @@ def optional(name: str) -> Any:
 
 def copy_bandwidth(plan: Plan, size: int) -> float:
     """How many bytes are read in a second, while others are written in their place."""
-    negate = lambda _, x: -x
-    many = lambda x, steps: jax.lax.fori_loop(0, steps, negate, x)
-    timing, _ = time_loop(plan, many, jnp.ones((size // 4,), jnp.float32))
+    timing, _ = time_loop(plan, lambda x: -x, jnp.ones((size // 4,), jnp.float32))
     return size / timing.median
 
 
@@ -426,12 +384,16 @@ def print_row(row: dict[str, Any], bytes_per_second: float) -> None:
         return
     parameters = row["parameters"]
     limit = bytes_per_second / OPTIMIZERS[row["optimizer"]] / 1e9
-    temporary = row.get("temporary bytes")
-    cell = "-" if temporary is None else f"{temporary / parameters:.2f}"
+    # PyTorch has no such thing.
+    cell = lambda x: "-" if math.isnan(x) else f"{x:.2f}"
+    temporary = cell(row.get("temporary bytes", math.nan) / parameters)
+    trace = cell(row.get("trace seconds", math.nan))
     print(
         f"{start}{rate(row):9.1f}{rate(row) / limit:8.1%}"
-        f"{row['bytes'] / parameters:9.2f}{cell:>7}{row['compile seconds']:8.1f} s"
-        + ("" if row["finite"] else "  NOT FINITE")
+        f"{row['bytes'] / parameters:9.2f}{temporary:>7}"
+        f"{trace:>7}{row['compile seconds']:9.2f}"
+        + ("" if row["finite"] else "  NOT FINITE"),
+        flush=True,
     )
 
 
@@ -490,16 +452,6 @@ def sizes(text: str) -> list[int]:
     return found
 
 
-def positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -536,15 +488,15 @@ def parse_arguments() -> argparse.Namespace:
         default="gpu",
         help="of flashquinox (default: gpu)",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="(default: 7)")
+    parser.add_argument(
+        "--repeats", type=positive_integer, default=7, help="(default: 7)"
+    )
     parser.add_argument(
         "--seconds", type=positive, default=0.2, help="of a repeat (default: 0.2)"
     )
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     parser.add_argument("--plots", type=pathlib.Path, help="also write two PNGs here")
     arguments = parser.parse_args()
-    if arguments.repeats < 1:
-        parser.error("--repeats must be positive")
     for directory in arguments.peers:
         if not directory.is_dir():
             parser.error(f"--peers: not a directory: {directory}")
@@ -553,23 +505,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     arguments = parse_arguments()
     sys.path[:0] = map(str, arguments.peers)
     (device, *_) = jax.devices()
-    names = ("jax", "jaxlib", "optax", "torch", "triton", "flashquinox")
-    versions = {name: version(name) for name in names if version(name)}
-    print(
-        f"{device.device_kind};",
-        ", ".join(f"{name} {x}" for name, x in versions.items()),
-    )
+    there = versions("jax", "jaxlib", "optax", "torch", "triton", "flashquinox")
+    print(f"{device.device_kind};", ", ".join(f"{k} {v}" for k, v in there.items()))
     plan = Plan(arguments.repeats, arguments.seconds)
     on_cpu = device.platform == "cpu"
     copy = copy_bandwidth(plan, 2**26 if on_cpu else 2**30)
@@ -577,7 +518,7 @@ def main() -> None:
     print(f"Copy limit: {bytes_per_second / 1e9:.0f} GB/s, reads and writes together")
     print(
         f"{'':6}{'leaves':>8}  {'':32}{'Gparam/s':>9}{'limit':>8}{'B/param':>9}"
-        f"{'temp':>7}{'compile':>10}"
+        f"{'temp':>7}{'trace':>7}{'compile':>9}"
     )
     leaves = {str(n): {"matrix": (n, n)} for n in arguments.sizes}
     leaves |= {name: MODELS[name]() for name in arguments.models}
@@ -598,7 +539,7 @@ def main() -> None:
         record = {
             "command": " ".join(["benchmarks/step.py", *sys.argv[1:]]),
             "device": device.device_kind,
-            "versions": versions,
+            "versions": there,
             "copy bytes per second": bytes_per_second,
             "rows": rows,
         }
