@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+import scipy.stats
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
@@ -24,6 +25,14 @@ Arrays: TypeAlias = dict[str, jax.Array]
 # product and a sum may be one operation or two. If that leads to roundings in different
 # directions, the two do not belong together: by one unit of the weight.
 _COMPILES_APART = jax.__version_info__ < (0, 11)
+
+
+# Significant ones.
+_STORED_BITS = {
+    jnp.dtype(jnp.bfloat16): 8,
+    jnp.dtype(jnp.float16): 11,
+    jnp.dtype(jnp.float32): 24,
+}
 
 
 @contextlib.contextmanager
@@ -46,13 +55,17 @@ def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
     }
 
 
-def assert_same(ours, reference, params, old, grads) -> None:
+def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
     """Of a new model and its state, codes and scales are the same bit for bit, but for
     one code in 10^4 that may differ by one: a product and a sum are one operation in
     one program and two in another. So numbers may lie a rounding of float32 apart, of
-    the largest term of their sum. For weights, that shows in a master weight of 32
-    bits, which has every bit of a float32; of 24 bits or fewer it seldom is one (one
-    time in 256 for each unit in the last place).
+    the largest term of their sum: half a unit in the last place. For weights, that
+    shows in a master weight of 32 bits, which has every bit of a float32; of 24 bits or
+    fewer it seldom is one (one time in 512 where no terms cancel).
+
+    Where a device's divisions and roots are `approximate`, it may be four such units. A
+    master weight differs as often as that is of one of its own units, which are small
+    where terms cancel.
     """
     assert jtu.tree_structure(ours) == jtu.tree_structure(reference)
     (model, state), (expected_model, expected_state) = ours, reference
@@ -82,17 +95,18 @@ def assert_same(ours, reference, params, old, grads) -> None:
     for param, new, expected in zip(
         jtu.tree_leaves(params), masters, expected_masters, strict=True
     ):
-        narrow = param.dtype != jnp.float32
+        dtype = jnp.dtype(param.dtype)
+        narrow = dtype != jnp.float32
         param, new, expected = map(float64, (param, new, expected))
         # The terms of an update, which may cancel, are no larger than 4 learning rates:
         # in Adam's, (1 - b1) / sqrt(1 - b2) < 4 of a gradient; in others, gradients.
         size = np.maximum(np.abs(param), np.abs(expected - param)) + 4 * 1e-2
+        # A unit of the stored weight, where its rounding went the other way.
+        bits = _STORED_BITS[dtype] + (8 if corrections else 0)
+        unit = np.abs(expected) * 2.0 ** (1 - bits)
         bound = size * 2**-22
         if narrow and not is_exact:
-            # A unit of the stored weight, where its rounding went the other way: one
-            # of 24 bits of the sixteenth place, or of bfloat16 itself without a
-            # correction.
-            bound += np.abs(expected) * (2**-15 if corrections else 2**-7)
+            bound += unit
         different = new != expected
         difference = np.abs(new - expected)[different]
         if _COMPILES_APART:
@@ -101,14 +115,25 @@ def assert_same(ours, reference, params, old, grads) -> None:
             bound = np.abs(expected) * 2**-7 + bound
         assert np.all(difference <= bound[different])
         if narrow and not is_exact:
-            assert np.sum(different) <= 0.01 * different.size + 1
+            most = 0.01 * different.size + 1
+            if approximate:
+                error = size * 2**-21
+                chance = error / np.maximum(unit / 2, error)
+                most = _most_of(np.sum(chance))
+            assert np.sum(different) <= most
 
 
 def _assert_same_codes(new, expected) -> None:
     assert new.dtype == expected.dtype and new.shape == expected.shape
     difference = np.abs(np.asarray(new).astype(int) - np.asarray(expected).astype(int))
     assert np.all(difference <= 1)
-    assert np.sum(difference != 0) <= 1e-4 * difference.size
+    assert np.sum(difference != 0) <= _most_of(1e-4 * difference.size)
+
+
+def _most_of(expected: float) -> float:
+    """How many rare events there may be, where so many are expected: one time in a
+    million, there are more."""
+    return float(scipy.stats.poisson.ppf(1 - 1e-6, expected))
 
 
 def run(
@@ -136,9 +161,11 @@ def run(
     here = jax.devices("cpu")[0]
     for grad in grads:
         there = jax.device_put((params, state, grad), device)
-        found = jax.device_put(take_kernel(*there), here)
+        # What is compiled depends on it.
+        with jax.default_device(device):
+            found = jax.device_put(take_kernel(*there), here)
         results = [found, take_plain(params, state, grad)]
         if method == "update":
             results = [(optax.apply_updates(params, u), s) for u, s in results]
-        assert_same(*results, params, state, grad)
+        assert_same(*results, params, state, grad, approximate=device is not None)
         params, state = results[1]

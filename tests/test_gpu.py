@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import flashquinox as fq
@@ -13,7 +15,7 @@ from flashquinox._backends import gpu
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
-from .helpers import Case, parametrize_cases, Storage
+from .helpers import Case, float64, parametrize_cases, Storage
 from .kernels import arrays, compiling_for, run
 
 
@@ -134,8 +136,18 @@ def test_leaves_share_kernels():
     vectors = {f"vector{i}": (40 + i,) for i in range(5)}
     params = _shapes(jnp.bfloat16, **matrices, **vectors)
     # No more than so many in one; and the vectors, which have no groups.
-    assert gpu.Lanes.most_leaves == 4 and gpu.Elements.most_leaves == 8
-    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 5 + 1
+    assert gpu.Lanes.most_leaves == 8 and gpu.Elements.most_leaves == 16
+    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 3 + 1
+
+
+def test_is_the_default_for_gpus():
+    """Where the device is known. Elsewhere, plain XLA is lowered for CUDA."""
+    params = _shapes(jnp.bfloat16, matrix=(70, 64))
+    optim = fq.adamw(1e-3)
+    assert _kernels(optim, params) == 1
+    assert not gpu.is_known() or jax.default_backend() == "gpu"
+    with compiling_for("TPU v5 lite", "tpu"):
+        assert not gpu.is_known()
 
 
 #
@@ -150,10 +162,59 @@ def _gpus() -> list[Any]:
         return []
 
 
-@pytest.mark.skipif(not _gpus(), reason="needs a GPU")
+_needs_gpu = pytest.mark.skipif(not _gpus(), reason="needs a GPU")
+
+
+@_needs_gpu
 @parametrize_cases()
 def test_kernel_on_a_gpu_is_plain_xla(case):
     dtype = case.storage.dtype
     grads = [arrays(_SHAPES, dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     run("gpu", make, arrays(_SHAPES, dtype, 0), grads, device=_gpus()[0])
+
+
+@_needs_gpu
+@pytest.mark.parametrize("groups_of", ["gpu", "tpu"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgdw"])
+def test_millions_of_codes_on_a_gpu(name, groups_of):
+    """Enough of them to count those that differ."""
+    shapes = {"matrix": (1024, 2048)}
+    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3)]
+    params = arrays(shapes, jnp.bfloat16, 0)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    run("gpu", make, params, grads, groups_of=groups_of, device=_gpus()[0])
+
+
+@_needs_gpu
+def test_a_thousand_steps_on_a_gpu():
+    """Of the same gradients, with AdamW in float32 beside it. For the bound, see
+    `test_trajectory`."""
+    steps, shape = 1000, (512, 512)
+    key, drift_key = jax.random.split(jax.random.key(0))
+    drift = 0.1 * jax.random.normal(drift_key, shape)
+    ours, reference = fq.adamw(1e-3), optax.adamw(1e-3)
+
+    def both(count, carry):
+        (weight, state), (exact, exact_state) = carry
+        noise = jax.random.normal(jax.random.fold_in(key, count), shape)
+        grad = (drift + noise).astype(jnp.bfloat16)
+        exact_grad = grad.astype(jnp.float32)
+        update, exact_state = reference.update(exact_grad, exact_state, exact)
+        exact = optax.apply_updates(exact, update)
+        return ours.step(weight, state, grad), (exact, exact_state)
+
+    first = arrays({"matrix": shape}, jnp.bfloat16, 0)["matrix"]
+    with jax.default_device(_gpus()[0]):
+        first = jax.device_put(first, _gpus()[0])
+        wide = first.astype(jnp.float32)
+        carry = (first, ours.init(first)), (wide, reference.init(wide))
+        # Optax promotes.
+        with jax.numpy_dtype_promotion("standard"):
+            carry = jax.jit(lambda x: jax.lax.fori_loop(0, steps, both, x))(carry)
+    (weight, state), (exact, _) = carry
+    master = float64(fq.master_weights(weight, state))
+    assert np.all(np.isfinite(master))
+    path = float64(exact) - float64(first)
+    error = master - float64(exact)
+    assert np.linalg.norm(error) <= 0.03 * np.linalg.norm(path)

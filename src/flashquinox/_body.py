@@ -48,15 +48,22 @@ class StepStructure(eqx.Module):
 
 
 class StepScalars(eqx.Module):
-    """What of a step is the same for all elements of a leaf: computed once."""
+    """What of a step is the same for all elements of a leaf: computed once. Leaves that
+    have the same ones differ in their number alone."""
 
     rule: dict[str, Scalar]
     # Of decoupled decay, the factor on the weight; of L2 regularization, the
     # coefficient. None for a leaf without decay.
     decay: Scalar | None
-    dither: Dither
+    # Of this step, from 0; and of the leaf.
+    count: Scalar
+    leaf: Scalar
     # Whether to take this step at all. None if that was not asked.
     take: Bool[Array, ""] | None
+
+    @property
+    def dither(self) -> Dither:
+        return Dither.at(self.count, self.leaf)
 
 
 class TileState(eqx.Module):
@@ -82,8 +89,10 @@ def update_tile(
     axis: int,
     grad: Float[Array, "*tile"],
     old: TileState,
+    keep_unmoved: bool = True,
 ) -> TileState:
-    """One step of one tile, whose groups run along `axis`.
+    """One step of one tile, whose groups run along `axis`. `keep_unmoved` is as in
+    [`advance`][].
 
     **Returns:**
 
@@ -100,7 +109,7 @@ def update_tile(
         for name, codec in codecs.items()
     }
     weight, correction, moments = advance(
-        structure, scalars, grad, old.weight, old.correction, moments
+        structure, scalars, grad, old.weight, old.correction, moments, keep_unmoved
     )
     codes, scales = {}, {}
     for name, codec in codecs.items():

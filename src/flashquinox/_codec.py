@@ -20,7 +20,17 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float16, Int8, Scalar, Shaped, UInt8, UInt16
+from jaxtyping import (
+    Array,
+    Float,
+    Float16,
+    Int8,
+    Scalar,
+    ScalarLike,
+    Shaped,
+    UInt8,
+    UInt16,
+)
 
 from ._layout import Layout
 
@@ -37,15 +47,15 @@ class Dither(eqx.Module):
     scale: Scalar
 
     @staticmethod
-    def at(count: Scalar, leaf: int) -> "Dither":
+    def at(count: Scalar, leaf: ScalarLike) -> "Dither":
         """The thresholds of step `count` for the leaf with this index. A deterministic
         function of both, so that a resumed run continues bit for bit.
         """
-        turn = count.astype(jnp.uint32)
+        turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
         # Multiples of the golden ratio; of the plastic number's reciprocals for the
         # second sequence and for the leaves' offsets.
-        code = turn * np.uint32(0x9E3779B9) + np.uint32(leaf * 0x91E10DA5 % 2**32)
-        scale = turn * np.uint32(0xC13FA9A9) + np.uint32(leaf * 0x9E3779B9 % 2**32)
+        code = turn * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
+        scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
         return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
 
 

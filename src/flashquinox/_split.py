@@ -12,6 +12,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int16, UInt32
 
+from ._arithmetic import canonical_pattern
+
 
 # For each width of the master weight, the dtype that holds what the weight does not.
 CORRECTION_DTYPES = {24: jnp.dtype(jnp.int8), 32: jnp.dtype(jnp.int16)}
@@ -24,7 +26,6 @@ Correction = Int8[Array, "*shape"] | Int16[Array, "*shape"]
 # Patterns are uint32: the float32 bits, sign included.
 _SIGN = np.uint32(0x8000_0000)
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
-_QUIET_NAN = np.uint32(0x7FC0_0000)
 
 # float16 magnitudes lie on float32's once the exponent is rebiased and the constant
 # spacing below 2^-14 is stretched to that of the binade above.
@@ -230,7 +231,7 @@ def _aligned_pattern(
     magnitude alone for float16."""
     if dtype == jnp.bfloat16:
         # Rounding up the largest NaN payload would overflow into -0.
-        return jnp.where(jnp.isnan(master), _QUIET_NAN, _pattern(master))
+        return canonical_pattern(master)
     return _float16_pattern(master)
 
 

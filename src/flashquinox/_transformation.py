@@ -14,7 +14,7 @@ from . import _checks as checks
 from ._backends import dispatch
 from ._backends.dispatch import Backend, LeafStep
 from ._body import no_update, StepScalars, StepStructure, TileState
-from ._codec import AbstractMomentCodec, Dither, QuantMoment, StoredMoment
+from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import Unknown
 from ._layout import Layout
@@ -158,7 +158,8 @@ class Transformation(eqx.Module):
                     StepScalars(
                         rule=rule_values,
                         decay=decay if decayed[index] else None,
-                        dither=Dither.at(state.count, index),
+                        count=state.count,
+                        leaf=jnp.asarray(index, jnp.uint32),
                         take=take,
                     ),
                     jnp.asarray(grad_leaves[index]),

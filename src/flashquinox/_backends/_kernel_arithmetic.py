@@ -16,9 +16,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
-from .._arithmetic import BYTE_TIMES
+from .._arithmetic import BYTE_TIMES, CANONICAL_PATTERN
 from ._tpu_words import Words
 
 
@@ -26,11 +26,21 @@ from ._tpu_words import Words
 class Arithmetic:
     """What a device does in few instructions. `None` leaves an operation as it is."""
 
-    divide: Callable[[Array, Array], Array] | None = None
+    # A division is the product with it.
+    reciprocal: Callable[[Array], Array] | None = None
     square_root: Callable[[Array], Array] | None = None
     sign: Callable[[Array], Array] | None = None
     # To the nearest integer, halves to even, where that is not a byte afterwards.
     round: Callable[[Array], Array] | None = None
+    # x y + z.
+    multiply_add: Callable[[Array, Array, Array], Array] | None = None
+    # An array of narrow integers or floats in 32 bits. `None` for other dtypes.
+    widen: Callable[[Array], Array | None] | None = None
+    # The byte with an index, from the lowest, of an array of 32-bit integers, as an
+    # 8-bit dtype.
+    byte_of: Callable[[Array, int, Any], Array] | None = None
+    # The bits of numbers that arithmetic has made, with one pattern for NaN.
+    canonical_pattern: Callable[[Array], Array] | None = None
     # Whether there are no instructions for bytes, nor for products of integers.
     only_words: bool = False
 
@@ -74,13 +84,23 @@ class Arithmetic:
             inner = _called(eqn)
             if inner is None:
                 results = self._apply(eqn, operands)
-            elif self.only_words and eqn.params.get("name") == BYTE_TIMES:
-                results = [_byte_times(*operands)]
+            elif (named := self._named(eqn, operands)) is not None:
+                results = [named]
             else:
                 consts = [_Value(x) for x in inner.consts]
                 results = self._evaluate(inner.jaxpr, consts, operands)
             values.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _named(self, eqn: Any, operands: list["_Value"]) -> "_Value | None":
+        """The result of a function that has another one here."""
+        name = eqn.params.get("name")
+        if name == BYTE_TIMES and self.only_words:
+            return _byte_times(*operands)
+        if name == CANONICAL_PATTERN and self.canonical_pattern is not None:
+            pattern = self.canonical_pattern(operands[0].array)
+            return _Value(lax.bitcast_convert_type(pattern, jnp.uint32))
+        return None
 
     def _apply(self, eqn: Any, operands: list["_Value"]) -> list["_Value"]:
         aval = eqn.outvars[0].aval
@@ -110,10 +130,12 @@ class _Value:
     _make: Callable[[], Array] | None = None
     # Of an array of a narrow dtype.
     words: Words | None = None
+    # x and y, of an array that is x * y.
+    factors: tuple["_Value", "_Value"] | None = None
     # x and c, of an array that is x * c with a power of two c.
-    product: tuple[Array, float] | None = None
+    scaled: tuple["_Value", float] | None = None
     # The same, of an array that is x * c rounded to integers.
-    rounded: tuple[Array, float] | None = None
+    rounded: tuple["_Value", float] | None = None
     # Of an array that holds some bits of another one.
     field: "_Field | None" = None
     # The same, of an array that is a field of n bits less 2^(n - 1).
@@ -164,6 +186,13 @@ class _Operation:
         """Of an element of the first operand, in bytes."""
         return self.eqn.invars[0].aval.dtype.itemsize
 
+    def floats(self, *values: _Value) -> list[Array]:
+        """Of the shape of the result."""
+        shape = self.eqn.outvars[0].aval.shape
+        return [
+            jnp.broadcast_to(jnp.asarray(x.array, jnp.float32), shape) for x in values
+        ]
+
     def but(self, **known: Any) -> _Value:
         """The operation as it is, and what is known of its result."""
         return _Value.later(self.default, **known)
@@ -173,11 +202,11 @@ class _Operation:
 
 
 def _divide(op: _Operation, x: _Value, y: _Value) -> _Value | None:
-    divide = op.arithmetic.divide
-    if divide is None:
+    reciprocal = op.arithmetic.reciprocal
+    if reciprocal is None:
         return None
-    shape = op.eqn.outvars[0].aval.shape
-    return _Value(divide(x.array, jnp.broadcast_to(y.array, shape)))
+    inverse = _Value(reciprocal(*op.floats(y)))
+    return _Value.later(lambda: x.array * inverse.array, factors=(x, inverse))
 
 
 def _take_root(op: _Operation, x: _Value) -> _Value | None:
@@ -195,14 +224,25 @@ def _round(op: _Operation, x: _Value) -> _Value | None:
         return None
     own = op.arithmetic.round
     make = op.default if own is None else lambda: own(x.array)
-    return _Value.later(make, rounded=x.product or (x.array, 1.0))
+    return _Value.later(make, rounded=x.scaled or (x, 1.0))
 
 
 def _multiply(op: _Operation, *operands: _Value) -> _Value | None:
+    scaled = None
     for x, y in (operands, operands[::-1]):
         factor = y.constant
         if factor is not None and np.frexp(factor)[0] == 0.5:
-            return op.but(product=(x.array, float(factor)))
+            scaled = (x, float(factor))
+    return op.but(factors=operands, scaled=scaled)
+
+
+def _add(op: _Operation, *operands: _Value) -> _Value | None:
+    multiply_add = op.arithmetic.multiply_add
+    if multiply_add is None:
+        return None
+    for product, other in (operands[::-1], operands):
+        if product.factors is not None:
+            return _Value(multiply_add(*op.floats(*product.factors, other)))
     return None
 
 
@@ -248,32 +288,45 @@ def _convert(op: _Operation, x: _Value) -> _Value | None:
     dtype = op.eqn.params["new_dtype"]
     only_words = op.arithmetic.only_words
     bits = 8 * dtype.itemsize
-    if x.words is not None and bits == 32:
-        return _Value(x.words.widen().astype(dtype))
+    if bits == 32:
+        wide = _widen(op, x)
+        if wide is not None:
+            return _Value(wide.astype(dtype))
     if x.rounded is not None and dtype in (jnp.int8, jnp.uint8):
+        number, factor = x.rounded
         if only_words:
-            return _Value.of(Words.of_rounded(*x.rounded, dtype))
-        return _Value(_round_to_byte(*x.rounded, dtype))
+            return _Value.of(Words.of_rounded(number.array, factor, dtype))
+        return _Value(_round_to_byte(op, number, factor, dtype))
     if not jnp.issubdtype(dtype, jnp.integer):
         return None
     if bits == 32:
         return op.but(field=x.field)
     # A conversion to fewer bits keeps the lowest.
     if x.centered is not None and x.centered.bits == bits:
-        narrow = _narrow(x.centered, dtype, only_words)
+        narrow = _narrow(op, x.centered, dtype)
         if only_words:
             return _Value.of(narrow ^ 2 ** (bits - 1))
         return _Value(narrow ^ jnp.iinfo(dtype).min)
     if x.field is not None and x.field.bits >= bits and only_words:
-        return _Value.of(_narrow(x.field, dtype, only_words))
+        return _Value.of(_narrow(op, x.field, dtype))
     return None
 
 
-def _narrow(field: _Field, dtype: Any, only_words: bool) -> Any:
+def _widen(op: _Operation, x: _Value) -> Array | None:
+    if x.words is not None:
+        return x.words.widen()
+    widen = op.arithmetic.widen
+    return None if widen is None or np.ndim(x.array) == 0 else widen(x.array)
+
+
+def _narrow(op: _Operation, field: _Field, dtype: Any) -> Any:
     """The lowest bits of a field, as a narrow dtype."""
     source = lax.bitcast_convert_type(field.source, jnp.int32)
-    if only_words:
+    if op.arithmetic.only_words:
         return Words.of_bits(source, field.first, dtype)
+    byte_of = op.arithmetic.byte_of
+    if byte_of is not None and dtype.itemsize == 1 and field.first % 8 == 0:
+        return byte_of(source, field.first // 8, dtype)
     return lax.shift_right_logical(source, np.int32(field.first)).astype(dtype)
 
 
@@ -283,6 +336,7 @@ _rules_of_floats = {
     "sign": _take_sign,
     "round": _round,
     "mul": _multiply,
+    "add": _add,
 }
 _rules_of_bits = {
     "shift_right_logical": _shift,
@@ -308,9 +362,14 @@ def _called(eqn: Any) -> Any:
     return None
 
 
-def _round_to_byte(x: Float32[Array, "*shape"], factor: float, dtype: Any) -> Array:
+def _round_to_byte(op: _Operation, x: _Value, factor: float, dtype: Any) -> Array:
     """`round(x * factor)` as a byte, of numbers that fit: the addition that leaves no
     bits for a fraction rounds, and puts the integer into the lowest byte."""
-    shifted = x + np.float32(1.5 * 2.0**23 / factor)
+    magic = np.float32(1.5 * 2.0**23 / factor)
+    multiply_add = op.arithmetic.multiply_add
+    if x.factors is None or multiply_add is None:
+        shifted = x.array + magic
+    else:
+        shifted = multiply_add(*op.floats(*x.factors, _Value(magic)))
     byte = lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
     return byte if dtype == jnp.int8 else lax.bitcast_convert_type(byte, dtype)

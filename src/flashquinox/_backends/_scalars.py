@@ -5,15 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float32, Int32
-
-from .._body import StepScalars
+from jaxtyping import Array, Float32, Int32, PyTree, Scalar
 
 
 def pack(
-    scalars: StepScalars,
+    scalars: PyTree[Scalar],
 ) -> tuple[
-    Float32[Array, " floats"], Int32[Array, " integers"], Callable[..., StepScalars]
+    Float32[Array, " floats"], Int32[Array, " integers"], Callable[..., PyTree[Scalar]]
 ]:
     """The floats, the integers (and booleans), and a function that makes the scalars
     again of functions that read those arrays at an index. The first integer is zero:
@@ -27,7 +25,7 @@ def pack(
         x for x, is_float in zip(leaves, are_floats, strict=True) if not is_float
     ]
 
-    def unpack(float_at: Callable, integer_at: Callable) -> StepScalars:
+    def unpack(float_at: Callable, integer_at: Callable) -> PyTree[Scalar]:
         next_float, next_integer = iter(range(len(floats))), iter(range(len(integers)))
 
         def read(dtype: Any, is_float: bool) -> Any:

@@ -23,7 +23,7 @@ def arithmetic_of(generation: int | None) -> Arithmetic:
     logarithm's absolute one.
     """
     return Arithmetic(
-        divide=lambda x, y: x * _reciprocal(y),
+        reciprocal=_reciprocal,
         square_root=_root if generation is not None and generation >= 6 else _old_root,
         sign=_sign,
         only_words=generation is not None and generation <= 4,

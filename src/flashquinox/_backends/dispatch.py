@@ -8,10 +8,9 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Scalar
 
 from .._body import StepScalars, StepStructure, TileState
-from .._codec import Dither
 from .._layout import Layout
 from . import gpu, tpu, xla
 
@@ -21,8 +20,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "xla", "tpu", "gpu")
 
 
 class LeafStep(eqx.Module):
-    """What a step of one leaf needs. The scalars of leaves that have the same ones
-    differ in the dither alone."""
+    """What a step of one leaf needs."""
 
     structure: StepStructure
     layout: Layout
@@ -54,8 +52,7 @@ def prefers_rows(backend: Backend) -> bool:
 
 
 def _gpu_view(backend: Backend, step: LeafStep) -> gpu.View | None:
-    # Not by default, as long as it has not been measured.
-    if backend != "gpu":
+    if backend != "gpu" and not (backend == "auto" and gpu.is_known()):
         return None
     return gpu.view_of(step.layout, step.grad, step.old)
 
@@ -102,7 +99,7 @@ def _update_batch(
     layouts = [step.layout for step in steps]
     operands = (
         steps[0].scalars,
-        tuple(step.scalars.dither for step in steps),
+        tuple(step.scalars.leaf for step in steps),
         tuple(step.grad for step in steps),
         tuple(step.old for step in steps),
     )
@@ -126,16 +123,16 @@ def _one_by_one(
     structure: StepStructure,
     layouts: list[Layout],
     scalars: StepScalars,
-    dithers: tuple[Dither, ...],
+    leaves: tuple[Scalar, ...],
     grads: tuple[Array, ...],
     old: tuple[TileState, ...],
     **options: Any,
 ) -> tuple[TileState, ...]:
-    def one(layout: Layout, dither: Dither, grad: Array, old: TileState) -> TileState:
-        of_leaf = eqx.tree_at(lambda x: x.dither, scalars, dither)
+    def one(layout: Layout, leaf: Scalar, grad: Array, old: TileState) -> TileState:
+        of_leaf = eqx.tree_at(lambda x: x.leaf, scalars, leaf)
         return update_leaf(structure, layout, of_leaf, grad, old, **options)
 
-    return tuple(map(one, layouts, dithers, grads, old))
+    return tuple(map(one, layouts, leaves, grads, old))
 
 
 def _on_tpu(step: LeafStep) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,16 +20,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Scalar
 
 from .._body import StepScalars, StepStructure, TileState, update_tile
-from .._codec import Dither
 from .._layout import Layout
+from ._gpu_arithmetic import ARITHMETIC
 from ._kernel_arithmetic import Arithmetic
 from ._scalars import pack
 
 
-_TILE = 2048
+_LARGEST_GROUP = 256
 
 
 def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
@@ -41,7 +41,7 @@ def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
         return None
     if not jtu.tree_leaves(old.scales):
         return Elements(size)
-    if group & (group - 1) != 0:
+    if group & (group - 1) != 0 or group > _LARGEST_GROUP:
         return None
     axis, shape = layout.axis, layout.shape
     if axis is None or axis == -1:
@@ -53,21 +53,44 @@ def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
     return Rows(size // columns // group, group, columns)
 
 
+def is_known() -> bool:
+    """Whether this program is traced for a GPU that Triton has code for. It must be
+    known: by the default device, or by that of an abstract mesh.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform in ("gpu", "cuda")
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    capability = getattr(device, "compute_capability", "")
+    # Of other makers, it is a name.
+    known = device.platform == "gpu" and capability.replace(".", "").isdigit()
+    return known and float(capability) >= 8
+
+
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="interpret")
 def update_leaves(
     structure: StepStructure,
     views: "tuple[View, ...]",
     scalars: StepScalars,
-    dithers: tuple[Dither, ...],
+    leaves: tuple[Scalar, ...],
     grads: tuple[Float[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:
-    """One step of leaves that are stored alike, and of which this backend has views."""
+    """One step of leaves that are stored alike, and of which this backend has views.
+    `leaves` are their numbers, of which `scalars` has one."""
     tiles = np.cumsum([0, *(view.tiles for view in views)])
-    floats, integers, unpack = pack(scalars)
-    dither = jtu.tree_map(lambda *xs: jnp.stack(xs), *dithers)
-    arguments = (floats, integers, dither.code, dither.scale.astype(jnp.int32))
+    # One array, which is the same for all kernels of a step, and a constant: every
+    # other one that XLA must make is another launch.
+    number = lambda x: x.leaf
+    floats, integers, unpack = pack(eqx.tree_at(number, scalars, None))
+    words = lax.bitcast_convert_type(floats, jnp.int32)
+    arguments = (
+        jnp.concatenate([words, integers]),
+        jnp.stack(leaves).astype(jnp.int32),
+    )
     operands = tuple(
         view.see(x) for view, x in zip(views, zip(grads, old, strict=True), strict=True)
     )
@@ -76,27 +99,31 @@ def update_leaves(
     numbers = jtu.tree_unflatten(treedef, range(len(arrays)))
     state_numbers, state_treedef = jtu.tree_flatten(tuple(x for _, x in numbers))
 
-    def kernel(floats, integers, codes, scales, *refs):
+    def kernel(words, leaves, *refs):
         inputs = jtu.tree_unflatten(treedef, refs[: len(arrays)])
         outputs = jtu.tree_unflatten(state_treedef, refs[len(arrays) :])
         program = pl.program_id(0)
         leaf = sum((program >= start).astype(jnp.int32) for start in tiles[1:-1])
+        # The first of the integers is zero, which Triton does not know.
+        zero = words[len(floats)]
 
         def of_leaf(function: Callable[[int, Any], Any]) -> Any:
             branches = [
-                partial(lambda i: function(i, program - int(tiles[i])), i)
+                partial(lambda i: function(i, Tile(program - int(tiles[i]), zero)), i)
                 for i in range(len(views))
             ]
             return _choose(leaf, branches)
 
         grad, tile = of_leaf(lambda i, tile: views[i].load(inputs[i], tile))
-        here = eqx.tree_at(
-            lambda x: x.dither,
-            unpack(lambda i: floats[i], lambda i: integers[i]),
-            Dither(codes[leaf], scales[leaf]),
+        here = unpack(
+            lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
+            lambda i: words[len(floats) + i],
         )
-        update = lambda *args: update_tile(structure, args[0], views[0].axis, *args[1:])
-        arithmetic = Arithmetic() if interpret else _arithmetic
+        here = eqx.tree_at(number, here, leaves[leaf], is_leaf=lambda x: x is None)
+        update = lambda scalars, *tile: update_tile(
+            structure, scalars, views[0].axis, *tile, keep_unmoved=False
+        )
+        arithmetic = Arithmetic() if interpret else ARITHMETIC
         new = arithmetic.evaluate(update, here, grad, tile)
         of_leaf(lambda i, tile: views[i].store(outputs[i], tile, new))
 
@@ -133,35 +160,17 @@ def _choose(index: Any, branches: Sequence[Callable[[], Any]], first: int = 0) -
     )
 
 
-def _instruction(name: str) -> Callable[..., Array]:
-    """One of PTX, on float32 arrays of one shape."""
-
-    def apply(*args: Float32[Array, "..."]) -> Float32[Array, "..."]:
-        operands = ", ".join(f"${i}" for i in range(len(args) + 1))
-        (result,) = plt.elementwise_inline_asm(
-            f"{name} {operands};",
-            args=args,
-            constraints=",".join(["=f", *("f" for _ in args)]),
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
-        )
-        return result
-
-    return apply
-
-
-_arithmetic = Arithmetic(
-    # Their relative errors are at most 2^-22, and 2^-23 (PTX ISA, "div" and "sqrt").
-    divide=_instruction("div.approx.ftz.f32"),
-    square_root=_instruction("sqrt.approx.ftz.f32"),
-    # Triton has no operation for it.
-    round=_instruction("cvt.rni.f32.f32"),
-)
-
-
 #
 # Views: a leaf as tiles
 #
+
+
+class Tile(NamedTuple):
+    """One of a leaf."""
+
+    index: Any
+    # Triton does not know that it is.
+    zero: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,11 +179,13 @@ class View(abc.ABC):
 
     # Where the groups of a tile run.
     axis: ClassVar[int] = -1
-    # That share a tile. With 16 elements for each thread, bytes are loaded 16 at a
-    # time, and what all threads of a group compute is computed by few.
-    warps: ClassVar[int] = 4
+    # That share a tile of so many elements. With 16 of them for each thread, bytes are
+    # loaded 16 at a time, and what all threads of a group compute is computed by few.
+    # Programs of one warp do not wait for others.
+    warps: ClassVar[int] = 1
+    tile: ClassVar[int] = 512
     # That share a kernel. Triton's time to compile grows with their square.
-    most_leaves: ClassVar[int] = 4
+    most_leaves: ClassVar[int] = 8
 
     @property
     @abc.abstractmethod
@@ -195,11 +206,11 @@ class View(abc.ABC):
     def group_shape(self) -> tuple[int, ...]: ...
 
     @abc.abstractmethod
-    def place(self, tile: Any) -> "_Place":
+    def place(self, tile: Tile) -> "_Place":
         """Where the elements of a tile are."""
 
     @abc.abstractmethod
-    def group_place(self, tile: Any) -> "_Place": ...
+    def group_place(self, tile: Tile) -> "_Place": ...
 
     def see(self, operands: tuple[Array, TileState]) -> tuple[Array, TileState]:
         return _map(
@@ -208,10 +219,10 @@ class View(abc.ABC):
             operands,
         )
 
-    def load(self, operands: Any, tile: Any) -> Any:
+    def load(self, operands: Any, tile: Tile) -> Any:
         return _map(self.place(tile).load, self.group_place(tile).load, operands)
 
-    def store(self, refs: TileState, tile: Any, values: TileState) -> None:
+    def store(self, refs: TileState, tile: Tile, values: TileState) -> None:
         _map(self.place(tile).store, self.group_place(tile).store, refs, values)
 
 
@@ -250,9 +261,15 @@ class _Place:
         plt.store(ref.at[self.at], value, mask=self.mask)
 
 
-def _span(tile: Any, length: int, total: int) -> tuple[Any, Any]:
+def _below(x: Any, end: int) -> Any:
+    """`x`, of which Triton then knows that it is small: it can add to a pointer in the
+    instruction that loads, where that sum cannot overflow."""
+    return x & (2 ** (end - 1).bit_length() - 1)
+
+
+def _span(index: Any, length: int, total: int, offset: Any = 0) -> tuple[pl.Slice, Any]:
     """A slice of a number of elements, and which of them there are: `None` for all."""
-    start = tile * length
+    start = _below(index, pl.cdiv(total, length)) * length + offset
     if total % length == 0:
         return pl.ds(start, length), None
     return pl.ds(start, length), start + jnp.arange(length) < total
@@ -271,7 +288,7 @@ class Lanes(View):
 
     @property
     def _groups_of_tile(self) -> int:
-        return _TILE // self.group_size
+        return max(1, self.tile // self.group_size)
 
     @property
     def tiles(self) -> int:
@@ -285,16 +302,16 @@ class Lanes(View):
     def group_shape(self) -> tuple[int, ...]:
         return (self.groups,)
 
-    def place(self, tile: Any) -> _Place:
-        groups, mask = _span(tile, self._groups_of_tile, self.groups)
+    def place(self, tile: Tile) -> _Place:
+        groups, mask = _span(tile.index, self._groups_of_tile, self.groups)
         if mask is not None:
             mask = jnp.broadcast_to(
                 mask[:, None], (self._groups_of_tile, self.group_size)
             )
         return _Place((groups, slice(None)), mask)
 
-    def group_place(self, tile: Any) -> _Place:
-        groups, mask = _span(tile, self._groups_of_tile, self.groups)
+    def group_place(self, tile: Tile) -> _Place:
+        groups, mask = _span(tile.index, self._groups_of_tile, self.groups)
         return _Place((groups,), mask)
 
 
@@ -307,8 +324,12 @@ class Rows(View):
     columns: int
 
     axis: ClassVar[int] = -2
-    # Threads that share a group reduce it column by column: the fewer, the better.
-    warps: ClassVar[int] = 1
+    # Wide, for whole sectors of memory in each row.
+    warps: ClassVar[int] = 4
+    tile: ClassVar[int] = 4096
+    # Columns of one thread, which loads so many in one instruction. With 4, it needs
+    # more registers than it gains.
+    neighbours: ClassVar[int] = 2
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -328,25 +349,29 @@ class Rows(View):
 
     @property
     def _columns_of_tile(self) -> int:
-        return _TILE // self.group_size
+        return max(self.neighbours, self.tile // self.group_size)
 
     @property
     def _tiles_across(self) -> int:
         return pl.cdiv(self.columns, self._columns_of_tile)
 
-    def _where(self, tile: Any) -> tuple[Any, Any, Any]:
+    def _where(self, tile: Tile) -> tuple[Any, Any, Any]:
         across = self._tiles_across
-        columns, mask = _span(tile % across, self._columns_of_tile, self.columns)
-        return tile // across, columns, mask
+        # Triton gives a thread as many neighbours as it knows to be aligned.
+        offset = self.neighbours * _below(tile.zero, 2)
+        columns, mask = _span(
+            tile.index % across, self._columns_of_tile, self.columns, offset
+        )
+        return _below(tile.index // across, self.matrices), columns, mask
 
-    def place(self, tile: Any) -> _Place:
+    def place(self, tile: Tile) -> _Place:
         matrix, columns, mask = self._where(tile)
         if mask is not None:
             shape = self.group_size, self._columns_of_tile
             mask = jnp.broadcast_to(mask[None, :], shape)
         return _Place((matrix, slice(None), columns), mask)
 
-    def group_place(self, tile: Any) -> _Place:
+    def group_place(self, tile: Tile) -> _Place:
         matrix, columns, mask = self._where(tile)
         return _Place((matrix, columns), mask)
 
@@ -358,7 +383,7 @@ class Elements(View):
     size: int
 
     # Small ones, mostly, with fewer arrays.
-    most_leaves: ClassVar[int] = 8
+    most_leaves: ClassVar[int] = 16
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -366,7 +391,7 @@ class Elements(View):
 
     @property
     def tiles(self) -> int:
-        return pl.cdiv(self.size, _TILE)
+        return pl.cdiv(self.size, self.tile)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -376,9 +401,9 @@ class Elements(View):
     def group_shape(self) -> tuple[int, ...]:
         return ()
 
-    def place(self, tile: Any) -> _Place:
-        part, mask = _span(tile, _TILE, self.size)
+    def place(self, tile: Tile) -> _Place:
+        part, mask = _span(tile.index, self.tile, self.size)
         return _Place((part,), mask)
 
-    def group_place(self, tile: Any) -> _Place:
+    def group_place(self, tile: Tile) -> _Place:
         return self.place(tile)

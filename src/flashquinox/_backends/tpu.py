@@ -90,7 +90,7 @@ def update_leaf(
         jtu.tree_map(lambda _: of_groups, old.scales),
     )
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    *packed, unpack = pack(scalars)
+    *packed, unpack = pack((scalars, scalars.dither))
     state, treedef = jtu.tree_flatten(old)
     state_specs = jtu.tree_leaves(specs)
     new = pl.pallas_call(
@@ -227,7 +227,7 @@ class _Kernel:
             jtu.tree_unflatten(treedef, x)
             for x in (state[: len(state) // 2], state[len(state) // 2 :])
         )
-        scalars = unpack(lambda i: floats[i], lambda i: integers[i])
+        scalars, dither = unpack(lambda i: floats[i], lambda i: integers[i])
         zero = integers[0]
 
         def step() -> None:
@@ -239,7 +239,7 @@ class _Kernel:
                 lanes = pl.ds(pl.multiple_of(k * self.lanes, self.lanes), self.lanes)
                 at = _Place(j * self.groups, lanes, self.groups, self.group_size)
                 kept = _Scratch(constants, maxima, prepared, zero)
-                self._chunk(scalars, grad, old, new, at, kept)
+                self._chunk(scalars, dither, grad, old, new, at, kept)
                 return carry
 
             lax.fori_loop(0, high * wide, chunk, None)
@@ -261,6 +261,7 @@ class _Kernel:
     def _chunk(
         self,
         scalars: StepScalars,
+        dither: Dither,
         grad: Any,
         old: TileState,
         new: TileState,
@@ -317,7 +318,7 @@ class _Kernel:
             )
             first += len(reductions)
             scales, quantizer = evaluate(
-                codec.fit, statistics, factors[name][1], scalars.dither
+                codec.fit, statistics, factors[name][1], dither
             )
             target = new.scales[name]
             if target is not None:
