@@ -120,8 +120,8 @@ def optimizer(
         for, and plain XLA where there is none. `"xla"` takes plain XLA everywhere.
         `"tpu"` makes states for TPUs on any machine, and takes their kernels, which
         platforms without them interpret (slowly: for debugging). `"gpu"` likewise takes
-        the kernels for NVIDIA GPUs, which `"auto"` does not take yet: they are
-        compiled and interpreted in tests, but not measured.
+        the kernels for NVIDIA GPUs, also in a program that is made without one:
+        `"auto"` takes them where JAX's default device is one.
 
     **Returns:**
 
