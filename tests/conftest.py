@@ -17,6 +17,9 @@ import hypothesis
 import jax
 
 
+# For tests of sharding. All others see the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # A library must not lean on implicit promotion: both are errors here.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -3,15 +3,19 @@
 Each message says which call it was, which leaf, what came, and what to do.
 """
 
+import warnings
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from . import _sharding
 from ._backends.dispatch import Backend, BACKENDS
 from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
@@ -20,7 +24,7 @@ from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
 from ._split import Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
-from ._trees import Leaf
+from ._trees import Leaf, path_name
 
 
 _TRAINABLE_DTYPES = (*NARROW_DTYPES, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
@@ -341,3 +345,70 @@ def correction_fits(call: str, leaf: Leaf, correction: Array | None) -> None:
             f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of "
             "this model."
         )
+
+
+#
+# Devices
+#
+
+
+def shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
+    """The argument of this name, as its leaves and their structure."""
+    for path, x in jtu.tree_leaves_with_path(value):
+        if not isinstance(x, NamedSharding):
+            raise TypeError(
+                f"`{call}(shardings=...)` takes a tree of `jax.sharding.NamedSharding`s"
+                f"; got {x!r} at `{path_name(path)}`."
+            )
+    leaves, structure = jtu.tree_flatten(value)
+    return tuple(leaves), structure
+
+
+def groups_are_whole(
+    call: str,
+    leaf: Leaf,
+    stored: dict[str, StoredMoment],
+    sharding: NamedSharding | None,
+) -> None:
+    """Warns of what is correct, but slow."""
+    for moment in stored.values():
+        if sharding is None or not isinstance(moment, QuantMoment):
+            continue
+        if not _sharding.holds_whole_groups(moment.layout, sharding):
+            warnings.warn(
+                f"`{call}`: the weight at `{leaf.name}`, of shape {leaf.value.shape}, "
+                f"is sharded by {sharding.spec} into {_sharding.divisions(sharding)} "
+                f"parts, which hold no whole groups of {moment.group_size} elements "
+                f"along {_axis_text(moment)}. Every step gathers it on every device. "
+                "Shard it along another axis, or make its axes multiples of the parts "
+                "times the group size; a state from elsewhere may need a new `init`.",
+                stacklevel=2,
+            )
+            return
+
+
+def _axis_text(moment: QuantMoment) -> str:
+    return "the flattened leaf" if moment.axis is None else f"axis {moment.axis}"
+
+
+def state_is_there(
+    call: str,
+    leaf: Leaf,
+    stored: dict[str, StoredMoment],
+    correction: Correction | None,
+    sharding: NamedSharding | None,
+) -> None:
+    """Whether the state is where its weight is."""
+    if sharding is None:
+        return
+    state = stored, correction
+    found = jtu.tree_leaves(state)
+    expected = jtu.tree_leaves(_sharding.of_arrays(state, sharding))
+    for x, there in zip(found, expected, strict=True):
+        if not _sharding.is_there(x, there):
+            raise ValueError(
+                f"`{call}`: the state at `{leaf.name}` is sharded by "
+                f"{jax.typeof(x).sharding}, and should be by {there.spec} on the mesh "
+                "of its weight. Put it there with `jax.device_put`, or restore it with "
+                "`flashquinox.checkpoint` into a state that `init` made."
+            )

@@ -61,6 +61,13 @@ class Layout(eqx.Module):
             x = lax.slice_in_dim(x, 0, length, axis=self.tile_axis)
         return x.reshape(self.shape)
 
+    def divides(self, parts: tuple[int, ...]) -> bool:
+        """Whether no group lies in two parts, with every axis cut into so many equal
+        ones."""
+        if self.axis is None:
+            return math.prod(parts) == 1
+        return _divides(self.shape[self.axis], self.group_size, parts[self.axis])
+
     @property
     def _grouped_shape(self) -> tuple[int, ...]:
         return (math.prod(self.shape),) if self.axis is None else self.shape
@@ -85,19 +92,30 @@ class Layout(eqx.Module):
 
 
 def choose_layout(
-    shape: tuple[int, ...], group_size: int, prefer_rows: bool = False
+    shape: tuple[int, ...],
+    group_size: int,
+    prefer_rows: bool = False,
+    parts: tuple[int, ...] | None = None,
 ) -> Layout:
     """Groups along the axis that needs the fewest scales; the last one among equals,
     which is the model dimension of Equinox's `Linear` and `Embedding` weights. With
-    `prefer_rows`, the last but one, if full groups fit into it.
+    `prefer_rows`, the last but one, if full groups fit into it. Of a leaf that is cut
+    into `parts` along each axis, an axis where no group lies in two of them, if there
+    is one.
     """
-    if prefer_rows and len(shape) >= 2 and shape[-2] % group_size == 0:
-        return Layout(shape, -2, group_size)
     if len(shape) == 0:
         return Layout(shape, None, group_size)
+    cut = parts or (1,) * len(shape)
+    axes = range(-1, -len(shape) - 1, -1)
+    axes = [a for a in axes if _divides(shape[a], group_size, cut[a])] or axes
+    if prefer_rows and -2 in axes and shape[-2] % group_size == 0:
+        return Layout(shape, -2, group_size)
 
     def scales_per_element(axis: int) -> float:
         return -(-shape[axis] // group_size) / max(1, shape[axis])
 
-    axis = min(range(-1, -len(shape) - 1, -1), key=scales_per_element)
-    return Layout(shape, axis, group_size)
+    return Layout(shape, min(axes, key=scales_per_element), group_size)
+
+
+def _divides(length: int, group_size: int, parts: int) -> bool:
+    return parts == 1 or length % (parts * group_size) == 0

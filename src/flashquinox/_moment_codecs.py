@@ -45,12 +45,17 @@ class MomentCodecs(eqx.Module):
         return self.signed if kind == "signed" else self.nonnegative
 
     def layout(
-        self, shape: tuple[int, ...], group_size: int, prefer_rows: bool = False
+        self,
+        shape: tuple[int, ...],
+        group_size: int,
+        prefer_rows: bool = False,
+        parts: tuple[int, ...] | None = None,
     ) -> Layout:
-        """The groups of a leaf of this shape."""
+        """The groups of a leaf of this shape, which is cut into `parts` along each
+        axis."""
         if self.signed.flattened or self.nonnegative.flattened:
             return Layout(shape, None, group_size)
-        return choose_layout(shape, group_size, prefer_rows)
+        return choose_layout(shape, group_size, prefer_rows, parts)
 
 
 _named = {

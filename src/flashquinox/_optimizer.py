@@ -87,6 +87,7 @@ def optimizer(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     backend: Backend = "auto",
+    shardings: PyTree = None,
 ) -> Optimizer:
     r"""An optimizer from a rule: yours, or one of this library's.
 
@@ -122,6 +123,10 @@ def optimizer(
         platforms without them interpret (slowly: for debugging). `"gpu"` likewise takes
         the kernels for NVIDIA GPUs, also in a program that is made without one:
         `"auto"` takes them where JAX's default device is one.
+    - `shardings`: a tree like the model, or a prefix of it, of
+        `jax.sharding.NamedSharding`s, or `None` where that is known: how weights are
+        divided among devices. Only needed where JAX does not tell and `init` has not
+        seen it: see [Train on many devices](../sharding.md).
 
     **Returns:**
 
@@ -146,6 +151,7 @@ def optimizer(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         backend=backend,
+        shardings=shardings,
     )
 
 
@@ -164,6 +170,7 @@ def build_optimizer(
     group_size: Integer | Array,
     skip_nonfinite: bool,
     backend: Backend,
+    shardings: PyTree,
 ) -> Optimizer:
     """`optimizer`, for errors that name `call` as the user wrote it."""
     checks.hyperparameters(call, rule, learning_rate, weight_decay)
@@ -181,6 +188,7 @@ def build_optimizer(
         group_size=checks.group_size(call, group_size),
         skip_nonfinite=skip_nonfinite,
         backend=checks.backend(call, backend),
+        shardings=checks.shardings(call, shardings),
     )
     # Optax's types know no state that is not made of arrays.
     return Optimizer(cast(Any, transformation.init), cast(Any, transformation.update))

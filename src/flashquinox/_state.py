@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Int32, Integer, PyTree
 
 from ._codec import StoredMoment
+from ._sharding import Shardings
 
 
 class StepCount(NamedTuple):
@@ -28,6 +29,9 @@ class OptimizerState(eqx.Module):
     steps: StepCount
     moments: dict[str, PyTree[StoredMoment | None]]
     corrections: PyTree[Integer[Array, "..."] | None]
+    # How the weights were divided among devices when this was made. Static: no part of
+    # a checkpoint.
+    shardings: Shardings = eqx.field(static=True, default=())
 
     @property
     def count(self) -> Int32[Array, "*ensemble"]:

@@ -2,16 +2,19 @@
 take a step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
-from . import _checks as checks
-from ._backends import dispatch
+from . import _checks as checks, _sharding
+from ._backends import dispatch, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
@@ -42,35 +45,63 @@ class Transformation(eqx.Module):
     group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
     backend: Backend = eqx.field(static=True)
+    # As leaves and their structure, which have a hash.
+    shardings: tuple[tuple[NamedSharding, ...], Any] = eqx.field(static=True)
 
     def init(self, params: PyTree) -> OptimizerState:
+        call = f"{self.call}(...).init"
         leaves, rebuild = flatten(params)
         correction_dtype, group_size = checks.structure_is_known(
             self.call, self.master_weight_bits, self.group_size
         )
-        moments = {name: [] for name in self.rule.moments}
-        corrections = []
-        trained = []
-        for leaf in leaves:
-            if not checks.is_trained(leaf, f"{self.call}(...).init"):
-                for stored in moments.values():
-                    stored.append(None)
-                corrections.append(None)
-                continue
-            trained.append(leaf)
-            shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
-            layout = self._new_layout(shape, group_size)
-            for name, kind in self.rule.moments.items():
-                codec = self.codecs.of(kind, shape)
-                moments[name].append(codec.init(layout, compute_dtype(dtype)))
-            narrow = correction_dtype is not None and dtype in NARROW_DTYPES
-            corrections.append(jnp.zeros(shape, correction_dtype) if narrow else None)
-        checks.correction_has_effect(self.call, self.master_weight_bits, trained)
+        trained = {
+            index: leaf
+            for index, leaf in enumerate(leaves)
+            if checks.is_trained(leaf, call)
+        }
+        checks.correction_has_effect(
+            self.call, self.master_weight_bits, list(trained.values())
+        )
+        shardings = self._shardings(call, leaves, recorded=())
+        makers = [
+            partial(self._zeros, leaf, shardings[index], correction_dtype, group_size)
+            for index, leaf in trained.items()
+        ]
+        *made, count = sharded.make(
+            [*makers, lambda: jnp.zeros((), jnp.int32)],
+            [*(shardings[index] for index in trained), _sharding.everywhere(shardings)],
+        )
+        moments = {name: [None for _ in leaves] for name in self.rule.moments}
+        corrections = [None for _ in leaves]
+        for index, (stored, correction) in zip(trained, made, strict=True):
+            checks.groups_are_whole(call, leaves[index], stored, shardings[index])
+            corrections[index] = correction
+            for name, moment in stored.items():
+                moments[name][index] = moment
         return OptimizerState(
-            steps=StepCount(jnp.zeros((), jnp.int32)),
+            steps=StepCount(count),
             moments={name: rebuild(stored) for name, stored in moments.items()},
             corrections=rebuild(corrections),
+            shardings=_sharding.record(leaves, shardings, ()),
         )
+
+    def _zeros(
+        self,
+        leaf: Leaf,
+        sharding: NamedSharding | None,
+        correction_dtype: DTypeLike | None,
+        group_size: int,
+    ) -> tuple[dict[str, StoredMoment], Correction | None]:
+        """The moments and the correction of a leaf that has not been trained yet."""
+        shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
+        layout = self._new_layout(shape, group_size, sharding)
+        moments = {
+            name: self.codecs.of(kind, shape).init(layout, compute_dtype(dtype))
+            for name, kind in self.rule.moments.items()
+        }
+        if correction_dtype is None or dtype not in NARROW_DTYPES:
+            return moments, None
+        return moments, jnp.zeros(shape, correction_dtype)
 
     def step(
         self, model: PyTree, state: OptimizerState, grads: PyTree
@@ -106,11 +137,13 @@ class Transformation(eqx.Module):
         checks.is_given(call, "grads", grads)
         grad_leaves = match(call, "grads", grads, leaves)
         decayed = self._decayed(call, params, leaves)
+        shardings = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [
-                self._put_together(leaf, kind, moment)
-                for leaf, moment in zip(
+                self._put_together(leaf, kind, sharding, moment)
+                for leaf, sharding, moment in zip(
                     leaves,
+                    shardings,
                     match(
                         call, f"state.moments[{name!r}]", state.moments[name], leaves
                     ),
@@ -139,16 +172,22 @@ class Transformation(eqx.Module):
             )
             checks.correction_fits(call, leaf, corrections[index])
             checks.width_fits(call, leaf, corrections[index], self.master_weight_bits)
+            sharding = shardings[index]
+            checks.state_is_there(call, leaf, stored, corrections[index], sharding)
+            checks.groups_are_whole(call, leaf, stored, sharding)
             if leaf.value.size > 0:
                 trained[index] = stored
 
-        take = None
-        if self.skip_nonfinite:
-            take = _all_finite([grad_leaves[index] for index in trained])
+        divided = [shardings[index] for index in trained]
+        arrived = [
+            _sharding.as_typed(jnp.asarray(grad_leaves[index]), sharding)
+            for index, sharding in zip(trained, divided, strict=True)
+        ]
+        take = sharded.all_finite(arrived, divided) if self.skip_nonfinite else None
         rule = rule_structure(self.rule)
         scalars = _PerDType(lambda dtype: self._scalars(state.count, dtype))
         steps = []
-        for index, stored in trained.items():
+        for (index, stored), grad in zip(trained.items(), arrived, strict=True):
             leaf = leaves[index]
             rule_values, decay = scalars[compute_dtype(leaf.value.dtype)]
             steps.append(
@@ -162,11 +201,11 @@ class Transformation(eqx.Module):
                         leaf=jnp.asarray(index, jnp.uint32),
                         take=take,
                     ),
-                    jnp.asarray(grad_leaves[index]),
+                    grad,
                     _tile_state(leaf, stored, corrections[index]),
                 )
             )
-        updated = dispatch.update_leaves(self.backend, steps)
+        updated = sharded.update_leaves(self.backend, steps, divided)
         for (index, stored), new in zip(trained.items(), updated, strict=True):
             new_values[index] = new.weight
             new_corrections[index] = new.correction
@@ -182,18 +221,42 @@ class Transformation(eqx.Module):
             steps=StepCount(count),
             moments={name: rebuild(stored) for name, stored in new_moments.items()},
             corrections=rebuild(new_corrections),
+            shardings=_sharding.record(leaves, shardings, state.shardings),
         )
 
-    def _new_layout(self, shape: tuple[int, ...], group_size: int) -> Layout:
+    def _new_layout(
+        self, shape: tuple[int, ...], group_size: int, sharding: NamedSharding | None
+    ) -> Layout:
+        parts = None if sharding is None else _sharding.divisions(sharding)
         rows = dispatch.prefers_rows(self.backend)
-        return self.codecs.layout(shape, group_size, prefer_rows=rows)
+        return self.codecs.layout(shape, group_size, prefer_rows=rows, parts=parts)
 
-    def _put_together(self, leaf: Leaf, kind: MomentKind, moment: Any) -> Any:
+    def _shardings(
+        self, call: str, leaves: list[Leaf], recorded: _sharding.Shardings
+    ) -> list[NamedSharding | None]:
+        """For each leaf, how it is divided among devices."""
+        values, structure = self.shardings
+        tree = jtu.tree_unflatten(structure, values)
+        given = match(call, "shardings", tree, leaves, prefix=True)
+        return _sharding.find_all(
+            call,
+            [leaf if checks.is_trained(leaf, call) else None for leaf in leaves],
+            given,
+            recorded,
+        )
+
+    def _put_together(
+        self,
+        leaf: Leaf,
+        kind: MomentKind,
+        sharding: NamedSharding | None,
+        moment: Any,
+    ) -> Any:
         """A moment of which only the arrays have come, as `init` would lay it out."""
         if not isinstance(moment, dict):
             return moment
         _, group_size = checks.structure_is_known(self.call, None, self.group_size)
-        layout = self._new_layout(leaf.value.shape, group_size)
+        layout = self._new_layout(leaf.value.shape, group_size, sharding)
         return QuantMoment(
             **moment,
             axis=layout.axis,
@@ -248,13 +311,6 @@ class _PerDType(dict):
 
 def _value(value: ScalarOrSchedule, count: Scalar) -> ScalarLike:
     return value(count) if callable(value) else value
-
-
-def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
-    finite = jnp.asarray(True)
-    for grad in grads:
-        finite = finite & jnp.all(jnp.isfinite(grad))
-    return finite
 
 
 def _layout(leaf: Leaf, stored: dict[str, StoredMoment]) -> Layout:

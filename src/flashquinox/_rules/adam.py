@@ -1,6 +1,6 @@
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar, ScalarLike
+from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
@@ -106,6 +106,7 @@ def adamw(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     backend: Backend = "auto",
+    shardings: PyTree = None,
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: [`flashquinox.Adam`][] and
 
@@ -133,9 +134,9 @@ def adamw(
     - `nesterov`: whether to use Nesterov momentum.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
-        weights and
-        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
+        `shardings`: how weights and moments are stored, what a NaN does, and where
+        they are: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -160,6 +161,7 @@ def adamw(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         backend=backend,
+        shardings=shardings,
     )
 
 
@@ -177,6 +179,7 @@ def adam(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     backend: Backend = "auto",
+    shardings: PyTree = None,
 ) -> Optimizer:
     r"""Adam, with L2 regularization if wanted: [`flashquinox.Adam`][] with
     $g_t + \lambda w_{t-1}$ for the gradient.
@@ -197,9 +200,9 @@ def adam(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
-        weights and
-        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
+        `shardings`: how weights and moments are stored, what a NaN does, and where
+        they are: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -224,4 +227,5 @@ def adam(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         backend=backend,
+        shardings=shardings,
     )

@@ -1,5 +1,5 @@
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar, ScalarLike
+from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
@@ -79,6 +79,7 @@ def lion(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     backend: Backend = "auto",
+    shardings: PyTree = None,
 ) -> Optimizer:
     r"""Lion with decoupled weight decay: [`flashquinox.Lion`][] and
 
@@ -104,9 +105,9 @@ def lion(
         it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
-        weights and
-        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
+        `shardings`: how weights and moments are stored, what a NaN does, and where
+        they are: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -131,4 +132,5 @@ def lion(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         backend=backend,
+        shardings=shardings,
     )

@@ -1,6 +1,6 @@
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar, ScalarLike
+from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._checks import is_zero
@@ -85,6 +85,7 @@ def sgd(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     backend: Backend = "auto",
+    shardings: PyTree = None,
 ) -> Optimizer:
     r"""Stochastic gradient descent, with L2 regularization if wanted:
     [`flashquinox.SGD`][] with $g_t + \lambda w_{t-1}$ for the gradient; in 4.0625 bytes
@@ -105,9 +106,9 @@ def sgd(
         decay use [`flashquinox.sgdw`][].
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
-        weights and
-        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
+        `shardings`: how weights and moments are stored, what a NaN does, and where
+        they are: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -132,6 +133,7 @@ def sgd(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         backend=backend,
+        shardings=shardings,
     )
 
 
@@ -150,6 +152,7 @@ def sgdw(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     backend: Backend = "auto",
+    shardings: PyTree = None,
 ) -> Optimizer:
     r"""Stochastic gradient descent with decoupled weight decay: [`flashquinox.SGD`][]
     and
@@ -173,9 +176,9 @@ def sgdw(
         it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`: how
-        weights and
-        moments are stored, and what a NaN does: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
+        `shardings`: how weights and moments are stored, what a NaN does, and where
+        they are: see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -200,6 +203,7 @@ def sgdw(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         backend=backend,
+        shardings=shardings,
     )
 
 

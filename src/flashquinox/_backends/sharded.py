@@ -1,0 +1,195 @@
+"""A step of leaves that are divided among devices: each device takes its own part, as
+if it were all there is."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, PyTree
+
+from .. import _sharding
+from .._body import TileState
+from .._layout import Layout
+from . import dispatch
+from .dispatch import Backend, LeafStep
+
+
+def update_leaves(
+    backend: Backend, steps: list[LeafStep], shardings: list[NamedSharding | None]
+) -> list[TileState]:
+    """One step of all leaves.
+
+    If groups lie within its part of a leaf, no device needs anything of another one.
+    Otherwise all parts are gathered, and each device updates all and keeps its own.
+    """
+    new: dict[int, TileState] = {}
+    for mesh, indices in _by_mesh(shardings).items():
+        here = [steps[i] for i in indices]
+        if mesh is None:
+            updated = dispatch.update_leaves(backend, here)
+        else:
+            divided = tuple(shardings[i] for i in indices)
+            updated = _update_parts(backend, divided, here)  # pyright: ignore
+        new.update(zip(indices, updated, strict=True))
+    return [new[i] for i in range(len(steps))]
+
+
+def make(
+    makers: list[Callable[[], PyTree]], shardings: list[NamedSharding | None]
+) -> list[PyTree]:
+    """What each of these makes for a leaf: moments, and other arrays of its shape. Each
+    array is divided like the leaf from the start."""
+    made: dict[int, PyTree] = {}
+    for mesh, indices in _by_mesh(shardings).items():
+        make_here = lambda indices=indices: [makers[i]() for i in indices]
+        if mesh is None:
+            here = make_here()
+        else:
+            shapes = eqx.filter_eval_shape(make_here)
+            divided = [
+                _sharding.of_arrays(x, shardings[i])  # pyright: ignore
+                for i, x in zip(indices, shapes, strict=True)
+            ]
+            if isinstance(mesh, Mesh):
+                here = jax.jit(make_here, out_shardings=divided)()
+            else:
+                here = jtu.tree_map(_sharding.place, make_here(), divided)
+        made.update(zip(indices, here, strict=True))
+    return [made[i] for i in range(len(makers))]
+
+
+def all_finite(
+    grads: list[Array], shardings: list[NamedSharding | None]
+) -> Bool[Array, ""]:
+    """Whether all gradients are, of all devices: one collective for a mesh."""
+    finite = jnp.asarray(True)
+    for mesh, indices in _by_mesh(shardings).items():
+        here = [grads[i] for i in indices]
+        if mesh is None:
+            finite &= _all_finite(here)
+            continue
+        specs = tuple(sharding.spec for i in indices if (sharding := shardings[i]))
+        finite &= _all_parts_finite(mesh, specs, here)
+    return finite
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _all_parts_finite(
+    mesh: Mesh | AbstractMesh, specs: tuple[PartitionSpec, ...], grads: list[Array]
+) -> Bool[Array, ""]:
+    def everywhere(grads: list[Array]) -> Array:
+        finite = _all_finite(grads).astype(jnp.int32)
+        return lax.pmin(finite, tuple(_sharding.free_axes(mesh)))
+
+    found = _on_parts(everywhere, mesh, (list(specs),), PartitionSpec())(grads)
+    return found.astype(bool)
+
+
+def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
+    finite = jnp.asarray(True)
+    for grad in grads:
+        finite = finite & jnp.all(jnp.isfinite(grad))
+    return finite
+
+
+def _by_mesh(shardings: list[NamedSharding | None]) -> dict[Any, list[int]]:
+    """The numbers of the leaves on each mesh, and on none."""
+    found: dict[Any, list[int]] = {}
+    for i, sharding in enumerate(shardings):
+        found.setdefault(sharding and sharding.mesh, []).append(i)
+    return found
+
+
+def _on_parts(
+    function: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any
+) -> Any:
+    # What is computed on every device alike cannot be told from what is not.
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(_sharding.free_axes(mesh)),
+        check_vma=False,
+    )
+
+
+# Compiled once, also where the caller does not.
+@partial(jax.jit, static_argnums=(0, 1))
+def _update_parts(
+    backend: Backend, shardings: tuple[NamedSharding, ...], steps: list[LeafStep]
+) -> list[TileState]:
+    gathered = [
+        bool(jtu.tree_leaves(step.old.scales))
+        and not _sharding.holds_whole_groups(step.layout, sharding)
+        for step, sharding in zip(steps, shardings, strict=True)
+    ]
+
+    def update(steps: list[LeafStep]) -> list[TileState]:
+        whole = [
+            _gather(step, sharding) if needed else step
+            for step, sharding, needed in zip(steps, shardings, gathered, strict=True)
+        ]
+        new = dispatch.update_leaves(backend, [_with_own_shape(x) for x in whole])
+        return [
+            state.map(lambda x, sharding=sharding: _cut(x, sharding))
+            if needed
+            else state
+            for state, sharding, needed in zip(new, shardings, gathered, strict=True)
+        ]
+
+    in_specs = [
+        _specs(step, sharding) for step, sharding in zip(steps, shardings, strict=True)
+    ]
+    out_specs = [specs.old for specs in in_specs]
+    return _on_parts(update, shardings[0].mesh, (in_specs,), out_specs)(steps)
+
+
+def _specs(step: LeafStep, sharding: NamedSharding) -> Any:
+    """How the arrays of a step are divided: as the weight is, also the scales; but
+    nothing of what is the same for all elements."""
+    of_scales = _sharding.of_scales(step.layout, sharding)
+    alike = lambda spec, tree: jtu.tree_map(lambda _: spec, tree)
+    return eqx.tree_at(
+        lambda x: (x.scalars, x.old.scales),
+        alike(sharding.spec, step),
+        (alike(PartitionSpec(), step.scalars), alike(of_scales, step.old.scales)),
+    )
+
+
+def _with_own_shape(step: LeafStep) -> LeafStep:
+    layout = Layout(step.grad.shape, step.layout.axis, step.layout.group_size)
+    return LeafStep(step.structure, layout, step.scalars, step.grad, step.old)
+
+
+def _gather(step: LeafStep, sharding: NamedSharding) -> LeafStep:
+    def gather(x: Array) -> Array:
+        for axis, names in enumerate(_sharding.mesh_axes(sharding)):
+            if names:
+                x = lax.all_gather(x, names, axis=axis, tiled=True)
+        return x
+
+    return LeafStep(
+        step.structure,
+        step.layout,
+        step.scalars,
+        gather(step.grad),
+        step.old.map(gather),
+    )
+
+
+def _cut(x: Array, sharding: NamedSharding) -> Array:
+    """This device's part of an array."""
+    parts = _sharding.divisions(sharding)
+    for axis, names in enumerate(_sharding.mesh_axes(sharding)):
+        if names:
+            length = x.shape[axis] // parts[axis]
+            start = lax.axis_index(names) * length
+            x = lax.dynamic_slice_in_dim(x, start, length, axis)
+    return x

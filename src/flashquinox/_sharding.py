@@ -1,0 +1,284 @@
+"""How a leaf is divided among devices.
+
+Of a weight, JAX always tells on which mesh it is, also while a program is traced. How
+it is divided there is not always known: inside `jit`, not for mesh axes of type `Auto`.
+A guess would be compiled all the same, and communicate in every step. So `init`, which
+sees the weights, writes it down.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.tree_util as jtu
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+from jaxtyping import Array, PyTree
+
+from ._codec import QuantMoment
+from ._layout import Layout
+from ._trees import Leaf
+
+
+# Of the state: for each leaf that is on several devices, its name and how it was
+# divided by `init`. The mesh is one without devices.
+Shardings: TypeAlias = tuple[tuple[str, NamedSharding], ...]
+
+
+def find_all(
+    call: str,
+    leaves: Sequence[Leaf | None],
+    given: Sequence[NamedSharding | None],
+    recorded: Shardings,
+) -> list[NamedSharding | None]:
+    """For each of the leaves, how it is divided. `None` for those that are on one
+    device; but if others are on a mesh, so will these be: on each of its devices."""
+    written = dict(recorded)
+    found = [
+        None if leaf is None else _find(call, leaf, sharding, written.get(leaf.name))
+        for leaf, sharding in zip(leaves, given, strict=True)
+    ]
+    others = everywhere(found)
+    if others is None:
+        return found
+    return [
+        NamedSharding(others.mesh, _only(others.spec, (), leaf.value.ndim))
+        if leaf is not None and sharding is None
+        else sharding
+        for leaf, sharding in zip(leaves, found, strict=True)
+    ]
+
+
+def _find(
+    call: str, leaf: Leaf, given: NamedSharding | None, written: NamedSharding | None
+) -> NamedSharding | None:
+    """How a weight is divided. `None` if it is on one device, or all axes of the mesh
+    are manual: then what is seen of it is on one device.
+
+    **Raises:**
+
+    `ValueError` if it is on several devices, and not known how; or if what is known
+    does not go together.
+    """
+    value = leaf.value
+    mesh = jax.typeof(value).sharding.mesh
+    if given is not None:
+        _goes_with(call, leaf, given, mesh)
+        # Which may know its devices; but not what is done by hand at this point.
+        mesh = mesh if _axes(mesh, AxisType.Manual) else given.mesh
+    elif not isinstance(value, jax.core.Tracer):
+        placed = getattr(value, "sharding", None)
+        mesh = placed.mesh if isinstance(placed, NamedSharding) else mesh
+    free = free_axes(mesh)
+    if math.prod(mesh.shape[name] for name in free) == 1:
+        return None
+    seen = _seen(value)
+    spec = given.spec if given is not None else seen
+    if spec is None:
+        # Under `vmap`, a weight has fewer axes than `init` saw.
+        if written is None or len(written.spec) != value.ndim:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh {_text(mesh)}, "
+                "and it is not known how it is divided there: inside `jit`, JAX does "
+                "not tell. Call `init` outside of `jit`, on the weights where they "
+                "shall be, and the state knows; or use a mesh with axes of type "
+                "`Explicit`; or pass `shardings=jax.tree.map(lambda x: x.sharding, "
+                "eqx.filter(model, eqx.is_array))` to the optimizer."
+            )
+        if written.mesh.shape != mesh.shape:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh {_text(mesh)}; "
+                f"the state was made for {_text(written.mesh)}. Restore it with "
+                "`flashquinox.checkpoint`, into a state that `init` made on this mesh."
+            )
+        spec = written.spec
+    spec = _only(spec, free, value.ndim)
+    if given is not None and seen is not None:
+        if _only(seen, free, value.ndim) != spec:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is sharded by {seen}, but "
+                f"`shardings` has {given.spec} for it. Put it there with "
+                "`jax.device_put`, or leave `shardings` out."
+            )
+    sharding = NamedSharding(mesh, spec)
+    for length, shards in zip(value.shape, divisions(sharding), strict=True):
+        if length % shards != 0:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}`, of shape {value.shape}, "
+                f"cannot be sharded by {spec} on {_text(mesh)}: {length} is no "
+                f"multiple of {shards}."
+            )
+    return sharding
+
+
+def record(
+    leaves: Sequence[Leaf], shardings: Sequence[NamedSharding | None], old: Shardings
+) -> Shardings:
+    """What the state keeps: nothing of the devices, which may be others later. In a
+    program that is traced, what it kept: states of a loop have one structure."""
+    if any(isinstance(leaf.value, jax.core.Tracer) for leaf in leaves) and old:
+        return old
+    return tuple(
+        (
+            leaf.name,
+            NamedSharding(
+                AbstractMesh(sharding.mesh.axis_sizes, sharding.mesh.axis_names),
+                sharding.spec,
+            ),
+        )
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+        if sharding is not None
+    )
+
+
+def divisions(sharding: NamedSharding) -> tuple[int, ...]:
+    """In how many parts each axis is divided."""
+    sizes = sharding.mesh.shape
+    return tuple(
+        math.prod(sizes[name] for name in _names(entry)) for entry in sharding.spec
+    )
+
+
+def mesh_axes(sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
+    """The axes of the mesh that divide each axis."""
+    return tuple(_names(entry) for entry in sharding.spec)
+
+
+def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:
+    """Whether no group of a leaf lies in two parts of it."""
+    return layout.divides(divisions(sharding))
+
+
+def of_scales(layout: Layout, sharding: NamedSharding) -> PartitionSpec:
+    """How the scales of a leaf are divided: as the leaf is, or not at all."""
+    parts = divisions(sharding)
+    divided = math.prod(parts) > 1 and layout.divides(parts)
+    return sharding.spec if divided else PartitionSpec()
+
+
+def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
+    """How the arrays of a leaf are divided: moments, and others of its shape."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, QuantMoment):
+            return sharding
+        scales = NamedSharding(sharding.mesh, of_scales(x.layout, sharding))
+        return eqx.tree_at(lambda x: (x.codes, x.scales), x, (sharding, scales))
+
+    return jtu.tree_map(one, tree, is_leaf=lambda x: isinstance(x, QuantMoment))
+
+
+def everywhere(shardings: Sequence[NamedSharding | None]) -> NamedSharding | None:
+    """On every device of the mesh that a model is on. `None` if it is on none."""
+    mesh = next((sharding.mesh for sharding in shardings if sharding is not None), None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def is_there(x: Any, sharding: NamedSharding) -> bool:
+    """Whether an array is divided like this, as far as can be seen."""
+    seen, mesh = _seen(x), jax.typeof(x).sharding.mesh
+    if mesh.empty or seen is None:
+        return True
+    free = free_axes(sharding.mesh)
+    same = _only(seen, free, x.ndim) == _only(sharding.spec, free, x.ndim)
+    return same and mesh.shape == sharding.mesh.shape
+
+
+def as_typed(x: Array, sharding: NamedSharding | None) -> Array:
+    """An array divided like this, as far as that is a matter of types: on mesh axes
+    that are `Explicit`. On others, XLA moves it where it is used."""
+    if sharding is None:
+        return x
+    mesh = sharding.mesh
+    explicit = _axes(mesh, AxisType.Explicit)
+    if not explicit:
+        return x
+    spec = _only(sharding.spec, explicit, x.ndim)
+    seen = jax.typeof(x).sharding
+    if seen.mesh.shape == mesh.shape and _only(seen.spec, explicit, x.ndim) == spec:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def place(x: Array, sharding: NamedSharding) -> Array:
+    """A new array, divided like this, in a program that is traced."""
+    x = as_typed(x, sharding)
+    if not _axes(sharding.mesh, AxisType.Auto):
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+
+
+def _axes(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> list[str]:
+    types = _abstract(mesh).axis_types
+    return [
+        name for name, kind in zip(mesh.axis_names, types, strict=True) if kind in kinds
+    ]
+
+
+def free_axes(mesh: Mesh | AbstractMesh) -> list[str]:
+    """Those over which a program is not divided by hand already."""
+    return _axes(mesh, AxisType.Auto, AxisType.Explicit)
+
+
+def _seen(x: Any) -> PartitionSpec | None:
+    """How an array is divided. `None` if that cannot be seen."""
+    if not isinstance(x, jax.Array):
+        return PartitionSpec()
+    if not isinstance(x, jax.core.Tracer):
+        if isinstance(x.sharding, NamedSharding):
+            return x.sharding.spec
+        # In a program for many devices, what is on one will be on each of them.
+        return PartitionSpec() if len(x.sharding.device_set) == 1 else None
+    typed = jax.typeof(x).sharding
+    auto = _axes(typed.mesh, AxisType.Auto)
+    if all(typed.mesh.shape[name] == 1 for name in auto) and not typed.mesh.empty:
+        return typed.spec
+    return None
+
+
+def _goes_with(
+    call: str, leaf: Leaf, given: NamedSharding, mesh: Mesh | AbstractMesh
+) -> None:
+    if len(given.spec) > leaf.value.ndim:
+        raise ValueError(
+            f"`{call}`: `shardings` has {given.spec} for the weight at `{leaf.name}`, "
+            f"which has {leaf.value.ndim} axes."
+        )
+    if not mesh.empty and mesh.shape != given.mesh.shape:
+        raise ValueError(
+            f"`{call}`: the weight at `{leaf.name}` is on the mesh {_text(mesh)}, but "
+            f"`shardings` has {_text(given.mesh)} for it."
+        )
+
+
+def _only(spec: PartitionSpec, names: Sequence[str], ndim: int) -> PartitionSpec:
+    """A spec of these axes of the mesh, written in one way, with an entry for every
+    axis of an array."""
+    entries = [tuple(name for name in _names(entry) if name in names) for entry in spec]
+    entries += [()] * (ndim - len(entries))
+    return PartitionSpec(
+        *(entry[0] if len(entry) == 1 else (entry or None) for entry in entries)
+    )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def _text(mesh: Mesh | AbstractMesh) -> str:
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"({sizes})"
