@@ -30,8 +30,9 @@ class ScheduleError(Exception):
     """A dump that is not as this module believes dumps to be."""
 
 
-def set_up(dump: pathlib.Path) -> None:
-    """Before anything is compiled: libtpu reads all of this once, when it is loaded."""
+def set_up(dump: pathlib.Path | None = None) -> None:
+    """Before anything is compiled: libtpu reads all of this once, when it is loaded.
+    Schedules go into the directory `dump`."""
     jax.config.update("jax_platforms", "cpu")
     # Otherwise libtpu asks the network which TPU this machine has.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -39,6 +40,8 @@ def set_up(dump: pathlib.Path) -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # No TPU is used, so other processes may compile for some at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    if dump is None:
+        return
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     dumping = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dumping}".strip()

@@ -53,6 +53,7 @@ from _command_line import (
     some_of,
     versions,
 )
+from _models import count, gpt2, llama, Shapes
 from _timing import Plan, time_loop
 from jaxtyping import PyTree
 
@@ -68,49 +69,7 @@ WEIGHT_DECAY = 0.01
 #
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def gpt2() -> Shapes:
-    """The leaves of GPT-2 124M, with the head tied to the embedding."""
-    width, layers = 768, 12
-    shapes: Shapes = {"token": (50257, width), "position": (1024, width)}
-    for i in range(layers):
-        for name, out, into in (
-            ("query_key_value", 3 * width, width),
-            ("attention_out", width, width),
-            ("mlp_up", 4 * width, width),
-            ("mlp_down", width, 4 * width),
-        ):
-            shapes |= {f"{i}.{name}": (out, into), f"{i}.{name}.bias": (out,)}
-        for name in ("attention_norm", "mlp_norm"):
-            shapes |= {f"{i}.{name}": (width,), f"{i}.{name}.bias": (width,)}
-    return shapes | {"norm": (width,), "norm.bias": (width,)}
-
-
-def llama() -> Shapes:
-    """The leaves of Llama 3.2 1B, whose layers are stacked and whose head is tied."""
-    layers, width, hidden, keys, vocabulary = 16, 2048, 8192, 512, 128256
-    return {
-        "token": (vocabulary, width),
-        "query": (layers, width, width),
-        "key": (layers, keys, width),
-        "value": (layers, keys, width),
-        "out": (layers, width, width),
-        "gate": (layers, hidden, width),
-        "up": (layers, hidden, width),
-        "down": (layers, width, hidden),
-        "attention_norm": (layers, width),
-        "mlp_norm": (layers, width),
-        "norm": (width,),
-    }
-
-
 MODELS: dict[str, Callable[[], Shapes]] = {"gpt2": gpt2, "llama": llama}
-
-
-def count(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 #
@@ -485,8 +444,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--backend",
         choices=("gpu", "auto", "xla"),
-        default="gpu",
-        help="of flashquinox (default: gpu)",
+        default="auto",
+        help="of flashquinox (default: auto)",
     )
     parser.add_argument(
         "--repeats", type=positive_integer, default=7, help="(default: 7)"
