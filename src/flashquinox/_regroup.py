@@ -1,0 +1,56 @@
+"""Moments in groups that lie elsewhere: along another axis, or of another size."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from ._codec import AbstractMomentCodec, Dither, QuantMoment
+from ._layout import Layout
+
+
+def regroup(
+    codes: Shaped[Array | np.ndarray, "..."],
+    scales: Shaped[Array | np.ndarray, "..."],
+    groups: tuple[int | None, int],
+    like: QuantMoment,
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    """Codes and scales, of groups of this axis and size, encoded again in those of
+    another moment of the same codec. Both are rounded to nearest."""
+    # Of an ensemble made by `vmap`, a flattened leaf has one axis of scales per member;
+    # of others, the axes of the members are as any other.
+    members = 0
+    if groups[0] is None:
+        members = len(scales.shape) - 1
+    elif like.axis is None:
+        members = len(like.scales.shape) - 1
+    new_groups = (like.axis, like.group_size)
+    return _encode_again(codes, scales, like.codec, groups, new_groups, members)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _encode_again(
+    codes: Shaped[Array, "..."],
+    scales: Shaped[Array, "..."],
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+    new_groups: tuple[int | None, int],
+    members: int,
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    # Thresholds of one half.
+    nearest = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
+
+    def encode(codes, scales):
+        axis, group_size = groups
+        moment = QuantMoment(codes, scales, axis, group_size, codec).decode()
+        layout = Layout(moment.shape, *new_groups)
+        tile = layout.tile(moment)
+        codes, scales = codec.encode(tile, layout.tile_axis, nearest)
+        assert scales is not None
+        return layout.untile(codes), scales
+
+    for _ in range(members):
+        encode = jax.vmap(encode)
+    return encode(codes, scales)
