@@ -271,6 +271,9 @@ _VARIANTS = {
     "lion": fq.lion(1e-3, backend="tpu"),
     "sgd": fq.sgd(1e-3, backend="tpu"),
     "sgdw": fq.sgdw(1e-3, momentum=0.9, skip_nonfinite=True, backend="tpu"),
+    "adamw-dithered-weights": fq.adamw(
+        1e-3, master_weight_bits=None, dither_weights=True, backend="tpu"
+    ),
     "adamw-groups-of-64": fq.adamw(1e-3, group_size=64, backend="tpu"),
 }
 

@@ -17,7 +17,18 @@ from ._rules.lion import Lion as Lion, lion as lion
 from ._rules.sgd import SGD as SGD, sgd as sgd, sgdw as sgdw
 from ._split import ECCWeight as ECCWeight
 from ._state import OptimizerState as OptimizerState
-from .precision import cast as cast, master_weights as master_weights
+from .precision import (
+    cast as cast,
+    check_numerics as check_numerics,
+    ensure_precision as ensure_precision,
+    LeafNumerics as LeafNumerics,
+    master_weights as master_weights,
+    narrow as narrow,
+    NumericsError as NumericsError,
+    NumericsReport as NumericsReport,
+    widen as widen,
+    Widened as Widened,
+)
 
 
 __version__ = "0.1.0"

@@ -20,6 +20,7 @@ from ._split import (
     decode_weight,
     encode_correction,
     encode_weight,
+    rounding_threshold,
 )
 
 
@@ -33,6 +34,8 @@ class StepStructure(eqx.Module):
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
     as_update: bool = eqx.field(static=True)
+    # Round narrow weights that have no correction by a rotating threshold.
+    dither_weights: bool = eqx.field(static=True)
 
     @property
     def codec_of(self) -> dict[str, AbstractMomentCodec]:
@@ -64,6 +67,10 @@ class StepScalars(eqx.Module):
     @property
     def dither(self) -> Dither:
         return Dither.at(self.count, self.leaf)
+
+    @property
+    def weight_threshold(self) -> Scalar:
+        return rounding_threshold(self.count, self.leaf)
 
 
 class TileState(eqx.Module):
@@ -109,7 +116,14 @@ def update_tile(
         for name, codec in codecs.items()
     }
     weight, correction, moments = advance(
-        structure, scalars, grad, old.weight, old.correction, moments, keep_unmoved
+        structure,
+        scalars,
+        scalars.weight_threshold if structure.dither_weights else None,
+        grad,
+        old.weight,
+        old.correction,
+        moments,
+        keep_unmoved,
     )
     codes, scales = {}, {}
     for name, codec in codecs.items():
@@ -129,6 +143,7 @@ def update_tile(
 def advance(
     structure: StepStructure,
     scalars: StepScalars,
+    threshold: Scalar | None,
     grad: Float[Array, "*tile"],
     weight: Float[Array, "*tile"],
     correction: Correction | None,
@@ -137,7 +152,7 @@ def advance(
 ) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
     """The elementwise part of a step: everything but the storage of moments. With
     `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
-    or -0.
+    or -0. `threshold` is what weights without a correction are rounded by, or `None`.
 
     **Returns:**
 
@@ -162,7 +177,7 @@ def advance(
 
     correction_dtype = None if correction is None else correction.dtype
     new_weight, new_correction = encode_weight(
-        new_master, weight.dtype, correction_dtype
+        new_master, weight.dtype, correction_dtype, threshold
     )
     if structure.as_update:
         update, held = _difference(new_master, new_weight, weight)

@@ -44,6 +44,7 @@ class Transformation(eqx.Module):
     codecs: MomentCodecs = eqx.field(static=True)
     group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
+    dither_weights: bool = eqx.field(static=True)
     backend: Backend = eqx.field(static=True)
     # As leaves and their structure, which have a hash.
     shardings: tuple[tuple[NamedSharding, ...], Any] = eqx.field(static=True)
@@ -192,7 +193,13 @@ class Transformation(eqx.Module):
             rule_values, decay = scalars[compute_dtype(leaf.value.dtype)]
             steps.append(
                 LeafStep(
-                    StepStructure(rule, _codecs(stored), self.decoupled, as_update),
+                    StepStructure(
+                        rule,
+                        _codecs(stored),
+                        self.decoupled,
+                        as_update,
+                        self.dither_weights,
+                    ),
                     _layout(leaf, stored),
                     StepScalars(
                         rule=rule_values,

@@ -90,7 +90,8 @@ def update_leaf(
         jtu.tree_map(lambda _: of_groups, old.scales),
     )
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    *packed, unpack = pack((scalars, scalars.dither))
+    threshold = scalars.weight_threshold if structure.dither_weights else None
+    *packed, unpack = pack((scalars, scalars.dither, threshold))
     state, treedef = jtu.tree_flatten(old)
     state_specs = jtu.tree_leaves(specs)
     new = pl.pallas_call(
@@ -227,7 +228,7 @@ class _Kernel:
             jtu.tree_unflatten(treedef, x)
             for x in (state[: len(state) // 2], state[len(state) // 2 :])
         )
-        scalars, dither = unpack(lambda i: floats[i], lambda i: integers[i])
+        scalars, dither, threshold = unpack(lambda i: floats[i], lambda i: integers[i])
         zero = integers[0]
 
         def step() -> None:
@@ -239,7 +240,7 @@ class _Kernel:
                 lanes = pl.ds(pl.multiple_of(k * self.lanes, self.lanes), self.lanes)
                 at = _Place(j * self.groups, lanes, self.groups, self.group_size)
                 kept = _Scratch(constants, maxima, prepared, zero)
-                self._chunk(scalars, dither, grad, old, new, at, kept)
+                self._chunk(scalars, dither, threshold, grad, old, new, at, kept)
                 return carry
 
             lax.fori_loop(0, high * wide, chunk, None)
@@ -262,6 +263,7 @@ class _Kernel:
         self,
         scalars: StepScalars,
         dither: Dither,
+        threshold: Any,
         grad: Any,
         old: TileState,
         new: TileState,
@@ -296,6 +298,7 @@ class _Kernel:
             weight, correction, prepared, maxima = evaluate(
                 self._elements,
                 scalars,
+                threshold,
                 load(grad),
                 load(old.weight),
                 None if old.correction is None else load(old.correction),
@@ -348,7 +351,9 @@ class _Kernel:
         else:
             ref[at.elements(group)] = value
 
-    def _elements(self, scalars, grad, weight, correction, codes, dequantizers):
+    def _elements(
+        self, scalars, threshold, grad, weight, correction, codes, dequantizers
+    ):
         """A group: its new weights, its moments prepared for their codecs, and the
         maxima over its registers."""
         codecs = self.structure.codec_of
@@ -359,6 +364,7 @@ class _Kernel:
         weight, correction, moments = advance(
             self.structure,
             scalars,
+            threshold,
             grad,
             weight,
             correction,
