@@ -17,6 +17,10 @@ same seed under float32 AdamW (float32 weights and moments, the same bfloat16 fo
 pass). Prints the gap of the mean loss of the last 50 steps with its standard error, and
 the largest |u| after step 5 (median and worst seed). Seeds run side by side under
 `vmap`: on a GPU, 48 of them take a minute; with few, any machine will do.
+
+Weights (--weights): a closed loop with the default codec, of bfloat16 weights with a
+24-bit master weight, and of such without a correction that are rounded to nearest or by
+the rotating threshold.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import functools as ft
 import json
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -239,37 +243,44 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]]) -> None:
 #
 
 
-def closed_loop_runs() -> dict[str, fq.MomentCodecs]:
-    return {
-        "float32 moments": fq.MomentCodecs.named("float32"),
-        "flashoptim": fq.MomentCodecs.named("flashoptim"),
-        "default": fq.MomentCodecs.named("flashquinox"),
-    }
+class Storage(NamedTuple):
+    moments: str
+    master_weight_bits: int | None = 24
+    dither_weights: bool = False
 
 
-@ft.partial(jax.jit, static_argnames=("moments", "steps", "batch"))
+MOMENTS = {
+    "float32 moments": Storage("float32"),
+    "flashoptim": Storage("flashoptim"),
+    "default": Storage("flashquinox"),
+}
+WEIGHTS = {
+    "24 bits": Storage("flashquinox"),
+    "16 bits, nearest": Storage("flashquinox", None),
+    "16 bits, dithered": Storage("flashquinox", None, dither_weights=True),
+}
+
+
+@ft.partial(jax.jit, static_argnames=("storage", "steps", "batch"))
 def train(
     text: UInt8[Array, " bytes"],
     keys: Key[Array, " seeds"],
-    moments: fq.MomentCodecs | None,
+    storage: Storage | None,
     learning_rate: Scalar,
     b2: Scalar,
     steps: int,
     batch: int,
 ) -> tuple[Float[Array, "seeds steps"], Float[Array, "seeds steps"]]:
-    """Losses and largest |u|s. `None` for the codec is float32 AdamW."""
+    """Losses and largest |u|s. `None` is float32 AdamW."""
 
     def one_seed(key):
         model_key, data_key = jax.random.split(key)
         weights, static = eqx.partition(GPT(key=model_key), eqx.is_inexact_array)
         weights = fq.cast(weights, jnp.bfloat16)
-        if moments is None:
+        if storage is None:
             weights = fq.cast(weights, jnp.float32)
-            optim = fq.adam(
-                learning_rate, b2=b2, moments="float32", master_weight_bits=None
-            )
-        else:
-            optim = fq.adam(learning_rate, b2=b2, moments=moments)
+        stored = storage or Storage("float32", None)
+        optim = fq.adam(learning_rate, b2=b2, **stored._asdict())
 
         def step(carry, step_key):
             weights, state = carry
@@ -293,6 +304,7 @@ def train(
 
 def closed_loop(
     text: UInt8[Array, " bytes"],
+    storages: dict[str, Storage],
     setting: tuple[float, float],
     seeds: int,
     steps: int,
@@ -305,8 +317,8 @@ def closed_loop(
     )
     reference = None
     rows = []
-    for name, moments in {"float32 AdamW": None, **closed_loop_runs()}.items():
-        losses, largest = jax.tree.map(np.asarray, run(moments=moments))
+    for name, storage in {"float32 AdamW": None, **storages}.items():
+        losses, largest = jax.tree.map(np.asarray, run(storage=storage))
         final = losses[:, -min(LAST_STEPS, steps) :].mean(axis=1)
         reference = final if reference is None else reference
         gap = final - reference
@@ -343,7 +355,9 @@ def print_closed_loop(
         print(f"{row['codec']:20}{row['loss']:9.4f}{gap:>22}{peak:>30}")
 
 
+# Learning rates and b2.
 SETTINGS = [(1e-3, 0.999), (4e-3, 0.999), (3e-3, 0.95)]
+WEIGHT_SETTINGS = [(1e-3, 0.999), (1e-4, 0.999)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -352,6 +366,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--closed-loop", action="store_true", help="train with each codec instead"
+    )
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="train with each way to store weights instead",
     )
     parser.add_argument(
         "--seeds", type=int, default=2, help="how many seeds (default: 2)"
@@ -385,10 +404,18 @@ def main() -> None:
     print(f"{device}, jax {jax.__version__}, {text.shape[0]:,} bytes of text")
     start = time.perf_counter()
     results = {}
-    if arguments.closed_loop:
-        for setting in SETTINGS:
+    if arguments.closed_loop or arguments.weights:
+        storages, settings = MOMENTS, SETTINGS
+        if arguments.weights:
+            storages, settings = WEIGHTS, WEIGHT_SETTINGS
+        for setting in settings:
             rows = closed_loop(
-                text, setting, arguments.seeds, arguments.steps, arguments.batch
+                text,
+                storages,
+                setting,
+                arguments.seeds,
+                arguments.steps,
+                arguments.batch,
             )
             print_closed_loop(setting, arguments.seeds, arguments.steps, rows)
             results[f"lr {setting[0]}, b2 {setting[1]}"] = rows
@@ -413,8 +440,11 @@ def main() -> None:
         record = {
             "arguments": {
                 "closed_loop": arguments.closed_loop,
+                "weights": arguments.weights,
                 "seeds": arguments.seeds,
-                "steps": arguments.steps if arguments.closed_loop else STEPS,
+                "steps": arguments.steps
+                if arguments.closed_loop or arguments.weights
+                else STEPS,
                 "batch": arguments.batch,
                 "bytes of text": int(text.shape[0]),
             },
