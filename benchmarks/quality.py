@@ -11,6 +11,9 @@ one, u:
 - sum of v: the sum of the decoded second moments over the exact one, for each tensor,
   averaged over the last 50 steps.
 
+With --curves, of each moment by each companding curve, fixed or learned, beside the
+other one in float32; and how the learned ones compare with the fixed of their family.
+
 Closed loop (--closed-loop --seeds 48): the GPT is trained by each codec, with bfloat16
 weights, bfloat16 gradients and a 24-bit master weight. Every seed is paired with the
 same seed under float32 AdamW (float32 weights and moments, the same bfloat16 forward
@@ -28,6 +31,7 @@ import functools as ft
 import json
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -123,6 +127,69 @@ def codecs() -> dict[str, fq.MomentCodecs]:
     }
 
 
+# Of each learned curve, the fixed ones of its family.
+FAMILIES = {
+    "m learned": ["m linear", "m softsign"],
+    "v learned": ["v sqrt", "v softsign of sqrt"],
+    "v learned, of fourth root": ["v fourth root", "v softsign of fourth root"],
+}
+
+
+def curves() -> dict[str, fq.MomentCodecs]:
+    """One moment by each curve, the other exact."""
+    exact = fq.FullPrecision()
+    rational = fq.RationalCurve
+
+    def m(curve: fq.AbstractCurve) -> fq.MomentCodecs:
+        return fq.MomentCodecs(fq.CompandedCodec("signed", curve), exact)
+
+    def v(curve: fq.AbstractCurve) -> fq.MomentCodecs:
+        return fq.MomentCodecs(exact, fq.CompandedCodec("nonnegative", curve))
+
+    default, log, learned = map(
+        fq.MomentCodecs.named, ("flashquinox", "log", "learned")
+    )
+    return {
+        "m linear": m(rational(0.0)),
+        "m softsign": m(rational(1.0)),
+        "m learned": m(rational(1.0, learned=True)),
+        "m sqrt": m(rational(0.0, 2)),
+        "m fourth root": m(rational(0.0, 4)),
+        "m log": fq.MomentCodecs(log.signed, exact),
+        "m default": fq.MomentCodecs(default.signed, exact),
+        "v linear": v(rational(0.0)),
+        "v sqrt": v(rational(0.0, 2)),
+        "v softsign of sqrt": v(rational(1.0, 2)),
+        "v learned": fq.MomentCodecs(exact, learned.nonnegative),
+        "v fourth root": v(rational(0.0, 4)),
+        "v softsign of fourth root": v(rational(1.0, 4)),
+        "v learned, of fourth root": v(rational(1.0, 4, learned=True)),
+        "v log": fq.MomentCodecs(exact, log.nonnegative),
+        "v default": fq.MomentCodecs(exact, default.nonnegative),
+        "both learned": learned,
+        "m learned, v default": fq.MomentCodecs.named(("learned", "flashquinox")),
+        "default": default,
+    }
+
+
+def print_families(rows: list[dict[str, Any]], names: list[str]) -> None:
+    """The largest error of a learned curve, over all tensors that are compressed, in
+    units of the smallest of the fixed ones of its family."""
+    errors = {row["codec"]: row["all errors"] for row in rows}
+    for learned, fixed in FAMILIES.items():
+        ratios = {
+            name: errors[learned][name] / min(errors[x][name] for x in fixed)
+            for name in names
+            if errors[fixed[0]][name] != errors[fixed[1]][name]
+        }
+        worst = max(ratios, key=ratios.__getitem__)
+        better = sum(ratio < 1 for ratio in ratios.values())
+        print(
+            f"{learned}: {better} of {len(ratios)} tensors better than the best of "
+            f"{' and '.join(fixed)}; at worst {ratios[worst]:.3f} of it, at {worst}"
+        )
+
+
 def leaf_names(tree: PyTree) -> list[str]:
     return [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(tree)]
 
@@ -193,16 +260,16 @@ def _compare(
 
 
 def summarize(
-    runs: list[dict[str, Any]], names: list[str], against: str = "flashoptim"
+    runs: list[dict[str, Any]], names: list[str], codecs: Iterable[str], against: str
 ) -> list[dict[str, Any]]:
     """The figures of each codec, over all steps and seeds."""
 
     def steps(codec: str, what: str, first: int) -> np.ndarray:
         return np.concatenate([np.asarray(run[codec][what])[first:] for run in runs])
 
-    mean = {codec: steps(codec, "error", FIRST_STEP).mean(axis=0) for codec in codecs()}
+    mean = {codec: steps(codec, "error", FIRST_STEP).mean(axis=0) for codec in codecs}
     rows = []
-    for codec in codecs():
+    for codec in codecs:
         largest = steps(codec, "largest", FIRST_STEP)
         sums = steps(codec, "sum", STEPS - LAST_STEPS).mean(axis=0)
         ratio = mean[codec] / mean[against]
@@ -224,7 +291,7 @@ def summarize(
     return rows
 
 
-def print_open_loop(b2: float, rows: list[dict[str, Any]]) -> None:
+def print_open_loop(b2: float, rows: list[dict[str, Any]], against: str) -> None:
     print(f"\nOpen loop, b2 = {b2}: mean error of the next update, steps 10 to {STEPS}")
     shown = "".join(f"{name:>15}" for name in SHOWN)
     print(f"{'codec':26}{shown}{'largest ratio':>15}{'worst':>10}{'sum of v':>16}")
@@ -235,7 +302,7 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]]) -> None:
             f"{row['codec']:26}{errors}{row['largest ratio']:15.2f}{row['worst']:10.2f}"
             f"{low:8.3f}-{high:.3f}"
         )
-    print("largest ratio: of any tensor's error to flashoptim's")
+    print(f"largest ratio: of any tensor's error to that of {against}")
 
 
 #
@@ -368,6 +435,11 @@ def parse_arguments() -> argparse.Namespace:
         "--closed-loop", action="store_true", help="train with each codec instead"
     )
     parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="the open loop of companding curves, one moment at a time",
+    )
+    parser.add_argument(
         "--weights",
         action="store_true",
         help="train with each way to store weights instead",
@@ -422,18 +494,22 @@ def main() -> None:
     else:
         key = jax.random.key(0)
         names = leaf_names(eqx.filter(GPT(key=key), eqx.is_inexact_array))
+        chosen = curves() if arguments.curves else codecs()
+        against = "default" if arguments.curves else "flashoptim"
         for b2 in (0.999, 0.95):
             run = ft.partial(
                 open_loop,
                 text,
                 b2=jnp.float32(b2),
-                chosen=tuple(codecs().items()),
+                chosen=tuple(chosen.items()),
                 batch=arguments.batch,
                 learning_rate=1e-3,
             )
             keys = jax.random.split(key, arguments.seeds)
-            rows = summarize([run(key) for key in keys], names)
-            print_open_loop(b2, rows)
+            rows = summarize([run(key) for key in keys], names, chosen, against)
+            print_open_loop(b2, rows, against)
+            if arguments.curves:
+                print_families(rows, names)
             results[f"b2 {b2}"] = rows
     print(f"\n{time.perf_counter() - start:.0f} s")
     if arguments.json is not None:
@@ -441,6 +517,7 @@ def main() -> None:
             "arguments": {
                 "closed_loop": arguments.closed_loop,
                 "weights": arguments.weights,
+                "curves": arguments.curves,
                 "seeds": arguments.seeds,
                 "steps": arguments.steps
                 if arguments.closed_loop or arguments.weights

@@ -131,6 +131,13 @@ def test_lowers_for_cuda(case):
     assert _kernels(optim, params) == 1
 
 
+@pytest.mark.parametrize("moments", ["log", "learned"])
+def test_curves_lower_for_cuda(moments):
+    params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))
+    optim = fq.adamw(1e-3, moments=moments, backend="gpu")
+    assert _kernels(optim, params) == 1
+
+
 def test_leaves_share_kernels():
     matrices = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(20)}
     vectors = {f"vector{i}": (40 + i,) for i in range(5)}
@@ -172,6 +179,15 @@ def test_kernel_on_a_gpu_is_plain_xla(case):
     grads = [arrays(_SHAPES, dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     run("gpu", make, arrays(_SHAPES, dtype, 0), grads, device=_gpus()[0])
+
+
+@_needs_gpu
+@pytest.mark.parametrize("moments", ["sqrt", "fourth_root", "log", "learned"])
+def test_curves_on_a_gpu_are_plain_xla(moments):
+    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(fq.adamw, 1e-2, moments=moments)
+    params = arrays(_SHAPES, jnp.bfloat16, 0)
+    run("gpu", make, params, grads, device=_gpus()[0])
 
 
 @_needs_gpu

@@ -274,6 +274,8 @@ _VARIANTS = {
     "adamw-dithered-weights": fq.adamw(
         1e-3, master_weight_bits=None, dither_weights=True, backend="tpu"
     ),
+    "adamw-learned": fq.adamw(1e-3, moments="learned", backend="tpu"),
+    "adamw-log": fq.adamw(1e-3, moments="log", backend="tpu"),
     "adamw-groups-of-64": fq.adamw(1e-3, group_size=64, backend="tpu"),
 }
 

@@ -5,10 +5,16 @@ from ._codec import (
     Dither as Dither,
     QuantMoment as QuantMoment,
 )
+from ._codecs.companded import CompandedCodec as CompandedCodec
 from ._codecs.fitted_log import FittedLogCodec as FittedLogCodec
 from ._codecs.flashoptim import FlashOptimCodec as FlashOptimCodec
 from ._codecs.full_precision import FullPrecision as FullPrecision
 from ._codecs.softsign import SoftsignCodec as SoftsignCodec
+from ._curves import (
+    AbstractCurve as AbstractCurve,
+    MuLawCurve as MuLawCurve,
+    RationalCurve as RationalCurve,
+)
 from ._moment_codecs import MomentCodecs as MomentCodecs
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._rule import AbstractRule as AbstractRule

@@ -41,6 +41,21 @@ class StepStructure(eqx.Module):
     def codec_of(self) -> dict[str, AbstractMomentCodec]:
         return dict(zip(self.rule.moments, self.codecs, strict=True))
 
+    def codecs_before_and_after(
+        self, scalars: "StepScalars"
+    ) -> tuple[dict[str, AbstractMomentCodec], dict[str, AbstractMomentCodec]]:
+        """What decodes the old moments, and what encodes the new ones."""
+        before, after = (
+            {
+                name: codec.with_parameter(
+                    scalars.leaf.parameters.get(name, (None, None))[i]
+                )
+                for name, codec in self.codec_of.items()
+            }
+            for i in (0, 1)
+        )
+        return before, after
+
     def factors(
         self, scalars: "StepScalars"
     ) -> dict[str, tuple[Scalar | None, Scalar | None]]:
@@ -50,27 +65,35 @@ class StepStructure(eqx.Module):
         return {name: (value(old), value(new)) for name, (old, new) in names.items()}
 
 
+class LeafScalars(eqx.Module):
+    """What of a step is the same for all elements of a leaf, but not for all leaves."""
+
+    number: Scalar
+    # Of moments whose codec learns, by their names: its parameter before the step, by
+    # which they are decoded, and after.
+    parameters: dict[str, tuple[Scalar, Scalar]]
+
+
 class StepScalars(eqx.Module):
-    """What of a step is the same for all elements of a leaf: computed once. Leaves that
-    have the same ones differ in their number alone."""
+    """What of a step is the same for all elements of a leaf: computed once."""
 
     rule: dict[str, Scalar]
     # Of decoupled decay, the factor on the weight; of L2 regularization, the
     # coefficient. None for a leaf without decay.
     decay: Scalar | None
-    # Of this step, from 0; and of the leaf.
+    # Of this step, from 0.
     count: Scalar
-    leaf: Scalar
+    leaf: LeafScalars
     # Whether to take this step at all. None if that was not asked.
     take: Bool[Array, ""] | None
 
     @property
     def dither(self) -> Dither:
-        return Dither.at(self.count, self.leaf)
+        return Dither.at(self.count, self.leaf.number)
 
     @property
     def weight_threshold(self) -> Scalar:
-        return rounding_threshold(self.count, self.leaf)
+        return rounding_threshold(self.count, self.leaf.number)
 
 
 class TileState(eqx.Module):
@@ -106,7 +129,7 @@ def update_tile(
     The new state of the tile. With `structure.as_update`, `weight` is not the new
     weight but the update, as from [`advance`][].
     """
-    codecs = structure.codec_of
+    codecs, new_codecs = structure.codecs_before_and_after(scalars)
     dtype = compute_dtype(old.weight.dtype)
     factors = structure.factors(scalars)
     moments = {
@@ -126,7 +149,7 @@ def update_tile(
         keep_unmoved,
     )
     codes, scales = {}, {}
-    for name, codec in codecs.items():
+    for name, codec in new_codecs.items():
         codes[name], scales[name] = codec.encode(
             moments[name], axis, scalars.dither, factors[name][1]
         )

@@ -147,12 +147,18 @@ def peak(
 def moment_codecs(call: str, moments: Any) -> MomentCodecs:
     if isinstance(moments, MomentCodecs):
         return moments
-    if isinstance(moments, str) and moments in MomentCodecs.names():
+    known = MomentCodecs.names()
+    is_name = lambda x: isinstance(x, str) and x in known
+    is_pair = isinstance(moments, (tuple, list)) and len(moments) == 2
+    if is_name(moments):
         return MomentCodecs.named(moments)
-    names = ", ".join(repr(name) for name in MomentCodecs.names())
+    if is_pair and all(map(is_name, moments)):
+        return MomentCodecs.named((moments[0], moments[1]))
+    names = ", ".join(map(repr, known))
     raise ValueError(
-        f"`{call}(moments=...)` must be one of {names} or a "
-        f"`flashquinox.MomentCodecs`; got {moments!r}."
+        f"`{call}(moments=...)` must be one of {names}, a pair of these (for signed "
+        "moments and for averages of squares), or a `flashquinox.MomentCodecs`; got "
+        f"{moments!r}."
     )
 
 

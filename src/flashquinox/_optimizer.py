@@ -83,7 +83,7 @@ def optimizer(
     peak_learning_rate: ScalarLike | None = None,
     mask: Mask | None = None,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
@@ -111,9 +111,10 @@ def optimizer(
     - `master_weight_bits`: the precision in which bfloat16 and float16 weights
         accumulate updates. 24 adds an `int8` correction per weight, 32 an `int16`;
         `None` none.
-    - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"flashoptim"` (8
-        bits, the paper's codec), `"float32"` (uncompressed), or a
-        [`flashquinox.MomentCodecs`][].
+    - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"learned"` (8 bits,
+        by curves that follow the moments), `"flashoptim"` (8 bits, the paper's codec),
+        `"float32"` (uncompressed), another name or a pair of names in
+        [`flashquinox.MomentCodecs`][], or one of these.
     - `group_size`: how many elements share a scale: a multiple of 16 from 16 to 128.
     - `skip_nonfinite`: if `True`, a step with a NaN or an infinity in any gradient
         changes neither weights nor state. If `False`, it damages the leaves it came to,
@@ -172,7 +173,7 @@ def build_optimizer(
     peak_learning_rate: ScalarLike | None,
     mask: Mask | None,
     master_weight_bits: Integer | Array | None,
-    moments: str | MomentCodecs,
+    moments: str | tuple[str, str] | MomentCodecs,
     group_size: Integer | Array,
     skip_nonfinite: bool,
     dither_weights: bool,

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree, Scalar, ScalarLike
 from . import _checks as checks, _sharding
 from ._backends import dispatch, sharded
 from ._backends.dispatch import Backend, LeafStep
-from ._body import no_update, StepScalars, StepStructure, TileState
+from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import Unknown
@@ -205,20 +205,29 @@ class Transformation(eqx.Module):
                         rule=rule_values,
                         decay=decay if decayed[index] else None,
                         count=state.count,
-                        leaf=jnp.asarray(index, jnp.uint32),
+                        leaf=LeafScalars(
+                            jnp.asarray(index, jnp.uint32), _parameters(stored)
+                        ),
                         take=take,
                     ),
                     grad,
                     _tile_state(leaf, stored, corrections[index]),
                 )
             )
+        steps = sharded.learn(steps, divided)
         updated = sharded.update_leaves(self.backend, steps, divided)
-        for (index, stored), new in zip(trained.items(), updated, strict=True):
+        for (index, stored), step, new in zip(
+            trained.items(), steps, updated, strict=True
+        ):
+            parameters = step.scalars.leaf.parameters
             new_values[index] = new.weight
             new_corrections[index] = new.correction
             for name in moments:
                 new_moments[name][index] = _store(
-                    stored[name], new.codes[name], new.scales[name]
+                    stored[name],
+                    new.codes[name],
+                    new.scales[name],
+                    parameters.get(name, (None, None))[1],
                 )
 
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -335,6 +344,17 @@ def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
     )
 
 
+def _parameters(
+    stored: dict[str, StoredMoment],
+) -> dict[str, tuple[Scalar, Scalar]]:
+    """Of moments whose codecs learn: nothing is learned in this step yet."""
+    return {
+        name: (moment.parameter, moment.parameter)
+        for name, moment in stored.items()
+        if isinstance(moment, QuantMoment) and moment.parameter is not None
+    }
+
+
 def _tile_state(
     leaf: Leaf, stored: dict[str, StoredMoment], correction: Correction | None
 ) -> TileState:
@@ -346,7 +366,10 @@ def _tile_state(
     return TileState(jnp.asarray(leaf.value), correction, codes, scales)
 
 
-def _store(like: StoredMoment, codes: Array, scales: Array | None) -> StoredMoment:
+def _store(
+    like: StoredMoment, codes: Array, scales: Array | None, parameter: Scalar | None
+) -> StoredMoment:
     if not isinstance(like, QuantMoment):
         return codes
-    return eqx.tree_at(lambda q: (q.codes, q.scales), like, (codes, scales))
+    assert scales is not None
+    return QuantMoment(codes, scales, like.axis, like.group_size, like.codec, parameter)

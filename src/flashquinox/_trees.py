@@ -61,7 +61,7 @@ def match(
             values.append(entries[found])
             continue
         parts = {path: _key(path) for path in entries if path[:-1] == leaf.path}
-        if set(parts.values()) != {"codes", "scales"}:
+        if set(parts.values()) - {"parameter"} != {"codes", "scales"}:
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
                 f"a leaf. Pass a `{name}` of the structure of the model"

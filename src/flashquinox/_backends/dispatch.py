@@ -8,9 +8,9 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
-from .._body import StepScalars, StepStructure, TileState
+from .._body import LeafScalars, StepScalars, StepStructure, TileState
 from .._layout import Layout
 from . import gpu, tpu, xla
 
@@ -123,12 +123,14 @@ def _one_by_one(
     structure: StepStructure,
     layouts: list[Layout],
     scalars: StepScalars,
-    leaves: tuple[Scalar, ...],
+    leaves: tuple[LeafScalars, ...],
     grads: tuple[Array, ...],
     old: tuple[TileState, ...],
     **options: Any,
 ) -> tuple[TileState, ...]:
-    def one(layout: Layout, leaf: Scalar, grad: Array, old: TileState) -> TileState:
+    def one(
+        layout: Layout, leaf: LeafScalars, grad: Array, old: TileState
+    ) -> TileState:
         of_leaf = eqx.tree_at(lambda x: x.leaf, scalars, leaf)
         return update_leaf(structure, layout, of_leaf, grad, old, **options)
 

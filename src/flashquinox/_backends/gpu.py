@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Scalar
 
-from .._body import StepScalars, StepStructure, TileState, update_tile
+from .._body import LeafScalars, StepScalars, StepStructure, TileState, update_tile
 from .._layout import Layout
 from ._gpu_arithmetic import ARITHMETIC
 from ._kernel_arithmetic import Arithmetic
@@ -74,22 +74,23 @@ def update_leaves(
     structure: StepStructure,
     views: "tuple[View, ...]",
     scalars: StepScalars,
-    leaves: tuple[Scalar, ...],
+    leaves: tuple[LeafScalars, ...],
     grads: tuple[Float[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike, and of which this backend has views.
-    `leaves` are their numbers, of which `scalars` has one."""
+    `leaves` are their own scalars, of which `scalars` has one's."""
     tiles = np.cumsum([0, *(view.tiles for view in views)])
     # One array, which is the same for all kernels of a step, and a constant: every
     # other one that XLA must make is another launch.
-    number = lambda x: x.leaf
-    floats, integers, unpack = pack(eqx.tree_at(number, scalars, None))
+    of_one = lambda x: x.leaf
+    floats, integers, unpack = pack(eqx.tree_at(of_one, scalars, None))
     words = lax.bitcast_convert_type(floats, jnp.int32)
+    own, own_structure = jtu.tree_flatten(scalars.leaf)
     arguments = (
         jnp.concatenate([words, integers]),
-        jnp.stack(leaves).astype(jnp.int32),
+        jnp.stack([_word(x) for x in jtu.tree_leaves(leaves)]),
     )
     operands = tuple(
         view.see(x) for view, x in zip(views, zip(grads, old, strict=True), strict=True)
@@ -119,7 +120,11 @@ def update_leaves(
             lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
             lambda i: words[len(floats) + i],
         )
-        here = eqx.tree_at(number, here, leaves[leaf], is_leaf=lambda x: x is None)
+        own_words = [leaves[leaf * len(own) + i] for i in range(len(own))]
+        own_here = jtu.tree_unflatten(
+            own_structure, map(_of_word, own_words, [x.dtype for x in own])
+        )
+        here = eqx.tree_at(of_one, here, own_here, is_leaf=lambda x: x is None)
         update = lambda scalars, *tile: update_tile(
             structure, scalars, views[0].axis, *tile, keep_unmoved=False
         )
@@ -146,6 +151,19 @@ def update_leaves(
     )(*arguments, *arrays)
     new = jtu.tree_unflatten(state_treedef, new)
     return jtu.tree_map(lambda x, like: x.reshape(like.shape), new, old)
+
+
+def _word(x: Scalar) -> Scalar:
+    """A scalar in 32 bits."""
+    if x.dtype == jnp.float32:
+        return lax.bitcast_convert_type(x, jnp.int32)
+    return x.astype(jnp.int32)
+
+
+def _of_word(word: Any, dtype: Any) -> Any:
+    if dtype == jnp.float32:
+        return lax.bitcast_convert_type(word, jnp.float32)
+    return word
 
 
 def _choose(index: Any, branches: Sequence[Callable[[], Any]], first: int = 0) -> Any:

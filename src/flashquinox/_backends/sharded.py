@@ -11,9 +11,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .. import _sharding
+from .. import _learning, _sharding
 from .._body import TileState
 from .._layout import Layout
 from . import dispatch
@@ -77,6 +77,77 @@ def all_finite(
         specs = tuple(sharding.spec for i in indices if (sharding := shardings[i]))
         finite &= _all_parts_finite(mesh, specs, here)
     return finite
+
+
+def learn(
+    steps: list[LeafStep], shardings: list[NamedSharding | None]
+) -> list[LeafStep]:
+    """The same steps with the parameters of codecs that learn. Every few steps they are
+    fitted: of leaves that are divided, to all parts, with one collective for a mesh, of
+    four numbers per moment."""
+    new = list(steps)
+    for mesh, indices in _by_mesh(shardings).items():
+        chosen = [i for i in indices if _learns(steps[i], shardings[i])]
+        if not chosen:
+            continue
+        here = [steps[i] for i in chosen]
+        divided = tuple(shardings[i] for i in chosen)
+        learned = _learn(mesh, divided, here)
+        for i, parameters in zip(chosen, learned, strict=True):
+            new[i] = eqx.tree_at(
+                lambda step: step.scalars.leaf.parameters, steps[i], parameters
+            )
+    return new
+
+
+def _learns(step: LeafStep, sharding: NamedSharding | None) -> bool:
+    # Of groups that lie in several parts, a part does not know its scales.
+    whole = sharding is None or _sharding.holds_whole_groups(step.layout, sharding)
+    return bool(_learning.learned_names(step.structure)) and whole
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _learn(
+    mesh: Mesh | AbstractMesh | None,
+    shardings: tuple[NamedSharding | None, ...],
+    steps: list[LeafStep],
+) -> list[dict[str, tuple[Scalar, Scalar]]]:
+    """For each leaf, the parameters before this step and after."""
+    axes = () if mesh is None else tuple(_sharding.free_axes(mesh))
+    count = steps[0].scalars.count
+    names = [_learning.learned_names(step.structure) for step in steps]
+    keys = [(i, name) for i, of_leaf in enumerate(names) for name in of_leaf]
+    codecs: list[Any] = [steps[i].structure.codec_of[name] for i, name in keys]
+
+    def fit(steps: list[LeafStep]) -> list[Scalar]:
+        old = [steps[i].scalars.leaf.parameters[name][0] for i, name in keys]
+
+        def fitted() -> list[Scalar]:
+            observations = [
+                observation
+                for step in map(_with_own_shape, steps)
+                for observation in _learning.observe(
+                    step.structure, step.layout, step.scalars, step.old
+                )
+            ]
+            slopes = _learning.slopes(codecs, observations, old)
+            return _learning.follow(old, lax.psum(slopes, axes))
+
+        return lax.cond(_learning.is_due(count), fitted, lambda: old)
+
+    if mesh is not None:
+        in_specs = [
+            _specs(step, sharding)
+            for step, sharding in zip(steps, shardings, strict=True)
+            if sharding is not None
+        ]
+        fit = _on_parts(fit, mesh, (in_specs,), PartitionSpec())
+    learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
+    for (i, name), new in zip(keys, fit(steps), strict=True):
+        old = steps[i].scalars.leaf.parameters[name][0]
+        take = steps[i].scalars.take
+        learned[i][name] = old, new if take is None else jnp.where(take, new, old)
+    return learned
 
 
 @partial(jax.jit, static_argnums=(0, 1))

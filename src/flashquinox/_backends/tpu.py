@@ -271,18 +271,19 @@ class _Kernel:
         scratch: "_Scratch",
     ) -> None:
         evaluate = self.arithmetic.evaluate
-        codecs = self.structure.codec_of
+        codecs, new_codecs = self.structure.codecs_before_and_after(scalars)
         factors = self.structure.factors(scalars)
 
         dequantizers = {}
         for name, codec in codecs.items():
             scales = old.scales[name]
-            dequantizer = lambda scales, factor, codec=codec: codec.dequantizer(
+            dequantizer = lambda codec, scales, factor: codec.dequantizer(
                 scales, factor, jnp.float32
             )
             dequantizers[name] = scratch.put_constants(
                 evaluate(
                     dequantizer,
+                    codec,
                     None if scales is None else scales[at.groups],
                     factors[name][0],
                 )
@@ -313,15 +314,16 @@ class _Kernel:
 
         quantizers = {}
         first = 0
-        for name, codec in codecs.items():
+        for name, codec in new_codecs.items():
             reductions = _reductions(codec)
             statistics = tuple(
                 scratch.reduced(first + i, reduction, self.groups)
                 for i, reduction in enumerate(reductions)
             )
             first += len(reductions)
+            fit = lambda codec, *args: codec.fit(*args)
             scales, quantizer = evaluate(
-                codec.fit, statistics, factors[name][1], dither
+                fit, codec, statistics, factors[name][1], dither
             )
             target = new.scales[name]
             if target is not None:
@@ -331,7 +333,7 @@ class _Kernel:
         for group in range(self.groups):
             first = 0
             for name, codec in codecs.items():
-                count = _Counts.of(codec).prepared
+                count = _Counts.of(self.structure.codec_of[name]).prepared
                 codes = evaluate(
                     codec.quantize,
                     scratch.prepared(first, count, group, self.group_size),

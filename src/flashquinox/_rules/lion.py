@@ -75,7 +75,7 @@ def lion(
     decouple_lr: bool = False,
     peak_learning_rate: ScalarLike | None = None,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
