@@ -173,7 +173,8 @@ def _fit(kind: str, x: np.ndarray, root: int, start: float, fits: int = 60):
         codes, _ = encoder.encode(jnp.asarray(x), -1, dither)
         n = encoder.normalized(codes, jnp.float32).ravel()
         observed = _learning.Observation(n, jnp.zeros_like(n))
-        return _learning.follow([a], _learning.slopes([codec], [observed], [a]))[0]
+        slopes = _learning.slopes([codec], [observed], [a])
+        return _learning.follow([a], slopes, jnp.int32(0))[0]
 
     return float(jax.lax.fori_loop(0, fits, fit, jnp.float32(start)))
 
@@ -228,12 +229,17 @@ def test_nothing_is_learned_from_nothing():
     old = [jnp.float32(2.5)]
     for n, weight in [(0.0, 1.0), (0.0, np.nan), (np.nan, 1.0)]:
         observed = _learning.Observation(zeros + n, zeros + weight)
-        new = _learning.follow(old, _learning.slopes([codec], [observed], old))
-        assert tree_identical(new, old)
+        slopes = _learning.slopes([codec], [observed], old)
+        assert tree_identical(_learning.follow(old, slopes, jnp.int32(0)), old)
     # Where no weight is finite, the moment's own error counts.
     observed = _learning.Observation(zeros + 0.01, zeros + np.inf)
-    new = _learning.follow(old, _learning.slopes([codec], [observed], old))
-    assert new[0] > old[0]
+    slopes = _learning.slopes([codec], [observed], old)
+    assert _learning.follow(old, slopes, jnp.int32(0))[0] > old[0]
+    # And later, what is worth it.
+    late = jnp.int32(_learning._LATE)
+    for slope, moves in [(0.9, True), (-0.9, True), (0.2, False), (-0.2, False)]:
+        slopes = jnp.asarray([[[1.0, slope], [0.0, 0.0]]])
+        assert (_learning.follow(old, slopes, late)[0] != old[0]) == moves
 
 
 @pytest.mark.parametrize(

@@ -148,12 +148,12 @@ def moment_codecs(call: str, moments: Any) -> MomentCodecs:
     if isinstance(moments, MomentCodecs):
         return moments
     known = MomentCodecs.names()
-    is_name = lambda x: isinstance(x, str) and x in known
-    is_pair = isinstance(moments, (tuple, list)) and len(moments) == 2
-    if is_name(moments):
+    if isinstance(moments, str) and moments in known:
         return MomentCodecs.named(moments)
-    if is_pair and all(map(is_name, moments)):
-        return MomentCodecs.named((moments[0], moments[1]))
+    if isinstance(moments, (tuple, list)) and len(moments) == 2:
+        signed, nonnegative = moments
+        if signed in known and nonnegative in known:
+            return MomentCodecs.named((signed, nonnegative))
     names = ", ".join(map(repr, known))
     raise ValueError(
         f"`{call}(moments=...)` must be one of {names}, a pair of these (for signed "

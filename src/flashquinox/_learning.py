@@ -22,12 +22,18 @@ from ._layout import Layout
 from ._split import compute_dtype
 
 
-# Elements of a leaf. They are others in each fit.
-_SAMPLE = 1024
+# Elements of a leaf, and how many of them along its groups at least. They are others
+# in each fit.
+_SAMPLE, _ALONG = 4096, 16
 # Steps between fits, at first and then.
 _EARLY, _LATE = 4, 64
+# Until when the parameter is free to move. After that, only where a sample says that
+# there are some percent to gain: all codes are rounded again when it moves, and errors
+# of what is seldom updated, such as rows of an embedding, would add up.
+_SETTLED = 32
+_FLAT = 0.5
 # In units of the logarithm of 1 + a, of which the largest value is this.
-_RATE = 0.5
+_RATE = 0.25
 _LARGEST = math.log1p(1e4)
 
 
@@ -41,7 +47,7 @@ class Observation(NamedTuple):
 
 def is_due(count: Int32[Array, ""]) -> Bool[Array, ""]:
     """Whether this step begins with a fit."""
-    return count % jnp.where(count < _LATE, _EARLY, _LATE) == 0
+    return count % jnp.where(count <= _SETTLED, _EARLY, _LATE) == 0
 
 
 def learned_names(structure: StepStructure) -> list[str]:
@@ -130,9 +136,11 @@ def slopes(
 
 
 def follow(
-    parameters: Sequence[Scalar], slopes: Float32[Array, "moments 2 2"]
+    parameters: Sequence[Scalar],
+    slopes: Float32[Array, "moments 2 2"],
+    count: Int32[Array, ""],
 ) -> list[Scalar]:
-    """A step down these slopes. If there are none, no step."""
+    """A step down these slopes, where there are any."""
     old = jnp.stack(list(parameters))
     slope = jnp.where(slopes[:, :1, 0] > 0, slopes[:, 0], slopes[:, 1])
     error, derivative = slope[:, 0], slope[:, 1]
@@ -140,19 +148,16 @@ def follow(
     relative = jnp.where(known, derivative, 0) / jnp.where(known, error, 1)
     logs = jnp.log1p(old) - _RATE * jnp.clip(relative, -1, 1)
     new = jnp.expm1(jnp.clip(logs, 0, _LARGEST))
-    return list(jnp.where(known, new, old))
+    worth_it = (count <= _SETTLED) | (jnp.abs(relative) > _FLAT)
+    return list(jnp.where(known & worth_it, new, old))
 
 
 def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:
     """Functions that take a sample of a leaf, and the scales of its elements."""
     shape = (math.prod(layout.shape),) if layout.axis is None else layout.shape
     indices: list[Any] = [None] * len(shape)
-    wanted, left = _SAMPLE, len(shape)
-    # As even a share of every axis as their lengths allow.
-    for axis in sorted(range(len(shape)), key=lambda i: shape[i]):
-        length = shape[axis]
-        size = min(length, max(1, int(wanted ** (1 / left) + 1e-9)))
-        wanted, left = wanted // size, left - 1
+    sizes = _sizes(shape, layout.tile_axis % len(shape))
+    for axis, (length, size) in enumerate(zip(shape, sizes, strict=True)):
         # Which begins elsewhere each time.
         turn = count.astype(jnp.uint32) * np.uint32(0x9E3779B9) >> 8
         start = turn.astype(jnp.float32) * np.float32(2.0**-24 * length)
@@ -172,3 +177,20 @@ def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:
         return take(x, of_groups)
 
     return elements, groups
+
+
+def _sizes(shape: tuple[int, ...], group_axis: int) -> list[int]:
+    """How many places of each axis a sample is of. Few along groups, whose elements are
+    alike: the rows of an embedding are not."""
+    along = min(shape[group_axis], _ALONG)
+    wanted, left = _SAMPLE // along, len(shape) - 1
+    sizes = [0] * len(shape)
+    # As even a share of the others as their lengths allow.
+    for axis in sorted(range(len(shape)), key=lambda i: shape[i]):
+        if axis == group_axis:
+            continue
+        sizes[axis] = min(shape[axis], max(1, int(wanted ** (1 / left) + 1e-9)))
+        wanted, left = wanted // sizes[axis], left - 1
+    # And what is left.
+    sizes[group_axis] = min(shape[group_axis], along * max(1, wanted))
+    return sizes

@@ -131,7 +131,7 @@ def _learn(
                 )
             ]
             slopes = _learning.slopes(codecs, observations, old)
-            return _learning.follow(old, lax.psum(slopes, axes))
+            return _learning.follow(old, lax.psum(slopes, axes), count)
 
         return lax.cond(_learning.is_due(count), fitted, lambda: old)
 
