@@ -140,6 +140,12 @@ def test_leaves_share_kernels():
     assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 3 + 1
 
 
+def test_equal_leaves_are_one_kernel():
+    """12 of them take it twice, with 6 at a time, and not with 8 and with 4."""
+    params = _shapes(jnp.bfloat16, **{f"matrix{i}": (64, 64) for i in range(12)})
+    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 1
+
+
 def test_is_the_default_for_gpus():
     """Where the device is known. Elsewhere, plain XLA is lowered for CUDA."""
     params = _shapes(jnp.bfloat16, matrix=(70, 64))
