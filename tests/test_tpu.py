@@ -32,6 +32,7 @@ _ODD_SHAPES = {
     "high": (1056, 130),
     "deep": (2, 3, 32, 128),
     "wide": (32, 700),
+    "transposed": (2, 128, 96),
 }
 
 
@@ -179,6 +180,7 @@ def test_support():
         )
 
     assert supports((32, 1)) and supports((5, 64, 100))
+    assert supports((5, 256, 96), axis=-1) and not supports((256, 90), axis=-1)
     assert not supports((33, 128)) and not supports((32, 128), axis=-1)
     assert not supports((32, 128), group_size=16)
     assert not supports((32, 128), dtype=jnp.float16)
@@ -295,6 +297,18 @@ def test_compiles_without_temporaries(chip, variant):
     # the scalars.
     assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
     assert memory.temp_size_in_bytes <= 2**20
+
+
+@pytest.mark.parametrize("variant", ["adamw", "sgdw"])
+@pytest.mark.parametrize("shape", [(2, 1024, 832), (2, 4096, 64), (640, 576)])
+def test_compiles_what_lies_transposed(shape, variant):
+    """Columns that are no multiple of 128 are the rows in memory. Scales are copied,
+    but no array with an entry for each element."""
+    optim = _VARIANTS[variant]
+    params = {"stack": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    compiled = _compile("v5e", optim, params, params)
+    assert "tpu_custom_call" in _text(compiled)
+    assert compiled.memory_analysis().temp_size_in_bytes < math.prod(shape)
 
 
 @pytest.mark.parametrize("chip", _TOPOLOGIES)
