@@ -109,8 +109,8 @@ class Arithmetic:
             pattern = self.canonical_pattern(operands[0].array)
             return _Value(lax.bitcast_convert_type(pattern, jnp.uint32))
         if name == ROUNDED_QUOTIENT:
-            operands = jnp.broadcast_arrays(*(x.array for x in operands))
-            return _Value(self.rounded_quotient(*operands))
+            x, y = jnp.broadcast_arrays(*(operand.array for operand in operands))
+            return _Value(self.rounded_quotient(x, y))
         if name == ROUNDED_ROOT:
             return _Value(self.rounded_root(operands[0].array))
         return None
