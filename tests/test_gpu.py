@@ -16,7 +16,7 @@ from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
 from .helpers import Case, float64, parametrize_cases, Storage
-from .kernels import arrays, compiling_for, run
+from .kernels import arrays, compiling_for, run, run_ensemble
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -29,6 +29,8 @@ _SHAPES = {
     "vector": (40,),
     "ragged": (37, 5),
 }
+# Of three models.
+_ENSEMBLE = {"matrix": (3, 64, 128), "other": (3, 96, 64), "vector": (3, 40)}
 # Of groups along rows: lanes that fill a tile and some that do not, and leading axes.
 _ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}
 
@@ -83,6 +85,10 @@ def test_leaves_with_and_without_decay():
     grads = [arrays({name: (64, 64) for name in "abcd"}, jnp.bfloat16, 1)]
     make = ft.partial(fq.adamw, 1e-2, weight_decay=0.1, mask=mask)
     run("gpu", make, params, grads)
+
+
+def test_ensembles():
+    run_ensemble("gpu", _ENSEMBLE)
 
 
 def _step(shape, group_size=32, axis: int | None = -1, dtype=jnp.bfloat16):
@@ -147,6 +153,12 @@ def test_leaves_share_kernels():
     assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 3 + 1
 
 
+def test_equal_leaves_are_one_kernel():
+    """12 of them take it twice, with 6 at a time, and not with 8 and with 4."""
+    params = _shapes(jnp.bfloat16, **{f"matrix{i}": (64, 64) for i in range(12)})
+    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 1
+
+
 def test_is_the_default_for_gpus():
     """Where the device is known. Elsewhere, plain XLA is lowered for CUDA."""
     params = _shapes(jnp.bfloat16, matrix=(70, 64))
@@ -200,6 +212,11 @@ def test_millions_of_codes_on_a_gpu(name, groups_of):
     params = arrays(shapes, jnp.bfloat16, 0)
     make = ft.partial(Case(name, _ours).optimizer, 1e-2)
     run("gpu", make, params, grads, groups_of=groups_of, device=_gpus()[0])
+
+
+@_needs_gpu
+def test_ensembles_on_a_gpu():
+    run_ensemble("gpu", _ENSEMBLE, device=_gpus()[0])
 
 
 @_needs_gpu

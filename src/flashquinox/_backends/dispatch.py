@@ -74,10 +74,18 @@ def _batches(
         most = next(iter(same_kind)).most_leaves
         rest = []
         for indices in same_kind.values():
-            whole = len(indices) // most * most
-            yield from _split(indices[:whole], most)
+            size = _even_size(len(indices), most)
+            whole = len(indices) // size * size
+            yield from _split(indices[:whole], size)
             rest += indices[whole:]
         yield from _split(rest, most)
+
+
+def _even_size(number: int, most: int) -> int:
+    """How many of so many equal leaves shall share a kernel: where that can be, so many
+    that none are left."""
+    sizes = range(most, most // 2, -1)
+    return next((size for size in sizes if number % size == 0), most)
 
 
 def _split(indices: list[int], most: int) -> list[list[int]]:

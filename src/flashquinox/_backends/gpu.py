@@ -7,19 +7,23 @@ all are the same.
 
 import abc
 import dataclasses
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxlib.triton import dialect
 from jaxtyping import Array, Float, Scalar
 
 from .._body import LeafScalars, StepScalars, StepStructure, TileState, update_tile
@@ -30,6 +34,12 @@ from ._scalars import pack
 
 
 _LARGEST_GROUP = 256
+
+# At every operation of a kernel, jaxlib looks on the disk for the module of its
+# dialect, by this name. It has another one, and to look is half of lowering's time.
+_DIALECT = "jaxlib.mlir.dialects.tt"
+if importlib.util.find_spec(_DIALECT) is None:
+    sys.modules[_DIALECT] = dialect
 
 
 def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
@@ -100,6 +110,8 @@ def update_leaves(
     numbers = jtu.tree_unflatten(treedef, range(len(arrays)))
     state_numbers, state_treedef = jtu.tree_flatten(tuple(x for _, x in numbers))
 
+    update = _traced_update(structure, views[0], interpret, scalars, grads[0], old[0])
+
     def kernel(words, leaves, *refs):
         inputs = jtu.tree_unflatten(treedef, refs[: len(arrays)])
         outputs = jtu.tree_unflatten(state_treedef, refs[len(arrays) :])
@@ -125,11 +137,8 @@ def update_leaves(
             own_structure, map(_of_word, own_words, [x.dtype for x in own])
         )
         here = eqx.tree_at(of_one, here, own_here, is_leaf=lambda x: x is None)
-        update = lambda scalars, *tile: update_tile(
-            structure, scalars, views[0].axis, *tile, keep_unmoved=False
-        )
-        arithmetic = Arithmetic() if interpret else ARITHMETIC
-        new = arithmetic.evaluate(update, here, grad, tile)
+        here = jtu.tree_map(lambda x, like: x.astype(like.dtype), here, scalars)
+        new = update(here, grad, tile)
         of_leaf(lambda i, tile: views[i].store(outputs[i], tile, new))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -164,6 +173,47 @@ def _of_word(word: Any, dtype: Any) -> Any:
     if dtype == jnp.float32:
         return lax.bitcast_convert_type(word, jnp.float32)
     return word
+
+
+def _traced_update(
+    structure: StepStructure,
+    view: "View",
+    interpret: bool,
+    scalars: StepScalars,
+    grad: Float[Array, "..."],
+    old: TileState,
+) -> Callable[[StepScalars, Array, TileState], TileState]:
+    """`update_tile` of one tile of such leaves. In a kernel, JAX would trace it anew
+    for each kernel; here only for each sort of tile."""
+    shape_of = lambda x, shape: jax.ShapeDtypeStruct(shape, x.dtype)
+    tile = _map(
+        lambda x: shape_of(x, view.tile_shape),
+        lambda x: shape_of(x, view.group_tile_shape),
+        (grad, old),
+    )
+    scalars = jtu.tree_map(lambda x: shape_of(x, x.shape), scalars)
+    traced = _update_tile.trace(structure, view.axis, interpret, scalars, *tile)
+    function = jex.jaxpr_as_fun(traced.jaxpr)
+    out_structure = jtu.tree_structure(traced.out_info)
+    return lambda *args: jtu.tree_unflatten(
+        out_structure, function(*jtu.tree_leaves(args))
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _update_tile(
+    structure: StepStructure,
+    axis: int,
+    interpret: bool,
+    scalars: StepScalars,
+    grad: Float[Array, "*tile"],
+    old: TileState,
+) -> TileState:
+    arithmetic = Arithmetic() if interpret else ARITHMETIC
+    update = lambda scalars, *tile: update_tile(
+        structure, scalars, axis, *tile, keep_unmoved=False
+    )
+    return arithmetic.evaluate(update, scalars, grad, old)
 
 
 def _choose(index: Any, branches: Sequence[Callable[[], Any]], first: int = 0) -> Any:
@@ -222,6 +272,14 @@ class View(abc.ABC):
     @property
     @abc.abstractmethod
     def group_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abc.abstractmethod
+    def tile_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abc.abstractmethod
+    def group_tile_shape(self) -> tuple[int, ...]: ...
 
     @abc.abstractmethod
     def place(self, tile: Tile) -> "_Place":
@@ -320,12 +378,18 @@ class Lanes(View):
     def group_shape(self) -> tuple[int, ...]:
         return (self.groups,)
 
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return self._groups_of_tile, self.group_size
+
+    @property
+    def group_tile_shape(self) -> tuple[int, ...]:
+        return (self._groups_of_tile,)
+
     def place(self, tile: Tile) -> _Place:
         groups, mask = _span(tile.index, self._groups_of_tile, self.groups)
         if mask is not None:
-            mask = jnp.broadcast_to(
-                mask[:, None], (self._groups_of_tile, self.group_size)
-            )
+            mask = jnp.broadcast_to(mask[:, None], self.tile_shape)
         return _Place((groups, slice(None)), mask)
 
     def group_place(self, tile: Tile) -> _Place:
@@ -366,6 +430,14 @@ class Rows(View):
         return self.matrices, self.columns
 
     @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return self.group_size, self._columns_of_tile
+
+    @property
+    def group_tile_shape(self) -> tuple[int, ...]:
+        return (self._columns_of_tile,)
+
+    @property
     def _columns_of_tile(self) -> int:
         return max(self.neighbours, self.tile // self.group_size)
 
@@ -385,8 +457,7 @@ class Rows(View):
     def place(self, tile: Tile) -> _Place:
         matrix, columns, mask = self._where(tile)
         if mask is not None:
-            shape = self.group_size, self._columns_of_tile
-            mask = jnp.broadcast_to(mask[None, :], shape)
+            mask = jnp.broadcast_to(mask[None, :], self.tile_shape)
         return _Place((matrix, slice(None), columns), mask)
 
     def group_place(self, tile: Tile) -> _Place:
@@ -417,6 +488,14 @@ class Elements(View):
 
     @property
     def group_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return (self.tile,)
+
+    @property
+    def group_tile_shape(self) -> tuple[int, ...]:
         return ()
 
     def place(self, tile: Tile) -> _Place:
