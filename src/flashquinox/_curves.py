@@ -8,6 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
+from ._arithmetic import rounded_quotient
+
 
 class AbstractCurve(eqx.Module):
     """An increasing curve from [0, 1], which is the magnitude of an element in units of
@@ -82,7 +84,7 @@ class RationalCurve(AbstractCurve):
         a = self.a if parameter is None else parameter
         if isinstance(a, float) and a == 0:
             return n
-        return (1 + a) * (n / (1 + a * n))
+        return (1 + a) * rounded_quotient(n, 1 + a * n)
 
     def expand(
         self, y: Float[Array, "*tile"], parameter: Scalar | None

@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
+from .._arithmetic import rounded_quotient
 from .._codec import (
     AbstractMomentCodec,
     Dither,
@@ -99,7 +100,8 @@ class CompandedCodec(AbstractMomentCodec):
         for _ in range(self._roots):
             unit = jnp.sqrt(unit)
         threshold = dither.code.astype(dtype) - 0.5
-        return scales, (1 / unit, threshold, *self._parameters(dtype))
+        inverse_unit = rounded_quotient(jnp.ones_like(unit), unit)
+        return scales, (inverse_unit, threshold, *self._parameters(dtype))
 
     def quantize(
         self,
