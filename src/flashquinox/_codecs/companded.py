@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._arithmetic import rounded_quotient
+from .._arithmetic import rounded_quotient, rounded_root
 from .._codec import (
     AbstractMomentCodec,
     Dither,
@@ -71,7 +71,7 @@ class CompandedCodec(AbstractMomentCodec):
         """The roots of magnitudes; and the moment, for its sign."""
         magnitude = jnp.abs(moment) if self._signed else moment
         for _ in range(self._roots):
-            magnitude = jnp.sqrt(magnitude)
+            magnitude = rounded_root(magnitude)
         return (magnitude, moment) if self._signed else (magnitude,)
 
     def statistics(
@@ -98,7 +98,7 @@ class CompandedCodec(AbstractMomentCodec):
         if factor is not None:
             unit = jnp.maximum(unit / factor, _SMALLEST_NORMAL.astype(dtype))
         for _ in range(self._roots):
-            unit = jnp.sqrt(unit)
+            unit = rounded_root(unit)
         threshold = dither.code.astype(dtype) - 0.5
         inverse_unit = rounded_quotient(jnp.ones_like(unit), unit)
         return scales, (inverse_unit, threshold, *self._parameters(dtype))
