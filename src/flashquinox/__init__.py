@@ -15,6 +15,7 @@ from ._curves import (
     MuLawCurve as MuLawCurve,
     RationalCurve as RationalCurve,
 )
+from ._fsdp import fsdp_shardings as fsdp_shardings
 from ._moment_codecs import MomentCodecs as MomentCodecs
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._rule import AbstractRule as AbstractRule
@@ -23,6 +24,11 @@ from ._rules.lion import Lion as Lion, lion as lion
 from ._rules.sgd import SGD as SGD, sgd as sgd, sgdw as sgdw
 from ._split import ECCWeight as ECCWeight
 from ._state import OptimizerState as OptimizerState
+from .memory import (
+    DeviceMemory as DeviceMemory,
+    memory_plan as memory_plan,
+    MemoryPlan as MemoryPlan,
+)
 from .precision import (
     cast as cast,
     check_numerics as check_numerics,

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from . import _checks as checks
 from ._split import master_digits
 from ._state import OptimizerState
+from ._text import aligned
 from ._transformation import ScalarOrSchedule
 from ._trees import dotted_name, flatten, match
 from ._width import widen
@@ -73,15 +74,7 @@ class NumericsReport:
             )
             for leaf in self.leaves
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = []
-        for row in (header, *rows):
-            cells = [
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return aligned((header, *rows), left=2)
 
 
 class NumericsError(ValueError):

@@ -86,18 +86,19 @@ def _find(
         # Under `vmap`, a weight has fewer axes than `init` saw.
         if written is None or len(written.spec) != value.ndim:
             raise ValueError(
-                f"`{call}`: the weight at `{leaf.name}` is on the mesh {_text(mesh)}, "
-                "and it is not known how it is divided there: inside `jit`, JAX does "
-                "not tell. Call `init` outside of `jit`, on the weights where they "
-                "shall be, and the state knows; or use a mesh with axes of type "
-                "`Explicit`; or pass `shardings=jax.tree.map(lambda x: x.sharding, "
-                "eqx.filter(model, eqx.is_array))` to the optimizer."
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+                f"{mesh_text(mesh)}, and it is not known how it is divided there: "
+                "inside `jit`, JAX does not tell. Call `init` outside of `jit`, on the "
+                "weights where they shall be, and the state knows; or use a mesh with "
+                "axes of type `Explicit`; or pass `shardings=jax.tree.map(lambda x: "
+                "x.sharding, eqx.filter(model, eqx.is_array))` to the optimizer."
             )
         if written.mesh.shape != mesh.shape:
             raise ValueError(
-                f"`{call}`: the weight at `{leaf.name}` is on the mesh {_text(mesh)}; "
-                f"the state was made for {_text(written.mesh)}. Restore it with "
-                "`flashquinox.checkpoint`, into a state that `init` made on this mesh."
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+                f"{mesh_text(mesh)}; the state was made for "
+                f"{mesh_text(written.mesh)}. Restore it with `flashquinox.checkpoint`, "
+                "into a state that `init` made on this mesh."
             )
         spec = written.spec
     spec = _only(spec, free, value.ndim)
@@ -109,14 +110,30 @@ def _find(
                 "`jax.device_put`, or leave `shardings` out."
             )
     sharding = NamedSharding(mesh, spec)
-    for length, shards in zip(value.shape, divisions(sharding), strict=True):
+    parts_are_equal(call, leaf, sharding)
+    return sharding
+
+
+def parts_are_equal(call: str, leaf: Leaf, sharding: NamedSharding) -> None:
+    shape = leaf.value.shape
+    for length, shards in zip(shape, divisions(sharding), strict=True):
         if length % shards != 0:
             raise ValueError(
-                f"`{call}`: the weight at `{leaf.name}`, of shape {value.shape}, "
-                f"cannot be sharded by {spec} on {_text(mesh)}: {length} is no "
-                f"multiple of {shards}."
+                f"`{call}`: the weight at `{leaf.name}`, of shape {shape}, cannot be "
+                f"sharded by {sharding.spec} on {mesh_text(sharding.mesh)}: "
+                f"{length} is no multiple of {shards}."
             )
-    return sharding
+
+
+def as_explicit(
+    call: str, leaf: Leaf, sharding: NamedSharding, mesh: AbstractMesh
+) -> NamedSharding:
+    """The same as a matter of types: on this mesh, all axes of which are explicit."""
+    _goes_with(call, leaf, sharding, mesh)
+    spec = _only(sharding.spec, mesh.axis_names, leaf.value.ndim)
+    explicit = NamedSharding(mesh, spec)
+    parts_are_equal(call, leaf, explicit)
+    return explicit
 
 
 def record(
@@ -263,8 +280,8 @@ def _goes_with(
         )
     if not mesh.empty and mesh.shape != given.mesh.shape:
         raise ValueError(
-            f"`{call}`: the weight at `{leaf.name}` is on the mesh {_text(mesh)}, but "
-            f"`shardings` has {_text(given.mesh)} for it."
+            f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+            f"{mesh_text(mesh)}, but `shardings` has {mesh_text(given.mesh)} for it."
         )
 
 
@@ -284,6 +301,6 @@ def _names(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
-def _text(mesh: Mesh | AbstractMesh) -> str:
+def mesh_text(mesh: Mesh | AbstractMesh) -> str:
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return f"({sizes})"

@@ -1,0 +1,323 @@
+"""Flashquinox on the command line.
+
+    python -m flashquinox plan --model llama-3.1-8b --devices 8 --optimizer adamw
+
+`python -m flashquinox plan --help` has more.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+import flashquinox as fq
+
+from . import _architectures as architectures
+from ._defaults import GROUP_SIZE, MASTER_WEIGHT_BITS
+from ._moment_codecs import MomentCodecs
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+#
+# Arguments
+#
+
+
+_COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_SIZES = {"": 1, "B": 1}
+_SIZES |= {f"{x}B": 1000.0 ** (i + 1) for i, x in enumerate("KMGT")}
+_SIZES |= {f"{x}IB": 1024.0 ** (i + 1) for i, x in enumerate("KMGT")}
+
+
+def quantity(units: dict[str, float], example: str, text: str) -> int:
+    """A number of these units, from 1."""
+    found = re.fullmatch(
+        r"([\d_.]+(?:e\+?\d+)?) *([a-z]*)", text.strip(), re.IGNORECASE
+    )
+    number = math.nan
+    if found is not None and found[2].upper() in units:
+        try:
+            number = float(found[1]) * units[found[2].upper()]
+        except ValueError:
+            pass
+    if not 1 <= number < 1e18:
+        raise argparse.ArgumentTypeError(f"takes {example}, say; got {text!r}")
+    return round(number)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1; got {text!r}")
+    return int(text)
+
+
+def bits(text: str) -> int | None:
+    if text not in ("24", "32", "none"):
+        raise argparse.ArgumentTypeError(f"takes 24, 32 or none; got {text!r}")
+    return None if text == "none" else int(text)
+
+
+def codecs(text: str) -> str | tuple[str, ...]:
+    names = tuple(text.split(","))
+    if len(names) > 2 or not set(names) <= set(MomentCodecs.names()):
+        raise argparse.ArgumentTypeError(
+            f"takes one of {', '.join(MomentCodecs.names())}, or two with a comma "
+            f"between them; got {text!r}"
+        )
+    return names[0] if len(names) == 1 else names
+
+
+def picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(
+            f"takes a file that ends in .png, .pdf or .svg; got {text!r}"
+        )
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    return path
+
+
+_PLAN = """Will it fit? Prints what each device holds in training: weights, corrections,
+moments, scales and gradients, with and without gradient release, beside mixed precision
+with float32 master weights and moments. Allocates nothing, and needs no accelerator."""
+
+_EXAMPLES = f"""\
+examples:
+  python -m flashquinox plan --model llama-3.1-8b --devices 8 --optimizer adamw
+  python -m flashquinox plan --params 7e9 --optimizer lion --device-memory 80GB
+  python -m flashquinox plan --checkpoint config.json --devices 16 --plot plan.png
+
+models:
+  {", ".join(list(architectures.PRESETS)[:4])}
+  {", ".join(list(architectures.PRESETS)[4:7])}
+  {", ".join(list(architectures.PRESETS)[7:])}
+"""
+
+
+def parser() -> Parser:
+    # Of plain text on every Python, also where help has colors.
+    new = partial(Parser, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = new(prog="python -m flashquinox", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    plan = commands.add_parser(
+        "plan",
+        help="what each device holds in training",
+        description=_PLAN,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = plan.add_argument_group("model, one of these").add_mutually_exclusive_group(
+        required=True
+    )
+    model.add_argument("--model", metavar="NAME", help="a model of the list below")
+    model.add_argument(
+        "--params",
+        metavar="N",
+        type=partial(quantity, _COUNTS, "7e9 or 7B"),
+        help="so many parameters, in matrices of whole groups: 7e9 or 7B, say",
+    )
+    model.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="the config.json of a model of Hugging Face's Transformers",
+    )
+    add = plan.add_argument
+    add("--devices", metavar="N", type=whole, default=1, help="how many (1)")
+    add(
+        "--optimizer",
+        default="adamw",
+        choices=("adamw", "adam", "lion", "sgd", "sgdw"),
+        help="adamw (the default), adam, lion, sgd or sgdw",
+        metavar="NAME",
+    )
+    add("--momentum", type=float, metavar="B", help="of sgd and sgdw (none)")
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="of weights and gradients: bfloat16 (the default), float16 or float32",
+        metavar="DTYPE",
+    )
+    add(
+        "--master-weight-bits",
+        type=bits,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help=f"24, 32 or none ({MASTER_WEIGHT_BITS}; none for float32)",
+    )
+    add(
+        "--moments",
+        type=codecs,
+        default="flashquinox",
+        metavar="NAME",
+        help=f"how moments are stored: {', '.join(MomentCodecs.names())}, or a pair "
+        "with a comma (flashquinox)",
+    )
+    add(
+        "--group-size",
+        type=whole,
+        default=int(GROUP_SIZE),
+        metavar="N",
+        help=f"how many elements share a scale ({GROUP_SIZE})",
+    )
+    add(
+        "--device-memory",
+        type=partial(quantity, _SIZES, "80GB or 16GiB"),
+        metavar="SIZE",
+        help="of a device, to see what is left of it: 80GB or 16GiB, say",
+    )
+    add("--plot", type=picture, metavar="FILE.png", help="also draw it to this file")
+    add("--json", action="store_true", help="print the figures as JSON, in bytes")
+    plan.set_defaults(run=run_plan, fail=plan.error)
+    return top
+
+
+#
+# The plan
+#
+
+
+def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
+    """The name of the model that is asked for, and its shapes."""
+    if settings.model is not None:
+        if settings.model not in architectures.PRESETS:
+            names = ", ".join(architectures.PRESETS)
+            raise ValueError(f"--model: takes one of {names}; got {settings.model!r}")
+        return settings.model, architectures.PRESETS[settings.model]
+    if settings.checkpoint is not None:
+        try:
+            config = json.loads(settings.checkpoint.read_text(encoding="utf-8"))
+            return str(settings.checkpoint), architectures.from_config(config)
+        except OSError as error:
+            reason = error.strerror
+        # Of `json` and of `from_config`; also what is no text.
+        except ValueError as error:
+            reason = str(error)
+        raise ValueError(f"--checkpoint: {settings.checkpoint}: {reason}")
+    # Whole groups, and the same on each device.
+    rows = math.ceil(settings.params / settings.group_size / settings.devices)
+    shape = rows * settings.devices, settings.group_size
+    return "matrices", {"matrices": shape}
+
+
+def make_optimizer(settings: argparse.Namespace) -> fq.Optimizer:
+    arguments: dict[str, Any] = {
+        "moments": settings.moments,
+        "group_size": settings.group_size,
+    }
+    if settings.momentum is not None:
+        if settings.optimizer not in ("sgd", "sgdw"):
+            raise ValueError("--momentum: only of sgd and sgdw")
+        arguments["momentum"] = settings.momentum
+    if hasattr(settings, "master_weight_bits"):
+        arguments["master_weight_bits"] = settings.master_weight_bits
+    elif settings.dtype == "float32":
+        arguments["master_weight_bits"] = None
+    make: Callable[..., fq.Optimizer] = getattr(fq, settings.optimizer)
+    return make(1e-3, **arguments)
+
+
+def run_plan(settings: argparse.Namespace) -> None:
+    if settings.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "--plot: needs Matplotlib, which is not installed: "
+            'pip install "flashquinox[plot]"'
+        )
+    name, shapes = shapes_of(settings)
+    parts = {}
+    if "blocks" in shapes:
+        for part in ("blocks", "prologue", "epilogue"):
+            parts[part] = getattr(architectures, part)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = fq.memory_plan(
+            architectures.structs(shapes, jnp.dtype(settings.dtype)),
+            make_optimizer(settings),
+            settings.devices,
+            **parts,
+        )
+    devices = "1 device" if plan.devices == 1 else f"{plan.devices} devices"
+    title = f"{name}, {settings.optimizer}, {settings.dtype}, {devices}"
+    if settings.plot is not None:
+        from ._plot import draw
+
+        try:
+            draw(plan, title, settings.plot, settings.device_memory)
+        except OSError as error:
+            raise ValueError(f"--plot: {settings.plot}: {error.strerror}") from error
+    if settings.json:
+        print(json.dumps({"title": title} | as_json(plan), indent=1))
+        return
+    print(f"{title}: {plan.parameters:,} parameters\n")
+    print(plan.table(settings.device_memory))
+    print()
+    for note in plan.notes():
+        print(note)
+    straddling = sum("hold no whole groups" in str(x.message) for x in caught)
+    if straddling > 0:
+        print(
+            f"Of {straddling} weights, no device has whole groups: every step gathers "
+            "them."
+        )
+
+
+def as_json(plan: fq.MemoryPlan) -> dict[str, Any]:
+    """All fields, and what follows from them."""
+    of = lambda x: (
+        dataclasses.asdict(x)
+        | {
+            "total": x.total,
+            "bytes_per_parameter": x.bytes_per_parameter,
+        }
+    )
+    columns = {key.replace(" ", "_"): of(x) for key, x in plan.columns().items()}
+    return {
+        "parameters": plan.parameters,
+        "devices": plan.devices,
+        "whole": plan.whole,
+        "on_each_device": columns,
+    }
+
+
+def main() -> None:
+    # Nothing is computed: an accelerator would be taken from who needs it.
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        settings = parser().parse_args()
+        try:
+            settings.run(settings)
+        except (ValueError, TypeError) as error:
+            settings.fail(str(error))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python would flush again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""What a device holds in training, before anything is allocated."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jaxtyping import PyTree
+
+from . import _sharding
+from ._blocks import count_layers, leaves_of
+from ._codec import QuantMoment
+from ._defaults import GROUP_SIZE
+from ._fsdp import fsdp_shardings, is_array
+from ._optimizer import Optimizer, transformation_of
+from ._split import NARROW_DTYPES
+from ._state import OptimizerState
+from ._text import aligned
+from ._trees import flatten, Leaf, match
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """The bytes on one device in a [`flashquinox.MemoryPlan`][].
+
+    - `parameters`: the parameters of the model over the number of devices.
+    - `weights`: the weights that are trained.
+    - `corrections`: what extends narrow weights.
+    - `master_weights`: in mixed precision, the float32 weights.
+    - `moments`: the codes of moments, or all of them where they are uncompressed.
+    - `scales`: the scales of moments, and the parameters of codecs that learn.
+    - `gradients`: the most that exist at one time, in the dtypes of the weights. `None`
+        if that is not known.
+    - `other`: all else: arrays of the model that are not trained, the number of steps,
+        and the state of Optax's wrappers.
+    """
+
+    parameters: float
+    weights: int
+    corrections: int
+    master_weights: int
+    moments: int
+    scales: int
+    gradients: int | None
+    other: int
+
+    @property
+    def at_rest(self) -> int:
+        """All but the gradients."""
+        return sum(getattr(self, name) for name in CATEGORIES if name != "gradients")
+
+    @property
+    def total(self) -> int | None:
+        """All of it; `None` if the gradients are not known."""
+        return None if self.gradients is None else self.at_rest + self.gradients
+
+    @property
+    def bytes_per_parameter(self) -> float | None:
+        """`total` over `parameters`."""
+        return None if self.total is None else self.total / max(1, self.parameters)
+
+
+CATEGORIES = (
+    "weights",
+    "corrections",
+    "master_weights",
+    "moments",
+    "scales",
+    "other",
+    "gradients",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What [`flashquinox.memory_plan`][] found. `str(plan)` is a table.
+
+    - `parameters`: the number of weights that are trained, on all devices together.
+    - `devices`: how many there are.
+    - `step`: a step of this optimizer with all gradients at once.
+    - `gradient_release`: a step in which a layer is updated as soon as its gradient is
+        known. Its `gradients` are `None` if the model has no stacked blocks.
+    - `mixed_precision`: the same optimizer by Optax, in mixed precision: float32 master
+        weights and float32 moments, beside the same weights and gradients.
+    - `whole`: those bytes of the weights that every device has a copy of.
+    """
+
+    parameters: int
+    devices: int
+    step: DeviceMemory
+    gradient_release: DeviceMemory
+    mixed_precision: DeviceMemory
+    whole: int
+
+    def columns(self) -> dict[str, DeviceMemory]:
+        """The three of them by the names they have in the table."""
+        return {
+            "flashquinox": self.step,
+            "gradient release": self.gradient_release,
+            "mixed precision": self.mixed_precision,
+        }
+
+    def table(self, device_memory: int | None = None) -> str:
+        """The table, with a line that says what of the memory of a device is left, if
+        that is given in bytes."""
+        columns = self.columns()
+        sizes = [x.total or x.at_rest for x in columns.values()]
+        unit, name = unit_of(max(sizes))
+        cell = lambda size: f"{size / unit:.3f} {name}"
+        rows = [("on each device", *columns)]
+        for category in CATEGORIES:
+            found = [getattr(x, category) for x in columns.values()]
+            if any(size is None or size >= unit / 2000 for size in found):
+                label = category.replace("_", " ")
+                rows.append((label, *map(_or(cell, "no blocks", "-"), found)))
+        of_all = lambda show: [
+            _or(show, "-", "-")(x) for x in (y.total for y in columns.values())
+        ]
+        rows.append(("total", *of_all(cell)))
+        share = max(1, self.step.parameters)
+        rows.append(("bytes per parameter", *of_all(lambda x: f"{x / share:.3f}")))
+        if device_memory is not None:
+            left = lambda x: (
+                f"{cell(device_memory - x)} left"
+                if x <= device_memory
+                else f"{cell(x - device_memory)} too much"
+            )
+            rows.append((f"of {cell(device_memory)}", *of_all(left)))
+        return aligned(rows, left=1)
+
+    def notes(self) -> list[str]:
+        """What has to be known to read the table."""
+        mixed = self.mixed_precision
+        share = max(1, mixed.parameters)
+        notes = [
+            "Not in it: activations, and the temporaries of a step.",
+            "Mixed precision: Optax with float32 master weights and float32 moments, "
+            "beside the same weights and gradients; without gradients, "
+            f"{mixed.at_rest / share:.3f} bytes per parameter.",
+        ]
+        if self.gradient_release.gradients is None:
+            notes.append(
+                "Gradient release: not known here, as it takes the layers of a stack "
+                "one at a time."
+            )
+        if self.devices > 1 and self.whole > 0:
+            unit, name = unit_of(self.whole)
+            notes.append(
+                f"Weights of {self.whole / unit:.3f} {name} are whole on every device."
+            )
+        return notes
+
+    def __str__(self) -> str:
+        return "\n".join([self.table(), *self.notes()])
+
+
+def unit_of(size: int) -> tuple[float, str]:
+    """The unit in which to write a size."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return unit, name
+    return 1e3, "kB"
+
+
+def _or(show: Callable[[Any], str], unknown: str, nothing: str) -> Callable[[Any], str]:
+    return lambda x: unknown if x is None else nothing if x == 0 else show(x)
+
+
+def memory_plan(
+    model: PyTree,
+    optim: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh | int | None = None,
+    *,
+    blocks: Callable[[PyTree], PyTree] | None = None,
+    prologue: Callable[[PyTree], PyTree] | None = None,
+    epilogue: Callable[[PyTree], PyTree] | None = None,
+) -> MemoryPlan:
+    r"""What every device will hold in training: weights, corrections, moments, scales
+    and gradients. Nothing is allocated, and no devices are needed.
+
+    The state is that which `optim.init` would make, so that codecs, groups that are not
+    full and vectors that stay float32 are counted as they are. It is divided as the
+    weights are: by the optimizer's `shardings`; as an array, or a
+    `jax.ShapeDtypeStruct`, says itself; otherwise by [`flashquinox.fsdp_shardings`][].
+
+    With gradient release, of the gradients $g$ of what the prologue reads ($P$), of
+    what the epilogue reads ($E$), and of $L$ layers, there are at one time
+
+    $$\max\left(\sum_{E} g, \; \frac1L \sum_\text{blocks} g + \sum_{P \cap E} g, \;
+    \sum_{P} g + \sum_{P \cap E} g\right)$$
+
+    Activations and the temporaries of a step come on top.
+
+    ??? Example
+
+        ```python
+        model = eqx.filter_eval_shape(make_model, key)
+        print(fq.memory_plan(model, fq.adamw(1e-3), mesh=8))
+        ```
+
+    **Arguments:**
+
+    - `model`: any pytree, of arrays or of `jax.ShapeDtypeStruct`s, as from
+        `eqx.filter_eval_shape`; in the dtypes that training has.
+    - `optim`: a [`flashquinox.Optimizer`][], or one that is wrapped by Optax.
+    - `mesh`: the devices that the model is divided among: a `jax.sharding.Mesh`, an
+        `AbstractMesh`, or how many there are. `None` for where the weights are, which
+        is one device if they do not say.
+    - `blocks`: for gradient release: a function from the model to its stacked blocks,
+        of which every array has the layers along its first axis.
+    - `prologue`, `epilogue`: likewise, functions from the model to those parts that are
+        read before the blocks, and after them. `None` is everything outside of the
+        blocks.
+
+    **Returns:**
+
+    A [`flashquinox.MemoryPlan`][].
+
+    **Raises:**
+
+    `TypeError` or `ValueError` if model, optimizer and mesh do not fit together. The
+    message names the leaf.
+    """
+    call = "memory_plan"
+    leaves, rebuild = flatten(model)
+    parts = {
+        name: None if choose is None else leaves_of(call, name, choose, model)
+        for name, choose in (
+            ("blocks", blocks),
+            ("prologue", prologue),
+            ("epilogue", epilogue),
+        )
+    }
+    explicit = _shardings(call, model, leaves, optim, mesh, blocks)
+    leaves = [
+        leaf._replace(value=_struct(leaf.value, sharding))
+        if is_array(leaf.value)
+        else leaf
+        for leaf, sharding in zip(leaves, explicit, strict=True)
+    ]
+    found = next((x.mesh for x in explicit if x is not None), None)
+    # Arrays that `init` makes from nothing are made on this mesh.
+    on_mesh = (
+        contextlib.nullcontext()
+        if found is None
+        else jax.sharding.use_abstract_mesh(found)
+    )
+    with on_mesh:
+        state = eqx.filter_eval_shape(optim.init, rebuild([x.value for x in leaves]))
+    states = [x for x in _nodes(state, OptimizerState) if isinstance(x, OptimizerState)]
+    if not states:
+        raise TypeError(
+            f"`{call}`: the state of `optim` has no `flashquinox.OptimizerState` in "
+            f"it; got {optim!r}. Pass `flashquinox.adamw(1e-3)`, say, or a "
+            "transformation of Optax with such an optimizer in it."
+        )
+    arrays = {i: x.value for i, x in enumerate(leaves) if is_array(x.value)}
+    trained = {i: x for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    moments = [moment for x in states for moment in _nodes(x.moments, QuantMoment)]
+    codes = [x.codes if isinstance(x, QuantMoment) else x for x in moments]
+    corrections = _bytes(jtu.tree_leaves([x.corrections for x in states]))
+    stored = _bytes(codes)
+    scales = _bytes(jtu.tree_leaves(moments)) - stored
+    devices = 1 if found is None else found.size
+    parameters = sum(math.prod(x.shape) for x in trained.values())
+    weights = _bytes(trained.values())
+    other = _bytes(arrays.values()) - weights
+    step = DeviceMemory(
+        parameters=parameters / devices,
+        weights=weights,
+        corrections=corrections,
+        master_weights=0,
+        moments=stored,
+        scales=scales,
+        gradients=weights,
+        other=other + _bytes(jtu.tree_leaves(state)) - (corrections + stored + scales),
+    )
+    narrow = [x for x in trained.values() if x.dtype in NARROW_DTYPES]
+    whole = [x for x in trained.values() if _elements(x) == math.prod(x.shape)]
+    return MemoryPlan(
+        parameters=parameters,
+        devices=devices,
+        step=step,
+        gradient_release=dataclasses.replace(
+            step, gradients=_released(call, leaves, trained, **parts)
+        ),
+        mixed_precision=dataclasses.replace(
+            step,
+            corrections=0,
+            master_weights=4 * sum(map(_elements, narrow)),
+            moments=4 * sum(map(_elements, codes)),
+            scales=0,
+        ),
+        whole=_bytes(whole) if devices > 1 else 0,
+    )
+
+
+def _nodes(tree: PyTree, kind: type) -> list[Any]:
+    """The leaves of a tree, and nodes of this kind in place of theirs."""
+    return jtu.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+
+
+#
+# Devices
+#
+
+
+def _shardings(
+    call: str,
+    model: PyTree,
+    leaves: list[Leaf],
+    optim: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh | int | None,
+    blocks: Callable[[PyTree], PyTree] | None,
+) -> list[NamedSharding | None]:
+    """How each array is divided, as a matter of types: then arrays that are made from
+    them tell how they are divided too. `None` if all are on one device."""
+    given, group_size = [None] * len(leaves), int(GROUP_SIZE)
+    if isinstance(optim, Optimizer):
+        transformation = transformation_of(optim)
+        values, structure = transformation.shardings
+        tree = jtu.tree_unflatten(structure, values)
+        given = match(call, "shardings", tree, leaves, prefix=True)
+        if isinstance(transformation.group_size, int):
+            group_size = transformation.group_size
+    own = [getattr(leaf.value, "sharding", None) for leaf in leaves]
+    own = [x if isinstance(x, NamedSharding) and x.mesh.size > 1 else None for x in own]
+    if mesh is None:
+        known = (x.mesh for x in (*given, *own) if x is not None)
+        mesh = next(known, None)
+        default = None
+    else:
+        mesh = _as_mesh(call, mesh)
+        default = fsdp_shardings(model, mesh, blocks=blocks, group_size=group_size)
+    if mesh is None or mesh.size == 1:
+        return [None] * len(leaves)
+    axes = AbstractMesh(
+        mesh.axis_sizes,
+        mesh.axis_names,
+        axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
+    )
+    everywhere = NamedSharding(axes, jax.sharding.PartitionSpec())
+    defaults = [everywhere] * len(leaves)
+    if default is not None:
+        defaults = match(call, "shardings", default, leaves)
+    chosen = []
+    for leaf, here, there, otherwise in zip(leaves, given, own, defaults, strict=True):
+        if here is None and there is not None and there.mesh.shape != axes.shape:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+                f"{_sharding.mesh_text(there.mesh)}, not on "
+                f"{_sharding.mesh_text(axes)}. Pass shapes, which are on none, as "
+                "`eqx.filter_eval_shape` gives them; or leave `mesh` out."
+            )
+        sharding = here or there or otherwise
+        if is_array(leaf.value) and sharding is not None:
+            sharding = _sharding.as_explicit(call, leaf, sharding, axes)
+        chosen.append(sharding if is_array(leaf.value) else None)
+    return chosen
+
+
+def _as_mesh(call: str, mesh: Any) -> Mesh | AbstractMesh:
+    if isinstance(mesh, Mesh | AbstractMesh):
+        return mesh
+    if isinstance(mesh, int) and not isinstance(mesh, bool) and mesh >= 1:
+        return AbstractMesh((mesh,), ("fsdp",))
+    raise TypeError(
+        f"`{call}(mesh=...)` takes a `jax.sharding.Mesh`, an `AbstractMesh`, or a "
+        f"number of devices from 1; got {mesh!r}."
+    )
+
+
+def _struct(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _elements(x: jax.ShapeDtypeStruct) -> int:
+    """How many of an array are on one device."""
+    if not isinstance(x.sharding, NamedSharding):
+        return math.prod(x.shape)
+    return math.prod(x.shape) // math.prod(_sharding.divisions(x.sharding))
+
+
+def _bytes(arrays: Iterable[Any]) -> int:
+    return sum(_elements(x) * x.dtype.itemsize for x in arrays)
+
+
+#
+# Gradient release
+#
+
+
+def _released(
+    call: str,
+    leaves: list[Leaf],
+    trained: dict[int, jax.ShapeDtypeStruct],
+    blocks: set[int] | None,
+    prologue: set[int] | None,
+    epilogue: set[int] | None,
+) -> int | None:
+    """The most bytes of gradients that are there at one time. What the epilogue reads
+    is updated before the blocks, the rest after them; what both read waits in the
+    meantime, and its two gradients are summed."""
+    if blocks is None:
+        return None
+    stacked = [i for i in trained if i in blocks]
+    layers = count_layers(call, [leaves[i] for i in stacked])
+    layer = _bytes(trained[i] for i in stacked) // layers
+    outside = set(trained) - blocks
+    first = outside if prologue is None else outside & prologue
+    last = outside if epilogue is None else outside & epilogue
+    of = lambda numbers: _bytes(trained[i] for i in numbers)
+    # What neither reads is updated with what the epilogue reads.
+    return max(
+        of(outside - (first - last)),
+        of(first & last) + layer,
+        of(first) + of(first & last),
+    )
