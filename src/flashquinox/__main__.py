@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
 #
 
 
-_COUNTS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-_SIZES = {"": 1, "B": 1}
+_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_SIZES = {"": 1.0, "B": 1.0}
 _SIZES |= {f"{x}B": 1000.0 ** (i + 1) for i, x in enumerate("KMGT")}
 _SIZES |= {f"{x}IB": 1024.0 ** (i + 1) for i, x in enumerate("KMGT")}
 
@@ -299,12 +299,12 @@ def as_json(plan: fq.MemoryPlan) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     # Nothing is computed: an accelerator would be taken from who needs it.
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     try:
-        settings = parser().parse_args()
+        settings = parser().parse_args(arguments)
         try:
             settings.run(settings)
         except (ValueError, TypeError) as error:

@@ -208,7 +208,7 @@ def _like_llama(
             # Unless it says otherwise.
             config.size("head_dim")
         bias = config.flag("attention_bias", False)
-        both = query_key_value_bias is None
+        ours = query_key_value_bias
         return llama(
             config.size("num_hidden_layers"),
             width,
@@ -220,8 +220,8 @@ def _like_llama(
             head_width=config.size("head_dim", default=head_width or width // heads),
             vocabulary=config.size("vocab_size"),
             tied_head=config.flag("tie_word_embeddings", tied_head),
-            query_key_value_bias=bias if both else query_key_value_bias,
-            out_bias=bias and both,
+            query_key_value_bias=bias if ours is None else ours,
+            out_bias=bias and ours is None,
             mlp_bias=config.flag("mlp_bias", False),
             query_key_norm=query_key_norm,
         )

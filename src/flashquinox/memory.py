@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from . import _sharding
@@ -175,7 +175,7 @@ def _or(show: Callable[[Any], str], unknown: str, nothing: str) -> Callable[[Any
 
 def memory_plan(
     model: PyTree,
-    optim: optax.GradientTransformation,
+    optim: optax.GradientTransformation | optax.MultiSteps,
     mesh: Mesh | AbstractMesh | int | None = None,
     *,
     blocks: Callable[[PyTree], PyTree] | None = None,
@@ -245,7 +245,7 @@ def memory_plan(
         else leaf
         for leaf, sharding in zip(leaves, explicit, strict=True)
     ]
-    found = next((x.mesh for x in explicit if x is not None), None)
+    found: Any = next((x.mesh for x in explicit if x is not None), None)
     # Arrays that `init` makes from nothing are made on this mesh.
     on_mesh = (
         contextlib.nullcontext()
@@ -261,26 +261,47 @@ def memory_plan(
             f"it; got {optim!r}. Pass `flashquinox.adamw(1e-3)`, say, or a "
             "transformation of Optax with such an optimizer in it."
         )
-    arrays = {i: x.value for i, x in enumerate(leaves) if is_array(x.value)}
+    # Where `init` would put it all.
+    there = {name: sharding for x in states for name, sharding in x.shardings}
+    arrays = {
+        i: _struct(leaf.value, there.get(leaf.name, leaf.value.sharding))
+        for i, leaf in enumerate(leaves)
+        if is_array(leaf.value)
+    }
     trained = {i: x for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    moments = [moment for x in states for moment in _nodes(x.moments, QuantMoment)]
+    moments = [
+        _placed(leaf.value, there.get(leaf.name))
+        for x in states
+        for tree in x.moments.values()
+        for leaf in flatten(tree)[0]
+        if leaf.value is not None
+    ]
     codes = [x.codes if isinstance(x, QuantMoment) else x for x in moments]
-    corrections = _bytes(jtu.tree_leaves([x.corrections for x in states]))
-    stored = _bytes(codes)
-    scales = _bytes(jtu.tree_leaves(moments)) - stored
-    devices = 1 if found is None else found.size
+    corrections = [
+        _placed(leaf.value, there.get(leaf.name))
+        for x in states
+        for leaf in flatten(x.corrections)[0]
+        if leaf.value is not None
+    ]
+    rest = [
+        [] if isinstance(x, OptimizerState) else x
+        for x in _nodes(state, OptimizerState)
+    ]
+    everywhere = _sharding.everywhere(list(there.values()))
+    devices = 1 if everywhere is None else everywhere.mesh.size
     parameters = sum(math.prod(x.shape) for x in trained.values())
     weights = _bytes(trained.values())
-    other = _bytes(arrays.values()) - weights
     step = DeviceMemory(
         parameters=parameters / devices,
         weights=weights,
-        corrections=corrections,
+        corrections=_bytes(corrections),
         master_weights=0,
-        moments=stored,
-        scales=scales,
+        moments=_bytes(codes),
+        scales=_bytes(jtu.tree_leaves(moments)) - _bytes(codes),
         gradients=weights,
-        other=other + _bytes(jtu.tree_leaves(state)) - (corrections + stored + scales),
+        other=_bytes(arrays.values())
+        - weights
+        + _bytes(jtu.tree_leaves([rest, [x.steps for x in states]])),
     )
     narrow = [x for x in trained.values() if x.dtype in NARROW_DTYPES]
     whole = [x for x in trained.values() if _elements(x) == math.prod(x.shape)]
@@ -316,7 +337,7 @@ def _shardings(
     call: str,
     model: PyTree,
     leaves: list[Leaf],
-    optim: optax.GradientTransformation,
+    optim: optax.GradientTransformation | optax.MultiSteps,
     mesh: Mesh | AbstractMesh | int | None,
     blocks: Callable[[PyTree], PyTree] | None,
 ) -> list[NamedSharding | None]:
@@ -332,24 +353,19 @@ def _shardings(
             group_size = transformation.group_size
     own = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     own = [x if isinstance(x, NamedSharding) and x.mesh.size > 1 else None for x in own]
-    if mesh is None:
-        known = (x.mesh for x in (*given, *own) if x is not None)
-        mesh = next(known, None)
-        default = None
-    else:
-        mesh = _as_mesh(call, mesh)
-        default = fsdp_shardings(model, mesh, blocks=blocks, group_size=group_size)
-    if mesh is None or mesh.size == 1:
+    known = next((x.mesh for x in (*given, *own) if x is not None), None)
+    devices = known if mesh is None else _as_mesh(call, mesh)
+    if devices is None or devices.size == 1:
         return [None] * len(leaves)
     axes = AbstractMesh(
-        mesh.axis_sizes,
-        mesh.axis_names,
-        axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
+        devices.axis_sizes,
+        devices.axis_names,
+        axis_types=(AxisType.Explicit,) * len(devices.axis_names),
     )
-    everywhere = NamedSharding(axes, jax.sharding.PartitionSpec())
-    defaults = [everywhere] * len(leaves)
-    if default is not None:
-        defaults = match(call, "shardings", default, leaves)
+    defaults = [NamedSharding(axes, PartitionSpec())] * len(leaves)
+    if mesh is not None:
+        tree = fsdp_shardings(model, axes, blocks=blocks, group_size=group_size)
+        defaults = match(call, "shardings", tree, leaves)
     chosen = []
     for leaf, here, there, otherwise in zip(leaves, given, own, defaults, strict=True):
         if here is None and there is not None and there.mesh.shape != axes.shape:
@@ -381,7 +397,14 @@ def _struct(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _elements(x: jax.ShapeDtypeStruct) -> int:
+def _placed(stored: PyTree, sharding: NamedSharding | None) -> PyTree:
+    """What is stored for a weight, divided as that is."""
+    if sharding is None:
+        return stored
+    return jtu.tree_map(_struct, stored, _sharding.of_arrays(stored, sharding))
+
+
+def _elements(x: Any) -> int:
     """How many of an array are on one device."""
     if not isinstance(x.sharding, NamedSharding):
         return math.prod(x.shape)
