@@ -166,16 +166,6 @@ def all_devices() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
 
 
-def divided(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """A matrix in equal parts, along the first axis that has them. What is not divided,
-    such as vectors, is on every device."""
-    axis = None
-    if len(shape) == 2:
-        axis = next((i for i in (0, 1) if shape[i] % mesh.size == 0), None)
-    spec = ("fsdp" if i == axis else None for i in range(len(shape)))
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-
 def gathered(tree: PyTree) -> PyTree:
     """The same, whole on every device. Backwards, gradients are summed over devices."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
@@ -187,7 +177,7 @@ def make_divided(make: Any, key: Key[Array, ""], mesh: Mesh) -> PyTree:
     """`make(key)`, of which every device computes its own part alone."""
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     shapes, rest = eqx.partition(eqx.filter_eval_shape(make, key), is_shape)
-    shardings = jtu.tree_map(lambda x: divided(x.shape, mesh), shapes)
+    shardings = fq.fsdp_shardings(shapes, mesh)
     arrays = jax.jit(
         lambda key: eqx.filter(make(key), eqx.is_array), out_shardings=shardings
     )

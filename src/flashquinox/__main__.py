@@ -270,9 +270,6 @@ def run_plan(settings: argparse.Namespace) -> None:
         return
     print(f"{title}: {plan.parameters:,} parameters\n")
     print(plan.table(settings.device_memory))
-    print()
-    for note in plan.notes():
-        print(note)
     straddling = sum("hold no whole groups" in str(x.message) for x in caught)
     if straddling > 0:
         print(

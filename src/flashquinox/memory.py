@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -108,8 +109,13 @@ class MemoryPlan:
         }
 
     def table(self, device_memory: int | None = None) -> str:
-        """The table, with a line that says what of the memory of a device is left, if
-        that is given in bytes."""
+        """The table as text, and what has to be known to read it.
+
+        **Arguments:**
+
+        - `device_memory`: the memory of a device, in bytes: for a line that says how
+            much of it is left.
+        """
         columns = self.columns()
         sizes = [x.total or x.at_rest for x in columns.values()]
         unit, name = unit_of(max(sizes))
@@ -133,10 +139,10 @@ class MemoryPlan:
                 else f"{cell(x - device_memory)} too much"
             )
             rows.append((f"of {cell(device_memory)}", *of_all(left)))
-        return aligned(rows, left=1)
+        notes = [textwrap.fill(note, 80) for note in self._notes()]
+        return "\n".join([aligned(rows, left=1), "", *notes])
 
-    def notes(self) -> list[str]:
-        """What has to be known to read the table."""
+    def _notes(self) -> list[str]:
         mixed = self.mixed_precision
         share = max(1, mixed.parameters)
         notes = [
@@ -158,7 +164,7 @@ class MemoryPlan:
         return notes
 
     def __str__(self) -> str:
-        return "\n".join([self.table(), *self.notes()])
+        return self.table()
 
 
 def unit_of(size: int) -> tuple[float, str]:
@@ -194,7 +200,10 @@ def memory_plan(
     what the epilogue reads ($E$), and of $L$ layers, there are at one time
 
     $$\max\left(\sum_{E} g, \; \frac1L \sum_\text{blocks} g + \sum_{P \cap E} g, \;
-    \sum_{P} g + \sum_{P \cap E} g\right)$$
+    \sum_{P} g\right)$$
+
+    as what only the epilogue reads is updated before the blocks, and what the prologue
+    reads, a tied embedding included, after them.
 
     Activations and the temporaries of a step come on top.
 
@@ -428,9 +437,8 @@ def _released(
     prologue: set[int] | None,
     epilogue: set[int] | None,
 ) -> int | None:
-    """The most bytes of gradients that are there at one time. What the epilogue reads
-    is updated before the blocks, the rest after them; what both read waits in the
-    meantime, and its two gradients are summed."""
+    """The most bytes of gradients that are there at one time: before the blocks, at one
+    of them, and after them."""
     if blocks is None:
         return None
     stacked = [i for i in trained if i in blocks]
@@ -440,9 +448,5 @@ def _released(
     first = outside if prologue is None else outside & prologue
     last = outside if epilogue is None else outside & epilogue
     of = lambda numbers: _bytes(trained[i] for i in numbers)
-    # What neither reads is updated with what the epilogue reads.
-    return max(
-        of(outside - (first - last)),
-        of(first & last) + layer,
-        of(first) + of(first & last),
-    )
+    # What neither reads is updated before the blocks too.
+    return max(of(outside - (first - last)), layer + of(first & last), of(first))
