@@ -32,7 +32,7 @@ def draw(
     totals = [x.total or 0 for x in columns.values()]
     unit, name = unit_of(max(totals))
     with matplotlib.rc_context({"font.size": 9, "hatch.linewidth": 0.5}):
-        figure = Figure(figsize=(8, 0.9 + 0.6 * len(columns)), layout="constrained")
+        figure = Figure(figsize=(9.5, 0.9 + 0.6 * len(columns)), layout="constrained")
         axes = figure.subplots()
         ends = [0.0] * len(columns)
         for category in CATEGORIES:
