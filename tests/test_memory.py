@@ -420,6 +420,16 @@ def test_nothing_is_allocated():
     assert len(jax.live_arrays()) <= before
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_that_is_set(kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    model, optim = _model("stacked"), fq.adamw(1e-3)
+    for where in (None, 8, mesh):
+        expected = fq.memory_plan(model, optim, where)
+        with jax.set_mesh(mesh):
+            assert fq.memory_plan(model, optim, where) == expected
+
+
 def test_modules():
     make = lambda key: fq.cast(eqx.nn.MLP(64, 10, 256, 2, key=key), jnp.bfloat16)
     key = jax.random.key(0)
@@ -613,11 +623,16 @@ def test_without_matplotlib(capsys, monkeypatch):
     assert 'pip install "flashquinox[plot]"' in capsys.readouterr().err
 
 
-def test_interrupted(capsys, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def _fails(error):
+    def fail(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr(fq, "memory_plan", interrupt)
+    return fail
+
+
+def test_interrupted(capsys, monkeypatch):
+
+    monkeypatch.setattr(fq, "memory_plan", _fails(KeyboardInterrupt))
     with pytest.raises(SystemExit) as exit:
         main(["plan", "--params=7B"])
     assert exit.value.code == 130
@@ -638,7 +653,7 @@ def test_as_a_command():
     process.stderr.close()
     script = (
         "import jax; from flashquinox.__main__ import main; "
-        "main(['plan', '--params=7B']); print(jax.devices()[0].platform)"
+        "main(['plan', '--params=7B']); print(jax.config.jax_platforms)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -301,18 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     try:
-        settings = parser().parse_args(arguments)
         try:
-            settings.run(settings)
-        except (ValueError, TypeError) as error:
-            settings.fail(str(error))
-        sys.stdout.flush()
+            settings = parser().parse_args(arguments)
+            try:
+                settings.run(settings)
+            except (ValueError, TypeError) as error:
+                settings.fail(str(error))
+        finally:
+            # Of help too: later, nobody could catch what comes of it.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read has seen enough. Python would flush again when it ends.
+    except OSError as error:
+        # Of the output. Python would flush again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # If a pipe is closed, whoever read has seen enough.
+        if not isinstance(error, BrokenPipeError):
+            print(f"python -m flashquinox: error: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,6 +1,5 @@
 """What a device holds in training, before anything is allocated."""
 
-import contextlib
 import dataclasses
 import math
 import textwrap
@@ -254,15 +253,7 @@ def memory_plan(
         else leaf
         for leaf, sharding in zip(leaves, explicit, strict=True)
     ]
-    found: Any = next((x.mesh for x in explicit if x is not None), None)
-    # Arrays that `init` makes from nothing are made on this mesh.
-    on_mesh = (
-        contextlib.nullcontext()
-        if found is None
-        else jax.sharding.use_abstract_mesh(found)
-    )
-    with on_mesh:
-        state = eqx.filter_eval_shape(optim.init, rebuild([x.value for x in leaves]))
+    state = _state(optim, rebuild([x.value for x in leaves]), explicit)
     states = [x for x in _nodes(state, OptimizerState) if isinstance(x, OptimizerState)]
     if not states:
         raise TypeError(
@@ -278,20 +269,9 @@ def memory_plan(
         if is_array(leaf.value)
     }
     trained = {i: x for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    moments = [
-        _placed(leaf.value, there.get(leaf.name))
-        for x in states
-        for tree in x.moments.values()
-        for leaf in flatten(tree)[0]
-        if leaf.value is not None
-    ]
+    moments = _stored([tree for x in states for tree in x.moments.values()], there)
+    corrections = _stored([x.corrections for x in states], there)
     codes = [x.codes if isinstance(x, QuantMoment) else x for x in moments]
-    corrections = [
-        _placed(leaf.value, there.get(leaf.name))
-        for x in states
-        for leaf in flatten(x.corrections)[0]
-        if leaf.value is not None
-    ]
     rest = [
         [] if isinstance(x, OptimizerState) else x
         for x in _nodes(state, OptimizerState)
@@ -335,6 +315,19 @@ def memory_plan(
 def _nodes(tree: PyTree, kind: type) -> list[Any]:
     """The leaves of a tree, and nodes of this kind in place of theirs."""
     return jtu.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+
+
+def _state(
+    optim: optax.GradientTransformation | optax.MultiSteps,
+    shapes: PyTree,
+    explicit: list[NamedSharding | None],
+) -> PyTree:
+    """What `init` would make, and how it would be divided."""
+    # Also of arrays that it makes from nothing; and on no other mesh that is set.
+    nowhere = AbstractMesh((), ())
+    mesh: Any = next((x.mesh for x in explicit if x is not None), nowhere)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return eqx.filter_eval_shape(optim.init, shapes)
 
 
 #
@@ -406,11 +399,16 @@ def _struct(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _placed(stored: PyTree, sharding: NamedSharding | None) -> PyTree:
-    """What is stored for a weight, divided as that is."""
-    if sharding is None:
-        return stored
-    return jtu.tree_map(_struct, stored, _sharding.of_arrays(stored, sharding))
+def _stored(trees: list[PyTree], there: dict[str, NamedSharding]) -> list[Any]:
+    """What is stored for weights, in trees like the model, divided as these are."""
+    found = []
+    for leaf in (leaf for tree in trees for leaf in flatten(tree)[0]):
+        value = leaf.value
+        if value is not None and leaf.name in there:
+            shardings = _sharding.of_arrays(value, there[leaf.name])
+            value = jtu.tree_map(_struct, value, shardings)
+        found += [] if value is None else [value]
+    return found
 
 
 def _elements(x: Any) -> int:
