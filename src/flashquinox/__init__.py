@@ -9,6 +9,7 @@ from ._codecs.fitted_log import FittedLogCodec as FittedLogCodec
 from ._codecs.flashoptim import FlashOptimCodec as FlashOptimCodec
 from ._codecs.full_precision import FullPrecision as FullPrecision
 from ._codecs.softsign import SoftsignCodec as SoftsignCodec
+from ._layered import LayeredLoss as LayeredLoss
 from ._moment_codecs import MomentCodecs as MomentCodecs
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._rule import AbstractRule as AbstractRule
@@ -18,6 +19,7 @@ from ._rules.sgd import SGD as SGD, sgd as sgd, sgdw as sgdw
 from ._split import ECCWeight as ECCWeight
 from ._state import OptimizerState as OptimizerState
 from .precision import cast as cast, master_weights as master_weights
+from .release import release_step as release_step
 
 
 __version__ = "0.1.0"

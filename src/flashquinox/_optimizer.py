@@ -70,7 +70,12 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         `TypeError` or `ValueError` if the trees, shapes or dtypes do not fit together,
         or the state is that of another optimizer. The message names the leaf.
         """
-        return cast(Any, self.update).__self__.step(model, state, grads)
+        return transformation_of(self).step(model, state, grads)
+
+
+def transformation_of(optim: Optimizer) -> Transformation:
+    """What makes and takes the steps of an optimizer."""
+    return cast(Any, optim.update).__self__
 
 
 def optimizer(
