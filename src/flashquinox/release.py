@@ -14,7 +14,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree, ScalarLike
 
-from . import _checks as checks
+from . import _checks as checks, _sharding
 from ._codec import QuantMoment
 from ._layered import LayeredLoss, open_layers
 from ._optimizer import Optimizer, transformation_of
@@ -160,7 +160,7 @@ def release_step(
         weights = _slice({i: stack.value for i, stack in stacks.items()}, layer)
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
-        grads = _clip(grads, max_norm)
+        grads = _clip(_apart(grads), max_norm)
         new, take = step.update_parts(
             list(stacks),
             [_slice(stack, layer) for stack in stacks.values()],
@@ -168,7 +168,7 @@ def release_step(
             [grads[i] for i in stacks],
         )
         stacks = {
-            i: _put(stack, part, layer)
+            i: _place(_put(stack, part, layer), step.shardings[i])
             for (i, stack), part in zip(stacks.items(), new, strict=True)
         }
         return (stacks, x_bar), ({i: grads[i] for i in waiting}, take)
@@ -178,7 +178,7 @@ def release_step(
         backward, (stacks, x_bar), inputs, reverse=True
     )
     for index, stack in stacks.items():
-        step.write(index, _whole(stack))
+        step.write(index, _whole(_place(stack, step.shardings[index])))
     if stacks and takes is not None:
         took.append(jnp.any(takes))
 
@@ -282,10 +282,28 @@ def _slice(stack: PyTree[Array], layer: Array) -> PyTree[Array]:
     )
     # Or XLA reads the stack where it needs a number, also after it has written to it:
     # then it has two.
-    return lax.optimization_barrier(part)
+    return _apart(part)
 
 
 def _put(stack: PyTree[Array], part: PyTree[Array], layer: Array) -> PyTree[Array]:
     return jtu.tree_map(
-        lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, part
+        lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0),
+        stack,
+        _apart(part),
     )
+
+
+def _place(stack: LeafState, sharding: NamedSharding | None) -> LeafState:
+    """Where it was. XLA may find another place that suits the gradients."""
+    if sharding is None:
+        return stack
+    where = _sharding.of_arrays(stack, sharding)
+    return jtu.tree_map(_sharding.place, stack, where)
+
+
+def _apart(tree: PyTree[Array]) -> PyTree[Array]:
+    """Arrays that are computed before what uses them: in their dtypes, by programs that
+    know nothing of it. So it is in an ordinary step. One by one, as they need not be
+    there at the same time.
+    """
+    return jtu.tree_map(lax.optimization_barrier, tree)
