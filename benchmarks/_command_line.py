@@ -48,6 +48,19 @@ def positive_integer(text: str) -> int:
     return int(number)
 
 
+def sizes(text: str) -> list[int]:
+    """Sides of matrices of whole groups."""
+    try:
+        found = [int(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        found = [0]
+    if any(size <= 0 or size % 32 != 0 for size in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: sides of matrices, multiples of 32, with commas between them"
+        )
+    return found
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Of those packages that are there."""
     there = {}

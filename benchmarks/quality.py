@@ -11,12 +11,19 @@ one, u:
 - sum of v: the sum of the decoded second moments over the exact one, for each tensor,
   averaged over the last 50 steps.
 
+With --curves, of each moment by each companding curve, fixed or learned, beside the
+other one in float32; and how the learned ones compare with the fixed of their family.
+
 Closed loop (--closed-loop --seeds 48): the GPT is trained by each codec, with bfloat16
 weights, bfloat16 gradients and a 24-bit master weight. Every seed is paired with the
 same seed under float32 AdamW (float32 weights and moments, the same bfloat16 forward
 pass). Prints the gap of the mean loss of the last 50 steps with its standard error, and
 the largest |u| after step 5 (median and worst seed). Seeds run side by side under
 `vmap`: on a GPU, 48 of them take a minute; with few, any machine will do.
+
+Weights (--weights): a closed loop with the default codec, of bfloat16 weights with a
+24-bit master weight, and of such without a correction that are rounded to nearest or by
+the rotating threshold.
 """
 
 import argparse
@@ -24,7 +31,8 @@ import functools as ft
 import json
 import pathlib
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -119,6 +127,69 @@ def codecs() -> dict[str, fq.MomentCodecs]:
     }
 
 
+# Of each learned curve, the fixed ones of its family.
+FAMILIES = {
+    "m learned": ["m linear", "m softsign"],
+    "v learned": ["v sqrt", "v softsign of sqrt"],
+    "v learned, of fourth root": ["v fourth root", "v softsign of fourth root"],
+}
+
+
+def curves() -> dict[str, fq.MomentCodecs]:
+    """One moment by each curve, the other exact."""
+    exact = fq.FullPrecision()
+    rational = fq.RationalCurve
+
+    def m(curve: fq.AbstractCurve) -> fq.MomentCodecs:
+        return fq.MomentCodecs(fq.CompandedCodec("signed", curve), exact)
+
+    def v(curve: fq.AbstractCurve) -> fq.MomentCodecs:
+        return fq.MomentCodecs(exact, fq.CompandedCodec("nonnegative", curve))
+
+    default, log, learned = map(
+        fq.MomentCodecs.named, ("flashquinox", "log", "learned")
+    )
+    return {
+        "m linear": m(rational(0.0)),
+        "m softsign": m(rational(1.0)),
+        "m learned": m(rational(1.0, learned=True)),
+        "m sqrt": m(rational(0.0, 2)),
+        "m fourth root": m(rational(0.0, 4)),
+        "m log": fq.MomentCodecs(log.signed, exact),
+        "m default": fq.MomentCodecs(default.signed, exact),
+        "v linear": v(rational(0.0)),
+        "v sqrt": v(rational(0.0, 2)),
+        "v softsign of sqrt": v(rational(1.0, 2)),
+        "v learned": fq.MomentCodecs(exact, learned.nonnegative),
+        "v fourth root": v(rational(0.0, 4)),
+        "v softsign of fourth root": v(rational(1.0, 4)),
+        "v learned, of fourth root": v(rational(1.0, 4, learned=True)),
+        "v log": fq.MomentCodecs(exact, log.nonnegative),
+        "v default": fq.MomentCodecs(exact, default.nonnegative),
+        "both learned": learned,
+        "m learned, v default": fq.MomentCodecs.named(("learned", "flashquinox")),
+        "default": default,
+    }
+
+
+def print_families(rows: list[dict[str, Any]], names: list[str]) -> None:
+    """The largest error of a learned curve, over all tensors that are compressed, in
+    units of the smallest of the fixed ones of its family."""
+    errors = {row["codec"]: row["all errors"] for row in rows}
+    for learned, fixed in FAMILIES.items():
+        ratios = {
+            name: errors[learned][name] / min(errors[x][name] for x in fixed)
+            for name in names
+            if errors[fixed[0]][name] != errors[fixed[1]][name]
+        }
+        worst = max(ratios, key=ratios.__getitem__)
+        better = sum(ratio < 1 for ratio in ratios.values())
+        print(
+            f"{learned}: {better} of {len(ratios)} tensors better than the best of "
+            f"{' and '.join(fixed)}; at worst {ratios[worst]:.3f} of it, at {worst}"
+        )
+
+
 def leaf_names(tree: PyTree) -> list[str]:
     return [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(tree)]
 
@@ -189,16 +260,16 @@ def _compare(
 
 
 def summarize(
-    runs: list[dict[str, Any]], names: list[str], against: str = "flashoptim"
+    runs: list[dict[str, Any]], names: list[str], codecs: Iterable[str], against: str
 ) -> list[dict[str, Any]]:
     """The figures of each codec, over all steps and seeds."""
 
     def steps(codec: str, what: str, first: int) -> np.ndarray:
         return np.concatenate([np.asarray(run[codec][what])[first:] for run in runs])
 
-    mean = {codec: steps(codec, "error", FIRST_STEP).mean(axis=0) for codec in codecs()}
+    mean = {codec: steps(codec, "error", FIRST_STEP).mean(axis=0) for codec in codecs}
     rows = []
-    for codec in codecs():
+    for codec in codecs:
         largest = steps(codec, "largest", FIRST_STEP)
         sums = steps(codec, "sum", STEPS - LAST_STEPS).mean(axis=0)
         ratio = mean[codec] / mean[against]
@@ -220,7 +291,7 @@ def summarize(
     return rows
 
 
-def print_open_loop(b2: float, rows: list[dict[str, Any]]) -> None:
+def print_open_loop(b2: float, rows: list[dict[str, Any]], against: str) -> None:
     print(f"\nOpen loop, b2 = {b2}: mean error of the next update, steps 10 to {STEPS}")
     shown = "".join(f"{name:>15}" for name in SHOWN)
     print(f"{'codec':26}{shown}{'largest ratio':>15}{'worst':>10}{'sum of v':>16}")
@@ -231,7 +302,7 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]]) -> None:
             f"{row['codec']:26}{errors}{row['largest ratio']:15.2f}{row['worst']:10.2f}"
             f"{low:8.3f}-{high:.3f}"
         )
-    print("largest ratio: of any tensor's error to flashoptim's")
+    print(f"largest ratio: of any tensor's error to that of {against}")
 
 
 #
@@ -239,37 +310,44 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]]) -> None:
 #
 
 
-def closed_loop_runs() -> dict[str, fq.MomentCodecs]:
-    return {
-        "float32 moments": fq.MomentCodecs.named("float32"),
-        "flashoptim": fq.MomentCodecs.named("flashoptim"),
-        "default": fq.MomentCodecs.named("flashquinox"),
-    }
+class Storage(NamedTuple):
+    moments: str
+    master_weight_bits: int | None = 24
+    dither_weights: bool = False
 
 
-@ft.partial(jax.jit, static_argnames=("moments", "steps", "batch"))
+MOMENTS = {
+    "float32 moments": Storage("float32"),
+    "flashoptim": Storage("flashoptim"),
+    "default": Storage("flashquinox"),
+}
+WEIGHTS = {
+    "24 bits": Storage("flashquinox"),
+    "16 bits, nearest": Storage("flashquinox", None),
+    "16 bits, dithered": Storage("flashquinox", None, dither_weights=True),
+}
+
+
+@ft.partial(jax.jit, static_argnames=("storage", "steps", "batch"))
 def train(
     text: UInt8[Array, " bytes"],
     keys: Key[Array, " seeds"],
-    moments: fq.MomentCodecs | None,
+    storage: Storage | None,
     learning_rate: Scalar,
     b2: Scalar,
     steps: int,
     batch: int,
 ) -> tuple[Float[Array, "seeds steps"], Float[Array, "seeds steps"]]:
-    """Losses and largest |u|s. `None` for the codec is float32 AdamW."""
+    """Losses and largest |u|s. `None` is float32 AdamW."""
 
     def one_seed(key):
         model_key, data_key = jax.random.split(key)
         weights, static = eqx.partition(GPT(key=model_key), eqx.is_inexact_array)
         weights = fq.cast(weights, jnp.bfloat16)
-        if moments is None:
+        if storage is None:
             weights = fq.cast(weights, jnp.float32)
-            optim = fq.adam(
-                learning_rate, b2=b2, moments="float32", master_weight_bits=None
-            )
-        else:
-            optim = fq.adam(learning_rate, b2=b2, moments=moments)
+        stored = storage or Storage("float32", None)
+        optim = fq.adam(learning_rate, b2=b2, **stored._asdict())
 
         def step(carry, step_key):
             weights, state = carry
@@ -293,6 +371,7 @@ def train(
 
 def closed_loop(
     text: UInt8[Array, " bytes"],
+    storages: dict[str, Storage],
     setting: tuple[float, float],
     seeds: int,
     steps: int,
@@ -305,8 +384,8 @@ def closed_loop(
     )
     reference = None
     rows = []
-    for name, moments in {"float32 AdamW": None, **closed_loop_runs()}.items():
-        losses, largest = jax.tree.map(np.asarray, run(moments=moments))
+    for name, storage in {"float32 AdamW": None, **storages}.items():
+        losses, largest = jax.tree.map(np.asarray, run(storage=storage))
         final = losses[:, -min(LAST_STEPS, steps) :].mean(axis=1)
         reference = final if reference is None else reference
         gap = final - reference
@@ -343,7 +422,9 @@ def print_closed_loop(
         print(f"{row['codec']:20}{row['loss']:9.4f}{gap:>22}{peak:>30}")
 
 
+# Learning rates and b2.
 SETTINGS = [(1e-3, 0.999), (4e-3, 0.999), (3e-3, 0.95)]
+WEIGHT_SETTINGS = [(1e-3, 0.999), (1e-4, 0.999)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -352,6 +433,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--closed-loop", action="store_true", help="train with each codec instead"
+    )
+    parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="the open loop of companding curves, one moment at a time",
+    )
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="train with each way to store weights instead",
     )
     parser.add_argument(
         "--seeds", type=int, default=2, help="how many seeds (default: 2)"
@@ -385,36 +476,52 @@ def main() -> None:
     print(f"{device}, jax {jax.__version__}, {text.shape[0]:,} bytes of text")
     start = time.perf_counter()
     results = {}
-    if arguments.closed_loop:
-        for setting in SETTINGS:
+    if arguments.closed_loop or arguments.weights:
+        storages, settings = MOMENTS, SETTINGS
+        if arguments.weights:
+            storages, settings = WEIGHTS, WEIGHT_SETTINGS
+        for setting in settings:
             rows = closed_loop(
-                text, setting, arguments.seeds, arguments.steps, arguments.batch
+                text,
+                storages,
+                setting,
+                arguments.seeds,
+                arguments.steps,
+                arguments.batch,
             )
             print_closed_loop(setting, arguments.seeds, arguments.steps, rows)
             results[f"lr {setting[0]}, b2 {setting[1]}"] = rows
     else:
         key = jax.random.key(0)
         names = leaf_names(eqx.filter(GPT(key=key), eqx.is_inexact_array))
+        chosen = curves() if arguments.curves else codecs()
+        against = "default" if arguments.curves else "flashoptim"
         for b2 in (0.999, 0.95):
             run = ft.partial(
                 open_loop,
                 text,
                 b2=jnp.float32(b2),
-                chosen=tuple(codecs().items()),
+                chosen=tuple(chosen.items()),
                 batch=arguments.batch,
                 learning_rate=1e-3,
             )
             keys = jax.random.split(key, arguments.seeds)
-            rows = summarize([run(key) for key in keys], names)
-            print_open_loop(b2, rows)
+            rows = summarize([run(key) for key in keys], names, chosen, against)
+            print_open_loop(b2, rows, against)
+            if arguments.curves:
+                print_families(rows, names)
             results[f"b2 {b2}"] = rows
     print(f"\n{time.perf_counter() - start:.0f} s")
     if arguments.json is not None:
         record = {
             "arguments": {
                 "closed_loop": arguments.closed_loop,
+                "weights": arguments.weights,
+                "curves": arguments.curves,
                 "seeds": arguments.seeds,
-                "steps": arguments.steps if arguments.closed_loop else STEPS,
+                "steps": arguments.steps
+                if arguments.closed_loop or arguments.weights
+                else STEPS,
                 "batch": arguments.batch,
                 "bytes of text": int(text.shape[0]),
             },

@@ -12,6 +12,9 @@ Columns:
 - collectives: operations in which devices communicate;
 - compile: seconds, tracing and lowering included.
 
+Where the memory of a device is too small, the compiler says so and no more: arguments
+are then all of them, over the number of devices.
+
 The models are Llama 3.1 8B, 70B and 405B with stacked layers, bfloat16 weights and
 gradients. Beside it, `optax.adamw` on float32 weights and gradients of the same
 sharding: columns over `fsdp`, rows over `model`.
@@ -107,6 +110,7 @@ def compile_step(
     }
     return {
         "argument bytes": memory.argument_size_in_bytes,
+        "fits": True,
         "temporary bytes": memory.temp_size_in_bytes,
         "aliased bytes": memory.alias_size_in_bytes,
         "output bytes": memory.output_size_in_bytes,
@@ -116,6 +120,21 @@ def compile_step(
         "trace seconds": seconds_to_trace,
         "compile seconds": seconds,
     }
+
+
+def measure(
+    make: Callable[[Any], Any], dtype: Any, shapes: Shapes, mesh: Mesh
+) -> dict[str, Any]:
+    try:
+        return compile_step(make, dtype, shapes, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+    init, _ = make(None)
+    params = {k: jax.ShapeDtypeStruct(shape, dtype) for k, shape in shapes.items()}
+    arguments = jtu.tree_leaves((params, jax.eval_shape(init, params), params))
+    total = sum(x.size * x.dtype.itemsize for x in arguments)
+    return {"argument bytes": total // mesh.size, "fits": False}
 
 
 def ours(shardings: Any) -> tuple[Callable, Callable]:
@@ -128,6 +147,8 @@ def of_optax(shardings: Any) -> tuple[Callable, Callable]:
 
     def init(params: Any) -> Any:
         state: Any = optim.init(params)
+        if shardings is None:
+            return state
         constrain = lambda x: jax.lax.with_sharding_constraint(x, shardings)
         adam = state[0]._replace(mu=constrain(state[0].mu), nu=constrain(state[0].nu))
         return adam, *state[1:]
@@ -176,7 +197,7 @@ def main() -> None:
             mesh = slice_mesh(name)
             for contender, (make, dtype) in CONTENDERS.items():
                 shapes = MODELS[model]
-                row = compile_step(make, dtype, shapes, mesh)
+                row = measure(make, dtype, shapes, mesh)
                 row = {"model": model, "slice": name, "contender": contender} | row
                 row |= {"parameters": count(shapes), "devices": mesh.size}
                 rows.append(row)
@@ -193,12 +214,18 @@ def main() -> None:
 def print_row(row: dict[str, Any]) -> None:
     size = row["argument bytes"]
     per_parameter = size * row["devices"] / row["parameters"]
+    start = (
+        f"{row['model']:5}{row['slice']:>11}  {row['contender']:16}"
+        f"{size / 1e9:7.3f} GB{per_parameter:9.3f}"
+    )
+    if not row["fits"]:
+        print(f"{start}  does not fit", flush=True)
+        return
     # All outputs but the table of them.
     in_place = row["aliased bytes"] >= 0.999 * row["output bytes"]
     temporary = row["temporary bytes"] / 1e6
     print(
-        f"{row['model']:5}{row['slice']:>11}  {row['contender']:16}"
-        f"{size / 1e9:7.3f} GB{per_parameter:9.3f}{temporary:7.2f} MB"
+        f"{start}{temporary:7.2f} MB"
         f"{'all' if in_place else 'NOT ALL':>9}"
         f"{sum(row['collectives'].values()):13}{row['compile seconds']:7.1f} s",
         flush=True,

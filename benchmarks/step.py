@@ -50,6 +50,7 @@ from _command_line import (
     Parser,
     positive,
     positive_integer,
+    sizes,
     some_of,
     versions,
 )
@@ -397,18 +398,6 @@ def plot(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
 #
 # Command line
 #
-
-
-def sizes(text: str) -> list[int]:
-    try:
-        found = [int(x) for x in text.split(",") if x.strip()]
-    except ValueError:
-        found = [0]
-    if any(size <= 0 or size % 32 != 0 for size in found):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: sides of matrices, multiples of 32, with commas between them"
-        )
-    return found
 
 
 def parse_arguments() -> argparse.Namespace:

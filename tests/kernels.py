@@ -169,3 +169,17 @@ def run(
             results = [(optax.apply_updates(params, u), s) for u, s in results]
         assert_same(*results, params, state, grad, approximate=device is not None)
         params, state = results[1]
+
+
+def run_ensemble(backend: str, shapes: dict[str, Any], device: Any = None) -> None:
+    """A step of models that `vmap` stacks along the first axis, as in `run`."""
+    params, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
+    kernel, plain = (fq.adamw(1e-2, backend=name) for name in (backend, "xla"))
+    state = jax.vmap(kernel.init)(params)
+    there = jax.device_put((params, state, grads), device)
+    with jax.default_device(device):
+        found = jax.jit(jax.vmap(kernel.step))(*there)
+    found = jax.device_put(found, jax.devices("cpu")[0])
+    expected = jax.jit(jax.vmap(plain.step))(params, state, grads)
+    is_approximate = device is not None
+    assert_same(found, expected, params, state, grads, approximate=is_approximate)

@@ -1,6 +1,7 @@
 """The examples, as a user runs them: in a process of their own, in an empty folder."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,22 +11,65 @@ from pathlib import Path
 import pytest
 
 
-MNIST = Path(__file__).parent.parent / "examples" / "mnist.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def command(*arguments):
-    return [sys.executable, str(MNIST), *arguments]
+def command(example, *arguments):
+    return [sys.executable, str(EXAMPLES / example), *arguments]
 
 
-def run(folder, *arguments):
+def run(folder, example, *arguments):
     return subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=300
+        command(example, *arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+def assert_wrong(done, complaint, code=2):
+    assert done.returncode == code
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+needs_ctrl_c = pytest.mark.skipif(
+    sys.platform == "win32", reason="Ctrl-C is no signal there"
+)
+
+
+def interrupt(folder, example, *arguments, file):
+    """Ctrl-C, two seconds after it made this file."""
+    process = subprocess.Popen(
+        command(example, *arguments),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (folder / file).exists():
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.count("\n") == 1
+
+
+#
+# mnist.py
+#
 
 
 def test_mnist(tmp_path):
     done = run(
-        tmp_path, "--epochs=2", "--train-size=300", "--optimizers=adamw,plain-sgd"
+        tmp_path,
+        "mnist.py",
+        "--epochs=2",
+        "--train-size=300",
+        "--optimizers=adamw,plain-sgd",
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -52,7 +96,7 @@ def test_mnist(tmp_path):
 
 
 def test_mnist_help(tmp_path):
-    done = run(tmp_path, "--help")
+    done = run(tmp_path, "mnist.py", "--help")
     assert done.returncode == 0
     assert "--epochs" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -72,28 +116,95 @@ def test_mnist_help(tmp_path):
 )
 def test_mnist_wrong_arguments(tmp_path, arguments, complaint):
     (tmp_path / "file").touch()
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert complaint in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    done = run(tmp_path, "mnist.py", *arguments)
+    assert_wrong(done, complaint)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
+@needs_ctrl_c
 def test_mnist_interrupted(tmp_path):
-    process = subprocess.Popen(
-        command("--epochs=1000", "--train-size=100", "--optimizers=plain-sgd"),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    interrupt(
+        tmp_path,
+        "mnist.py",
+        *("--epochs=1000", "--train-size=100", "--optimizers=plain-sgd"),
+        file="mnist-results",
     )
     folder = tmp_path / "mnist-results"
-    while process.poll() is None and not folder.exists():
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.count("\n") == 1
     assert {path.suffix for path in folder.iterdir()} <= {".eqx"}
+
+
+#
+# fsdp.py
+#
+
+
+_SMALL = ("--width=32", "--layers=1", "--length=16", "--batch-size=8")
+
+
+def test_fsdp(tmp_path):
+    def train(devices):
+        done = run(
+            tmp_path,
+            "fsdp.py",
+            *(*_SMALL, f"--fake-devices={devices}", "--learning-rate=0.02"),
+            *("--steps=30", "--save-every=20", "--json=result.json"),
+        )
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return json.loads((tmp_path / "result.json").read_text()), done.stdout
+
+    whole, output = train(4)
+    assert whole["step"] == 30 and whole["devices"] == 4
+    assert whole["validation_loss"] < whole["validation_loss_before"] - 1
+    for title in ("validation loss", "parameters", "float32 AdamW"):
+        assert title in output
+
+    # As if it had ended on the way: it goes on, bit for bit; on other devices, whose
+    # sums have another order, nearly.
+    checkpoints = tmp_path / "fsdp-checkpoints"
+    for devices in (4, 2):
+        shutil.rmtree(checkpoints / "30")
+        resumed, output = train(devices)
+        assert "From step 20" in output
+        assert resumed["step"] == 30 and len(resumed["losses"]) == 10
+        expected = whole["losses"][20:]
+        if devices == 4:
+            assert resumed["losses"] == expected
+            assert resumed["validation_loss"] == whole["validation_loss"]
+        else:
+            assert resumed["losses"] == pytest.approx(expected, abs=0.05)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30"]
+
+    other = run(tmp_path, "fsdp.py", *_SMALL, "--layers=2", "--fake-devices=2")
+    assert_wrong(other, "has nothing at `model.blocks[1]", code=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--steps=0"], "takes a whole number from 1"),
+        (["--learning-rate=-1"], "takes a positive number; got '-1'"),
+        (["--width=36", "--heads=4"], "takes a multiple of 2 x 4 heads"),
+        (["--process=1"], "belong together"),
+        (["--json=nowhere/result.json"], "no directory nowhere"),
+    ],
+)
+def test_fsdp_wrong_arguments(tmp_path, arguments, complaint):
+    assert_wrong(run(tmp_path, "fsdp.py", *arguments), complaint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fsdp_wrong_devices(tmp_path):
+    done = run(tmp_path, "fsdp.py", "--fake-devices=3")
+    assert_wrong(done, "takes a multiple of the 3 devices", code=1)
+
+
+@needs_ctrl_c
+def test_fsdp_interrupted(tmp_path):
+    interrupt(
+        tmp_path,
+        "fsdp.py",
+        *(*_SMALL, "--fake-devices=2", "--steps=1000000", "--save-every=10"),
+        file="fsdp-checkpoints/10",
+    )
+    steps = [int(path.name) for path in (tmp_path / "fsdp-checkpoints").iterdir()]
+    # That of the step it came in is the latest.
+    assert len(steps) == 2 and max(steps) > 10

@@ -16,7 +16,7 @@ from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
 from .helpers import Case, float64, parametrize_cases, Storage
-from .kernels import arrays, compiling_for, run
+from .kernels import arrays, compiling_for, run, run_ensemble
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -29,6 +29,8 @@ _SHAPES = {
     "vector": (40,),
     "ragged": (37, 5),
 }
+# Of three models.
+_ENSEMBLE = {"matrix": (3, 64, 128), "other": (3, 96, 64), "vector": (3, 40)}
 # Of groups along rows: lanes that fill a tile and some that do not, and leading axes.
 _ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}
 
@@ -85,6 +87,10 @@ def test_leaves_with_and_without_decay():
     run("gpu", make, params, grads)
 
 
+def test_ensembles():
+    run_ensemble("gpu", _ENSEMBLE)
+
+
 def _step(shape, group_size=32, axis: int | None = -1, dtype=jnp.bfloat16):
     leaf = jnp.zeros(shape, dtype)
     scales = {"moment": jnp.zeros(())}
@@ -131,6 +137,13 @@ def test_lowers_for_cuda(case):
     assert _kernels(optim, params) == 1
 
 
+@pytest.mark.parametrize("moments", ["log", "learned"])
+def test_curves_lower_for_cuda(moments):
+    params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))
+    optim = fq.adamw(1e-3, moments=moments, backend="gpu")
+    assert _kernels(optim, params) == 1
+
+
 def test_leaves_share_kernels():
     matrices = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(20)}
     vectors = {f"vector{i}": (40 + i,) for i in range(5)}
@@ -138,6 +151,12 @@ def test_leaves_share_kernels():
     # No more than so many in one; and the vectors, which have no groups.
     assert gpu.Lanes.most_leaves == 8 and gpu.Elements.most_leaves == 16
     assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 3 + 1
+
+
+def test_equal_leaves_are_one_kernel():
+    """12 of them take it twice, with 6 at a time, and not with 8 and with 4."""
+    params = _shapes(jnp.bfloat16, **{f"matrix{i}": (64, 64) for i in range(12)})
+    assert _kernels(fq.adamw(1e-3, backend="gpu"), params) == 1
 
 
 def test_is_the_default_for_gpus():
@@ -175,6 +194,15 @@ def test_kernel_on_a_gpu_is_plain_xla(case):
 
 
 @_needs_gpu
+@pytest.mark.parametrize("moments", ["sqrt", "fourth_root", "log", "learned"])
+def test_curves_on_a_gpu_are_plain_xla(moments):
+    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(fq.adamw, 1e-2, moments=moments)
+    params = arrays(_SHAPES, jnp.bfloat16, 0)
+    run("gpu", make, params, grads, device=_gpus()[0])
+
+
+@_needs_gpu
 @pytest.mark.parametrize("groups_of", ["gpu", "tpu"])
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgdw"])
 def test_millions_of_codes_on_a_gpu(name, groups_of):
@@ -184,6 +212,11 @@ def test_millions_of_codes_on_a_gpu(name, groups_of):
     params = arrays(shapes, jnp.bfloat16, 0)
     make = ft.partial(Case(name, _ours).optimizer, 1e-2)
     run("gpu", make, params, grads, groups_of=groups_of, device=_gpus()[0])
+
+
+@_needs_gpu
+def test_ensembles_on_a_gpu():
+    run_ensemble("gpu", _ENSEMBLE, device=_gpus()[0])
 
 
 @_needs_gpu

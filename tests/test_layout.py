@@ -99,6 +99,11 @@ def test_choose_layout(shape, axis):
     [
         ((64, 96), -2),
         ((3, 64, 5), -2),
+        # In a TPU's memory, the columns are the rows of a transposed matrix; where
+        # full groups fit into them.
+        ((2, 128, 96), -1),
+        ((70, 64), -1),
+        ((128, 80), -2),
         # No full groups along rows, or no rows.
         ((33, 64), -1),
         ((64,), -1),

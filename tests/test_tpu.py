@@ -19,7 +19,7 @@ from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
 from .helpers import Case, parametrize_cases, Storage
-from .kernels import arrays, assert_same, compiling_for, run
+from .kernels import arrays, assert_same, compiling_for, run, run_ensemble
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -32,6 +32,7 @@ _ODD_SHAPES = {
     "high": (1056, 130),
     "deep": (2, 3, 32, 128),
     "wide": (32, 700),
+    "transposed": (2, 128, 96),
 }
 
 
@@ -147,14 +148,7 @@ def test_damage_shows():
 
 
 def test_ensembles():
-    shapes = {"leaf": (3, 64, 128)}
-    params, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
-    kernel, plain = (fq.adamw(1e-2, backend=backend) for backend in ("tpu", "xla"))
-    state = jax.vmap(kernel.init)(params)
-    ours, reference = (
-        jax.jit(jax.vmap(optim.step))(params, state, grads) for optim in (kernel, plain)
-    )
-    assert_same(ours, reference, params, state, grads)
+    run_ensemble("tpu", {"leaf": (3, 64, 128)})
 
 
 def test_what_the_kernel_cannot_take_goes_through_xla():
@@ -179,6 +173,7 @@ def test_support():
         )
 
     assert supports((32, 1)) and supports((5, 64, 100))
+    assert supports((5, 256, 96), axis=-1) and not supports((256, 90), axis=-1)
     assert not supports((33, 128)) and not supports((32, 128), axis=-1)
     assert not supports((32, 128), group_size=16)
     assert not supports((32, 128), dtype=jnp.float16)
@@ -271,6 +266,11 @@ _VARIANTS = {
     "lion": fq.lion(1e-3, backend="tpu"),
     "sgd": fq.sgd(1e-3, backend="tpu"),
     "sgdw": fq.sgdw(1e-3, momentum=0.9, skip_nonfinite=True, backend="tpu"),
+    "adamw-dithered-weights": fq.adamw(
+        1e-3, master_weight_bits=None, dither_weights=True, backend="tpu"
+    ),
+    "adamw-learned": fq.adamw(1e-3, moments="learned", backend="tpu"),
+    "adamw-log": fq.adamw(1e-3, moments="log", backend="tpu"),
     "adamw-groups-of-64": fq.adamw(1e-3, group_size=64, backend="tpu"),
 }
 
@@ -295,6 +295,18 @@ def test_compiles_without_temporaries(chip, variant):
     # the scalars.
     assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
     assert memory.temp_size_in_bytes <= 2**20
+
+
+@pytest.mark.parametrize("variant", ["adamw", "sgdw"])
+@pytest.mark.parametrize("shape", [(2, 1024, 832), (2, 4096, 64), (640, 576)])
+def test_compiles_what_lies_transposed(shape, variant):
+    """Columns that are no multiple of 128 are the rows in memory. Scales are copied,
+    but no array with an entry for each element."""
+    optim = _VARIANTS[variant]
+    params = {"stack": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    compiled = _compile("v5e", optim, params, params)
+    assert "tpu_custom_call" in _text(compiled)
+    assert compiled.memory_analysis().temp_size_in_bytes < math.prod(shape)
 
 
 @pytest.mark.parametrize("chip", _TOPOLOGIES)

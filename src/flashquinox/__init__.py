@@ -5,10 +5,16 @@ from ._codec import (
     Dither as Dither,
     QuantMoment as QuantMoment,
 )
+from ._codecs.companded import CompandedCodec as CompandedCodec
 from ._codecs.fitted_log import FittedLogCodec as FittedLogCodec
 from ._codecs.flashoptim import FlashOptimCodec as FlashOptimCodec
 from ._codecs.full_precision import FullPrecision as FullPrecision
 from ._codecs.softsign import SoftsignCodec as SoftsignCodec
+from ._curves import (
+    AbstractCurve as AbstractCurve,
+    MuLawCurve as MuLawCurve,
+    RationalCurve as RationalCurve,
+)
 from ._layered import LayeredLoss as LayeredLoss
 from ._moment_codecs import MomentCodecs as MomentCodecs
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
@@ -18,7 +24,18 @@ from ._rules.lion import Lion as Lion, lion as lion
 from ._rules.sgd import SGD as SGD, sgd as sgd, sgdw as sgdw
 from ._split import ECCWeight as ECCWeight
 from ._state import OptimizerState as OptimizerState
-from .precision import cast as cast, master_weights as master_weights
+from .precision import (
+    cast as cast,
+    check_numerics as check_numerics,
+    ensure_precision as ensure_precision,
+    LeafNumerics as LeafNumerics,
+    master_weights as master_weights,
+    narrow as narrow,
+    NumericsError as NumericsError,
+    NumericsReport as NumericsReport,
+    widen as widen,
+    Widened as Widened,
+)
 from .release import release_step as release_step
 
 

@@ -20,6 +20,7 @@ from ._split import (
     decode_weight,
     encode_correction,
     encode_weight,
+    rounding_threshold,
 )
 
 
@@ -33,10 +34,27 @@ class StepStructure(eqx.Module):
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
     as_update: bool = eqx.field(static=True)
+    # Round narrow weights that have no correction by a rotating threshold.
+    dither_weights: bool = eqx.field(static=True)
 
     @property
     def codec_of(self) -> dict[str, AbstractMomentCodec]:
         return dict(zip(self.rule.moments, self.codecs, strict=True))
+
+    def codecs_before_and_after(
+        self, scalars: "StepScalars"
+    ) -> tuple[dict[str, AbstractMomentCodec], dict[str, AbstractMomentCodec]]:
+        """What decodes the old moments, and what encodes the new ones."""
+        before, after = (
+            {
+                name: codec.with_parameter(
+                    scalars.leaf.parameters.get(name, (None, None))[i]
+                )
+                for name, codec in self.codec_of.items()
+            }
+            for i in (0, 1)
+        )
+        return before, after
 
     def factors(
         self, scalars: "StepScalars"
@@ -47,23 +65,35 @@ class StepStructure(eqx.Module):
         return {name: (value(old), value(new)) for name, (old, new) in names.items()}
 
 
+class LeafScalars(eqx.Module):
+    """What of a step is the same for all elements of a leaf, but not for all leaves."""
+
+    number: Scalar
+    # Of moments whose codec learns, by their names: its parameter before the step, by
+    # which they are decoded, and after.
+    parameters: dict[str, tuple[Scalar, Scalar]]
+
+
 class StepScalars(eqx.Module):
-    """What of a step is the same for all elements of a leaf: computed once. Leaves that
-    have the same ones differ in their number alone."""
+    """What of a step is the same for all elements of a leaf: computed once."""
 
     rule: dict[str, Scalar]
     # Of decoupled decay, the factor on the weight; of L2 regularization, the
     # coefficient. None for a leaf without decay.
     decay: Scalar | None
-    # Of this step, from 0; and of the leaf.
+    # Of this step, from 0.
     count: Scalar
-    leaf: Scalar
+    leaf: LeafScalars
     # Whether to take this step at all. None if that was not asked.
     take: Bool[Array, ""] | None
 
     @property
     def dither(self) -> Dither:
-        return Dither.at(self.count, self.leaf)
+        return Dither.at(self.count, self.leaf.number)
+
+    @property
+    def weight_threshold(self) -> Scalar:
+        return rounding_threshold(self.count, self.leaf.number)
 
 
 class TileState(eqx.Module):
@@ -99,7 +129,7 @@ def update_tile(
     The new state of the tile. With `structure.as_update`, `weight` is not the new
     weight but the update, as from [`advance`][].
     """
-    codecs = structure.codec_of
+    codecs, new_codecs = structure.codecs_before_and_after(scalars)
     dtype = compute_dtype(old.weight.dtype)
     factors = structure.factors(scalars)
     moments = {
@@ -109,10 +139,17 @@ def update_tile(
         for name, codec in codecs.items()
     }
     weight, correction, moments = advance(
-        structure, scalars, grad, old.weight, old.correction, moments, keep_unmoved
+        structure,
+        scalars,
+        scalars.weight_threshold if structure.dither_weights else None,
+        grad,
+        old.weight,
+        old.correction,
+        moments,
+        keep_unmoved,
     )
     codes, scales = {}, {}
-    for name, codec in codecs.items():
+    for name, codec in new_codecs.items():
         codes[name], scales[name] = codec.encode(
             moments[name], axis, scalars.dither, factors[name][1]
         )
@@ -129,6 +166,7 @@ def update_tile(
 def advance(
     structure: StepStructure,
     scalars: StepScalars,
+    threshold: Scalar | None,
     grad: Float[Array, "*tile"],
     weight: Float[Array, "*tile"],
     correction: Correction | None,
@@ -137,7 +175,7 @@ def advance(
 ) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
     """The elementwise part of a step: everything but the storage of moments. With
     `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
-    or -0.
+    or -0. `threshold` is what weights without a correction are rounded by, or `None`.
 
     **Returns:**
 
@@ -162,7 +200,7 @@ def advance(
 
     correction_dtype = None if correction is None else correction.dtype
     new_weight, new_correction = encode_weight(
-        new_master, weight.dtype, correction_dtype
+        new_master, weight.dtype, correction_dtype, threshold
     )
     if structure.as_update:
         update, held = _difference(new_master, new_weight, weight)

@@ -86,6 +86,20 @@ def master_weight_bits(call: str, value: Any) -> int | Unknown | None:
     )
 
 
+def dither_weights(call: str, value: Any, bits: int | Unknown | None) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"`{call}(dither_weights=...)` must be True or False; got {value!r}."
+        )
+    if value and bits is not None:
+        raise ValueError(
+            f"`{call}(dither_weights=True)` has no effect on weights with a "
+            "correction, which lose no steps to begin with: pass "
+            "`master_weight_bits=None` too, or leave it out."
+        )
+    return bool(value)
+
+
 def group_size(call: str, value: Any) -> int | Unknown:
     """The argument of this name as a Python number, if it is known."""
     size = _known_integer(value)
@@ -134,12 +148,18 @@ def peak(
 def moment_codecs(call: str, moments: Any) -> MomentCodecs:
     if isinstance(moments, MomentCodecs):
         return moments
-    if isinstance(moments, str) and moments in MomentCodecs.names():
+    known = MomentCodecs.names()
+    if isinstance(moments, str) and moments in known:
         return MomentCodecs.named(moments)
-    names = ", ".join(repr(name) for name in MomentCodecs.names())
+    if isinstance(moments, (tuple, list)) and len(moments) == 2:
+        signed, nonnegative = moments
+        if signed in known and nonnegative in known:
+            return MomentCodecs.named((signed, nonnegative))
+    names = ", ".join(map(repr, known))
     raise ValueError(
-        f"`{call}(moments=...)` must be one of {names} or a "
-        f"`flashquinox.MomentCodecs`; got {moments!r}."
+        f"`{call}(moments=...)` must be one of {names}, a pair of these (for signed "
+        "moments and for averages of squares), or a `flashquinox.MomentCodecs`; got "
+        f"{moments!r}."
     )
 
 
@@ -294,21 +314,50 @@ def moments_fit(
 def width_fits(
     call: str, leaf: Leaf, correction: Correction | None, bits: int | Unknown | None
 ) -> None:
+    """Whether a correction has the width that was asked for, or more: the state
+    decides, as `flashquinox.widen` changes it leaf by leaf."""
     if isinstance(bits, Unknown):
         return
     expected = None
     if bits is not None and jnp.dtype(leaf.value.dtype) in NARROW_DTYPES:
         expected = CORRECTION_DTYPES[bits]
     found = None if correction is None else jnp.dtype(correction.dtype)
-    if found != expected:
-        widths: dict[Any, int] = {
-            dtype: width for width, dtype in CORRECTION_DTYPES.items()
-        }
+    if found == expected:
+        return
+    if (
+        found is not None
+        and expected is not None
+        and found.itemsize > expected.itemsize
+    ):
+        return
+    widths: dict[Any, int] = {
+        dtype: width for width, dtype in CORRECTION_DTYPES.items()
+    }
+    remedy = ""
+    if found is not None and expected is not None:
+        remedy = ", or move it to more bits with `flashquinox.widen`"
+    raise ValueError(
+        f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was "
+        f"made with `master_weight_bits={widths.get(found)}`, this optimizer with "
+        f"`master_weight_bits={bits}`. Make a new state with `init`, or pass the "
+        f"state's width{remedy}."
+    )
+
+
+def has_correction(call: str, leaf: Leaf, correction: Any) -> None:
+    if correction is None:
         raise ValueError(
-            f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was "
-            f"made with `master_weight_bits={widths.get(found)}`, this optimizer with "
-            f"`master_weight_bits={bits}`. Make a new state with `init`, or pass the "
-            "state's width."
+            f"`{call}`: the state has no correction for the {leaf.value.dtype} weight "
+            f"at `{leaf.name}`. Make a state with `init`, of an optimizer with "
+            "`master_weight_bits=24` or 32."
+        )
+
+
+def is_concrete(call: str, leaf: Leaf) -> None:
+    if isinstance(leaf.value, jax.core.Tracer):
+        raise TypeError(
+            f"`{call}`: the weight at `{leaf.name}` is traced, and its size not known. "
+            f"Call `{call}` outside of `jit`, between steps."
         )
 
 

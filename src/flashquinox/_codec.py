@@ -24,6 +24,7 @@ from jaxtyping import (
     Array,
     Float,
     Float16,
+    Float32,
     Int8,
     Scalar,
     ScalarLike,
@@ -80,6 +81,17 @@ class AbstractMomentCodec(eqx.Module):
     @abc.abstractmethod
     def flattened(self) -> bool:
         """Whether groups run through the flattened leaf instead of along one axis."""
+
+    @property
+    def initial(self) -> float | None:
+        """Where the parameter of a codec that learns begins. `None` for others."""
+        return None
+
+    def with_parameter(self, parameter: Scalar | None) -> "AbstractMomentCodec":
+        """The codec with this parameter, which may be traced: for one step, or part of
+        it. `None` if nothing is learned."""
+        del parameter
+        return self
 
     @abc.abstractmethod
     def init(self, layout: Layout, dtype: DTypeLike) -> "StoredMoment":
@@ -172,7 +184,9 @@ class QuantMoment(eqx.Module):
     `codes` has the shape of the weight. `scales` has the same shape with `axis` divided
     by `group_size` (rounded up), so that a sharding of the weight is one of the state.
     `axis` counts from the end; if it is `None`, the leaf is flattened and `scales` has
-    one axis.
+    one axis. `parameter` is a scalar for a codec that learns (see
+    [`flashquinox.RationalCurve`][]): the one that `codes` were made with. It is `None`
+    for others.
     """
 
     codes: Int8[Array, "*shape"] | UInt8[Array, "*shape"]
@@ -180,6 +194,7 @@ class QuantMoment(eqx.Module):
     axis: int | None = eqx.field(static=True)
     group_size: int = eqx.field(static=True)
     codec: AbstractMomentCodec = eqx.field(static=True)
+    parameter: Float32[Array, "*ensemble"] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -191,7 +206,8 @@ class QuantMoment(eqx.Module):
         Of an ensemble made by `vmap`, decode the members under `jax.vmap` as well.
         """
         layout = self.layout
-        tile = self.codec.decode(
+        codec = self.codec.with_parameter(self.parameter)
+        tile = codec.decode(
             layout.tile(self.codes), self.scales, layout.tile_axis, dtype
         )
         return layout.untile(tile)
@@ -213,4 +229,5 @@ def zeros(
         axis=layout.axis,
         group_size=layout.group_size,
         codec=codec,
+        parameter=None if codec.initial is None else jnp.float32(codec.initial),
     )

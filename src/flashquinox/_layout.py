@@ -99,22 +99,40 @@ def choose_layout(
 ) -> Layout:
     """Groups along the axis that needs the fewest scales; the last one among equals,
     which is the model dimension of Equinox's `Linear` and `Embedding` weights. With
-    `prefer_rows`, the last but one, if full groups fit into it. Of a leaf that is cut
-    into `parts` along each axis, an axis where no group lies in two of them, if there
-    is one.
+    `prefer_rows`, along what are the rows in a TPU's memory, if full groups fit into
+    them. Of a leaf that is cut into `parts` along each axis, an axis where no group
+    lies in two of them, if there is one.
     """
     if len(shape) == 0:
         return Layout(shape, None, group_size)
     cut = parts or (1,) * len(shape)
     axes = range(-1, -len(shape) - 1, -1)
     axes = [a for a in axes if _divides(shape[a], group_size, cut[a])] or axes
-    if prefer_rows and -2 in axes and shape[-2] % group_size == 0:
-        return Layout(shape, -2, group_size)
+    if prefer_rows:
+        part = tuple(length // n for length, n in zip(shape, cut, strict=True))
+        for axis in (-1, -2) if lies_transposed(part) else (-2,):
+            if axis in axes and shape[axis] % group_size == 0:
+                return Layout(shape, axis, group_size)
 
     def scales_per_element(axis: int) -> float:
         return -(-shape[axis] // group_size) / max(1, shape[axis])
 
     return Layout(shape, min(axes, key=scales_per_element), group_size)
+
+
+def lies_transposed(shape: tuple[int, ...]) -> bool:
+    """Whether the last axis of an array of this shape is what the rows are in a TPU's
+    memory. There the two last axes are filled up to tiles of 8 rows and 128 columns,
+    and XLA lays them out such that less is filled up (as it does with all arrays that a
+    program takes; found by compiling for v5e and v6e).
+    """
+    if len(shape) < 2:
+        return False
+
+    def filled_up(rows: int, columns: int) -> int:
+        return -(-rows // 8) * 8 * -(-columns // 128) * 128
+
+    return filled_up(shape[-1], shape[-2]) < filled_up(shape[-2], shape[-1])
 
 
 def _divides(length: int, group_size: int, parts: int) -> bool:

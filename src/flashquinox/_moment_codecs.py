@@ -3,23 +3,35 @@ import math
 import equinox as eqx
 
 from ._codec import AbstractMomentCodec
+from ._codecs.companded import CompandedCodec
 from ._codecs.fitted_log import FittedLogCodec
 from ._codecs.flashoptim import FlashOptimCodec
 from ._codecs.full_precision import FullPrecision
 from ._codecs.softsign import SoftsignCodec
+from ._curves import AbstractCurve, MuLawCurve, RationalCurve
 from ._layout import choose_layout, Layout
 from ._rule import MomentKind
 
 
 class MomentCodecs(eqx.Module):
-    """Which codec stores which moment.
+    r"""Which codec stores which moment.
 
-    `MomentCodecs.named` gives the three that `moments=` accepts by name:
+    `MomentCodecs.named` gives those that `moments=` accepts by name:
 
     - `"flashquinox"`: softsign, rounded to nearest, for signed moments; fitted
         logarithm with rotating dither for averages of squares.
     - `"flashoptim"`: the codec of the paper.
     - `"float32"`: no compression.
+    - `"linear"`, `"sqrt"`, `"fourth_root"`, `"softsign"`, `"log"`: one companding curve
+        for both, by a [`flashquinox.CompandedCodec`][]: $x$, $\sqrt x$,
+        $\sqrt[4]x$, $2x / (1 + x)$, or $\ln(1 + \mu x) / \ln(1 + \mu)$ with $\mu$
+        = 255 for signed moments and 65,535 for averages of squares. (`"softsign"` has
+        the [`flashquinox.SoftsignCodec`][] for signed moments.)
+    - `"learned"`: a [`flashquinox.RationalCurve`][] for every moment of every leaf, of
+        the square root for averages of squares.
+
+    Of a pair of names, the first is for signed moments and the second for averages of
+    squares: `moments=("learned", "flashquinox")`.
 
     Leaves of at most one axis (biases, the scales of norms) with fewer than
     `smallest_vector` elements keep their moments in full precision: they hold a
@@ -31,8 +43,11 @@ class MomentCodecs(eqx.Module):
     smallest_vector: int = eqx.field(static=True, default=4096)
 
     @staticmethod
-    def named(name: str) -> "MomentCodecs":
-        return _named[name]
+    def named(name: str | tuple[str, str]) -> "MomentCodecs":
+        if isinstance(name, str):
+            return _named[name]
+        signed, nonnegative = (_named[x] for x in name)
+        return MomentCodecs(signed.signed, nonnegative.nonnegative)
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -58,10 +73,31 @@ class MomentCodecs(eqx.Module):
         return choose_layout(shape, group_size, prefer_rows, parts)
 
 
+def _companded(signed: AbstractCurve, nonnegative: AbstractCurve) -> MomentCodecs:
+    return MomentCodecs(
+        CompandedCodec("signed", signed), CompandedCodec("nonnegative", nonnegative)
+    )
+
+
+def _root(root: int) -> MomentCodecs:
+    curve = RationalCurve(0.0, root)
+    return _companded(curve, curve)
+
+
 _named = {
     "flashquinox": MomentCodecs(SoftsignCodec(), FittedLogCodec()),
     "flashoptim": MomentCodecs(
         FlashOptimCodec("signed"), FlashOptimCodec("nonnegative"), smallest_vector=0
     ),
     "float32": MomentCodecs(FullPrecision(), FullPrecision()),
+    "linear": _root(1),
+    "sqrt": _root(2),
+    "fourth_root": _root(4),
+    "softsign": MomentCodecs(
+        SoftsignCodec(), CompandedCodec("nonnegative", RationalCurve(1.0))
+    ),
+    "log": _companded(MuLawCurve(255.0), MuLawCurve(65535.0)),
+    "learned": _companded(
+        RationalCurve(1.0, learned=True), RationalCurve(1.0, 2, learned=True)
+    ),
 }

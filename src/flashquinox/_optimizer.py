@@ -88,9 +88,10 @@ def optimizer(
     peak_learning_rate: ScalarLike | None = None,
     mask: Mask | None = None,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    dither_weights: bool = False,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -115,13 +116,18 @@ def optimizer(
     - `master_weight_bits`: the precision in which bfloat16 and float16 weights
         accumulate updates. 24 adds an `int8` correction per weight, 32 an `int16`;
         `None` none.
-    - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"flashoptim"` (8
-        bits, the paper's codec), `"float32"` (uncompressed), or a
-        [`flashquinox.MomentCodecs`][].
+    - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"learned"` (8 bits,
+        by curves that follow the moments), `"flashoptim"` (8 bits, the paper's codec),
+        `"float32"` (uncompressed), another name or a pair of names in
+        [`flashquinox.MomentCodecs`][], or one of these.
     - `group_size`: how many elements share a scale: a multiple of 16 from 16 to 128.
     - `skip_nonfinite`: if `True`, a step with a NaN or an infinity in any gradient
         changes neither weights nor state. If `False`, it damages the leaves it came to,
         no others.
+    - `dither_weights`: with `master_weight_bits=None`, whether bfloat16 and float16
+        weights are rounded by a threshold that rotates from step to step, instead of to
+        nearest: steps that are too small for the weight then arrive in their share of
+        the cases.
     - `backend`: `"auto"` takes the kernels of the platform that a program is compiled
         for, and plain XLA where there is none. `"xla"` takes plain XLA everywhere.
         `"tpu"` makes states for TPUs on any machine, and takes their kernels, which
@@ -155,6 +161,7 @@ def optimizer(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        dither_weights=dither_weights,
         backend=backend,
         shardings=shardings,
     )
@@ -171,15 +178,17 @@ def build_optimizer(
     peak_learning_rate: ScalarLike | None,
     mask: Mask | None,
     master_weight_bits: Integer | Array | None,
-    moments: str | MomentCodecs,
+    moments: str | tuple[str, str] | MomentCodecs,
     group_size: Integer | Array,
     skip_nonfinite: bool,
+    dither_weights: bool,
     backend: Backend,
     shardings: PyTree,
 ) -> Optimizer:
     """`optimizer`, for errors that name `call` as the user wrote it."""
     checks.hyperparameters(call, rule, learning_rate, weight_decay)
     peak = checks.peak(call, learning_rate, decouple_lr, peak_learning_rate)
+    bits = checks.master_weight_bits(call, master_weight_bits)
     transformation = Transformation(
         call=call,
         rule=rule,
@@ -188,10 +197,11 @@ def build_optimizer(
         decoupled=decoupled,
         peak_learning_rate=peak,
         mask=mask,
-        master_weight_bits=checks.master_weight_bits(call, master_weight_bits),
+        master_weight_bits=bits,
         codecs=checks.moment_codecs(call, moments),
         group_size=checks.group_size(call, group_size),
         skip_nonfinite=skip_nonfinite,
+        dither_weights=checks.dither_weights(call, dither_weights, bits),
         backend=checks.backend(call, backend),
         shardings=checks.shardings(call, shardings),
     )

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ._codec import AbstractMomentCodec, Dither, QuantMoment
 from ._layout import Layout
@@ -16,41 +16,54 @@ def regroup(
     scales: Shaped[Array | np.ndarray, "..."],
     groups: tuple[int | None, int],
     like: QuantMoment,
+    parameter: Float32[Array | np.ndarray, "..."] | None = None,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
     """Codes and scales, of groups of this axis and size, encoded again in those of
-    another moment of the same codec. Both are rounded to nearest."""
+    another moment of the same codec, with the same parameter if that learns. Both are
+    rounded to nearest."""
     # Of an ensemble made by `vmap`, a flattened leaf has one axis of scales per member;
     # of others, the axes of the members are as any other.
     members = 0
-    if groups[0] is None:
+    if parameter is not None:
+        members = len(parameter.shape)
+    elif groups[0] is None:
         members = len(scales.shape) - 1
     elif like.axis is None:
         members = len(like.scales.shape) - 1
     new_groups = (like.axis, like.group_size)
-    return _encode_again(codes, scales, like.codec, groups, new_groups, members)
+    codec = like.codec
+    return _encode_again(codes, scales, parameter, codec, groups, new_groups, members)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _encode_again(
     codes: Shaped[Array, "..."],
     scales: Shaped[Array, "..."],
+    parameter: Float32[Array, "..."] | None,
     codec: AbstractMomentCodec,
     groups: tuple[int | None, int],
     new_groups: tuple[int | None, int],
     members: int,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    # Thresholds of one half.
-    nearest = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
-
-    def encode(codes, scales):
-        axis, group_size = groups
-        moment = QuantMoment(codes, scales, axis, group_size, codec).decode()
-        layout = Layout(moment.shape, *new_groups)
-        tile = layout.tile(moment)
-        codes, scales = codec.encode(tile, layout.tile_axis, nearest)
-        assert scales is not None
-        return layout.untile(codes), scales
+    def encode(codes, scales, parameter):
+        moment = QuantMoment(codes, scales, *groups, codec, parameter).decode()
+        return encode_nearest(moment, codec.with_parameter(parameter), new_groups)
 
     for _ in range(members):
         encode = jax.vmap(encode)
-    return encode(codes, scales)
+    return encode(codes, scales, parameter)
+
+
+def encode_nearest(
+    moment: Float[Array, "..."],
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    """Codes and scales of a whole moment, in groups of this axis and size, rounded to
+    nearest."""
+    # Thresholds of one half.
+    nearest = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
+    layout = Layout(moment.shape, *groups)
+    codes, scales = codec.encode(layout.tile(moment), layout.tile_axis, nearest)
+    assert scales is not None
+    return layout.untile(codes), scales

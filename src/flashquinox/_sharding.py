@@ -171,7 +171,12 @@ def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
         if not isinstance(x, QuantMoment):
             return sharding
         scales = NamedSharding(sharding.mesh, of_scales(x.layout, sharding))
-        return eqx.tree_at(lambda x: (x.codes, x.scales), x, (sharding, scales))
+        parts = sharding, scales
+        if x.parameter is None:
+            return eqx.tree_at(lambda x: (x.codes, x.scales), x, parts)
+        alone = NamedSharding(sharding.mesh, PartitionSpec())
+        where = lambda x: (x.codes, x.scales, x.parameter)
+        return eqx.tree_at(where, x, (*parts, alone))
 
     return jtu.tree_map(one, tree, is_leaf=lambda x: isinstance(x, QuantMoment))
 

@@ -10,7 +10,17 @@ import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int8, Int16, UInt32
+from jaxtyping import (
+    Array,
+    Float,
+    Float32,
+    Int8,
+    Int16,
+    Scalar,
+    ScalarLike,
+    Shaped,
+    UInt32,
+)
 
 from ._arithmetic import canonical_pattern
 
@@ -139,14 +149,30 @@ def decode_weight(
     return jnp.where(jnp.isnan(master), wide, master)
 
 
+def rounding_threshold(count: Scalar, leaf: ScalarLike) -> Shaped[Array, ""]:
+    """Of step `count`, for the weights of the leaf with this index: an integer of 16
+    bits. As of [`flashquinox.Dither`][], in a sequence of its own."""
+    turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
+    # Multiples of the root of 2, whose discrepancy is about the golden ratio's.
+    return (turn * np.uint32(0x6A09E667) + leaf * np.uint32(0xC13FA9A9)) >> 16
+
+
 def encode_weight(
     master: Float[Array, "*shape"],
     dtype: DTypeLike,
     correction_dtype: DTypeLike | None,
+    threshold: Shaped[Array, ""] | None = None,
 ) -> tuple[Float[Array, "*shape"], Correction | None]:
-    """The weight and the correction that together are nearest to `master`."""
+    """The weight and the correction that together are nearest to `master`. A narrow
+    weight without a correction is rounded by a threshold of 16 bits, if there is one:
+    away from zero where its sum with the bits that are cut overflows."""
     if correction_dtype is None:
-        return master.astype(dtype), None
+        if threshold is None or jnp.dtype(dtype) not in NARROW_DTYPES:
+            return master.astype(dtype), None
+        dropped = _dropped_bits(dtype)
+        rounding = threshold.astype(jnp.uint32) >> (16 - dropped)
+        high = (_aligned_pattern(master, dtype) + rounding) >> dropped
+        return _from_high_bits(high, master, dtype), None
     pattern = _aligned_pattern(master, dtype)
     stored_bits = _correction_bits(dtype, correction_dtype)
     unstored_bits = _unstored_bits(dtype, correction_dtype)
@@ -158,19 +184,25 @@ def encode_weight(
     high = shifted >> (stored_bits + unstored_bits)
     digit = (shifted >> unstored_bits) & np.uint32(2 * half - 1)
     low = digit.astype(jnp.int32) - half
-    if dtype == jnp.bfloat16:
-        weight = high.astype(jnp.uint16)
-    else:
-        # In float16 the sign travels separately and large magnitudes saturate.
-        magnitude = high - _F16_REBIAS
+    if dtype == jnp.float16:
+        low = jnp.where(high - _F16_REBIAS < _F16_INFINITY, low, 0)
+    return _from_high_bits(high, master, dtype), low.astype(correction_dtype)
+
+
+def _from_high_bits(
+    high: UInt32[Array, "*shape"], master: Float32[Array, "*shape"], dtype: DTypeLike
+) -> Float[Array, "*shape"]:
+    """The narrow weight with these top bits of an aligned pattern."""
+    weight = high
+    if dtype == jnp.float16:
+        # The sign travels separately and large magnitudes saturate.
         weight = jnp.where(
-            jnp.isnan(master), _F16_QUIET_NAN, jnp.minimum(magnitude, _F16_INFINITY)
+            jnp.isnan(master),
+            _F16_QUIET_NAN,
+            jnp.minimum(high - _F16_REBIAS, _F16_INFINITY),
         )
-        low = jnp.where(magnitude < _F16_INFINITY, low, 0)
-        sign = (_pattern(master) & _SIGN) >> 16
-        weight = (weight | sign).astype(jnp.uint16)
-    weight = lax.bitcast_convert_type(weight, dtype)
-    return weight, low.astype(correction_dtype)
+        weight = weight | ((_pattern(master) & _SIGN) >> 16)
+    return lax.bitcast_convert_type(weight.astype(jnp.uint16), dtype)
 
 
 def encode_correction(
@@ -196,6 +228,28 @@ def encode_correction(
     low = jnp.where(jnp.signbit(master) == jnp.signbit(wide), low, -most - 1)
     low = jnp.where(jnp.isnan(master), 0, low)
     return low.astype(correction_dtype)
+
+
+def change_width(
+    weight: Float[Array, "*shape"], correction: Correction, dtype: DTypeLike
+) -> Correction:
+    """The correction of the same master weight in another dtype: exactly in a wider
+    one, as near as the weight allows in a narrower one."""
+    if jnp.dtype(dtype).itemsize < correction.dtype.itemsize:
+        master = decode_weight(weight, correction)
+        narrow = encode_correction(master, weight, dtype)
+        assert narrow is not None
+        return narrow
+    old, new = (_unstored_bits(weight.dtype, x) for x in (correction.dtype, dtype))
+    return correction.astype(dtype) << (old - new)
+
+
+def master_digits(dtype: DTypeLike, correction_dtype: DTypeLike | None) -> int:
+    """How many significant bits a master weight has."""
+    digits = int(jnp.finfo(dtype).nmant) + 1
+    if correction_dtype is None:
+        return digits
+    return digits + _correction_bits(dtype, correction_dtype)
 
 
 def _dropped_bits(dtype: DTypeLike) -> int:

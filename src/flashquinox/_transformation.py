@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 from . import _checks as checks, _sharding
 from ._backends import dispatch, sharded
 from ._backends.dispatch import Backend, LeafStep
-from ._body import no_update, StepScalars, StepStructure, TileState
+from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import Unknown
@@ -45,6 +45,7 @@ class Transformation(eqx.Module):
     codecs: MomentCodecs = eqx.field(static=True)
     group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
+    dither_weights: bool = eqx.field(static=True)
     backend: Backend = eqx.field(static=True)
     # As leaves and their structure, which have a hash.
     shardings: tuple[tuple[NamedSharding, ...], Any] = eqx.field(static=True)
@@ -263,6 +264,10 @@ class Transformation(eqx.Module):
         ]
 
 
+# Of moments whose codecs learn, by their names: the parameter before a step and after.
+Learned: TypeAlias = dict[str, tuple[Scalar, Scalar]]
+
+
 class LeafState(NamedTuple):
     """A leaf that is trained, or a part of one that holds whole groups."""
 
@@ -322,12 +327,32 @@ class OpenedStep:
         """
         old = [self.read(index) for index in grads]
         divided = [self.shardings[index] for index in grads]
-        new, take = self.update_parts(
-            list(grads), old, divided, [*grads.values()], as_update
-        )
-        for index, leaf in zip(grads, new, strict=True):
+        arrived = [
+            _sharding.as_typed(grad, sharding)
+            for grad, sharding in zip(grads.values(), divided, strict=True)
+        ]
+        take = self._take(arrived, divided)
+        steps = [
+            self._leaf_step(index, leaf, grad, take, as_update=as_update)
+            for index, leaf, grad in zip(grads, old, arrived, strict=True)
+        ]
+        steps = sharded.learn(steps, divided)
+        for index, leaf in zip(grads, self._updated(old, steps, divided), strict=True):
             self.write(index, leaf)
         return take
+
+    def learn(self, numbers: list[int], take: Bool[Array, ""] | None) -> list[Learned]:
+        """For each of these leaves, the parameters of its codecs that learn, before
+        this step and after: what `update_parts` asks of parts of them."""
+        divided = [self.shardings[number] for number in numbers]
+        old = [self.read(number) for number in numbers]
+        # No gradient is looked at; the weight stands for it.
+        steps = [
+            self._leaf_step(number, leaf, jnp.asarray(leaf.value), take)
+            for number, leaf in zip(numbers, old, strict=True)
+        ]
+        steps = sharded.learn(steps, divided)
+        return [step.scalars.leaf.parameters for step in steps]
 
     def update_parts(
         self,
@@ -335,49 +360,91 @@ class OpenedStep:
         old: list[LeafState],
         shardings: list[NamedSharding | None],
         grads: list[Array],
-        as_update: bool = False,
+        learned: list[Learned],
     ) -> tuple[list[LeafState], Bool[Array, ""] | None]:
-        """One step of leaves, or of parts, that need not be those of this object: only
-        what does not depend on their values is. `numbers` are those of their leaves."""
-        optim, count = self.transformation, self.state.count
+        """One step of parts of leaves, that need not be those of this object: only what
+        does not depend on their values is. `numbers` are those of their leaves."""
         grads = [
             _sharding.as_typed(grad, sharding)
             for grad, sharding in zip(grads, shardings, strict=True)
         ]
-        take = sharded.all_finite(grads, shardings) if optim.skip_nonfinite else None
-        rule = rule_structure(optim.rule)
-        steps = []
-        for number, (value, stored, correction), grad in zip(
-            numbers, old, grads, strict=True
-        ):
-            rule_values, decay = self.scalars[compute_dtype(value.dtype)]
-            steps.append(
-                LeafStep(
-                    StepStructure(rule, _codecs(stored), optim.decoupled, as_update),
-                    _layout(value, stored),
-                    StepScalars(
-                        rule=rule_values,
-                        decay=decay if self.decayed[number] else None,
-                        count=count,
-                        leaf=jnp.asarray(number, jnp.uint32),
-                        take=take,
-                    ),
-                    grad,
-                    _tile_state(value, stored, correction),
-                )
+        take = self._take(grads, shardings)
+        steps = [
+            self._leaf_step(number, part, grad, take, parameters)
+            for number, part, grad, parameters in zip(
+                numbers, old, grads, learned, strict=True
             )
-        updated = sharded.update_leaves(optim.backend, steps, shardings)
+        ]
+        return self._updated(old, steps, shardings), take
+
+    def _take(
+        self, grads: list[Array], shardings: list[NamedSharding | None]
+    ) -> Bool[Array, ""] | None:
+        if not self.transformation.skip_nonfinite:
+            return None
+        return sharded.all_finite(grads, shardings)
+
+    def _leaf_step(
+        self,
+        number: int,
+        old: LeafState,
+        grad: Array,
+        take: Bool[Array, ""] | None,
+        parameters: Learned | None = None,
+        as_update: bool = False,
+    ) -> LeafStep:
+        optim = self.transformation
+        rule_values, decay = self.scalars[compute_dtype(old.value.dtype)]
+        if parameters is None:
+            # Nothing is learned in this step yet.
+            parameters = {
+                name: (moment.parameter, moment.parameter)
+                for name, moment in old.moments.items()
+                if isinstance(moment, QuantMoment) and moment.parameter is not None
+            }
+        return LeafStep(
+            StepStructure(
+                rule_structure(optim.rule),
+                _codecs(old.moments),
+                optim.decoupled,
+                as_update,
+                optim.dither_weights,
+            ),
+            _layout(old),
+            StepScalars(
+                rule=rule_values,
+                decay=decay if self.decayed[number] else None,
+                count=self.state.count,
+                leaf=LeafScalars(jnp.asarray(number, jnp.uint32), parameters),
+                take=take,
+            ),
+            grad,
+            _tile_state(old),
+        )
+
+    def _updated(
+        self,
+        old: list[LeafState],
+        steps: list[LeafStep],
+        shardings: list[NamedSharding | None],
+    ) -> list[LeafState]:
+        updated = sharded.update_leaves(self.transformation.backend, steps, shardings)
         return [
             LeafState(
                 new.weight,
                 {
-                    name: _store(like, new.codes[name], new.scales[name])
-                    for name, like in stored.items()
+                    name: _store(
+                        like,
+                        new.codes[name],
+                        new.scales[name],
+                        step.scalars.leaf.parameters.get(name, (None, None))[1],
+                    )
+                    for name, like in leaf.moments.items()
                 },
                 new.correction,
             )
-            for (_, stored, _), new in zip(old, updated, strict=True)
-        ], take
+            for leaf, step, new in zip(old, steps, updated, strict=True)
+        ]
 
     def close(self, take: Bool[Array, ""] | None) -> tuple[PyTree, OptimizerState]:
         """The new model, or the updates, and the new state. A step that was not taken
@@ -398,12 +465,12 @@ def _value(value: ScalarOrSchedule, count: Scalar) -> ScalarLike:
     return value(count) if callable(value) else value
 
 
-def _layout(value: Array, stored: dict[str, StoredMoment]) -> Layout:
+def _layout(leaf: LeafState) -> Layout:
     """The groups of a leaf. The state decides, not the defaults of this optimizer."""
-    for moment in stored.values():
+    for moment in leaf.moments.values():
         if isinstance(moment, QuantMoment):
             return moment.layout
-    return Layout(value.shape, None, max(1, value.size))
+    return Layout(leaf.value.shape, None, max(1, leaf.value.size))
 
 
 def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
@@ -413,18 +480,22 @@ def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
     )
 
 
-def _tile_state(
-    value: Array, stored: dict[str, StoredMoment], correction: Correction | None
-) -> TileState:
+def _tile_state(leaf: LeafState) -> TileState:
     codes, scales = {}, {}
-    for name, moment in stored.items():
+    for name, moment in leaf.moments.items():
         quantized = isinstance(moment, QuantMoment)
         codes[name] = moment.codes if quantized else moment
         scales[name] = moment.scales if quantized else None
-    return TileState(jnp.asarray(value), correction, codes, scales)
+    return TileState(jnp.asarray(leaf.value), leaf.correction, codes, scales)
 
 
-def _store(like: StoredMoment, codes: Array, scales: Array | None) -> StoredMoment:
+def _store(
+    like: StoredMoment, codes: Array, scales: Array | None, parameter: Scalar | None
+) -> StoredMoment:
     if not isinstance(like, QuantMoment):
         return codes
-    return eqx.tree_at(lambda q: (q.codes, q.scales), like, (codes, scales))
+    assert scales is not None
+    if like.parameter is None:
+        # Or it is that of a part, and kept elsewhere.
+        parameter = None
+    return QuantMoment(codes, scales, like.axis, like.group_size, like.codec, parameter)

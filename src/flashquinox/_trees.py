@@ -25,6 +25,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jtu.keystr(path) if path else "(the root)"
 
 
+def dotted_name(path: tuple[Any, ...]) -> str:
+    """How a path is written in arguments and tables: `layers.0.weight`."""
+    return jtu.keystr(path, simple=True, separator=".")
+
+
 def flatten(tree: PyTree) -> tuple[list[Leaf], Callable[[list[Any]], PyTree]]:
     """The leaves of a tree in order, and a function from as many values to such a
     tree."""
@@ -56,7 +61,7 @@ def match(
             values.append(entries[found])
             continue
         parts = {path: _key(path) for path in entries if path[:-1] == leaf.path}
-        if set(parts.values()) != {"codes", "scales"}:
+        if set(parts.values()) - {"parameter"} != {"codes", "scales"}:
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
                 f"a leaf. Pass a `{name}` of the structure of the model"

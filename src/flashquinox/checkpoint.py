@@ -233,6 +233,7 @@ class Checkpoints:
                     restored[scales],
                     (stored["axis"], stored["group_size"]),
                     moments[name],
+                    restored.get(f"{name}.parameter"),
                 )
         restored = {name: targets[name].put(x) for name, x in restored.items()}
         return rebuild([restored.get(leaf.name, leaf.value) for leaf in leaves])

@@ -1,45 +1,21 @@
 """The precision of a model: narrow weights, and the master weights behind them."""
 
 import jax.numpy as jnp
-import jax.tree_util as jtu
-from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from . import _checks as checks
+from ._cast import cast as cast, Widened as Widened
+from ._numerics import (
+    check_numerics as check_numerics,
+    ensure_precision as ensure_precision,
+    LeafNumerics as LeafNumerics,
+    NumericsError as NumericsError,
+    NumericsReport as NumericsReport,
+)
 from ._split import decode_weight
 from ._state import OptimizerState
 from ._trees import flatten, match
-
-
-def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
-    """Casts the floating-point arrays of a model.
-
-    **Arguments:**
-
-    - `model`: any pytree.
-    - `dtype`: a floating-point dtype, such as `jnp.bfloat16`.
-
-    **Returns:**
-
-    A pytree like `model`. Integers, complex arrays, functions and all other leaves are
-    left alone.
-
-    **Raises:**
-
-    `TypeError` if `dtype` is not floating-point.
-    """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            "`cast(model, dtype)` takes a floating-point dtype; got "
-            f"{jnp.dtype(dtype)}."
-        )
-
-    def cast_leaf(x):
-        if checks.is_float_array(x) and jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.asarray(x, dtype)
-        return x
-
-    return jtu.tree_map(cast_leaf, model)
+from ._width import narrow as narrow, widen as widen
 
 
 def master_weights(model: PyTree, state: OptimizerState) -> PyTree:

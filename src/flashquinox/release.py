@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key, PyTree, ScalarLike
+from jaxtyping import Array, Float, Key, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
-from ._codec import QuantMoment
+from ._codec import QuantMoment, StoredMoment
 from ._layered import LayeredLoss, open_layers
 from ._optimizer import Optimizer, transformation_of
 from ._state import OptimizerState
-from ._transformation import LeafState, Transformation
+from ._transformation import LeafState, Learned, Transformation
 
 
 def release_step(
@@ -148,6 +148,13 @@ def release_step(
     stacks = {i: _by_layer(step.read(i), layers) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
     divided = [_of_layer(step.shardings[i]) for i in stacks]
+    # A layer is left as it is by a gradient that is not finite. Codecs learn before
+    # that is known; but not from a step of which no layer will have a finite one.
+    take = None
+    if transformation.skip_nonfinite:
+        finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(x_bar)]
+        take = jnp.all(jnp.stack(finite))
+    learned = step.learn(list(stacks), take)
 
     def backward(carry, inputs):
         stacks, x_bar = carry
@@ -166,6 +173,7 @@ def release_step(
             [_slice(stack, layer) for stack in stacks.values()],
             divided,
             [grads[i] for i in stacks],
+            learned,
         )
         stacks = {
             i: _place(_put(stack, part, layer), step.shardings[i])
@@ -177,8 +185,9 @@ def release_step(
     (stacks, x_bar), (grads_waiting, takes) = lax.scan(
         backward, (stacks, x_bar), inputs, reverse=True
     )
-    for index, stack in stacks.items():
-        step.write(index, _whole(_place(stack, step.shardings[index])))
+    for (index, stack), parameters in zip(stacks.items(), learned, strict=True):
+        whole = _whole(_place(stack, step.shardings[index]), parameters)
+        step.write(index, whole)
     if stacks and takes is not None:
         took.append(jnp.any(takes))
 
@@ -250,23 +259,43 @@ def _layers_are_whole(stack: LeafState) -> bool:
 
 
 def _by_layer(stack: LeafState, layers: int) -> LeafState:
-    """With an axis of layers also where groups run through the flattened leaf."""
-    return _map_scales(lambda scales: scales.reshape(layers, -1), stack)
+    """With an axis of layers also where groups run through the flattened leaf; and
+    without what is the same for all layers."""
 
-
-def _whole(stack: LeafState) -> LeafState:
-    """The inverse."""
-    return _map_scales(lambda scales: scales.reshape(-1), stack)
-
-
-def _map_scales(function: Callable[[Array], Array], stack: LeafState) -> LeafState:
-    def one(moment: Any) -> Any:
-        if not isinstance(moment, QuantMoment) or moment.axis is not None:
+    def one(moment: StoredMoment) -> StoredMoment:
+        if not isinstance(moment, QuantMoment):
             return moment
-        return eqx.tree_at(lambda m: m.scales, moment, function(moment.scales))
+        scales = moment.scales
+        if moment.axis is None:
+            scales = scales.reshape(layers, -1)
+        return _with(moment, scales, None)
 
-    moments = {name: one(moment) for name, moment in stack.moments.items()}
-    return stack._replace(moments=moments)
+    return stack._replace(moments={k: one(x) for k, x in stack.moments.items()})
+
+
+def _whole(stack: LeafState, learned: Learned) -> LeafState:
+    """The inverse, with what was learned."""
+
+    def one(name: str, moment: StoredMoment) -> StoredMoment:
+        if not isinstance(moment, QuantMoment):
+            return moment
+        scales = moment.scales
+        if moment.axis is None:
+            scales = scales.reshape(-1)
+        return _with(moment, scales, learned.get(name, (None, None))[1])
+
+    return stack._replace(moments={k: one(k, x) for k, x in stack.moments.items()})
+
+
+def _with(moment: QuantMoment, scales: Array, parameter: Scalar | None) -> QuantMoment:
+    return QuantMoment(
+        moment.codes,
+        scales,
+        moment.axis,
+        moment.group_size,
+        moment.codec,
+        parameter,
+    )
 
 
 def _of_layer(sharding: NamedSharding | None) -> NamedSharding | None:

@@ -50,6 +50,16 @@ def _square_root(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return _per_element("sqrt.approx.ftz.f32", x)
 
 
+def _rounded_quotient(
+    x: Float32[Array, "*shape"], y: Float32[Array, "*shape"]
+) -> Float32[Array, "*shape"]:
+    return _per_element("div.rn.f32", x, y)
+
+
+def _rounded_root(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    return _per_element("sqrt.rn.f32", x)
+
+
 def _round(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return _per_element("cvt.rni.f32.f32", x)
 
@@ -111,6 +121,8 @@ _WIDENING = {
 ARITHMETIC = Arithmetic(
     reciprocal=_reciprocal,
     square_root=_square_root,
+    rounded_quotient=_rounded_quotient,
+    rounded_root=_rounded_root,
     round=_round,
     multiply_add=_multiply_add,
     widen=_widen,

@@ -18,7 +18,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from .._arithmetic import BYTE_TIMES, CANONICAL_PATTERN
+from .._arithmetic import (
+    BYTE_TIMES,
+    CANONICAL_PATTERN,
+    ROUNDED_QUOTIENT,
+    ROUNDED_ROOT,
+)
 from ._tpu_words import Words
 
 
@@ -29,6 +34,9 @@ class Arithmetic:
     # A division is the product with it.
     reciprocal: Callable[[Array], Array] | None = None
     square_root: Callable[[Array], Array] | None = None
+    # Of arrays of one shape. These two are no approximations.
+    rounded_quotient: Callable[[Array, Array], Array] = lax.div
+    rounded_root: Callable[[Array], Array] = lax.sqrt
     sign: Callable[[Array], Array] | None = None
     # To the nearest integer, halves to even, where that is not a byte afterwards.
     round: Callable[[Array], Array] | None = None
@@ -100,6 +108,11 @@ class Arithmetic:
         if name == CANONICAL_PATTERN and self.canonical_pattern is not None:
             pattern = self.canonical_pattern(operands[0].array)
             return _Value(lax.bitcast_convert_type(pattern, jnp.uint32))
+        if name == ROUNDED_QUOTIENT:
+            x, y = jnp.broadcast_arrays(*(operand.array for operand in operands))
+            return _Value(self.rounded_quotient(x, y))
+        if name == ROUNDED_ROOT:
+            return _Value(self.rounded_root(operands[0].array))
         return None
 
     def _apply(self, eqn: Any, operands: list["_Value"]) -> list["_Value"]:

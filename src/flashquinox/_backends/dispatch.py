@@ -8,9 +8,9 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
-from .._body import StepScalars, StepStructure, TileState
+from .._body import LeafScalars, StepScalars, StepStructure, TileState
 from .._layout import Layout
 from . import gpu, tpu, xla
 
@@ -74,10 +74,18 @@ def _batches(
         most = next(iter(same_kind)).most_leaves
         rest = []
         for indices in same_kind.values():
-            whole = len(indices) // most * most
-            yield from _split(indices[:whole], most)
+            size = _even_size(len(indices), most)
+            whole = len(indices) // size * size
+            yield from _split(indices[:whole], size)
             rest += indices[whole:]
         yield from _split(rest, most)
+
+
+def _even_size(number: int, most: int) -> int:
+    """How many of so many equal leaves shall share a kernel: where that can be, so many
+    that none are left."""
+    sizes = range(most, most // 2, -1)
+    return next((size for size in sizes if number % size == 0), most)
 
 
 def _split(indices: list[int], most: int) -> list[list[int]]:
@@ -123,12 +131,14 @@ def _one_by_one(
     structure: StepStructure,
     layouts: list[Layout],
     scalars: StepScalars,
-    leaves: tuple[Scalar, ...],
+    leaves: tuple[LeafScalars, ...],
     grads: tuple[Array, ...],
     old: tuple[TileState, ...],
     **options: Any,
 ) -> tuple[TileState, ...]:
-    def one(layout: Layout, leaf: Scalar, grad: Array, old: TileState) -> TileState:
+    def one(
+        layout: Layout, leaf: LeafScalars, grad: Array, old: TileState
+    ) -> TileState:
         of_leaf = eqx.tree_at(lambda x: x.leaf, scalars, leaf)
         return update_leaf(structure, layout, of_leaf, grad, old, **options)
 

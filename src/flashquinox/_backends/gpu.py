@@ -7,22 +7,26 @@ all are the same.
 
 import abc
 import dataclasses
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxlib.triton import dialect
 from jaxtyping import Array, Float, Scalar
 
-from .._body import StepScalars, StepStructure, TileState, update_tile
+from .._body import LeafScalars, StepScalars, StepStructure, TileState, update_tile
 from .._layout import Layout
 from ._gpu_arithmetic import ARITHMETIC
 from ._kernel_arithmetic import Arithmetic
@@ -30,6 +34,12 @@ from ._scalars import pack
 
 
 _LARGEST_GROUP = 256
+
+# At every operation of a kernel, jaxlib looks on the disk for the module of its
+# dialect, by this name. It has another one, and to look is half of lowering's time.
+_DIALECT = "jaxlib.mlir.dialects.tt"
+if importlib.util.find_spec(_DIALECT) is None:
+    sys.modules[_DIALECT] = dialect
 
 
 def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
@@ -74,22 +84,23 @@ def update_leaves(
     structure: StepStructure,
     views: "tuple[View, ...]",
     scalars: StepScalars,
-    leaves: tuple[Scalar, ...],
+    leaves: tuple[LeafScalars, ...],
     grads: tuple[Float[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike, and of which this backend has views.
-    `leaves` are their numbers, of which `scalars` has one."""
+    `leaves` are their own scalars, of which `scalars` has one's."""
     tiles = np.cumsum([0, *(view.tiles for view in views)])
     # One array, which is the same for all kernels of a step, and a constant: every
     # other one that XLA must make is another launch.
-    number = lambda x: x.leaf
-    floats, integers, unpack = pack(eqx.tree_at(number, scalars, None))
+    of_one = lambda x: x.leaf
+    floats, integers, unpack = pack(eqx.tree_at(of_one, scalars, None))
     words = lax.bitcast_convert_type(floats, jnp.int32)
+    own, own_structure = jtu.tree_flatten(scalars.leaf)
     arguments = (
         jnp.concatenate([words, integers]),
-        jnp.stack(leaves).astype(jnp.int32),
+        jnp.stack([_word(x) for x in jtu.tree_leaves(leaves)]),
     )
     operands = tuple(
         view.see(x) for view, x in zip(views, zip(grads, old, strict=True), strict=True)
@@ -98,6 +109,8 @@ def update_leaves(
     # Where the arrays of the state are among all.
     numbers = jtu.tree_unflatten(treedef, range(len(arrays)))
     state_numbers, state_treedef = jtu.tree_flatten(tuple(x for _, x in numbers))
+
+    update = _traced_update(structure, views[0], interpret, scalars, grads[0], old[0])
 
     def kernel(words, leaves, *refs):
         inputs = jtu.tree_unflatten(treedef, refs[: len(arrays)])
@@ -119,12 +132,13 @@ def update_leaves(
             lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
             lambda i: words[len(floats) + i],
         )
-        here = eqx.tree_at(number, here, leaves[leaf], is_leaf=lambda x: x is None)
-        update = lambda scalars, *tile: update_tile(
-            structure, scalars, views[0].axis, *tile, keep_unmoved=False
+        own_words = [leaves[leaf * len(own) + i] for i in range(len(own))]
+        own_here = jtu.tree_unflatten(
+            own_structure, map(_of_word, own_words, [x.dtype for x in own])
         )
-        arithmetic = Arithmetic() if interpret else ARITHMETIC
-        new = arithmetic.evaluate(update, here, grad, tile)
+        here = eqx.tree_at(of_one, here, own_here, is_leaf=lambda x: x is None)
+        here = jtu.tree_map(lambda x, like: x.astype(like.dtype), here, scalars)
+        new = update(here, grad, tile)
         of_leaf(lambda i, tile: views[i].store(outputs[i], tile, new))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -146,6 +160,60 @@ def update_leaves(
     )(*arguments, *arrays)
     new = jtu.tree_unflatten(state_treedef, new)
     return jtu.tree_map(lambda x, like: x.reshape(like.shape), new, old)
+
+
+def _word(x: Scalar) -> Scalar:
+    """A scalar in 32 bits."""
+    if x.dtype == jnp.float32:
+        return lax.bitcast_convert_type(x, jnp.int32)
+    return x.astype(jnp.int32)
+
+
+def _of_word(word: Any, dtype: Any) -> Any:
+    if dtype == jnp.float32:
+        return lax.bitcast_convert_type(word, jnp.float32)
+    return word
+
+
+def _traced_update(
+    structure: StepStructure,
+    view: "View",
+    interpret: bool,
+    scalars: StepScalars,
+    grad: Float[Array, "..."],
+    old: TileState,
+) -> Callable[[StepScalars, Array, TileState], TileState]:
+    """`update_tile` of one tile of such leaves. In a kernel, JAX would trace it anew
+    for each kernel; here only for each sort of tile."""
+    shape_of = lambda x, shape: jax.ShapeDtypeStruct(shape, x.dtype)
+    tile = _map(
+        lambda x: shape_of(x, view.tile_shape),
+        lambda x: shape_of(x, view.group_tile_shape),
+        (grad, old),
+    )
+    scalars = jtu.tree_map(lambda x: shape_of(x, x.shape), scalars)
+    traced = _update_tile.trace(structure, view.axis, interpret, scalars, *tile)
+    function = jex.jaxpr_as_fun(traced.jaxpr)
+    out_structure = jtu.tree_structure(traced.out_info)
+    return lambda *args: jtu.tree_unflatten(
+        out_structure, function(*jtu.tree_leaves(args))
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _update_tile(
+    structure: StepStructure,
+    axis: int,
+    interpret: bool,
+    scalars: StepScalars,
+    grad: Float[Array, "*tile"],
+    old: TileState,
+) -> TileState:
+    arithmetic = Arithmetic() if interpret else ARITHMETIC
+    update = lambda scalars, *tile: update_tile(
+        structure, scalars, axis, *tile, keep_unmoved=False
+    )
+    return arithmetic.evaluate(update, scalars, grad, old)
 
 
 def _choose(index: Any, branches: Sequence[Callable[[], Any]], first: int = 0) -> Any:
@@ -204,6 +272,14 @@ class View(abc.ABC):
     @property
     @abc.abstractmethod
     def group_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abc.abstractmethod
+    def tile_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abc.abstractmethod
+    def group_tile_shape(self) -> tuple[int, ...]: ...
 
     @abc.abstractmethod
     def place(self, tile: Tile) -> "_Place":
@@ -302,12 +378,18 @@ class Lanes(View):
     def group_shape(self) -> tuple[int, ...]:
         return (self.groups,)
 
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return self._groups_of_tile, self.group_size
+
+    @property
+    def group_tile_shape(self) -> tuple[int, ...]:
+        return (self._groups_of_tile,)
+
     def place(self, tile: Tile) -> _Place:
         groups, mask = _span(tile.index, self._groups_of_tile, self.groups)
         if mask is not None:
-            mask = jnp.broadcast_to(
-                mask[:, None], (self._groups_of_tile, self.group_size)
-            )
+            mask = jnp.broadcast_to(mask[:, None], self.tile_shape)
         return _Place((groups, slice(None)), mask)
 
     def group_place(self, tile: Tile) -> _Place:
@@ -348,6 +430,14 @@ class Rows(View):
         return self.matrices, self.columns
 
     @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return self.group_size, self._columns_of_tile
+
+    @property
+    def group_tile_shape(self) -> tuple[int, ...]:
+        return (self._columns_of_tile,)
+
+    @property
     def _columns_of_tile(self) -> int:
         return max(self.neighbours, self.tile // self.group_size)
 
@@ -367,8 +457,7 @@ class Rows(View):
     def place(self, tile: Tile) -> _Place:
         matrix, columns, mask = self._where(tile)
         if mask is not None:
-            shape = self.group_size, self._columns_of_tile
-            mask = jnp.broadcast_to(mask[None, :], shape)
+            mask = jnp.broadcast_to(mask[None, :], self.tile_shape)
         return _Place((matrix, slice(None), columns), mask)
 
     def group_place(self, tile: Tile) -> _Place:
@@ -399,6 +488,14 @@ class Elements(View):
 
     @property
     def group_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return (self.tile,)
+
+    @property
+    def group_tile_shape(self) -> tuple[int, ...]:
         return ()
 
     def place(self, tile: Tile) -> _Place:

@@ -11,11 +11,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .. import _sharding
+from .. import _learning, _sharding
 from .._body import TileState
+from .._codec import QuantMoment
 from .._layout import Layout
+from .._regroup import encode_nearest
 from . import dispatch
 from .dispatch import Backend, LeafStep
 
@@ -32,7 +34,7 @@ def update_leaves(
     for mesh, indices in _by_mesh(shardings).items():
         here = [steps[i] for i in indices]
         if mesh is None:
-            updated = dispatch.update_leaves(backend, here)
+            updated = _update_whole(backend, here)
         else:
             divided = tuple(shardings[i] for i in indices)
             updated = _update_parts(backend, divided, here)  # pyright: ignore
@@ -79,6 +81,77 @@ def all_finite(
     return finite
 
 
+def learn(
+    steps: list[LeafStep], shardings: list[NamedSharding | None]
+) -> list[LeafStep]:
+    """The same steps with the parameters of codecs that learn. Every few steps they are
+    fitted: of leaves that are divided, to all parts, with one collective for a mesh, of
+    four numbers per moment."""
+    new = list(steps)
+    for mesh, indices in _by_mesh(shardings).items():
+        chosen = [i for i in indices if _learns(steps[i], shardings[i])]
+        if not chosen:
+            continue
+        here = [steps[i] for i in chosen]
+        divided = tuple(shardings[i] for i in chosen)
+        learned = _learn(mesh, divided, here)
+        for i, parameters in zip(chosen, learned, strict=True):
+            new[i] = eqx.tree_at(
+                lambda step: step.scalars.leaf.parameters, steps[i], parameters
+            )
+    return new
+
+
+def _learns(step: LeafStep, sharding: NamedSharding | None) -> bool:
+    # Of groups that lie in several parts, a part does not know its scales.
+    whole = sharding is None or _sharding.holds_whole_groups(step.layout, sharding)
+    return bool(_learning.learned_names(step.structure)) and whole
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _learn(
+    mesh: Mesh | AbstractMesh | None,
+    shardings: tuple[NamedSharding | None, ...],
+    steps: list[LeafStep],
+) -> list[dict[str, tuple[Scalar, Scalar]]]:
+    """For each leaf, the parameters before this step and after."""
+    axes = () if mesh is None else tuple(_sharding.free_axes(mesh))
+    count = steps[0].scalars.count
+    names = [_learning.learned_names(step.structure) for step in steps]
+    keys = [(i, name) for i, of_leaf in enumerate(names) for name in of_leaf]
+    codecs: list[Any] = [steps[i].structure.codec_of[name] for i, name in keys]
+
+    def fit(steps: list[LeafStep]) -> list[Scalar]:
+        old = [steps[i].scalars.leaf.parameters[name][0] for i, name in keys]
+
+        def fitted() -> list[Scalar]:
+            observations = [
+                observation
+                for step in map(_with_own_shape, steps)
+                for observation in _learning.observe(
+                    step.structure, step.layout, step.scalars, step.old
+                )
+            ]
+            slopes = _learning.slopes(codecs, observations, old)
+            return _learning.follow(old, lax.psum(slopes, axes), count)
+
+        return lax.cond(_learning.is_due(count), fitted, lambda: old)
+
+    if mesh is not None:
+        in_specs = [
+            _specs(step, sharding)
+            for step, sharding in zip(steps, shardings, strict=True)
+            if sharding is not None
+        ]
+        fit = _on_parts(fit, mesh, (in_specs,), PartitionSpec())
+    learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
+    for (i, name), new in zip(keys, fit(steps), strict=True):
+        old = steps[i].scalars.leaf.parameters[name][0]
+        take = steps[i].scalars.take
+        learned[i][name] = old, new if take is None else jnp.where(take, new, old)
+    return learned
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _all_parts_finite(
     mesh: Mesh | AbstractMesh, specs: tuple[PartitionSpec, ...], grads: list[Array]
@@ -120,6 +193,40 @@ def _on_parts(
     )
 
 
+def _update_whole(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
+    updated = dispatch.update_leaves(backend, steps)
+    return [_with_new_codes(*x) for x in zip(steps, updated, strict=True)]
+
+
+def _with_new_codes(step: LeafStep, new: TileState) -> TileState:
+    """Where a step was not taken, but codecs have learned: moments as they were, in new
+    codes."""
+    learned = step.scalars.leaf.parameters
+    take = step.scalars.take
+    if take is None or not learned:
+        return new
+    groups = (step.layout.axis, step.layout.group_size)
+    codecs, new_codecs = step.structure.codecs_before_and_after(step.scalars)
+
+    def encode_again(name: str) -> tuple[Array, Array]:
+        codes, scales = new.codes[name], new.scales[name]
+        assert scales is not None
+        before, _ = learned[name]
+        old = QuantMoment(codes, scales, *groups, codecs[name], before)
+        return encode_nearest(old.decode(), new_codecs[name], groups)
+
+    as_they_are = {name: (new.codes[name], new.scales[name]) for name in learned}
+    moved = jnp.any(jnp.stack([before != after for before, after in learned.values()]))
+    found = lax.cond(
+        moved & ~take,
+        lambda: {name: encode_again(name) for name in learned},
+        lambda: as_they_are,
+    )
+    codes = {name: codes for name, (codes, _) in found.items()}
+    scales = {name: scales for name, (_, scales) in found.items()}
+    return TileState(new.weight, new.correction, new.codes | codes, new.scales | scales)
+
+
 # Compiled once, also where the caller does not.
 @partial(jax.jit, static_argnums=(0, 1))
 def _update_parts(
@@ -136,7 +243,7 @@ def _update_parts(
             _gather(step, sharding) if needed else step
             for step, sharding, needed in zip(steps, shardings, gathered, strict=True)
         ]
-        new = dispatch.update_leaves(backend, [_with_own_shape(x) for x in whole])
+        new = _update_whole(backend, [_with_own_shape(x) for x in whole])
         return [
             state.map(lambda x, sharding=sharding: _cut(x, sharding))
             if needed

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Shaped
 
 from .._body import advance, no_update, StepScalars, StepStructure, TileState
 from .._codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .._layout import Layout
+from .._layout import Layout, lies_transposed
 from . import _tpu_words as words
 from ._kernel_arithmetic import Arithmetic
 from ._scalars import pack
@@ -49,11 +49,15 @@ def layout_of(layout: Layout, old: TileState) -> Layout:
     """The layout of a leaf; of one without groups, that of the kernel's choice."""
     if jtu.tree_leaves(old.scales) or len(layout.shape) < 2:
         return layout
-    return Layout(layout.shape, -2, _TILE_ROWS)
+    axes = (-1, -2) if lies_transposed(layout.shape) else (-2,)
+    fitting = [axis for axis in axes if layout.shape[axis] % _TILE_ROWS == 0]
+    return Layout(layout.shape, (*fitting, -2)[0], _TILE_ROWS)
 
 
 def supports(layout: Layout, old: TileState, grad: Array) -> bool:
     """Whether the kernel can take this leaf. The others take plain XLA."""
+    if layout.axis == -1 and lies_transposed(layout.shape):
+        layout = _transposed(layout)
     if layout.axis != -2 or layout.group_size % _TILE_ROWS != 0:
         return False
     if layout.shape[-2] % layout.group_size != 0:
@@ -72,6 +76,12 @@ def update_leaf(
     interpret: bool = False,
 ) -> TileState:
     """One step of one leaf that this backend `supports`."""
+    if layout.axis == -1:
+        # In memory it lies like that. What goes to the kernel lies with rows first.
+        swap = partial(jtu.tree_map, lambda x: jnp.swapaxes(x, -1, -2))
+        layout, grad, old = _transposed(layout), swap(grad), swap(old)
+        new = update_leaf(structure, layout, scalars, grad, old, interpret=interpret)
+        return swap(new)
     *leading, rows, columns = layout.shape
     matrices = lambda x: x.reshape(math.prod(leading), *x.shape[-2:])
     grad, old = jtu.tree_map(matrices, (grad, old))
@@ -90,7 +100,8 @@ def update_leaf(
         jtu.tree_map(lambda _: of_groups, old.scales),
     )
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    *packed, unpack = pack((scalars, scalars.dither))
+    threshold = scalars.weight_threshold if structure.dither_weights else None
+    *packed, unpack = pack((scalars, scalars.dither, threshold))
     state, treedef = jtu.tree_flatten(old)
     state_specs = jtu.tree_leaves(specs)
     new = pl.pallas_call(
@@ -120,6 +131,11 @@ def update_leaf(
     new = jtu.tree_unflatten(treedef, new)
     back = lambda x: x.reshape(*leading, *x.shape[-2:])
     return jtu.tree_map(back, new)
+
+
+def _transposed(layout: Layout) -> Layout:
+    *leading, rows, columns = layout.shape
+    return Layout((*leading, columns, rows), -2, layout.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +243,7 @@ class _Kernel:
             jtu.tree_unflatten(treedef, x)
             for x in (state[: len(state) // 2], state[len(state) // 2 :])
         )
-        scalars, dither = unpack(lambda i: floats[i], lambda i: integers[i])
+        scalars, dither, threshold = unpack(lambda i: floats[i], lambda i: integers[i])
         zero = integers[0]
 
         def step() -> None:
@@ -239,7 +255,7 @@ class _Kernel:
                 lanes = pl.ds(pl.multiple_of(k * self.lanes, self.lanes), self.lanes)
                 at = _Place(j * self.groups, lanes, self.groups, self.group_size)
                 kept = _Scratch(constants, maxima, prepared, zero)
-                self._chunk(scalars, dither, grad, old, new, at, kept)
+                self._chunk(scalars, dither, threshold, grad, old, new, at, kept)
                 return carry
 
             lax.fori_loop(0, high * wide, chunk, None)
@@ -262,6 +278,7 @@ class _Kernel:
         self,
         scalars: StepScalars,
         dither: Dither,
+        threshold: Any,
         grad: Any,
         old: TileState,
         new: TileState,
@@ -269,18 +286,19 @@ class _Kernel:
         scratch: "_Scratch",
     ) -> None:
         evaluate = self.arithmetic.evaluate
-        codecs = self.structure.codec_of
+        codecs, new_codecs = self.structure.codecs_before_and_after(scalars)
         factors = self.structure.factors(scalars)
 
         dequantizers = {}
         for name, codec in codecs.items():
             scales = old.scales[name]
-            dequantizer = lambda scales, factor, codec=codec: codec.dequantizer(
+            dequantizer = lambda codec, scales, factor: codec.dequantizer(
                 scales, factor, jnp.float32
             )
             dequantizers[name] = scratch.put_constants(
                 evaluate(
                     dequantizer,
+                    codec,
                     None if scales is None else scales[at.groups],
                     factors[name][0],
                 )
@@ -296,6 +314,7 @@ class _Kernel:
             weight, correction, prepared, maxima = evaluate(
                 self._elements,
                 scalars,
+                threshold,
                 load(grad),
                 load(old.weight),
                 None if old.correction is None else load(old.correction),
@@ -310,15 +329,16 @@ class _Kernel:
 
         quantizers = {}
         first = 0
-        for name, codec in codecs.items():
+        for name, codec in new_codecs.items():
             reductions = _reductions(codec)
             statistics = tuple(
                 scratch.reduced(first + i, reduction, self.groups)
                 for i, reduction in enumerate(reductions)
             )
             first += len(reductions)
+            fit = lambda codec, *args: codec.fit(*args)
             scales, quantizer = evaluate(
-                codec.fit, statistics, factors[name][1], dither
+                fit, codec, statistics, factors[name][1], dither
             )
             target = new.scales[name]
             if target is not None:
@@ -328,7 +348,7 @@ class _Kernel:
         for group in range(self.groups):
             first = 0
             for name, codec in codecs.items():
-                count = _Counts.of(codec).prepared
+                count = _Counts.of(self.structure.codec_of[name]).prepared
                 codes = evaluate(
                     codec.quantize,
                     scratch.prepared(first, count, group, self.group_size),
@@ -348,7 +368,9 @@ class _Kernel:
         else:
             ref[at.elements(group)] = value
 
-    def _elements(self, scalars, grad, weight, correction, codes, dequantizers):
+    def _elements(
+        self, scalars, threshold, grad, weight, correction, codes, dequantizers
+    ):
         """A group: its new weights, its moments prepared for their codecs, and the
         maxima over its registers."""
         codecs = self.structure.codec_of
@@ -359,6 +381,7 @@ class _Kernel:
         weight, correction, moments = advance(
             self.structure,
             scalars,
+            threshold,
             grad,
             weight,
             correction,

@@ -4,6 +4,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
+from .._arithmetic import rounded_quotient, rounded_root
 from .._codec import (
     AbstractMomentCodec,
     Dither,
@@ -73,9 +74,9 @@ class FlashOptimCodec(AbstractMomentCodec):
         largest, *factor = quantizer
         if factor:
             moment = moment * factor[0]
-        codes = self._amplitude(moment) / largest
+        codes = rounded_quotient(self._amplitude(moment), largest)
         if self.kind == "signed":
-            codes = 2 * codes / (1 + jnp.abs(codes))
+            codes = rounded_quotient(2 * codes, 1 + jnp.abs(codes))
         codes = jnp.floor(codes * self._largest_code + 0.5)
         return codes.astype(self._code_dtype)
 
@@ -111,7 +112,7 @@ class FlashOptimCodec(AbstractMomentCodec):
         return moment * factor[0] if factor else moment
 
     def _amplitude(self, moment: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
-        return moment if self.kind == "signed" else jnp.sqrt(moment)
+        return moment if self.kind == "signed" else rounded_root(moment)
 
     @property
     def _code_dtype(self) -> DTypeLike:

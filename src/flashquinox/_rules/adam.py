@@ -102,9 +102,10 @@ def adamw(
     decouple_lr: bool = False,
     peak_learning_rate: ScalarLike | None = None,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    dither_weights: bool = False,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -134,9 +135,10 @@ def adamw(
     - `nesterov`: whether to use Nesterov momentum.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
-        `shardings`: how weights and moments are stored, what a NaN does, and where
-        they are: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
+        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
+        and rounded, what a NaN does, and where they are: see
+        [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -160,6 +162,7 @@ def adamw(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        dither_weights=dither_weights,
         backend=backend,
         shardings=shardings,
     )
@@ -175,9 +178,10 @@ def adam(
     *,
     nesterov: bool = False,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    dither_weights: bool = False,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -200,9 +204,10 @@ def adam(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
-        `shardings`: how weights and moments are stored, what a NaN does, and where
-        they are: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
+        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
+        and rounded, what a NaN does, and where they are: see
+        [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -226,6 +231,7 @@ def adam(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        dither_weights=dither_weights,
         backend=backend,
         shardings=shardings,
     )

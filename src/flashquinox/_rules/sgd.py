@@ -81,9 +81,10 @@ def sgd(
     mask: Mask | None = None,
     *,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    dither_weights: bool = False,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -106,9 +107,10 @@ def sgd(
         decay use [`flashquinox.sgdw`][].
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
-        `shardings`: how weights and moments are stored, what a NaN does, and where
-        they are: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
+        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
+        and rounded, what a NaN does, and where they are: see
+        [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -132,6 +134,7 @@ def sgd(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        dither_weights=dither_weights,
         backend=backend,
         shardings=shardings,
     )
@@ -148,9 +151,10 @@ def sgdw(
     decouple_lr: bool = False,
     peak_learning_rate: ScalarLike | None = None,
     master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
-    moments: str | MomentCodecs = "flashquinox",
+    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
+    dither_weights: bool = False,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -176,9 +180,10 @@ def sgdw(
         it, or a function from the floating-point part of the model to one.
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`, `backend`,
-        `shardings`: how weights and moments are stored, what a NaN does, and where
-        they are: see [`flashquinox.optimizer`][].
+    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
+        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
+        and rounded, what a NaN does, and where they are: see
+        [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -202,6 +207,7 @@ def sgdw(
         moments=moments,
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
+        dither_weights=dither_weights,
         backend=backend,
         shardings=shardings,
     )

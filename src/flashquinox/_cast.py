@@ -1,0 +1,138 @@
+"""A model in another precision, but for the layers that need their own."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from . import _checks as checks
+from ._selection import children, Selection, Selectors
+
+
+class Widened(eqx.Module):
+    """A layer in float32 within a model that computes in fewer bits: made by
+    [`flashquinox.cast`][].
+
+    Calls the layer with float32 in place of bfloat16 and float16 arrays, and gives its
+    float32 results in `dtype`. An `equinox.nn.State` goes through unchanged: running
+    statistics stay float32. Attributes are those of the layer.
+    """
+
+    layer: Any
+    dtype: DTypeLike = eqx.field(static=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _map_floats(_widen, (args, kwargs))
+        narrow = lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x
+        return _map_floats(narrow, self.layer(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        # Not of fields: while one is made, it has none.
+        if name == "layer" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+
+def cast(
+    model: PyTree, dtype: DTypeLike, keep: Selectors = None, *, wrap: bool = True
+) -> PyTree:
+    """Casts the floating-point arrays of a model.
+
+    Layers with running statistics, such as `equinox.nn.BatchNorm`, stay float32: a
+    running average in bfloat16 stands still. So does what is in `keep`. An
+    `equinox.nn.State` is left alone.
+
+    **Arguments:**
+
+    - `model`: any pytree.
+    - `dtype`: a floating-point dtype, such as `jnp.bfloat16`.
+    - `keep`: what is not cast, and made float32 where it is narrower. A pattern for
+        dotted paths of leaves or subtrees (`"layers.0"`, `"*.norm.weight"`; `*` also
+        stands for dots), a type (`eqx.nn.LayerNorm`), an object in the model, a
+        function of a leaf (`lambda x: x.ndim < 2`), or a list of these.
+    - `wrap`: whether each layer that stays float32, if it can be called, becomes a
+        [`flashquinox.Widened`][]: it is given float32, and gives `dtype`. Otherwise its
+        results are float32 like its weights. A chosen leaf is no layer.
+
+    **Returns:**
+
+    A pytree like `model`. Integers, complex arrays, functions and all other leaves are
+    left alone. Casting to float32 or float64 casts all and takes out what `wrap` put
+    in, so that two casts give the structure of one.
+
+    **Raises:**
+
+    `TypeError` if `dtype` is not floating-point, or for other things in `keep`;
+    `ValueError` for a pattern or an object that is nowhere in the model.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "`cast(model, dtype)` takes a floating-point dtype; got "
+            f"{jnp.dtype(dtype)}."
+        )
+    selection = Selection("cast", "keep", keep)
+    narrow = jnp.finfo(dtype).bits < 32
+
+    def cast_node(path: tuple[Any, ...], node: Any, kept: bool, wrapped: bool) -> Any:
+        chosen = selection.takes(path, node)
+        if isinstance(node, eqx.nn.State | eqx.nn.StateIndex):
+            return node
+        if isinstance(node, Widened):
+            layer_path = (*path, jtu.GetAttrKey("layer"))
+            layer = cast_node(layer_path, node.layer, kept or narrow, True)
+            return Widened(layer, dtype) if narrow and not wrapped else layer
+        parts = children(node)
+        kept = kept or chosen or (narrow and _has_statistics(node))
+        if parts is None:
+            if not _is_floating(node):
+                return node
+            return _widen(jnp.asarray(node)) if kept else jnp.asarray(node, dtype)
+        wrap_here = narrow and wrap and kept and not wrapped and _is_layer(node)
+        named, put_together = parts
+        new = put_together(
+            [
+                cast_node((*path, key), child, kept, wrapped or wrap_here)
+                for key, child in named
+            ]
+        )
+        return Widened(new, dtype) if wrap_here else new
+
+    new = cast_node((), model, False, False)
+    selection.check_used(model)
+    return new
+
+
+def _is_floating(x: Any) -> bool:
+    return checks.is_float_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _is_layer(x: Any) -> bool:
+    return isinstance(x, eqx.Module) and callable(x)
+
+
+def _has_statistics(x: Any) -> bool:
+    """Whether this is a layer that has a part in an `equinox.nn.State`; not a model
+    made of such layers, or of any others."""
+    if not isinstance(x, eqx.Module) or isinstance(x, eqx.nn.StateIndex):
+        return False
+    parts = children(x)
+    assert parts is not None
+    subtrees = [
+        child
+        for _, child in parts[0]
+        if child is not None and not jtu.all_leaves([child])
+    ]
+    return bool(subtrees) and all(isinstance(x, eqx.nn.StateIndex) for x in subtrees)
+
+
+def _map_floats(function: Any, tree: PyTree) -> PyTree:
+    is_state = lambda x: isinstance(x, eqx.nn.State)
+    one = lambda x: function(x) if not is_state(x) and _is_floating(x) else x
+    return jtu.tree_map(one, tree, is_leaf=is_state)
+
+
+def _widen(x: Any) -> Any:
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

@@ -1,0 +1,104 @@
+"""Parts of a model, chosen by their names, by their types, or by what they are."""
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._trees import dotted_name
+
+
+Selector: TypeAlias = str | type | eqx.Module | Callable[[Any], bool]
+Selectors: TypeAlias = Selector | tuple[Selector, ...] | list[Selector] | None
+
+
+class Selection:
+    """What one or several selectors choose.
+
+    - A string is a pattern for the dotted path of a leaf or of a subtree, such as
+        `"layers.0"` or `"*.norm"`.
+    - A type chooses every subtree that is one of it; an object, itself.
+    - Any other function is called with each leaf.
+    """
+
+    def __init__(self, call: str, argument: str, selectors: Selectors):
+        several = isinstance(selectors, (tuple, list))
+        self._selectors = list(selectors) if several else [selectors]
+        self._selectors = [x for x in self._selectors if x is not None]
+        self._call, self._argument = call, argument
+        self._used: set[int] = set()
+        for x in self._selectors:
+            if not (isinstance(x, (str, eqx.Module)) or callable(x)):
+                raise TypeError(
+                    f"`{call}({argument}=...)` takes patterns such as "
+                    "'layers.0.*', modules, types of modules, functions of a leaf, or "
+                    f"a list of these; got {x!r}."
+                )
+
+    def takes(self, path: tuple[Any, ...], node: Any) -> bool:
+        """Whether one of them chooses this leaf or subtree itself."""
+        taken = False
+        for i, selector in enumerate(self._selectors):
+            if _takes(selector, path, node):
+                self._used.add(i)
+                taken = True
+        return taken
+
+    def check_used(self, tree: PyTree) -> None:
+        """Raises if a name, or an object, is nowhere in a tree: it is a mistake."""
+        for i, selector in enumerate(self._selectors):
+            is_named = isinstance(selector, (str, eqx.Module))
+            if not is_named or i in self._used:
+                continue
+            what = repr(selector)
+            if not isinstance(selector, str):
+                what = f"This {type(selector).__name__}"
+            names = [dotted_name(path) for path, _ in jtu.tree_leaves_with_path(tree)]
+            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            raise ValueError(
+                f"`{self._call}({self._argument}=...)`: {what} is nowhere in the "
+                f"model. Its leaves are {shown}; `*` stands for any part of a name."
+            )
+
+
+def _takes(selector: Any, path: tuple[Any, ...], node: Any) -> bool:
+    if isinstance(selector, str):
+        name = dotted_name(path)
+        return name == selector or fnmatch.fnmatchcase(name, selector)
+    if isinstance(selector, type):
+        return isinstance(node, selector)
+    if isinstance(selector, eqx.Module):
+        return node is selector
+    return jtu.all_leaves([node]) and bool(selector(node))
+
+
+def children(node: Any) -> tuple[list[tuple[Any, Any]], Callable[..., Any]] | None:
+    """The parts of a subtree, each with its key, and a function that puts such parts
+    together. `None` for a leaf."""
+    parts, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if jtu.treedef_is_leaf(treedef):
+        return None
+    return [(path[0], child) for path, child in parts], treedef.unflatten
+
+
+def chosen_leaves(tree: PyTree, selection: Selection) -> set[tuple[Any, ...]]:
+    """The paths of all leaves that are chosen, or lie in a subtree that is."""
+
+    def visit(
+        path: tuple[Any, ...], node: Any, inside: bool
+    ) -> Iterator[tuple[Any, ...]]:
+        inside = selection.takes(path, node) or inside
+        parts = children(node)
+        if parts is None:
+            if inside:
+                yield path
+            return
+        for key, child in parts[0]:
+            yield from visit((*path, key), child, inside)
+
+    found = set(visit((), tree, False))
+    selection.check_used(tree)
+    return found
