@@ -1,6 +1,7 @@
 """Gradient release: the ordinary step bit for bit, in less memory."""
 
 import importlib
+import inspect
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -370,3 +371,111 @@ def test_max_norm():
 
     factors["blocks"] = dict.fromkeys(blocks, factors["blocks"])
     jtu.tree_map(check, clipped, grads, factors)
+
+
+#
+# Wrong arguments
+#
+
+
+# Without the type checker that the tests put around every function.
+_unchecked = inspect.unwrap(fq.release_step)
+
+
+def _wrong_loss(**parts):
+    known = {
+        "blocks": _loss.blocks,
+        "prologue": _prologue,
+        "block": _block,
+        "epilogue": _epilogue,
+    }
+    return fq.LayeredLoss(**(known | parts))
+
+
+_WRONG_LOSSES = [
+    (lambda model, batch, key: 0.0, TypeError, "the loss is no `flashquinox.Layered"),
+    (_wrong_loss(blocks=lambda model: {}), ValueError, "a tree without leaves"),
+    (_wrong_loss(blocks=lambda model: None), ValueError, "is no leaf of the model"),
+    (
+        _wrong_loss(blocks=lambda model: [model["bias"], model["bias"]]),
+        ValueError,
+        r"a leaf of the model twice, once at `\[",
+    ),
+    (
+        _wrong_loss(blocks=lambda model: {"x": jnp.ones(3)}),
+        ValueError,
+        "which is no leaf of the model",
+    ),
+    (
+        _wrong_loss(blocks=lambda model: [model["blocks"], model["bias"]]),
+        ValueError,
+        "no common number of layers",
+    ),
+    (
+        _wrong_loss(block=lambda block, x, batch, key: x["x"]),
+        ValueError,
+        "Return a tree of the structure of `x`",
+    ),
+    (
+        _wrong_loss(
+            block=lambda block, x, batch, key: x | {"x": x["x"].astype(jnp.float32)}
+        ),
+        ValueError,
+        "`block` got bfloat16",
+    ),
+    (
+        _wrong_loss(epilogue=lambda model, x, batch, key: x["x"]),
+        TypeError,
+        "Return the loss: a floating-point scalar",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "number", range(len(_WRONG_LOSSES)), ids=lambda i: _WRONG_LOSSES[i][2][:30]
+)
+def test_wrong_losses(number):
+    loss, kind, message = _WRONG_LOSSES[number]
+    optim, model = fq.adamw(1e-2), _model()
+    with pytest.raises(kind, match=f"`release_step`.*{message}"):
+        _unchecked(optim, loss, model, optim.init(model), _batch())
+    if isinstance(loss, fq.LayeredLoss):
+        with pytest.raises(kind, match=message):
+            loss(model, _batch())
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-2)),
+        optax.MultiSteps(fq.adamw(1e-2), 4),
+    ],
+    ids=["clipping", "accumulation"],
+)
+def test_what_needs_all_gradients_is_refused(wrapped):
+    model = _model()
+    state = wrapped.init(eqx.filter(model, eqx.is_array))
+    message = "needs the gradients of all layers at once"
+    with pytest.raises(TypeError, match=message):
+        _unchecked(wrapped, _loss, model, state, _batch())
+
+
+def test_wrong_norm():
+    optim, model = fq.adamw(1e-2), _model()
+    with pytest.raises(ValueError, match=r"`release_step\(max_norm=...\)`"):
+        state = optim.init(model)
+        fq.release_step(optim, _loss, model, state, _batch(), max_norm=-1.0)
+
+
+def test_divided_layers_are_refused():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    model = jax.device_put(_model(layers=4), NamedSharding(mesh, P()))
+    where = NamedSharding(mesh, P("data"))
+    weight = jax.device_put(model["blocks"]["weight"], where)
+    model["blocks"]["weight"] = weight
+    optim = fq.adamw(1e-2)
+    state = optim.init(model)
+    with pytest.raises(
+        ValueError, match=r"weight.*its layers lie on different devices"
+    ):
+        fq.release_step(optim, _loss, model, state, _batch())

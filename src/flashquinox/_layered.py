@@ -185,7 +185,7 @@ class _Place:
 
 
 def open_layers(
-    call: str, loss: LayeredLoss, model: PyTree, batch: PyTree, key: Any
+    call: str, loss: Any, model: PyTree, batch: PyTree, key: Any
 ) -> OpenedLayers:
     checks.is_layered_loss(call, loss, LayeredLoss)
     leaves, rebuild = flatten(model)

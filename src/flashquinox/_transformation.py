@@ -327,11 +327,8 @@ class OpenedStep:
         """
         old = [self.read(index) for index in grads]
         divided = [self.shardings[index] for index in grads]
-        arrived = [
-            _sharding.as_typed(grad, sharding)
-            for grad, sharding in zip(grads.values(), divided, strict=True)
-        ]
-        take = self._take(arrived, divided)
+        arrived = _as_typed([*grads.values()], divided)
+        take = self.take(arrived, divided)
         steps = [
             self._leaf_step(index, leaf, grad, take, as_update=as_update)
             for index, leaf, grad in zip(grads, old, arrived, strict=True)
@@ -361,28 +358,26 @@ class OpenedStep:
         shardings: list[NamedSharding | None],
         grads: list[Array],
         learned: list[Learned],
-    ) -> tuple[list[LeafState], Bool[Array, ""] | None]:
+        take: Bool[Array, ""] | None,
+    ) -> list[LeafState]:
         """One step of parts of leaves, that need not be those of this object: only what
         does not depend on their values is. `numbers` are those of their leaves."""
-        grads = [
-            _sharding.as_typed(grad, sharding)
-            for grad, sharding in zip(grads, shardings, strict=True)
-        ]
-        take = self._take(grads, shardings)
+        arrived = _as_typed(grads, shardings)
         steps = [
             self._leaf_step(number, part, grad, take, parameters)
             for number, part, grad, parameters in zip(
-                numbers, old, grads, learned, strict=True
+                numbers, old, arrived, learned, strict=True
             )
         ]
-        return self._updated(old, steps, shardings), take
+        return self._updated(old, steps, shardings)
 
-    def _take(
+    def take(
         self, grads: list[Array], shardings: list[NamedSharding | None]
     ) -> Bool[Array, ""] | None:
+        """Whether all of these gradients are finite. `None` if that was not asked."""
         if not self.transformation.skip_nonfinite:
             return None
-        return sharded.all_finite(grads, shardings)
+        return sharded.all_finite(_as_typed(grads, shardings), shardings)
 
     def _leaf_step(
         self,
@@ -463,6 +458,13 @@ class OpenedStep:
 
 def _value(value: ScalarOrSchedule, count: Scalar) -> ScalarLike:
     return value(count) if callable(value) else value
+
+
+def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list[Array]:
+    return [
+        _sharding.as_typed(grad, sharding)
+        for grad, sharding in zip(grads, shardings, strict=True)
+    ]
 
 
 def _layout(leaf: LeafState) -> Layout:

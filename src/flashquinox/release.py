@@ -147,14 +147,15 @@ def release_step(
     waiting = {i: x for i, x in blocks.items() if not _layers_are_whole(step.read(i))}
     stacks = {i: _by_layer(step.read(i), layers) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
-    divided = [_of_layer(step.shardings[i]) for i in stacks]
+    divided = {i: _of_layer(step.shardings[i]) for i in stacks}
+    groups = _groups({i: stack.value.size for i, stack in stacks.items()})
     # A layer is left as it is by a gradient that is not finite. Codecs learn before
     # that is known; but not from a step of which no layer will have a finite one.
     take = None
     if transformation.skip_nonfinite:
         finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(x_bar)]
         take = jnp.all(jnp.stack(finite))
-    learned = step.learn(list(stacks), take)
+    learned = dict(zip(stacks, step.learn(list(stacks), take), strict=True))
 
     def backward(carry, inputs):
         stacks, x_bar = carry
@@ -168,25 +169,32 @@ def release_step(
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
         grads = _clip(_apart(grads), max_norm)
-        new, take = step.update_parts(
-            list(stacks),
-            [_slice(stack, layer) for stack in stacks.values()],
-            divided,
-            [grads[i] for i in stacks],
-            learned,
-        )
-        stacks = {
-            i: _place(_put(stack, part, layer), step.shardings[i])
-            for (i, stack), part in zip(stacks.items(), new, strict=True)
-        }
+        take = step.take([grads[i] for i in stacks], [divided[i] for i in stacks])
+        for numbers in groups:
+            # Not before the last ones are done with, or all of the layer's state is
+            # there twice.
+            some = {i: stacks[i] for i in numbers}
+            stacks, some = lax.optimization_barrier((stacks, some))
+            new = step.update_parts(
+                numbers,
+                [_slice(some[i], layer) for i in numbers],
+                [divided[i] for i in numbers],
+                [grads[i] for i in numbers],
+                [learned[i] for i in numbers],
+                take,
+            )
+            stacks = stacks | {
+                i: _place(_put(stacks[i], part, layer), step.shardings[i])
+                for i, part in zip(numbers, new, strict=True)
+            }
         return (stacks, x_bar), ({i: grads[i] for i in waiting}, take)
 
     inputs = (jnp.arange(layers), waiting, static, layered.keys.of_blocks, kept)
     (stacks, x_bar), (grads_waiting, takes) = lax.scan(
         backward, (stacks, x_bar), inputs, reverse=True
     )
-    for (index, stack), parameters in zip(stacks.items(), learned, strict=True):
-        whole = _whole(_place(stack, step.shardings[index]), parameters)
+    for index, stack in stacks.items():
+        whole = _whole(_place(stack, step.shardings[index]), learned[index])
         step.write(index, whole)
     if stacks and takes is not None:
         took.append(jnp.any(takes))
@@ -256,6 +264,20 @@ def _layers_are_whole(stack: LeafState) -> bool:
         if moment.axis == -len(shape) - 1:
             return False
     return True
+
+
+def _groups(sizes: dict[int, int]) -> list[list[int]]:
+    """Leaves that are updated together, one after the other: as many as are no larger
+    than the largest leaf."""
+    groups: list[list[int]] = []
+    left = 0
+    for index, size in sizes.items():
+        if size > left:
+            groups.append([])
+            left = max(sizes.values())
+        groups[-1].append(index)
+        left -= size
+    return groups
 
 
 def _by_layer(stack: LeafState, layers: int) -> LeafState:
