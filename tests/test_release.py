@@ -5,6 +5,7 @@ import inspect
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -36,7 +37,7 @@ def _model(dtype=jnp.bfloat16, layers: int = _LAYERS, odd: bool = False):
         0.3 * rng.standard_normal(shape), jnp.float32
     ).astype(dtype)
     # Of the prologue and the epilogue; of the epilogue.
-    model = {"token": array(96, _WIDTH), "bias": array(96)}
+    model: dict[str, Any] = {"token": array(96, _WIDTH), "bias": array(96)}
     model["blocks"] = {
         "weight": array(layers, _WIDTH, _WIDTH),
         "scale": 1 + jnp.abs(array(layers, _WIDTH)),
@@ -233,10 +234,10 @@ def _train_both_on_many(types: str) -> list[str]:
     results = []
     with jax.set_mesh(mesh):
         for step in _steps(optim, max_norm=1e9):
-            trained, new = model, state
+            trained = model, state, None
             for _ in range(2):
-                trained, new, value = step(trained, new, batch, None)
-            results.append((trained, new, value))
+                trained = step(*trained[:2], batch, None)
+            results.append(trained)
     release, ordinary = reversed(results)
     places = lambda tree: jtu.tree_map(lambda x: x.sharding, tree)
     before = jtu.tree_leaves(places((model, state)))
