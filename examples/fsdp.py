@@ -11,6 +11,7 @@ See `--help`.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -378,6 +379,9 @@ def main() -> None:
     if settings.fake_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", settings.fake_devices)
+        # They wait for each other in threads of one pool, which must not run out of
+        # them, as it does where there are few cores.
+        os.environ.setdefault("PJRT_NPROC", str(4 * settings.fake_devices))
     if settings.coordinator is not None:
         jax.distributed.initialize(
             settings.coordinator, settings.processes, settings.process

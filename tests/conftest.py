@@ -12,6 +12,9 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 # Several processes share it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Devices wait for each other in threads of one pool: it must not run out of them, as it
+# does where there are few cores.
+os.environ.setdefault("PJRT_NPROC", "32")
 # Nor is there a TPU that two processes could want at the same time.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 

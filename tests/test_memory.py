@@ -488,7 +488,7 @@ def test_wrong_arguments(arguments, error, message):
     "blocks, message",
     [
         (lambda model: [], "has no leaves"),
-        (lambda model: 3, "has 3, which is no part of it"),
+        (lambda model: 3, "has 3 at .*, which is no part of it"),
         (lambda model: model, r"`\['scalar'\]` has shape \(\)"),
         (lambda model: (model["x"], model["y"]), r"`\['y'\]` has shape \(5, 64\)"),
     ],

@@ -231,20 +231,21 @@ def _device(chip: str):
 
 def _compile(chip: str, optim: fq.Optimizer, params, grads, method: str = "step"):
     """The compiled step, for shapes, with everything donated but the gradients."""
+    state = jax.eval_shape(optim.init, params)
+    if method == "step":
+        return _compile_function(chip, optim.step, params, state, grads)
+    return _compile_function(chip, optim.update, grads, state, params)
+
+
+def _compile_function(chip: str, function, *shapes):
+    """With the first two arguments donated."""
     device = _device(chip)
     sharding = SingleDeviceSharding(device)
-    place = lambda tree: jtu.tree_map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    shapes = jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
-    state = jax.eval_shape(optim.init, params)
     with compiling_for(device.device_kind, "tpu", device.num_cores):
-        if method == "step":
-            step = jax.jit(optim.step, donate_argnums=(0, 1))
-            lowered = step.lower(place(params), place(state), place(grads))
-        else:
-            step = jax.jit(optim.update, donate_argnums=(0, 1))
-            lowered = step.lower(place(grads), place(state), place(params))
-    return lowered.compile()
+        return jax.jit(function, donate_argnums=(0, 1)).lower(*shapes).compile()
 
 
 def _text(compiled) -> str:
@@ -362,3 +363,60 @@ def test_llama_3_1_8b_compiles():
     # 5.125 bytes of weights and state, and a gradient of 2.
     assert memory.argument_size_in_bytes < 7.13 * count
     assert memory.alias_size_in_bytes > 5.125 * count
+
+
+#
+# Gradients that are gone before the next ones come
+#
+
+_WIDTH, _LAYERS = 2048, 8
+_LAYER = 2 * _WIDTH**2
+
+
+def test_unrolled_layers_release_their_gradients():
+    """XLA updates each as soon as its gradient is there."""
+    weights = jax.ShapeDtypeStruct((_WIDTH, _WIDTH), jnp.bfloat16)
+    params = {str(i): weights for i in range(_LAYERS)}
+    optim = fq.adamw(1e-3, backend="tpu")
+
+    def loss(params, x):
+        for i in range(_LAYERS):
+            x = jax.nn.relu(x @ params[str(i)])
+        return jnp.mean(x.astype(jnp.float32))
+
+    def step(params, state, x):
+        return optim.step(params, state, jax.grad(loss)(params, x))
+
+    x = jax.ShapeDtypeStruct((8, _WIDTH), jnp.bfloat16)
+    state = jax.eval_shape(optim.init, params)
+    memory = _compile_function("v5e", step, params, state, x).memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * _LAYER
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd-momentum"])
+def test_stacked_layers_release_their_gradients(name):
+    """Where they are asked to."""
+    shape = (_LAYERS, _WIDTH, _WIDTH)
+    params = {"blocks": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    optim = Case(name, _ours).optimizer(1e-3, backend="tpu")
+    state = jax.eval_shape(optim.init, params)
+    loss = fq.LayeredLoss(
+        blocks=lambda params: params["blocks"],
+        prologue=lambda params, x, key: x,
+        block=lambda block, x, batch, key: jax.nn.relu(x @ block),
+        epilogue=lambda params, x, batch, key: jnp.mean(x.astype(jnp.float32)),
+    )
+
+    def ordinary(params, state, x):
+        return optim.step(params, state, jax.grad(loss)(params, x))
+
+    def release(params, state, x):
+        return fq.release_step(optim, loss, params, state, x)[:2]
+
+    x = jax.ShapeDtypeStruct((8, _WIDTH), jnp.bfloat16)
+    compiled = _compile_function("v5e", release, params, state, x)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * _LAYER
+    assert memory.alias_size_in_bytes >= _bytes((params, state)) - 4096
+    memory = _compile_function("v5e", ordinary, params, state, x).memory_analysis()
+    assert memory.temp_size_in_bytes >= _LAYERS * _LAYER

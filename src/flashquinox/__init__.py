@@ -16,6 +16,7 @@ from ._curves import (
     RationalCurve as RationalCurve,
 )
 from ._fsdp import fsdp_shardings as fsdp_shardings
+from ._layered import LayeredLoss as LayeredLoss
 from ._moment_codecs import MomentCodecs as MomentCodecs
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._rule import AbstractRule as AbstractRule
@@ -41,6 +42,7 @@ from .precision import (
     widen as widen,
     Widened as Widened,
 )
+from .release import release_step as release_step
 
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ Each message says which call it was, which leaf, what came, and what to do.
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -291,7 +292,7 @@ def is_state(call: str, state: Any, rule: AbstractRule | None) -> None:
 def moments_fit(
     call: str,
     leaf: Leaf,
-    stored: dict[str, StoredMoment | None],
+    stored: Mapping[str, StoredMoment | None],
     rule: AbstractRule,
     codecs: MomentCodecs,
     size: int | Unknown,
@@ -461,3 +462,60 @@ def state_is_there(
                 "of its weight. Put it there with `jax.device_put`, or restore it with "
                 "`flashquinox.checkpoint` into a state that `init` made."
             )
+
+
+#
+# Layers
+#
+
+
+def is_layered_loss(call: str, loss: Any, kind: type) -> None:
+    if not isinstance(loss, kind):
+        raise TypeError(
+            f"`{call}`: the loss is no `flashquinox.{kind.__name__}` but {loss!r}. "
+            "Only of one in parts can the backward pass be taken layer by layer."
+        )
+
+
+def block_keeps_shapes(call: str, x: Any, new: Any) -> None:
+    structures = [jtu.tree_structure(tree) for tree in (x, new)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"`{call}`: `block` got {structures[0]} and returned {structures[1]}. "
+            "Return a tree of the structure of `x`."
+        )
+    for (path, old), y in zip(
+        jtu.tree_leaves_with_path(x), jtu.tree_leaves(new), strict=True
+    ):
+        types = [jax.typeof(value) for value in (old, y)]
+        if len({(one.shape, one.dtype) for one in types}) > 1:
+            raise ValueError(
+                f"`{call}`: `block` got {types[0].str_short()} at `{path_name(path)}` "
+                f"of `x`, and returned {types[1].str_short()}. Return the shapes and "
+                "dtypes that it gets, as the next layer gets what it returns; cast at "
+                "the end of `prologue` and of `block`."
+            )
+
+
+def is_loss(call: str, loss: Any) -> None:
+    if not is_float_array(loss) or loss.ndim != 0:
+        found = jax.typeof(loss).str_short() if eqx.is_array(loss) else repr(loss)
+        raise TypeError(
+            f"`{call}`: `epilogue` returned {found}. Return the loss: a floating-point "
+            "scalar."
+        )
+
+
+def layers_are_whole(call: str, leaf: Leaf, sharding: NamedSharding | None) -> None:
+    if sharding is None or _sharding.divisions(sharding)[0] == 1:
+        return
+    raise ValueError(
+        f"`{call}`: the weight at `{leaf.name}`, of shape {leaf.value.shape}, is "
+        f"sharded by {sharding.spec}: its layers lie on different devices, but all "
+        "devices work on one layer at a time. Shard it along another axis."
+    )
+
+
+def clip_norm(call: str, value: Any) -> None:
+    if value is not None:
+        _in_range(call, "max_norm", value, 0.0, float("inf"))

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ._blocks import leaves_of
+from ._blocks import part_of
 from ._defaults import GROUP_SIZE
 from ._trees import flatten
 
@@ -58,7 +58,9 @@ def fsdp_shardings(
     """
     leaves, rebuild = flatten(model)
     call = "fsdp_shardings"
-    stacked = set() if blocks is None else leaves_of(call, "blocks", blocks, model)
+    stacked = (
+        set() if blocks is None else set(part_of(call, "blocks", blocks, model)[0])
+    )
 
     def one(x: Any, first: int) -> NamedSharding | None:
         if not is_array(x):

@@ -1,9 +1,10 @@
 """The engine behind every optimizer: state, schedules, masks, and the two ways to
 take a step."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.tree_util as jtu
 import optax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
 from ._backends import dispatch, sharded
@@ -133,11 +134,27 @@ class Transformation(eqx.Module):
         as_update: bool,
     ) -> tuple[PyTree, OptimizerState]:
         call = f"{self.call}(...).{method}"
+        opened = self.open(call, params, state)
+        checks.is_given(call, "grads", grads)
+        grad_leaves = match(call, "grads", grads, opened.leaves)
+        arrived = {}
+        for index, leaf in enumerate(opened.leaves):
+            if not checks.is_trained(leaf, call):
+                continue
+            if grad_leaves[index] is not None:
+                checks.grad_fits(call, leaf, grad_leaves[index])
+                opened.check(index)
+                if leaf.value.size > 0:
+                    arrived[index] = jnp.asarray(grad_leaves[index])
+            if as_update and index not in arrived:
+                opened.values[index] = no_update(leaf.value)
+        take = opened.update(arrived, as_update=as_update)
+        return opened.close(take)
+
+    def open(self, call: str, params: PyTree, state: OptimizerState) -> "OpenedStep":
+        """Takes a model and its state apart, for one step."""
         leaves, rebuild = flatten(params)
         checks.is_state(call, state, self.rule)
-        checks.is_given(call, "grads", grads)
-        grad_leaves = match(call, "grads", grads, leaves)
-        decayed = self._decayed(call, params, leaves)
         shardings = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [
@@ -153,91 +170,25 @@ class Transformation(eqx.Module):
             ]
             for name, kind in self.rule.moments.items()
         }
-        corrections = match(call, "state.corrections", state.corrections, leaves)
-        new_values = [None if as_update else leaf.value for leaf in leaves]
-        new_moments = {name: list(stored) for name, stored in moments.items()}
-        new_corrections = list(corrections)
-
-        trained: dict[int, dict[str, StoredMoment]] = {}
-        for index, leaf in enumerate(leaves):
-            if not checks.is_trained(leaf, call):
-                continue
-            if as_update:
-                new_values[index] = no_update(leaf.value)
-            if grad_leaves[index] is None:
-                continue
-            stored = {name: moments[name][index] for name in self.rule.moments}
-            checks.grad_fits(call, leaf, grad_leaves[index])
-            checks.moments_fit(
-                call, leaf, stored, self.rule, self.codecs, self.group_size
-            )
-            checks.correction_fits(call, leaf, corrections[index])
-            checks.width_fits(call, leaf, corrections[index], self.master_weight_bits)
-            sharding = shardings[index]
-            checks.state_is_there(call, leaf, stored, corrections[index], sharding)
-            checks.groups_are_whole(call, leaf, stored, sharding)
-            if leaf.value.size > 0:
-                trained[index] = stored
-
-        divided = [shardings[index] for index in trained]
-        arrived = [
-            _sharding.as_typed(jnp.asarray(grad_leaves[index]), sharding)
-            for index, sharding in zip(trained, divided, strict=True)
-        ]
-        take = sharded.all_finite(arrived, divided) if self.skip_nonfinite else None
-        rule = rule_structure(self.rule)
-        scalars = _PerDType(lambda dtype: self._scalars(state.count, dtype))
-        steps = []
-        for (index, stored), grad in zip(trained.items(), arrived, strict=True):
-            leaf = leaves[index]
-            rule_values, decay = scalars[compute_dtype(leaf.value.dtype)]
-            steps.append(
-                LeafStep(
-                    StepStructure(
-                        rule,
-                        _codecs(stored),
-                        self.decoupled,
-                        as_update,
-                        self.dither_weights,
-                    ),
-                    _layout(leaf, stored),
-                    StepScalars(
-                        rule=rule_values,
-                        decay=decay if decayed[index] else None,
-                        count=state.count,
-                        leaf=LeafScalars(
-                            jnp.asarray(index, jnp.uint32), _parameters(stored)
-                        ),
-                        take=take,
-                    ),
-                    grad,
-                    _tile_state(leaf, stored, corrections[index]),
+        return OpenedStep(
+            call=call,
+            transformation=self,
+            leaves=leaves,
+            rebuild=rebuild,
+            decayed=self._decayed(call, params, leaves),
+            shardings=shardings,
+            state=state,
+            scalars={
+                dtype: self._scalars(state.count, dtype)
+                for dtype in dict.fromkeys(
+                    compute_dtype(leaf.value.dtype)
+                    for leaf in leaves
+                    if checks.is_trained(leaf, call)
                 )
-            )
-        steps = sharded.learn(steps, divided)
-        updated = sharded.update_leaves(self.backend, steps, divided)
-        for (index, stored), step, new in zip(
-            trained.items(), steps, updated, strict=True
-        ):
-            parameters = step.scalars.leaf.parameters
-            new_values[index] = new.weight
-            new_corrections[index] = new.correction
-            for name in moments:
-                new_moments[name][index] = _store(
-                    stored[name],
-                    new.codes[name],
-                    new.scales[name],
-                    parameters.get(name, (None, None))[1],
-                )
-
-        count = jnp.asarray(optax.safe_increment(state.count))
-        if take is not None:
-            count = jnp.where(take, count, state.count)
-        return rebuild(new_values), OptimizerState(
-            steps=StepCount(count),
-            moments={name: rebuild(stored) for name, stored in new_moments.items()},
-            corrections=rebuild(new_corrections),
-            shardings=_sharding.record(leaves, shardings, state.shardings),
+            },
+            values=[leaf.value for leaf in leaves],
+            moments=moments,
+            corrections=match(call, "state.corrections", state.corrections, leaves),
         )
 
     def _new_layout(
@@ -313,25 +264,212 @@ class Transformation(eqx.Module):
         ]
 
 
-class _PerDType(dict):
-    """Computes a value once for each dtype that asks."""
+# Of moments whose codecs learn, by their names: the parameter before a step and after.
+Learned: TypeAlias = dict[str, tuple[Scalar, Scalar]]
 
-    def __init__(self, make: Callable[[Any], Any]):
-        super().__init__()
-        self._make = make
 
-    def __missing__(self, dtype: Any) -> Any:
-        self[dtype] = self._make(dtype)
-        return self[dtype]
+class LeafState(NamedTuple):
+    """A leaf that is trained, or a part of one that holds whole groups."""
+
+    value: Array
+    moments: dict[str, StoredMoment]
+    correction: Correction | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedStep:
+    """A step under way: the model and its state as lists, with an entry for each leaf
+    of the model. `values`, `moments` and `corrections` are what will be returned."""
+
+    call: str
+    transformation: Transformation
+    leaves: list[Leaf]
+    rebuild: Callable[[list[Any]], PyTree]
+    decayed: list[bool]
+    shardings: list[NamedSharding | None]
+    state: OptimizerState
+    # For each dtype that computes.
+    scalars: dict[Any, tuple[dict[str, Scalar], Scalar | None]]
+    values: list[Any]
+    moments: dict[str, list[Any]]
+    corrections: list[Any]
+
+    def check(self, index: int) -> None:
+        """Whether a leaf that is trained and its state go together."""
+        call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
+        optim, (_, stored, correction) = self.transformation, self.read(index)
+        checks.moments_fit(
+            call, leaf, stored, optim.rule, optim.codecs, optim.group_size
+        )
+        checks.correction_fits(call, leaf, correction)
+        checks.width_fits(call, leaf, correction, optim.master_weight_bits)
+        checks.state_is_there(call, leaf, stored, correction, sharding)
+        checks.groups_are_whole(call, leaf, stored, sharding)
+
+    def read(self, index: int) -> LeafState:
+        moments: Any = {name: stored[index] for name, stored in self.moments.items()}
+        return LeafState(self.values[index], moments, self.corrections[index])
+
+    def write(self, index: int, new: LeafState) -> None:
+        self.values[index], self.corrections[index] = new.value, new.correction
+        for name, moment in new.moments.items():
+            self.moments[name][index] = moment
+
+    def update(
+        self, grads: dict[int, Array], as_update: bool = False
+    ) -> Bool[Array, ""] | None:
+        """Updates the leaves of these numbers.
+
+        **Returns:**
+
+        Whether all gradients were finite, or else nothing has changed. `None` if that
+        was not asked.
+        """
+        old = [self.read(index) for index in grads]
+        divided = [self.shardings[index] for index in grads]
+        arrived = _as_typed([*grads.values()], divided)
+        take = self.take(arrived, divided)
+        steps = [
+            self._leaf_step(index, leaf, grad, take, as_update=as_update)
+            for index, leaf, grad in zip(grads, old, arrived, strict=True)
+        ]
+        steps = sharded.learn(steps, divided)
+        for index, leaf in zip(grads, self._updated(old, steps, divided), strict=True):
+            self.write(index, leaf)
+        return take
+
+    def learn(self, numbers: list[int], take: Bool[Array, ""] | None) -> list[Learned]:
+        """For each of these leaves, the parameters of its codecs that learn, before
+        this step and after: what `update_parts` asks of parts of them."""
+        divided = [self.shardings[number] for number in numbers]
+        old = [self.read(number) for number in numbers]
+        # No gradient is looked at; the weight stands for it.
+        steps = [
+            self._leaf_step(number, leaf, jnp.asarray(leaf.value), take)
+            for number, leaf in zip(numbers, old, strict=True)
+        ]
+        steps = sharded.learn(steps, divided)
+        return [step.scalars.leaf.parameters for step in steps]
+
+    def update_parts(
+        self,
+        numbers: list[int],
+        old: list[LeafState],
+        shardings: list[NamedSharding | None],
+        grads: list[Array],
+        learned: list[Learned],
+        take: Bool[Array, ""] | None,
+    ) -> list[LeafState]:
+        """One step of parts of leaves, that need not be those of this object: only what
+        does not depend on their values is. `numbers` are those of their leaves."""
+        arrived = _as_typed(grads, shardings)
+        steps = [
+            self._leaf_step(number, part, grad, take, parameters)
+            for number, part, grad, parameters in zip(
+                numbers, old, arrived, learned, strict=True
+            )
+        ]
+        return self._updated(old, steps, shardings)
+
+    def take(
+        self, grads: list[Array], shardings: list[NamedSharding | None]
+    ) -> Bool[Array, ""] | None:
+        """Whether all of these gradients are finite. `None` if that was not asked."""
+        if not self.transformation.skip_nonfinite:
+            return None
+        return sharded.all_finite(_as_typed(grads, shardings), shardings)
+
+    def _leaf_step(
+        self,
+        number: int,
+        old: LeafState,
+        grad: Array,
+        take: Bool[Array, ""] | None,
+        parameters: Learned | None = None,
+        as_update: bool = False,
+    ) -> LeafStep:
+        optim = self.transformation
+        rule_values, decay = self.scalars[compute_dtype(old.value.dtype)]
+        if parameters is None:
+            # Nothing is learned in this step yet.
+            parameters = {
+                name: (moment.parameter, moment.parameter)
+                for name, moment in old.moments.items()
+                if isinstance(moment, QuantMoment) and moment.parameter is not None
+            }
+        return LeafStep(
+            StepStructure(
+                rule_structure(optim.rule),
+                _codecs(old.moments),
+                optim.decoupled,
+                as_update,
+                optim.dither_weights,
+            ),
+            _layout(old),
+            StepScalars(
+                rule=rule_values,
+                decay=decay if self.decayed[number] else None,
+                count=self.state.count,
+                leaf=LeafScalars(jnp.asarray(number, jnp.uint32), parameters),
+                take=take,
+            ),
+            grad,
+            _tile_state(old),
+        )
+
+    def _updated(
+        self,
+        old: list[LeafState],
+        steps: list[LeafStep],
+        shardings: list[NamedSharding | None],
+    ) -> list[LeafState]:
+        updated = sharded.update_leaves(self.transformation.backend, steps, shardings)
+        return [
+            LeafState(
+                new.weight,
+                {
+                    name: _store(
+                        like,
+                        new.codes[name],
+                        new.scales[name],
+                        step.scalars.leaf.parameters.get(name, (None, None))[1],
+                    )
+                    for name, like in leaf.moments.items()
+                },
+                new.correction,
+            )
+            for leaf, step, new in zip(old, steps, updated, strict=True)
+        ]
+
+    def close(self, take: Bool[Array, ""] | None) -> tuple[PyTree, OptimizerState]:
+        """The new model, or the updates, and the new state. A step that was not taken
+        does not count."""
+        old = self.state
+        count = jnp.asarray(optax.safe_increment(old.count))
+        if take is not None:
+            count = jnp.where(take, count, old.count)
+        return self.rebuild(self.values), OptimizerState(
+            steps=StepCount(count),
+            moments={name: self.rebuild(x) for name, x in self.moments.items()},
+            corrections=self.rebuild(self.corrections),
+            shardings=_sharding.record(self.leaves, self.shardings, old.shardings),
+        )
 
 
 def _value(value: ScalarOrSchedule, count: Scalar) -> ScalarLike:
     return value(count) if callable(value) else value
 
 
-def _layout(leaf: Leaf, stored: dict[str, StoredMoment]) -> Layout:
+def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list[Array]:
+    return [
+        _sharding.as_typed(grad, sharding)
+        for grad, sharding in zip(grads, shardings, strict=True)
+    ]
+
+
+def _layout(leaf: LeafState) -> Layout:
     """The groups of a leaf. The state decides, not the defaults of this optimizer."""
-    for moment in stored.values():
+    for moment in leaf.moments.values():
         if isinstance(moment, QuantMoment):
             return moment.layout
     return Layout(leaf.value.shape, None, max(1, leaf.value.size))
@@ -344,26 +482,13 @@ def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
     )
 
 
-def _parameters(
-    stored: dict[str, StoredMoment],
-) -> dict[str, tuple[Scalar, Scalar]]:
-    """Of moments whose codecs learn: nothing is learned in this step yet."""
-    return {
-        name: (moment.parameter, moment.parameter)
-        for name, moment in stored.items()
-        if isinstance(moment, QuantMoment) and moment.parameter is not None
-    }
-
-
-def _tile_state(
-    leaf: Leaf, stored: dict[str, StoredMoment], correction: Correction | None
-) -> TileState:
+def _tile_state(leaf: LeafState) -> TileState:
     codes, scales = {}, {}
-    for name, moment in stored.items():
+    for name, moment in leaf.moments.items():
         quantized = isinstance(moment, QuantMoment)
         codes[name] = moment.codes if quantized else moment
         scales[name] = moment.scales if quantized else None
-    return TileState(jnp.asarray(leaf.value), correction, codes, scales)
+    return TileState(jnp.asarray(leaf.value), leaf.correction, codes, scales)
 
 
 def _store(
@@ -372,4 +497,7 @@ def _store(
     if not isinstance(like, QuantMoment):
         return codes
     assert scales is not None
+    if like.parameter is None:
+        # Or it is that of a part, and kept elsewhere.
+        parameter = None
     return QuantMoment(codes, scales, like.axis, like.group_size, like.codec, parameter)

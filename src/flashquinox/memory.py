@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import PyTree
 
 from . import _sharding
-from ._blocks import count_layers, leaves_of
+from ._blocks import count_layers, part_of
 from ._codec import QuantMoment
 from ._defaults import GROUP_SIZE
 from ._fsdp import fsdp_shardings, is_array
@@ -239,7 +239,7 @@ def memory_plan(
     call = "memory_plan"
     leaves, rebuild = flatten(model)
     parts = {
-        name: None if choose is None else leaves_of(call, name, choose, model)
+        name: None if choose is None else set(part_of(call, name, choose, model)[0])
         for name, choose in (
             ("blocks", blocks),
             ("prologue", prologue),

@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .. import _learning, _sharding
 from .._body import TileState
+from .._codec import QuantMoment
 from .._layout import Layout
+from .._regroup import encode_nearest
 from . import dispatch
 from .dispatch import Backend, LeafStep
 
@@ -32,7 +34,7 @@ def update_leaves(
     for mesh, indices in _by_mesh(shardings).items():
         here = [steps[i] for i in indices]
         if mesh is None:
-            updated = dispatch.update_leaves(backend, here)
+            updated = _update_whole(backend, here)
         else:
             divided = tuple(shardings[i] for i in indices)
             updated = _update_parts(backend, divided, here)  # pyright: ignore
@@ -191,6 +193,40 @@ def _on_parts(
     )
 
 
+def _update_whole(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
+    updated = dispatch.update_leaves(backend, steps)
+    return [_with_new_codes(*x) for x in zip(steps, updated, strict=True)]
+
+
+def _with_new_codes(step: LeafStep, new: TileState) -> TileState:
+    """Where a step was not taken, but codecs have learned: moments as they were, in new
+    codes."""
+    learned = step.scalars.leaf.parameters
+    take = step.scalars.take
+    if take is None or not learned:
+        return new
+    groups = (step.layout.axis, step.layout.group_size)
+    codecs, new_codecs = step.structure.codecs_before_and_after(step.scalars)
+
+    def encode_again(name: str) -> tuple[Array, Array]:
+        codes, scales = new.codes[name], new.scales[name]
+        assert scales is not None
+        before, _ = learned[name]
+        old = QuantMoment(codes, scales, *groups, codecs[name], before)
+        return encode_nearest(old.decode(), new_codecs[name], groups)
+
+    as_they_are = {name: (new.codes[name], new.scales[name]) for name in learned}
+    moved = jnp.any(jnp.stack([before != after for before, after in learned.values()]))
+    found = lax.cond(
+        moved & ~take,
+        lambda: {name: encode_again(name) for name in learned},
+        lambda: as_they_are,
+    )
+    codes = {name: codes for name, (codes, _) in found.items()}
+    scales = {name: scales for name, (_, scales) in found.items()}
+    return TileState(new.weight, new.correction, new.codes | codes, new.scales | scales)
+
+
 # Compiled once, also where the caller does not.
 @partial(jax.jit, static_argnums=(0, 1))
 def _update_parts(
@@ -207,7 +243,7 @@ def _update_parts(
             _gather(step, sharding) if needed else step
             for step, sharding, needed in zip(steps, shardings, gathered, strict=True)
         ]
-        new = dispatch.update_leaves(backend, [_with_own_shape(x) for x in whole])
+        new = _update_whole(backend, [_with_own_shape(x) for x in whole])
         return [
             state.map(lambda x, sharding=sharding: _cut(x, sharding))
             if needed

@@ -1,0 +1,360 @@
+"""Gradient release: every layer is updated as soon as its gradient is known, and the
+gradient is gone before the next one is computed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.interpreters import partial_eval
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Key, PyTree, Scalar, ScalarLike
+
+from . import _checks as checks, _sharding
+from ._codec import QuantMoment, StoredMoment
+from ._layered import LayeredLoss, open_layers
+from ._optimizer import Optimizer, transformation_of
+from ._state import OptimizerState
+from ._transformation import LeafState, Learned, Transformation
+
+
+def release_step(
+    optim: Optimizer,
+    loss: LayeredLoss,
+    model: PyTree,
+    state: OptimizerState,
+    batch: PyTree,
+    key: Key[Array, ""] | None = None,
+    *,
+    max_norm: ScalarLike | None = None,
+) -> tuple[PyTree, OptimizerState, Float[Array, ""]]:
+    r"""Takes one step, with the gradient of one layer at a time.
+
+    The forward pass keeps what each layer gets, $x_0, \dots, x_{L-1}$. The backward
+    pass then goes from the last layer to the first. It computes a layer again from what
+    that got, pulls the cotangent back,
+
+    $$(g_l, \bar x_{l-1}) = \bar x_l \cdot
+    \partial \, \text{block}(\phi_l, x_{l-1}),$$
+
+    updates the weights $\phi_l$ and their state in place by $g_l$, and goes on with
+    $\bar x_{l-1}$. What only the epilogue reads is updated before the blocks; the rest
+    after them, a tied embedding by the sum of its gradients.
+
+    The numbers are those of
+
+    ```python
+    value, grads = eqx.filter_value_and_grad(loss)(model, batch, key)
+    model, state = optim.step(model, state, grads)
+    ```
+
+    for every optimizer of this library. Call it in `jit`, and donate the model and the
+    state; otherwise there are two of them.
+
+    ??? cite "Reference"
+
+        Gonzalez Ortiz, Gupta, Rinard and Blalock, *FlashOptim: Optimizers for Memory
+        Efficient Training*, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), which
+        releases gradients by hooks of PyTorch. Before it, Lv, Yang, Liu, Gao, Guo and
+        Qiu, *Full Parameter Fine-tuning for Large Language Models with Limited
+        Resources*, [arXiv:2306.09782](https://arxiv.org/abs/2306.09782).
+
+    **Arguments:**
+
+    - `optim`: a [`flashquinox.Optimizer`][], with its schedules and its mask. With
+        `skip_nonfinite`, a part with a NaN or an infinity in its gradient is left as it
+        is, and all others are updated: what only the epilogue reads is such a part,
+        and each layer, and all of the rest. If no part is updated, the step does not
+        count.
+    - `loss`: a [`flashquinox.LayeredLoss`][].
+    - `model`: any pytree. Every floating-point array in it is trained.
+    - `state`: `optim.init(model)`, or from the previous step of either kind.
+    - `batch`, `key`: passed on to `loss`.
+    - `max_norm`: the gradient of each part is scaled down to at most this Euclidean
+        norm over all its leaves, in float32. `None` is no clipping.
+
+    **Returns:**
+
+    A 3-tuple of the new model and the new state, in the dtypes of the old, and the
+    loss.
+
+    **Raises:**
+
+    `TypeError` if `optim` is wrapped by Optax: clipping by the global norm and the
+    accumulation of gradients need all gradients at once. `TypeError` or `ValueError` if
+    model, state and loss do not fit together, or the layers of a stack are divided
+    among devices.
+    """
+    call = "release_step"
+    checks.clip_norm(call, max_norm)
+    transformation = _transformation(call, optim)
+    layered = open_layers(call, loss, model, batch, key)
+    step = transformation.open(call, model, state)
+    trained = {}
+    for index, leaf in enumerate(step.leaves):
+        if not checks.is_trained(leaf, call):
+            continue
+        step.check(index)
+        if index in layered.stacked:
+            checks.layers_are_whole(call, leaf, step.shardings[index])
+        if leaf.value.size > 0:
+            trained[index] = jnp.asarray(leaf.value)
+    outer = {i: x for i, x in trained.items() if i not in layered.stacked}
+    blocks = {i: x for i, x in trained.items() if i in layered.stacked}
+    took = []
+
+    def update(grads: dict[int, Array]) -> None:
+        if grads:
+            took.append(step.update(grads))
+
+    # Forward.
+    first = lambda values: _split(layered.prologue(values))
+    read_first = _read(first, outer)
+    x, pull_first, fixed = jax.vjp(first, read_first, has_aux=True)
+
+    def forward(x, inputs):
+        values, key = inputs
+        return layered.block(values, key, x), x
+
+    x, kept = lax.scan(
+        forward, eqx.combine(x, fixed), (layered.stacked, layered.keys.of_blocks)
+    )
+    x, fixed = _split(x)
+    last = lambda values, x: layered.epilogue(values, eqx.combine(x, fixed))
+    read_last = _read(lambda values: last(values, x), outer)
+    value, pull_last = jax.vjp(last, read_last, x)
+
+    # What the prologue does not read is done with.
+    grads_last, x_bar = pull_last(jnp.ones_like(value))
+    done = {
+        i: grads_last[i] if i in grads_last else jnp.zeros_like(x)
+        for i, x in outer.items()
+        if i not in read_first
+    }
+    update(_clip(done, max_norm))
+    # To be done now, so that these gradients are gone when the blocks begin.
+    x_bar, new = lax.optimization_barrier((x_bar, {i: step.read(i) for i in done}))
+    for index, leaf in new.items():
+        step.write(index, leaf)
+
+    # The blocks, from the last to the first. If groups lie across layers, there is no
+    # such thing as a layer's state: those few leaves wait for the gradients of all.
+    layers = layered.layers
+    waiting = {i: x for i, x in blocks.items() if not _layers_are_whole(step.read(i))}
+    stacks = {i: _by_layer(step.read(i), layers) for i in blocks if i not in waiting}
+    static = {i: x for i, x in layered.stacked.items() if i not in blocks}
+    divided = {i: _of_layer(step.shardings[i]) for i in stacks}
+    groups = _groups({i: stack.value.size for i, stack in stacks.items()})
+    # A layer is left as it is by a gradient that is not finite. Codecs learn before
+    # that is known; but not from a step of which no layer will have a finite one.
+    take = None
+    if transformation.skip_nonfinite:
+        finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(x_bar)]
+        take = jnp.all(jnp.stack(finite))
+    learned = dict(zip(stacks, step.learn(list(stacks), take), strict=True))
+
+    def backward(carry, inputs):
+        stacks, x_bar = carry
+        layer, waiting, static, key, x = inputs
+        x, fixed = _split(x)
+
+        def block(weights, x):
+            return _split(layered.block(weights | static, key, eqx.combine(x, fixed)))
+
+        weights = _slice({i: stack.value for i, stack in stacks.items()}, layer)
+        _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
+        grads, x_bar = pull(x_bar)
+        grads = _clip(_apart(grads), max_norm)
+        take = step.take([grads[i] for i in stacks], [divided[i] for i in stacks])
+        for numbers in groups:
+            # Not before the last ones are done with, or all of the layer's state is
+            # there twice.
+            some = {i: stacks[i] for i in numbers}
+            stacks, some = lax.optimization_barrier((stacks, some))
+            new = step.update_parts(
+                numbers,
+                [_slice(some[i], layer) for i in numbers],
+                [divided[i] for i in numbers],
+                [grads[i] for i in numbers],
+                [learned[i] for i in numbers],
+                take,
+            )
+            stacks = stacks | {
+                i: _place(_put(stacks[i], part, layer), step.shardings[i])
+                for i, part in zip(numbers, new, strict=True)
+            }
+        return (stacks, x_bar), ({i: grads[i] for i in waiting}, take)
+
+    inputs = (jnp.arange(layers), waiting, static, layered.keys.of_blocks, kept)
+    (stacks, x_bar), (grads_waiting, takes) = lax.scan(
+        backward, (stacks, x_bar), inputs, reverse=True
+    )
+    for index, stack in stacks.items():
+        whole = _whole(_place(stack, step.shardings[index]), learned[index])
+        step.write(index, whole)
+    if stacks and takes is not None:
+        took.append(jnp.any(takes))
+
+    # The rest.
+    (grads,) = pull_first(x_bar)
+    grads = {i: grads_last[i] + g if i in grads_last else g for i, g in grads.items()}
+    update(_clip(grads, max_norm) | grads_waiting)
+    take = None
+    if transformation.skip_nonfinite:
+        take = jnp.any(jnp.stack(took)) if took else jnp.asarray(True)
+    return *step.close(take), value
+
+
+def _transformation(call: str, optim: Any) -> Transformation:
+    if isinstance(optim, Optimizer):
+        return transformation_of(optim)
+    raise TypeError(
+        f"`{call}`: `optim` is no `flashquinox.Optimizer` but {optim!r}. What "
+        "`optax.chain`, `optax.MultiSteps` and other wrappers add, such as clipping by "
+        "the global norm and the accumulation of gradients, needs the gradients of all "
+        "layers at once, and here there is only one layer's at a time. Pass the "
+        f"optimizer itself, and `{call}(max_norm=...)` to clip each layer's; or take "
+        "an ordinary step."
+    )
+
+
+def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """What of a tree has gradients, and what has none."""
+    return eqx.partition(tree, eqx.is_inexact_array)
+
+
+def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int, Array]:
+    """Those of the values that the result of a function depends on. A gradient for the
+    others would be zeros in memory."""
+    closed = jax.make_jaxpr(function)(values)
+    everything = [True] * len(closed.jaxpr.outvars)
+    _, read = partial_eval.dce_jaxpr(closed.jaxpr, everything)
+    return {
+        i: x for (i, x), used in zip(sorted(values.items()), read, strict=True) if used
+    }
+
+
+def _clip(grads: dict[int, Array], max_norm: ScalarLike | None) -> dict[int, Array]:
+    """Scaled down to at most this norm."""
+    if max_norm is None or not grads:
+        return grads
+    wide = {i: grad.astype(jnp.float32) for i, grad in grads.items()}
+    norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in wide.values()))
+    factor = jnp.where(norm <= max_norm, 1.0, max_norm / norm)
+    return {i: (factor * wide[i]).astype(grad.dtype) for i, grad in grads.items()}
+
+
+#
+# Layers of a stack
+#
+
+
+def _layers_are_whole(stack: LeafState) -> bool:
+    """Whether every layer has its own groups."""
+    shape = stack.value.shape[1:]
+    for moment in stack.moments.values():
+        if not isinstance(moment, QuantMoment):
+            continue
+        if moment.axis is None and math.prod(shape) % moment.group_size != 0:
+            return False
+        if moment.axis == -len(shape) - 1:
+            return False
+    return True
+
+
+def _groups(sizes: dict[int, int]) -> list[list[int]]:
+    """Leaves that are updated together, one after the other: as many as are no larger
+    than the largest leaf."""
+    groups: list[list[int]] = []
+    left = 0
+    for index, size in sizes.items():
+        if size > left:
+            groups.append([])
+            left = max(sizes.values())
+        groups[-1].append(index)
+        left -= size
+    return groups
+
+
+def _by_layer(stack: LeafState, layers: int) -> LeafState:
+    """With an axis of layers also where groups run through the flattened leaf; and
+    without what is the same for all layers."""
+
+    def one(moment: StoredMoment) -> StoredMoment:
+        if not isinstance(moment, QuantMoment):
+            return moment
+        scales = moment.scales
+        if moment.axis is None:
+            scales = scales.reshape(layers, -1)
+        return _with(moment, scales, None)
+
+    return stack._replace(moments={k: one(x) for k, x in stack.moments.items()})
+
+
+def _whole(stack: LeafState, learned: Learned) -> LeafState:
+    """The inverse, with what was learned."""
+
+    def one(name: str, moment: StoredMoment) -> StoredMoment:
+        if not isinstance(moment, QuantMoment):
+            return moment
+        scales = moment.scales
+        if moment.axis is None:
+            scales = scales.reshape(-1)
+        return _with(moment, scales, learned.get(name, (None, None))[1])
+
+    return stack._replace(moments={k: one(k, x) for k, x in stack.moments.items()})
+
+
+def _with(moment: QuantMoment, scales: Array, parameter: Scalar | None) -> QuantMoment:
+    return QuantMoment(
+        moment.codes,
+        scales,
+        moment.axis,
+        moment.group_size,
+        moment.codec,
+        parameter,
+    )
+
+
+def _of_layer(sharding: NamedSharding | None) -> NamedSharding | None:
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _slice(stack: PyTree[Array], layer: Array) -> PyTree[Array]:
+    """One layer."""
+    part = jtu.tree_map(
+        lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), stack
+    )
+    # Or XLA reads the stack where it needs a number, also after it has written to it:
+    # then it has two.
+    return _apart(part)
+
+
+def _put(stack: PyTree[Array], part: PyTree[Array], layer: Array) -> PyTree[Array]:
+    return jtu.tree_map(
+        lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0),
+        stack,
+        _apart(part),
+    )
+
+
+def _place(stack: LeafState, sharding: NamedSharding | None) -> LeafState:
+    """Where it was. XLA may find another place that suits the gradients."""
+    if sharding is None:
+        return stack
+    where = _sharding.of_arrays(stack, sharding)
+    return jtu.tree_map(_sharding.place, stack, where)
+
+
+def _apart(tree: PyTree[Array]) -> PyTree[Array]:
+    """Arrays that are computed before what uses them: in their dtypes, by programs that
+    know nothing of it. So it is in an ordinary step. One by one, as they need not be
+    there at the same time.
+    """
+    return jtu.tree_map(lax.optimization_barrier, tree)
