@@ -3,8 +3,8 @@ r"""Learned companding: the parameter of a curve follows the error that it makes
 A curve $y = f_a(n)$ whose codes are $\delta$ apart stores $n$ with an error of about
 $\delta / f_a'(n)$, uniformly distributed: a smooth function of $a$, although codes are
 integers. What counts is what it does to the next update, to first order: it is
-multiplied by the derivative of the rule by this moment. The mean square over a sample
-of the leaf, of the moments as they are stored, is what the parameter descends.
+multiplied by the derivative of the rule by this moment. The parameter goes down the
+slope of the mean square over a sample of the leaf, of the moments as they are stored.
 """
 
 import math
@@ -24,17 +24,18 @@ from ._split import compute_dtype
 
 # Elements of a leaf, and how many of them along its groups at least. They are others
 # in each fit.
-_SAMPLE, _ALONG = 4096, 16
-# Steps between fits, at first and then.
-_EARLY, _LATE = 4, 64
-# Until when the parameter is free to move. After that, only where a sample says that
-# there are some percent to gain: all codes are rounded again when it moves, and errors
-# of what is seldom updated, such as rows of an embedding, would add up.
-_SETTLED = 32
-_FLAT = 0.5
-# In units of the logarithm of 1 + a, of which the largest value is this.
-_RATE = 0.25
-_LARGEST = math.log1p(1e4)
+_SAMPLE, _ALONG = 16384, 32
+# Steps between fits, and until when: moments change most in the first steps.
+_INTERVALS = {4: 32, 16: 128, 64: None}
+# How much smaller an error has to be for the parameter to move. Codes are rounded again
+# when it does, and errors of what is seldom updated, such as rows of an embedding,
+# would add up. And how much smaller than softsign's, or it is softsign: a sample knows
+# no better.
+_WORTH, _WORTH_OF_SOFTSIGN = 0.03, 0.1
+# Of the logarithm of 1 + a: softsign's, the largest, and how far it moves at once.
+_SOFTSIGN, _LARGEST, _FARTHEST = math.log(2), math.log1p(1e4), 1.0
+# From that far away, they end within 1e-4 of the smallest error.
+_NEWTON_STEPS = 6
 
 
 class Observation(NamedTuple):
@@ -47,7 +48,11 @@ class Observation(NamedTuple):
 
 def is_due(count: Int32[Array, ""]) -> Bool[Array, ""]:
     """Whether this step begins with a fit."""
-    return count % jnp.where(count <= _SETTLED, _EARLY, _LATE) == 0
+    due = jnp.asarray(False)
+    for interval, until in reversed(_INTERVALS.items()):
+        now = count % interval == 0
+        due = now if until is None else jnp.where(count <= until, now, due)
+    return due
 
 
 def learned_names(structure: StepStructure) -> list[str]:
@@ -94,19 +99,25 @@ def observe(
     return observations
 
 
-def slopes(
+def errors(
     codecs: Sequence[CompandedCodec],
     observations: Sequence[Observation],
     parameters: Sequence[Scalar],
-) -> Float32[Array, "moments 2 2"]:
-    """For each moment, the error of its sample and the derivative by the logarithm of
-    1 + a: first with the weights, then of the moment itself. Of parts of a leaf, these
-    can be added.
+) -> Float32[Array, "moments 2 5"]:
+    r"""For each moment, the error of its sample as a function of the parameter: first
+    with the weights, then of the moment itself. Of parts of a leaf, these can be added.
+
+    With $s = 1 + a$, the square of an error is in proportion to
+
+    $$\frac{(1 + a n)^4}{(1 + a)^2} = \frac{(1 - n + s n)^4}{s^2}
+    = \sum_{k=0}^4 \binom 4 k (1 - n)^{4 - k} n^k s^{k - 2}.$$
+
+    The five coefficients are what is returned.
     """
     n, weight = (jnp.stack(x) for x in zip(*observations, strict=True))
     signed = np.array([codec.kind == "signed" for codec in codecs])[:, None]
     roots = np.array([codec.curve.root for codec in codecs], np.float32)[:, None]
-    logs = jnp.log1p(jnp.stack(list(parameters)))[:, None]
+    a = jnp.stack(list(parameters))[:, None]
     # Of a threshold that is one half, or uniform over [0, 1).
     variance = np.where(signed, np.float32(127**-2 / 12), np.float32(255**-2 / 6))
     with jax.numpy_rank_promotion("allow"):
@@ -115,20 +126,23 @@ def slopes(
         # No more than all of a signed moment is lost; of the reciprocal root of an
         # average of squares likewise.
         most = np.where(signed, np.float32(1), np.float32(4))
-
-        def relative_error(logs: Array) -> Array:
-            a = jnp.expm1(logs)
-            error = variance * ((1 + a * n) ** 2 / ((1 + a) * n)) ** 2
-            return jnp.minimum(roots**2 * error, most)
-
-        error, derivative = jax.jvp(relative_error, (logs,), (jnp.ones_like(logs),))
+        relative = roots**2 * variance / n**2
+        now = relative * (1 + a * n) ** 4 / (1 + a) ** 2
+        relative = relative * jnp.minimum(1, most / now)
         square = n ** (2 * roots)
         # Where no update depends on a moment, as of a sign.
         plain = jnp.where(signed, square, 1)
         found = [
             [
-                jnp.sum(jnp.where(there & jnp.isfinite(w), w * x, 0), axis=1)
-                for x in (error, derivative)
+                jnp.sum(
+                    jnp.where(
+                        there & jnp.isfinite(w),
+                        w * relative * math.comb(4, k) * (1 - n) ** (4 - k) * n**k,
+                        0,
+                    ),
+                    axis=1,
+                )
+                for k in range(5)
             ]
             for w in (weight * square, plain)
         ]
@@ -137,19 +151,34 @@ def slopes(
 
 def follow(
     parameters: Sequence[Scalar],
-    slopes: Float32[Array, "moments 2 2"],
-    count: Int32[Array, ""],
+    errors: Float32[Array, "moments 2 5"],
 ) -> list[Scalar]:
-    """A step down these slopes, where there are any."""
+    """To where the error is smallest, if that is worth it. In the logarithm of $s$, it
+    is a sum of exponentials, and so convex: Newton's method."""
     old = jnp.stack(list(parameters))
-    slope = jnp.where(slopes[:, :1, 0] > 0, slopes[:, 0], slopes[:, 1])
-    error, derivative = slope[:, 0], slope[:, 1]
-    known = (error > 0) & jnp.isfinite(error) & jnp.isfinite(derivative)
-    relative = jnp.where(known, derivative, 0) / jnp.where(known, error, 1)
-    logs = jnp.log1p(old) - _RATE * jnp.clip(relative, -1, 1)
-    new = jnp.expm1(jnp.clip(logs, 0, _LARGEST))
-    worth_it = (count <= _SETTLED) | (jnp.abs(relative) > _FLAT)
-    return list(jnp.where(known & worth_it, new, old))
+    known = jnp.sum(errors[:, :1], axis=2) > 0
+    # In other units, for squares to be no subnormal numbers.
+    coefficients = jnp.where(known, errors[:, 0], errors[:, 1])
+    total = jnp.sum(coefficients, axis=1, keepdims=True)
+    coefficients = coefficients / jnp.where(total > 0, total, 1)
+    powers = np.arange(-2, 3, dtype=np.float32)
+
+    def moment_of(order: int, logs: Array) -> Array:
+        with jax.numpy_rank_promotion("allow"):
+            terms = coefficients * powers**order * jnp.exp(powers * logs[:, None])
+        return jnp.sum(terms, axis=1)
+
+    start = logs = jnp.log1p(old)
+    for _ in range(_NEWTON_STEPS):
+        slope, curvature = moment_of(1, logs), moment_of(2, logs)
+        newton = slope / jnp.where(curvature > 0, curvature, 1)
+        logs = jnp.clip(logs - jnp.clip(newton, -1, 1), 0, _LARGEST)
+    softsign = jnp.full_like(logs, _SOFTSIGN)
+    enough = moment_of(0, softsign) > (1 + _WORTH_OF_SOFTSIGN) * moment_of(0, logs)
+    logs = jnp.where(enough, logs, softsign)
+    logs = start + jnp.clip(logs - start, -_FARTHEST, _FARTHEST)
+    move = moment_of(0, start) > (1 + _WORTH) * moment_of(0, logs)
+    return list(jnp.where(move, jnp.expm1(logs), old))
 
 
 def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:

@@ -86,7 +86,7 @@ def learn(
 ) -> list[LeafStep]:
     """The same steps with the parameters of codecs that learn. Every few steps they are
     fitted: of leaves that are divided, to all parts, with one collective for a mesh, of
-    four numbers per moment."""
+    ten numbers per moment."""
     new = list(steps)
     for mesh, indices in _by_mesh(shardings).items():
         chosen = [i for i in indices if _learns(steps[i], shardings[i])]
@@ -132,8 +132,8 @@ def _learn(
                     step.structure, step.layout, step.scalars, step.old
                 )
             ]
-            slopes = _learning.slopes(codecs, observations, old)
-            return _learning.follow(old, lax.psum(slopes, axes), count)
+            errors = _learning.errors(codecs, observations, old)
+            return _learning.follow(old, lax.psum(errors, axes))
 
         return lax.cond(_learning.is_due(count), fitted, lambda: old)
 
