@@ -265,6 +265,17 @@ def test_parameters_move_where_it_is_worth_it():
     assert follow(1.2, 3.0) == pytest.approx(1.0)
 
 
+def test_sparse_moments_are_not_rounded_again():
+    codec = fq.MomentCodecs.named("learned").signed
+    n = jnp.full(100, 0.01)
+    old = [jnp.float32(1.0)]
+    for zeros, padding, moves in [(20, 0, True), (30, 0, False), (0, 80, True)]:
+        one = n.at[:zeros].set(0).at[zeros : zeros + padding].set(-1)
+        observed = _learning.Observation(one, jnp.where(one > 0, 1.0, one))
+        errors = _learning.errors([codec], [observed], old)
+        assert (_learning.follow(old, errors)[0] > old[0]) == moves
+
+
 @pytest.mark.parametrize(
     "shape", [(5,), (70, 3), (40, 64), (3, 5000), (1, 100_000), (4, 9, 128)]
 )

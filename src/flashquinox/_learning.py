@@ -32,6 +32,12 @@ _INTERVALS = {4: 32, 16: 128, 64: None}
 # would add up. And how much smaller than softsign's, or it is softsign: a sample knows
 # no better.
 _WORTH, _WORTH_OF_SOFTSIGN = 0.03, 0.1
+# Of elements, at most how many may have no moment, for it to move: of an embedding of
+# rare tokens, what is rounded again stays so for long.
+_SPARSE = 0.25
+# How much an element may count, in units of the mean: a few of now would decide for all
+# of the steps to come.
+_LARGEST_SHARE = 3
 # Of the logarithm of 1 + a: softsign's, the largest, and how far it moves at once.
 _SOFTSIGN, _LARGEST, _FARTHEST = math.log(2), math.log1p(1e4), 1.0
 # From that far away, they end within 1e-4 of the smallest error.
@@ -40,7 +46,8 @@ _NEWTON_STEPS = 6
 
 class Observation(NamedTuple):
     """A sample of a learned moment: magnitudes in units of the largest of the group,
-    roots taken; and what an error of the moment, in those units, does to an update."""
+    roots taken; and what an error of the moment, in those units, does to an update.
+    Negative where a leaf has fewer elements."""
 
     n: Float32[Array, "*moments sample"]
     weight: Float32[Array, "*moments sample"]
@@ -92,10 +99,10 @@ def observe(
         n = codec.normalized(elements(old.codes[name]), dtype)
         unit = constants[name][0]
         weight = jnp.where(moment == 0, 0, (derivative * unit) ** 2)
-        missing = (0, _SAMPLE - n.size)
-        observations.append(
-            Observation(*(jnp.pad(x.astype(jnp.float32), missing) for x in (n, weight)))
+        pad = lambda x: jnp.pad(
+            x.astype(jnp.float32), (0, _SAMPLE - x.size), constant_values=-1
         )
+        observations.append(Observation(pad(n), pad(weight)))
     return observations
 
 
@@ -103,7 +110,7 @@ def errors(
     codecs: Sequence[CompandedCodec],
     observations: Sequence[Observation],
     parameters: Sequence[Scalar],
-) -> Float32[Array, "moments 2 5"]:
+) -> Float32[Array, "moments 2 6"]:
     r"""For each moment, the error of its sample as a function of the parameter: first
     with the weights, then of the moment itself. Of parts of a leaf, these can be added.
 
@@ -112,7 +119,8 @@ def errors(
     $$\frac{(1 + a n)^4}{(1 + a)^2} = \frac{(1 - n + s n)^4}{s^2}
     = \sum_{k=0}^4 \binom 4 k (1 - n)^{4 - k} n^k s^{k - 2}.$$
 
-    The five coefficients are what is returned.
+    The five coefficients are what is returned; and after the first ones how many
+    elements there are, after the second ones how many of them have no moment.
     """
     n, weight = (jnp.stack(x) for x in zip(*observations, strict=True))
     signed = np.array([codec.kind == "signed" for codec in codecs])[:, None]
@@ -122,6 +130,7 @@ def errors(
     variance = np.where(signed, np.float32(127**-2 / 12), np.float32(255**-2 / 6))
     with jax.numpy_rank_promotion("allow"):
         there = n > 0
+        counts = jnp.sum(n >= 0, axis=1), jnp.sum(n == 0, axis=1)
         n = jnp.where(there, n, 1)
         # No more than all of a signed moment is lost; of the reciprocal root of an
         # average of squares likewise.
@@ -132,30 +141,31 @@ def errors(
         square = n ** (2 * roots)
         # Where no update depends on a moment, as of a sign.
         plain = jnp.where(signed, square, 1)
-        found = [
-            [
-                jnp.sum(
-                    jnp.where(
-                        there & jnp.isfinite(w),
-                        w * relative * math.comb(4, k) * (1 - n) ** (4 - k) * n**k,
-                        0,
-                    ),
-                    axis=1,
-                )
+        found = []
+        for share, elements in zip((weight * square, plain), counts, strict=True):
+            known = there & jnp.isfinite(share)
+            share = jnp.where(known, share, 0)
+            mean = jnp.sum(share, axis=1, keepdims=True) / jnp.maximum(
+                1, jnp.sum(known, axis=1, keepdims=True)
+            )
+            share = jnp.minimum(share, _LARGEST_SHARE * mean) * relative
+            coefficients = [
+                jnp.sum(share * math.comb(4, k) * (1 - n) ** (4 - k) * n**k, axis=1)
                 for k in range(5)
             ]
-            for w in (weight * square, plain)
-        ]
-    return jnp.stack([jnp.stack(x, axis=1) for x in found], axis=1)
+            found.append(jnp.stack([*coefficients, elements.astype(jnp.float32)], 1))
+    return jnp.stack(found, axis=1)
 
 
 def follow(
     parameters: Sequence[Scalar],
-    errors: Float32[Array, "moments 2 5"],
+    errors: Float32[Array, "moments 2 6"],
 ) -> list[Scalar]:
     """To where the error is smallest, if that is worth it. In the logarithm of $s$, it
     is a sum of exponentials, and so convex: Newton's method."""
     old = jnp.stack(list(parameters))
+    dense = errors[:, 1, 5] <= _SPARSE * errors[:, 0, 5]
+    errors = errors[:, :, :5]
     known = jnp.sum(errors[:, :1], axis=2) > 0
     # In other units, for squares to be no subnormal numbers.
     coefficients = jnp.where(known, errors[:, 0], errors[:, 1])
@@ -177,7 +187,7 @@ def follow(
     enough = moment_of(0, softsign) > (1 + _WORTH_OF_SOFTSIGN) * moment_of(0, logs)
     logs = jnp.where(enough, logs, softsign)
     logs = start + jnp.clip(logs - start, -_FARTHEST, _FARTHEST)
-    move = moment_of(0, start) > (1 + _WORTH) * moment_of(0, logs)
+    move = dense & (moment_of(0, start) > (1 + _WORTH) * moment_of(0, logs))
     return list(jnp.where(move, jnp.expm1(logs), old))
 
 

@@ -86,7 +86,7 @@ def learn(
 ) -> list[LeafStep]:
     """The same steps with the parameters of codecs that learn. Every few steps they are
     fitted: of leaves that are divided, to all parts, with one collective for a mesh, of
-    ten numbers per moment."""
+    twelve numbers per moment."""
     new = list(steps)
     for mesh, indices in _by_mesh(shardings).items():
         chosen = [i for i in indices if _learns(steps[i], shardings[i])]
