@@ -145,9 +145,8 @@ def errors(
         for share, elements in zip((weight * square, plain), counts, strict=True):
             known = there & jnp.isfinite(share)
             share = jnp.where(known, share, 0)
-            mean = jnp.sum(share, axis=1, keepdims=True) / jnp.maximum(
-                1, jnp.sum(known, axis=1, keepdims=True)
-            )
+            count = jnp.sum(known, axis=1, keepdims=True).astype(jnp.float32)
+            mean = jnp.sum(share, axis=1, keepdims=True) / jnp.maximum(1, count)
             share = jnp.minimum(share, _LARGEST_SHARE * mean) * relative
             coefficients = [
                 jnp.sum(share * math.comb(4, k) * (1 - n) ** (4 - k) * n**k, axis=1)

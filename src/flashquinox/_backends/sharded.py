@@ -206,7 +206,8 @@ def _with_new_codes(step: LeafStep, new: TileState) -> TileState:
     if take is None or not learned:
         return new
     groups = (step.layout.axis, step.layout.group_size)
-    codecs, new_codecs = step.structure.codecs_before_and_after(step.scalars)
+    codecs = step.structure.codec_of
+    _, new_codecs = step.structure.codecs_before_and_after(step.scalars)
 
     def encode_again(name: str) -> tuple[Array, Array]:
         codes, scales = new.codes[name], new.scales[name]
