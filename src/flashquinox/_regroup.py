@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ._codec import AbstractMomentCodec, Dither, QuantMoment
 from ._layout import Layout
@@ -45,19 +45,27 @@ def _encode_again(
     new_groups: tuple[int | None, int],
     members: int,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    # Thresholds of one half.
-    nearest = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
-
     def encode(codes, scales, parameter):
-        axis, group_size = groups
-        moment = QuantMoment(codes, scales, axis, group_size, codec, parameter).decode()
-        layout = Layout(moment.shape, *new_groups)
-        tile = layout.tile(moment)
-        encoder = codec.with_parameter(parameter)
-        codes, scales = encoder.encode(tile, layout.tile_axis, nearest)
-        assert scales is not None
-        return layout.untile(codes), scales
+        moment = QuantMoment(codes, scales, *groups, codec, parameter).decode()
+        return encode_nearest(moment, codec, new_groups, parameter)
 
     for _ in range(members):
         encode = jax.vmap(encode)
     return encode(codes, scales, parameter)
+
+
+def encode_nearest(
+    moment: Float[Array, "*shape"],
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+    parameter: Float32[Array, ""] | None,
+) -> tuple[Shaped[Array, "*shape"], Shaped[Array, "..."]]:
+    """Codes and scales of a moment, in groups of this axis and size. Both are rounded
+    to nearest."""
+    thresholds_of_half = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
+    layout = Layout(moment.shape, *groups)
+    codes, scales = codec.with_parameter(parameter).encode(
+        layout.tile(moment), layout.tile_axis, thresholds_of_half
+    )
+    assert scales is not None
+    return layout.untile(codes), scales
