@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from .. import _checks as checks
 from .._master_weights import with_corrections
 from .._split import decode_weight
 from .._state import OptimizerState
@@ -94,10 +95,10 @@ def save_safetensors(
     arrays = {}
     for name, leaf in named.items():
         x = leaf.value
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            if state is not None:
-                x = decode_weight(jnp.asarray(x), corrections_of[leaf.path])
-            x = x if dtype is None else x.astype(dtype)
+        if state is not None and checks.is_float_array(x):
+            x = decode_weight(jnp.asarray(x), corrections_of[leaf.path])
+        if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(dtype)
         if str(x.dtype) not in _DTYPES.values():
             raise TypeError(
                 f"`{call}`: the array at `{leaf.name}` is {x.dtype}, which these files "

@@ -22,9 +22,8 @@ _STATES = {
     frozenset({"mu"}): optax.ScaleByLionState,
     frozenset({"trace"}): optax.TraceState,
 }
-# Other states that count steps, and as what.
-_COUNTERS: dict[Any, str] = {
-    optax.ScaleByScheduleState: "count",
+# What counts calls, and as what. If nothing counts steps, they are steps too.
+_CALLS: dict[Any, str] = {
     optax.MultiStepsState: "gradient_step",
     optax.InjectStatefulHyperparamsState: "count",
     optax.InjectHyperparamsState: "count",
@@ -157,7 +156,7 @@ def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
                 stored,
                 getattr(target, name),
             )
-        if hasattr(target, "count"):
+        if _is_counted(target):
             fields["count"] = as_count(call, count, target.count)
         optax_state = _replace(optax_state, kind, target._replace(**fields))
     return _with_counts(call, optax_state, count)
@@ -246,14 +245,24 @@ def _nothing_accumulated(call: str, tree: PyTree) -> None:
 
 def _counts(tree: PyTree, moments: Any) -> list[Any]:
     """How many steps were taken, by all counters that must agree."""
-    counts = [moments.count] if hasattr(moments, "count") else []
-    counts += [x.count for x in _all(tree, optax.ScaleByScheduleState)]
+    counts = [moments.count] if _is_counted(moments) else []
+    counts += [x.count for kind in _schedules() for x in _all(tree, kind)]
     if counts:
         return counts
-    # What counts calls, if nothing counts steps.
-    for kind, field in _COUNTERS.items():
+    for kind, field in _CALLS.items():
         counts += [getattr(x, field) for x in _all(tree, kind)]
     return counts[:1]
+
+
+def _schedules() -> tuple[Any, ...]:
+    """The states of schedules: in a chain, and in `optax.inject_hyperparams`."""
+    wrapped = optax.schedules.WrappedSchedule(lambda count: count)
+    return optax.ScaleByScheduleState, type(wrapped.init())
+
+
+def _is_counted(moments: Any) -> bool:
+    # Of the other states, `count` is a method of tuples.
+    return "count" in getattr(moments, "_fields", ())
 
 
 def _same(call: str, counts: list[Any]) -> Any:
@@ -268,7 +277,7 @@ def _same(call: str, counts: list[Any]) -> Any:
 
 
 def _with_counts(call: str, tree: PyTree, count: Any) -> PyTree:
-    for kind, field in _COUNTERS.items():
+    for kind, field in (_CALLS | dict.fromkeys(_schedules(), "count")).items():
         is_leaf = lambda x, kind=kind: isinstance(x, kind)
 
         def count_here(x: Any, is_leaf: Any = is_leaf, field: str = field) -> Any:
