@@ -127,8 +127,9 @@ def _mesh(kind):
 
 
 _SHAPES = {"a": (128, 64), "b": (64,), "c": (8, 5)}
-_SPECS = {"a": P("x", "y"), "b": P(("y", "x")), "c": P()}
-_DIVIDED = {"a": P(None, "x"), "b": P("y"), "c": P("x")}
+# The parts of `a` are none of the flattened leaf.
+_SPECS = {"a": P(None, "x"), "b": P(("y", "x")), "c": P()}
+_DIVIDED = {"a": P("x", "y"), "b": P("y"), "c": P("x")}
 
 
 def _tree(seed, dtype=jnp.float32):
@@ -164,7 +165,7 @@ def _assert_same_values(found, expected):
 
 @_types
 def test_master_weights_on_many_devices(kind):
-    mesh, optim = _mesh(kind), fq.adamw(1e-2, master_weight_bits=32)
+    mesh, optim = _mesh(kind), fq.sgd(1e-2, master_weight_bits=32)
     model = _put(_tree(0, jnp.bfloat16), mesh, _SPECS)
     state = optim.init(model)
     masters = _tree(1)
@@ -362,6 +363,13 @@ def _numbers(tree):
     return jtu.tree_map(decode, tree, is_leaf=is_moment)
 
 
+def _assert_close(found, expected):
+    """To a few roundings of the arithmetic that decodes."""
+    pairs = zip(jtu.tree_leaves(found), jtu.tree_leaves(expected), strict=True)
+    for x, y in pairs:
+        assert np.allclose(x, y, rtol=2**-19, atol=0)
+
+
 @_each
 def test_training_goes_on_from_optax_and_back(name):
     """Without compression, as if nothing had been: to the roundings of a step."""
@@ -409,6 +417,10 @@ def test_moments_are_rounded_once(moments):
             exact = float64(optax.tree.get(optax_state, kind)[name])
             if isinstance(stored, fq.QuantMoment):
                 assert_code_of(stored, exact)
+                # To nearest: not more often down than up.
+                large = np.abs(exact) > np.median(np.abs(exact))
+                error = (float64(stored.decode()) / exact - 1)[large]
+                assert name == "ragged" or abs(np.mean(error)) < 0.003
                 assert tree_identical(
                     stored.parameter, like.moments[kind][name].parameter
                 )
@@ -416,12 +428,7 @@ def test_moments_are_rounded_once(moments):
                 assert name == "b" and np.array_equal(float64(stored), exact)
     # What is decoded and stored again does not move by more than that.
     back = exchange.to_optax(state, theirs.init(params))
-    for x, y in zip(
-        jtu.tree_leaves(optax.tree.get(back, "mu")),
-        jtu.tree_leaves(_numbers(state.moments["mu"])),
-        strict=True,
-    ):
-        assert np.allclose(x, y, rtol=2**-22, atol=0)
+    _assert_close(optax.tree.get(back, "mu"), _numbers(state.moments["mu"]))
     again = exchange.from_optax(back, like)
     for name, stored in again.moments["mu"].items():
         if isinstance(stored, fq.QuantMoment):
@@ -548,7 +555,7 @@ def test_optax_on_many_devices(kind, moments):
         stored = jax.device_get(found.moments["nu"][name])
         if isinstance(stored, fq.QuantMoment):
             stored = jtu.tree_map(jnp.asarray, stored).decode()
-        assert np.array_equal(np.asarray(x), stored)
+        _assert_close(x, stored)
 
 
 class _nothing:
@@ -722,6 +729,10 @@ def _at(tree, name):
 @pytest.mark.parametrize("by_name", [False, True])
 def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
     torch = _Torch(optimizer)
+    for key in _TORCH_MOMENTS[optimizer].values():
+        # As no codec would write them: without the largest.
+        codes, _ = torch.bits["out.weight", key]
+        codes[...] = codes // 2
     model, like = _target(optimizer, moments="flashoptim", master_weight_bits=32)
     state_dict, parameters = torch.through_a_file(tmp_path / "checkpoint.npz")
     paths = _PATHS if by_name else None
@@ -737,8 +748,9 @@ def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
         stored = _at(state.moments[key], name)
         assert np.array_equal(stored.codes, codes) and stored.codes.dtype == codes.dtype
         assert tree_identical(np.asarray(stored.scales), scales)
-        decoded = float64(stored.decode())
-        assert np.allclose(decoded, torch.moments[name, key], rtol=1e-6, atol=1e-30)
+        if name != "out.weight":
+            decoded, exact = float64(stored.decode()), torch.moments[name, key]
+            assert np.allclose(decoded, exact, rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("compressed", [True, False])
