@@ -54,10 +54,11 @@ def _arrays(tree):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [24, 32])
-@hp.given(st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8))
+@hp.settings(max_examples=15)
+@hp.given(st.lists(st.integers(0, 2**32 - 1), min_size=32, max_size=32))
 def test_every_number_becomes_weight_and_correction(dtype, bits, patterns):
     master = lax.bitcast_convert_type(jnp.asarray(patterns, jnp.uint32), jnp.float32)
-    model = {"w": jnp.zeros(8, dtype)}
+    model = {"w": jnp.zeros(32, dtype)}
     state = fq.sgd(1e-3, master_weight_bits=bits).init(model)
     new, new_state = fq.from_master_weights({"w": master}, model, state)
     split = fq.ECCWeight.encode(master, dtype, bits)
@@ -392,9 +393,7 @@ def test_training_goes_on_from_optax_and_back(name):
         assert np.max(np.abs(float64(x) - float64(y))) <= 1e-6
 
 
-@pytest.mark.parametrize(
-    "moments", ["flashquinox", "flashoptim", "learned", "log", "fourth_root"]
-)
+@pytest.mark.parametrize("moments", ["flashquinox", "flashoptim", "learned", "log"])
 def test_moments_are_rounded_once(moments):
     theirs = optax.adamw(1e-2)
     params = {
@@ -440,7 +439,6 @@ def _matrices(params):
 
 
 _WRAPPERS = {
-    "chain": lambda make: optax.chain(optax.clip_by_global_norm(1.0), make(1e-2)),
     "schedule": lambda make: make(optax.linear_schedule(1e-2, 0.0, 10)),
     "MultiSteps": lambda make: optax.MultiSteps(make(1e-2), 2),
     "inject": lambda make: optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(
@@ -753,9 +751,12 @@ def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
             assert np.allclose(decoded, exact, rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-@pytest.mark.parametrize("moments", ["flashquinox", "learned", "float32"])
-def test_flashoptim_to_other_codecs(compressed, moments):
+@pytest.mark.parametrize(
+    "moments, compressed",
+    [(name, True) for name in ("flashquinox", "learned", "float32")]
+    + [("flashquinox", False)],
+)
+def test_flashoptim_to_other_codecs(moments, compressed):
     torch = _Torch(compressed=compressed)
     model, like = _target(moments=moments)
     model, state = exchange.from_flashoptim(
@@ -873,7 +874,8 @@ def test_checkpoints_are_less_than_half(format, tmp_path):
         {"a": jnp.zeros((512, 256)), "b": jnp.zeros((512, 512)), "c": jnp.zeros(512)}
     )
     theirs, ours = optax.adamw(1e-2), fq.adamw(1e-2)
-    plain = _run(theirs, params)
+    moments = jtu.tree_map(lambda x: x * x, _random(theirs.init(params)))
+    plain = params, moments
     model = fq.cast(plain[0], jnp.bfloat16)
     state = exchange.from_optax(plain[1], ours.init(model))
     compressed = fq.from_master_weights(plain[0], model, state)

@@ -89,7 +89,7 @@ def from_optax(optax_state: PyTree, state: PyTree) -> PyTree:
 
             new_moments[name] = _map(
                 call,
-                f"the moment {name!r} of `optax_state`",
+                f"optax_state.{name}",
                 fill,
                 getattr(source, name),
                 stored,
@@ -151,7 +151,7 @@ def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
 
             fields[name] = _map(
                 call,
-                f"the moment {name!r} of `state`",
+                f"state.moments[{name!r}]",
                 fill,
                 stored,
                 getattr(target, name),
@@ -187,7 +187,7 @@ def _map(
     new = []
     for leaf, value in zip(leaves, values, strict=True):
         if (value is None) != (leaf.value is None):
-            has, lacks = (text, "the other state")
+            has, lacks = f"`{text}`", "the other state"
             if value is None:
                 has, lacks = lacks, has
             raise ValueError(
