@@ -190,6 +190,19 @@ def _identical(x: object, y: object) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
+def assert_raises(
+    error: type[Exception], call: Callable[[], object], *parts: str
+) -> None:
+    """Asserts that this is raised, with all of these parts in its message."""
+    with pytest.raises(error) as info:
+        call()
+    message = str(info.value)
+    for part in parts:
+        assert part in message, message
+    # A sentence that says what to do ends each.
+    assert message.rstrip().endswith((".", ")")), message
+
+
 def float64(x: Array) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
