@@ -389,6 +389,20 @@ def make_table(results: list[Result]) -> Table:
     return table
 
 
+def compare_checkpoints(results: list[Result]) -> list[str]:
+    """A line for each optimizer: how large the files are."""
+    sizes = {(r.optimizer, r.storage): r.checkpoint_bytes for r in results}
+    lines = []
+    for optimizer in dict.fromkeys(r.optimizer for r in results):
+        compressed, float32 = (sizes[optimizer, storage] for storage in STORAGES)
+        lines.append(
+            f"{OPTIMIZERS[optimizer].title}: the checkpoint is a file of "
+            f"{compressed / 1e6:.2f} MB instead of {float32 / 1e6:.2f} MB, "
+            f"{compressed / float32:.0%}."
+        )
+    return lines
+
+
 def write_json(settings: Settings, results: list[Result], path: Path) -> None:
     def finite(x):  # JSON has no NaN.
         return None if isinstance(x, float) and not math.isfinite(x) else x
@@ -594,6 +608,8 @@ def main() -> None:
     console = Console()
     results = train_all(settings, console)
     console.print(make_table(results))
+    for line in compare_checkpoints(results):
+        console.print(line, soft_wrap=True)
     write_json(settings, results, settings.output / "results.json")
     draw(settings, results, settings.output / "results.png")
     console.print(f"Written to {settings.output}", soft_wrap=True)

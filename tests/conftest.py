@@ -20,6 +20,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 
 
 # For tests of sharding. All others see the first.
@@ -35,3 +37,11 @@ hypothesis.settings.register_profile(
     "flashquinox", deadline=None, derandomize=True, max_examples=40
 )
 hypothesis.settings.load_profile("flashquinox")
+
+
+@pytest.fixture
+def without_typechecker():
+    # The library's own messages, as users get them who run no type checker.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

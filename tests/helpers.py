@@ -135,6 +135,13 @@ class Case(NamedTuple):
         return weights(*names, dtype=self.storage.dtype, seed=seed)
 
 
+# Begins far from what moments want, and so learns as soon as it is due.
+EAGER = fq.MomentCodecs(
+    fq.CompandedCodec("signed", fq.RationalCurve(8.0, learned=True)),
+    fq.CompandedCodec("nonnegative", fq.RationalCurve(8.0, 2, learned=True)),
+)
+
+
 def _id(case: Case) -> str:
     dtype, bits, moments = case.storage
     return f"{case.name}-{jnp.dtype(dtype).name}-{bits}-{moments}"
@@ -188,6 +195,19 @@ def _identical(x: object, y: object) -> bool:
         return x is y or x == y
     x, y = np.asarray(x), np.asarray(y)
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def assert_raises(
+    error: type[Exception], call: Callable[[], object], *parts: str
+) -> None:
+    """Asserts that this is raised, with all of these parts in its message."""
+    with pytest.raises(error) as info:
+        call()
+    message = str(info.value)
+    for part in parts:
+        assert part in message, message
+    # A sentence that says what to do ends each.
+    assert message.rstrip().endswith((".", ")")), message
 
 
 def float64(x: Array) -> np.ndarray:

@@ -22,7 +22,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -104,14 +103,6 @@ def _raises(call, *parts):
     for part in parts:
         assert part in message, message
     assert message.endswith(".")
-
-
-@pytest.fixture
-def without_typechecker():
-    # The library's own messages, as users get them who run no type checker.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 #

@@ -21,7 +21,7 @@ from flashquinox._layout import Layout
 from flashquinox._scales import decode_scale
 from flashquinox.checkpoint import Checkpoints
 
-from .helpers import assert_code_of, float64, roundtrip, tree_identical
+from .helpers import assert_code_of, EAGER, float64, roundtrip, tree_identical
 from .kernels import arrays, assert_same, run
 
 
@@ -373,7 +373,7 @@ def test_steps_learn():
 def test_a_parameter_belongs_to_its_codes():
     """In the step that changes it, old codes are decoded by the old one."""
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
-    optim = fq.sgd(1e-2, momentum=0.9, moments="learned", weight_decay=0.0)
+    optim = fq.sgd(1e-2, momentum=0.9, moments=EAGER, weight_decay=0.0)
     params, state = _train(optim, params, _EARLY)
     before = state.moments["trace"]["w"]
     zeros = jtu.tree_map(jnp.zeros_like, params)
@@ -386,7 +386,7 @@ def test_a_parameter_belongs_to_its_codes():
 
 def test_skipped_steps_learn_nothing():
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
-    optim = fq.adamw(1e-2, moments="learned", skip_nonfinite=True)
+    optim = fq.adamw(1e-2, moments=EAGER, skip_nonfinite=True)
     params, state = _train(optim, params, _EARLY)
     bad = {"w": params["w"].at[0, 0].set(jnp.nan)}
     assert tree_identical(optim.step(params, state, bad), (params, state))

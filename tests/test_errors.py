@@ -4,22 +4,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import jaxtyping
 import numpy as np
 import optax
 import pytest
 
 import flashquinox as fq
 
-from .helpers import tree_identical, weights
+from .helpers import assert_raises, tree_identical, weights
 
 
-@pytest.fixture(autouse=True)
-def _without_typechecker():
-    # The library's own messages, as users get them who run no type checker.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("without_typechecker")
 
 
 def _model(dtype=jnp.bfloat16):
@@ -48,16 +42,6 @@ def _replace(tree, value, where=_at_matrix):
 def _without_bias(tree):
     first = {"matrix": _at_matrix(tree)}
     return tree | {"layers": [first, tree["layers"][1]]}
-
-
-def _assert_raises(error, call, *parts):
-    with pytest.raises(error) as info:
-        call()
-    message = str(info.value)
-    for part in parts:
-        assert part in message, message
-    # A sentence that says what to do ends each.
-    assert message.rstrip().endswith((".", ")"))
 
 
 #
@@ -95,7 +79,7 @@ def test_range(name, argument, value, array):
     if argument == "dampening":
         kwargs["momentum"] = 0.9
     kwargs[argument] = jnp.asarray(value, jnp.float32) if array else value
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: getattr(fq, name)(**kwargs),
         f"`{name}({argument}=...)`",
@@ -107,16 +91,16 @@ def test_range(name, argument, value, array):
 @pytest.mark.parametrize("value", ["0.1", None, True, 1j, [0.1], jnp.ones(2)])
 def test_no_number(value):
     message = ("`adamw(learning_rate=...)`", "number", "got")
-    _assert_raises(TypeError, lambda: fq.adamw(value), *message)
+    assert_raises(TypeError, lambda: fq.adamw(value), *message)
     message = ("`lion(b1=...)`", "number", "got")
-    _assert_raises(TypeError, lambda: fq.lion(1e-3, b1=value), *message)
+    assert_raises(TypeError, lambda: fq.lion(1e-3, b1=value), *message)
     message = ("`sgd(weight_decay=...)`", "number", "got")
-    _assert_raises(TypeError, lambda: fq.sgd(1e-3, weight_decay=value), *message)
+    assert_raises(TypeError, lambda: fq.sgd(1e-3, weight_decay=value), *message)
 
 
 @pytest.mark.parametrize("value", [16, 8, 24.5, "24", 0, np.uint8(31)])
 def test_master_weight_bits(value):
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.adamw(1e-3, master_weight_bits=value),
         "`adamw(master_weight_bits=...)`",
@@ -127,7 +111,7 @@ def test_master_weight_bits(value):
 
 @pytest.mark.parametrize("value", [0, 8, 24, 33, 144, "32", 32.5])
 def test_group_size(value):
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.lion(1e-3, group_size=value),
         "`lion(group_size=...)`",
@@ -138,7 +122,7 @@ def test_group_size(value):
 
 @pytest.mark.parametrize("value", ["int8", "flashquinox2", None, jnp.float32])
 def test_unknown_codec(value):
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.sgd(1e-3, momentum=0.9, moments=value),
         "`sgd(moments=...)`",
@@ -154,7 +138,7 @@ def test_without_momentum(name, momentum):
     for argument in ("nesterov=True", "dampening=0.5"):
         key, value = argument.split("=")
         kwargs = {"momentum": momentum, key: eval(value)}
-        _assert_raises(
+        assert_raises(
             ValueError,
             lambda kwargs=kwargs: make(1e-3, **kwargs),
             f"`{name}({argument})`",
@@ -166,21 +150,21 @@ def test_without_momentum(name, momentum):
 def test_peak_learning_rate(name):
     make = getattr(fq, name)
     schedule = optax.constant_schedule(1e-3)
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: make(schedule, decouple_lr=True),
         f"`{name}(decouple_lr=True)`",
         "`peak_learning_rate=...`",
     )
     argument = f"`{name}(peak_learning_rate=...)`"
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: make(1e-3, peak_learning_rate=1e-3),
         argument,
         "decouple_lr=True",
     )
     for value in (0.0, -1.0):
-        _assert_raises(
+        assert_raises(
             ValueError,
             lambda value=value: make(
                 schedule, decouple_lr=True, peak_learning_rate=value
@@ -191,7 +175,7 @@ def test_peak_learning_rate(name):
 
 @pytest.mark.parametrize("rule", [None, fq.Adam, "adam", optax.adam(1e-3)])
 def test_no_rule(rule):
-    _assert_raises(
+    assert_raises(
         TypeError,
         lambda: fq.optimizer(rule, 1e-3),
         "`optimizer(rule=...)`",
@@ -208,7 +192,7 @@ def test_master_weights_without_effect():
     for bits in (24, 32):
         optim = fq.adamw(1e-3, master_weight_bits=bits)
         for init in (optim.init, jax.jit(optim.init)):
-            _assert_raises(
+            assert_raises(
                 ValueError,
                 lambda init=init: init({"a": jnp.ones(3), "b": jnp.ones(2)}),
                 f"`adamw(master_weight_bits={bits})`",
@@ -227,19 +211,19 @@ def test_weights_of_other_dtypes(dtype):
     model = _replace(_model(), jnp.zeros((4, 64), dtype))
     optim = fq.adamw(1e-3)
     parts = ("`adamw(...).init`", _path, jnp.dtype(dtype).name, "bfloat16")
-    _assert_raises(TypeError, lambda: optim.init(model), *parts)
+    assert_raises(TypeError, lambda: optim.init(model), *parts)
     state = optim.init(_model())
     grads = _grads(_model())
     for method, call in (
         ("step", lambda: optim.step(model, state, grads)),
         ("update", lambda: optim.update(grads, state, model)),
     ):
-        _assert_raises(TypeError, call, f"`adamw(...).{method}`", *parts[1:])
+        assert_raises(TypeError, call, f"`adamw(...).{method}`", *parts[1:])
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool])
 def test_cast_to_no_float(dtype):
-    _assert_raises(
+    assert_raises(
         TypeError,
         lambda: fq.cast(_model(), dtype),
         "`cast(model, dtype)`",
@@ -391,7 +375,7 @@ def _assert_step_raises(error, optim, model, state, grads, parts):
         ("step", lambda: jitted(model, state, grads)),
         ("update", lambda: update(grads, state, model)),
     ):
-        _assert_raises(error, call, f"`adamw(...).{method}`", *parts)
+        assert_raises(error, call, f"`adamw(...).{method}`", *parts)
     after = jtu.tree_map(
         lambda x: np.array(x) if eqx.is_array(x) else x, (model, state)
     )
@@ -446,7 +430,7 @@ def test_update_without_params():
         lambda: _optim.update(_grads(model), state, None),
         lambda: jax.jit(lambda g: _optim.update(g, state))(_grads(model)),
     ):
-        _assert_raises(
+        assert_raises(
             ValueError, call, "`adamw(...).update(grads, state, params)`", "third"
         )
 
@@ -458,7 +442,7 @@ def test_arguments_in_another_order():
         lambda: _optim.step(model, grads, state),
         lambda: _optim.update(model, grads, state),
     ):
-        _assert_raises(
+        assert_raises(
             TypeError, call, "OptimizerState", "the model comes before the state"
         )
 
@@ -466,14 +450,14 @@ def test_arguments_in_another_order():
 def test_master_weights_of_another_state():
     model = _model()
     with_bits = {"layers": model["layers"], "steps": None}
-    _assert_raises(
+    assert_raises(
         TypeError,
         lambda: fq.master_weights(model, model),
         "`master_weights`",
         "OptimizerState",
     )
     state = _optim.init(_replace(with_bits, jnp.ones((4, 32), jnp.bfloat16)))
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.master_weights(with_bits, state),
         "`master_weights`",
@@ -482,7 +466,7 @@ def test_master_weights_of_another_state():
         "(4, 64)",
     )
     other = _optim.init({"other": jnp.ones((4, 32), jnp.bfloat16)})
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.master_weights(model, other),
         "`master_weights`",
@@ -496,7 +480,7 @@ def test_messages_name_the_path_of_a_module():
     where = lambda m: m.layers[1].weight
     grads = eqx.tree_at(where, grads, jnp.ones((2, 3), jnp.bfloat16))
     state = _optim.init(model)
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: _optim.step(model, state, grads),
         "`.layers[1].weight`",

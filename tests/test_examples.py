@@ -87,6 +87,10 @@ def test_mnist(tmp_path):
     ]
     largest = [row["bytes_per_parameter_of_largest_matrix"] for row in rows]
     assert largest == [5.125, 12, 3, 4]
+    # Of AdamW, less than half.
+    compressed, float32 = (row["checkpoint_bytes"] for row in rows[:2])
+    assert 2 * compressed < float32
+    assert f"{compressed / 1e6:.2f} MB instead of {float32 / 1e6:.2f} MB" in done.stdout
     for row in rows:
         assert row["losses"][-1] < row["losses"][0]
         checkpoint = folder / f"{row['optimizer']}-{row['storage']}.eqx"

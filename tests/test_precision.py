@@ -9,7 +9,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import flashquinox as fq
 from flashquinox._split import encode_weight, rounding_threshold
 
-from .helpers import float64, tree_identical, weights
+from .helpers import assert_raises, float64, tree_identical, weights
 from .kernels import arrays, run
 
 
@@ -434,24 +433,9 @@ def test_kernels_dither_weights(backend, method):
 #
 
 
-@pytest.fixture
-def _without_typechecker():
-    # The library's own messages, as users get them who run no type checker.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def _assert_raises(error, call, *parts):
-    with pytest.raises(error) as info:
-        call()
-    for part in parts:
-        assert part in str(info.value), str(info.value)
-
-
-@pytest.mark.usefixtures("_without_typechecker")
+@pytest.mark.usefixtures("without_typechecker")
 def test_errors():
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.cast(_mlp, jnp.bfloat16, keep=["layers.1", "laers.2"]),
         "`cast(keep=...)`",
@@ -459,17 +443,17 @@ def test_errors():
         "layers.0.weight",
     )
     other = eqx.nn.Linear(3, 3, key=jax.random.key(1))
-    _assert_raises(
+    assert_raises(
         ValueError, lambda: fq.cast(_mlp, jnp.bfloat16, keep=other), "This Linear"
     )
-    _assert_raises(
+    assert_raises(
         TypeError, lambda: fq.cast(_mlp, jnp.bfloat16, keep=3), "`cast(keep=...)`", "3"
     )
     model = weights("matrix", "bias")
     plain = fq.adamw(1e-3, master_weight_bits=None)
     bare = plain.init(model)
     for change in (fq.widen, fq.narrow):
-        _assert_raises(
+        assert_raises(
             ValueError,
             lambda change=change: change(model, bare),
             f"`{change.__name__}`",
@@ -478,16 +462,16 @@ def test_errors():
             "master_weight_bits=24",
         )
     state = fq.adamw(1e-3).init(model)
-    _assert_raises(ValueError, lambda: fq.widen(model, state, "b"), "'b'", "bias")
-    _assert_raises(TypeError, lambda: fq.widen(state, model), "`widen`")
+    assert_raises(ValueError, lambda: fq.widen(model, state, "b"), "'b'", "bias")
+    assert_raises(TypeError, lambda: fq.widen(state, model), "`widen`")
     wide, narrow = fq.adamw(1e-3, master_weight_bits=32), fq.narrow(model, state)
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: wide.step(model, narrow, model),
         "`master_weight_bits=24`",
         "flashquinox.widen",
     )
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: plain.step(model, fq.widen(model, state), model),
         "`master_weight_bits=32`",
@@ -495,19 +479,19 @@ def test_errors():
     )
 
 
-@pytest.mark.usefixtures("_without_typechecker")
+@pytest.mark.usefixtures("without_typechecker")
 def test_errors_of_numerics():
     model = {"layer": jnp.ones((2, 3), jnp.bfloat16)}
     state = fq.adamw(1e-3).init(model)
     check = ft.partial(fq.check_numerics, model, state)
     for rate in (0.0, -1.0, float("nan"), lambda count: 0.0):
-        _assert_raises(
+        assert_raises(
             ValueError, lambda rate=rate: check(rate), "`check_numerics(learning_rate"
         )
-    _assert_raises(
+    assert_raises(
         ValueError, lambda: check(1.0, update_size=0.0), "`check_numerics(update_size"
     )
-    _assert_raises(
+    assert_raises(
         TypeError,
         lambda: jax.jit(lambda m: fq.check_numerics(m, state, 1.0).ok)(model),
         "['layer']",
@@ -525,15 +509,15 @@ def test_errors_of_numerics():
     assert state.corrections["layer"].dtype == jnp.int8
 
 
-@pytest.mark.usefixtures("_without_typechecker")
+@pytest.mark.usefixtures("without_typechecker")
 def test_errors_of_dithered_weights():
-    _assert_raises(
+    assert_raises(
         ValueError,
         lambda: fq.lion(1e-3, dither_weights=True),
         "`lion(dither_weights=True)`",
         "master_weight_bits=None",
     )
-    _assert_raises(
+    assert_raises(
         TypeError,
         lambda: fq.sgd(1e-3, dither_weights="yes", master_weight_bits=None),
         "`sgd(dither_weights=...)`",

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
 
-from .helpers import assert_code_of, Case, float64, Storage
+from .helpers import assert_code_of, Case, EAGER, float64, Storage
 
 
 _LAYERS = 3
@@ -195,6 +195,8 @@ def _train_both(number: int) -> list[str]:
     options = {}
     if case.name == "adamw":
         options["mask"] = lambda model: jtu.tree_map(lambda x: x.ndim > 2, model)
+    if case.storage.moments == "learned":
+        options["moments"] = EAGER
     optim = case.optimizer(optax.linear_schedule(1e-2, 1e-3, 3), **options)
     model = _model(case.storage.dtype, odd=odd)
     results = []
@@ -302,7 +304,7 @@ def _step_of_infinite_gradient() -> list[str]:
 
 def _step_that_learns() -> list[str]:
     """What a layer that is left as it is has stored is in the new codes, too."""
-    optim = fq.adamw(1e-2, moments="learned", skip_nonfinite=True)
+    optim = fq.adamw(1e-2, moments=EAGER, skip_nonfinite=True)
     model = _model()
     state = optim.init(model)
     _, release = _steps(optim)

@@ -34,6 +34,7 @@ from .precision import (
     cast as cast,
     check_numerics as check_numerics,
     ensure_precision as ensure_precision,
+    from_master_weights as from_master_weights,
     LeafNumerics as LeafNumerics,
     master_weights as master_weights,
     narrow as narrow,

@@ -23,7 +23,7 @@ from ._codecs.full_precision import FullPrecision
 from ._defaults import Unknown
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
-from ._split import Correction, CORRECTION_DTYPES, NARROW_DTYPES
+from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
 from ._trees import Leaf, path_name
 
@@ -394,6 +394,22 @@ def correction_fits(call: str, leaf: Leaf, correction: Array | None) -> None:
             f"`{call}`: the state's correction at `{leaf.name}` has shape "
             f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of "
             "this model."
+        )
+
+
+def master_fits(call: str, leaf: Leaf, master: Any) -> None:
+    dtype = jnp.dtype(compute_dtype(leaf.value.dtype))
+    if not is_float_array(master) or master.dtype != dtype:
+        what = getattr(master, "dtype", repr(master))
+        raise TypeError(
+            f"`{call}`: the master weight at `{leaf.name}` is {what}; of a "
+            f"{leaf.value.dtype} weight it must be an array of {dtype}. Cast it with "
+            "`flashquinox.cast`, or pass None to leave this weight as it is."
+        )
+    if master.shape != leaf.value.shape:
+        raise ValueError(
+            f"`{call}`: the master weight at `{leaf.name}` has shape {master.shape}, "
+            f"its weight {leaf.value.shape}. Pass the weights of this model."
         )
 
 

@@ -47,7 +47,7 @@ def _encode_again(
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
     def encode(codes, scales, parameter):
         moment = QuantMoment(codes, scales, *groups, codec, parameter).decode()
-        return encode_nearest(moment, codec.with_parameter(parameter), new_groups)
+        return encode_nearest(moment, codec, new_groups, parameter)
 
     for _ in range(members):
         encode = jax.vmap(encode)
@@ -55,15 +55,17 @@ def _encode_again(
 
 
 def encode_nearest(
-    moment: Float[Array, "..."],
+    moment: Float[Array, "*shape"],
     codec: AbstractMomentCodec,
     groups: tuple[int | None, int],
-) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    """Codes and scales of a whole moment, in groups of this axis and size, rounded to
-    nearest."""
-    # Thresholds of one half.
-    nearest = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
+    parameter: Float32[Array, ""] | None,
+) -> tuple[Shaped[Array, "*shape"], Shaped[Array, "..."]]:
+    """Codes and scales of a moment, in groups of this axis and size. Both are rounded
+    to nearest."""
+    thresholds_of_half = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
     layout = Layout(moment.shape, *groups)
-    codes, scales = codec.encode(layout.tile(moment), layout.tile_axis, nearest)
+    codes, scales = codec.with_parameter(parameter).encode(
+        layout.tile(moment), layout.tile_axis, thresholds_of_half
+    )
     assert scales is not None
     return layout.untile(codes), scales

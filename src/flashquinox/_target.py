@@ -1,4 +1,4 @@
-"""Where what is read from a checkpoint goes."""
+"""Where what is read from a file goes."""
 
 from typing import Any, NamedTuple
 
@@ -101,6 +101,11 @@ def _key_data(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
 
     shape = jax.eval_shape(data, jax.ShapeDtypeStruct(key.shape, key.dtype))
     return impls[0], shape
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
 def is_key(x: Any) -> bool:

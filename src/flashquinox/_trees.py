@@ -99,6 +99,8 @@ def _find(
 def _structure_hint(name: str) -> str:
     if name == "grads":
         return ", with `None` for what is frozen, as `eqx.filter_grad` gives."
+    if name == "float32_model":
+        return ", with `None` for what shall stay as it is."
     if name in ("mask", "shardings"):
         return ", or a prefix of it."
     return ": the state that this optimizer's `init` gave for this model."

@@ -15,15 +15,15 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from . import __version__, _manifest as manifests
 from ._codec import QuantMoment
 from ._digest import digest
 from ._manifest import CheckpointError as CheckpointError
+from ._place import no_mesh
 from ._regroup import regroup
-from ._target import is_key, Target
+from ._target import is_array, is_key, Target
 from ._trees import flatten
 
 
@@ -130,7 +130,7 @@ class Checkpoints:
         """
         call, step = "Checkpoints.save", operator.index(step)
         leaves, _ = _flatten(call, model, state)
-        arrays = {leaf.name: leaf.value for leaf in leaves if _is_array(leaf.value)}
+        arrays = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         for name, x in arrays.items():
             _check_storable(call, name, x)
         self.wait()
@@ -142,7 +142,7 @@ class Checkpoints:
                 "with `delete`, or save to another directory."
             )
         stored = {name: _to_store(x) for name, x in arrays.items()}
-        with _no_mesh():
+        with no_mesh():
             digests = _digests(stored)
         manifest = manifests.make(__version__, arrays, digests, _moments(model, state))
         saved = self._manager.save(
@@ -192,7 +192,7 @@ class Checkpoints:
         """
         call = "Checkpoints.restore"
         leaves, rebuild = _flatten(call, model, state)
-        likes = {leaf.name: leaf.value for leaf in leaves if _is_array(leaf.value)}
+        likes = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         moments = _moments(model, state)
         targets = {name: Target.of(call, name, x) for name, x in likes.items()}
 
@@ -218,7 +218,7 @@ class Checkpoints:
                 f"({type(error).__name__}). {self._remedy(step)}"
             ) from error
 
-        with _no_mesh():
+        with no_mesh():
             for name, found in _digests(restored).items():
                 if found != contents["arrays"][name]["digest"]:
                     raise CheckpointError(
@@ -384,15 +384,6 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def _parts(moment: str) -> tuple[str, str]:
     return f"{moment}.codes", f"{moment}.scales"
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
-
-
-def _no_mesh() -> Any:
-    """Without the mesh that the caller may have set: the arrays may lie on others."""
-    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 #

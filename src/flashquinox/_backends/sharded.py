@@ -206,15 +206,14 @@ def _with_new_codes(step: LeafStep, new: TileState) -> TileState:
     if take is None or not learned:
         return new
     groups = (step.layout.axis, step.layout.group_size)
-    codecs = step.structure.codec_of
-    _, new_codecs = step.structure.codecs_before_and_after(step.scalars)
 
     def encode_again(name: str) -> tuple[Array, Array]:
         codes, scales = new.codes[name], new.scales[name]
         assert scales is not None
-        before, _ = learned[name]
-        old = QuantMoment(codes, scales, *groups, codecs[name], before)
-        return encode_nearest(old.decode(), new_codecs[name], groups)
+        codec = step.structure.codec_of[name]
+        before, after = learned[name]
+        old = QuantMoment(codes, scales, *groups, codec, before)
+        return encode_nearest(old.decode(), codec, groups, after)
 
     as_they_are = {name: (new.codes[name], new.scales[name]) for name in learned}
     moved = jnp.any(jnp.stack([before != after for before, after in learned.values()]))

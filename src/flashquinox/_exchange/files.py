@@ -1,0 +1,253 @@
+"""Models in safetensors files, by the dotted paths of their leaves."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from .. import _checks as checks
+from .._master_weights import with_corrections
+from .._split import decode_weight
+from .._state import OptimizerState
+from .._target import is_array, is_key, Target
+from .._trees import dotted_name, flatten, Leaf
+
+
+# What NumPy calls the dtypes of files.
+_DTYPES = {
+    "BOOL": "bool",
+    "I8": "int8",
+    "U8": "uint8",
+    "I16": "int16",
+    "U16": "uint16",
+    "I32": "int32",
+    "U32": "uint32",
+    "I64": "int64",
+    "U64": "uint64",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+
+def save_safetensors(
+    path: str | os.PathLike[str],
+    model: PyTree,
+    state: OptimizerState | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Writes the arrays of a model to a safetensors file, each by its dotted path, such
+    as `layers.0.weight`.
+
+    The file appears when it is complete. Arrays are gathered on the host one by one,
+    however they are divided among devices. With several processes, all of them make the
+    same call, and the first one writes.
+
+    ??? Example
+
+        ```python
+        save_safetensors("model.safetensors", model)  # bfloat16
+        save_safetensors("float32.safetensors", model, state)  # master weights
+        ```
+
+    **Arguments:**
+
+    - `path`: of the file. One that exists is replaced.
+    - `model`: any pytree. Random keys, and leaves that are no arrays, are not written.
+    - `state`: its optimizer state: then what is written are the master weights, as of
+        [`flashquinox.master_weights`][].
+    - `dtype`: if given, floating-point arrays are cast to it.
+
+    **Raises:**
+
+    `TypeError` if an array has no value, or a dtype that these files do not have;
+    `ValueError` if two leaves have the same path, or the state is not one of this
+    model; `ImportError` without the package `safetensors`.
+    """
+    call = "save_safetensors"
+    package = _package(call)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}(dtype=...)` must be a floating-point dtype; got "
+            f"{jnp.dtype(dtype)}."
+        )
+    if state is None:
+        leaves, _ = flatten(model)
+        corrections: list[Any] = [None for _ in leaves]
+    else:
+        leaves, corrections, _ = with_corrections(call, model, state)
+    corrections_of = dict(zip((leaf.path for leaf in leaves), corrections, strict=True))
+    named = _named(call, leaves)
+    for leaf in named.values():
+        _check_value(call, leaf)
+
+    arrays = {}
+    for name, leaf in named.items():
+        x = leaf.value
+        if state is not None and checks.is_float_array(x):
+            x = decode_weight(jnp.asarray(x), corrections_of[leaf.path])
+        if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(dtype)
+        if str(x.dtype) not in _DTYPES.values():
+            raise TypeError(
+                f"`{call}`: the array at `{leaf.name}` is {x.dtype}, which these files "
+                "do not have. Cast it, or take it out of the model."
+            )
+        arrays[name] = _to_host(x)
+    if jax.process_index() == 0:
+        with _complete_or_absent(os.fspath(path)) as temporary:
+            package.numpy.save_file(arrays, temporary)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{call}: {path}")
+
+
+def load_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+    """Reads a model from a safetensors file. The inverse of
+    [`flashquinox.exchange.save_safetensors`][].
+
+    ??? Example
+
+        ```python
+        model = load_safetensors("model.safetensors", model)
+
+        shapes = eqx.filter_eval_shape(fq.cast, model, jnp.float32)
+        float32_model = load_safetensors("float32.safetensors", shapes)
+        model, state = fq.from_master_weights(float32_model, model, state)
+        ```
+
+    **Arguments:**
+
+    - `path`: of the file.
+    - `like`: a pytree like the model that was written. It says where to put what is
+        read: in place of a `jax.Array`, or of a `jax.ShapeDtypeStruct` with a
+        `sharding`, comes an array of that sharding; in place of a NumPy array, one of
+        NumPy; in place of a `jax.ShapeDtypeStruct` without a sharding, an array where
+        JAX puts new ones. Values are not looked at.
+
+    **Returns:**
+
+    A pytree like `like`, of which all arrays but random keys come from the file.
+
+    **Raises:**
+
+    `ValueError` if the file is damaged, or does not have these arrays, in these shapes
+    and dtypes, and no others: the message lists what differs, and nothing is read.
+    `FileNotFoundError` if there is no such file; `ImportError` without the package
+    `safetensors`.
+    """
+    call = "load_safetensors"
+    package = _package(call)
+    leaves, rebuild = flatten(like)
+    named = _named(call, leaves)
+    targets = {
+        name: Target.of(call, leaf.name, leaf.value) for name, leaf in named.items()
+    }
+    try:
+        file = package.safe_open(path, framework="numpy")
+    except package.SafetensorError as error:
+        raise ValueError(
+            f"`{call}`: {os.fspath(path)} is damaged, or no safetensors file: {error}."
+        ) from error
+    with file:
+        _check_contents(call, path, file, targets)
+        new = {
+            named[name].path: target.put(file.get_tensor(name))
+            for name, target in targets.items()
+        }
+    return rebuild([new.get(leaf.path, leaf.value) for leaf in leaves])
+
+
+def _package(call: str) -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            f'`{call}` needs safetensors: `pip install "flashquinox[exchange]"`.'
+        ) from error
+    return safetensors
+
+
+def _named(call: str, leaves: list[Leaf]) -> dict[str, Leaf]:
+    """The leaves that files hold, by their dotted paths."""
+    named: dict[str, Leaf] = {}
+    for leaf in leaves:
+        if not is_array(leaf.value) or is_key(leaf.value):
+            continue
+        name = dotted_name(leaf.path)
+        if name in named:
+            raise ValueError(
+                f"`{call}`: both `{named[name].name}` and `{leaf.name}` are called "
+                f"{name!r} in a file. Give their containers keys without dots."
+            )
+        named[name] = leaf
+    return named
+
+
+def _check_value(call: str, leaf: Leaf) -> None:
+    if isinstance(leaf.value, jax.core.Tracer | jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"`{call}`: the array at `{leaf.name}` has no value: it is traced, or a "
+            "`jax.ShapeDtypeStruct`. Save the model itself, outside of `jit`."
+        )
+
+
+def _to_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    # Files hold rows one after the other.
+    return np.asarray(x, order="C")
+
+
+def _check_contents(
+    call: str, path: Any, file: Any, targets: dict[str, Target]
+) -> None:
+    found = {}
+    for name in file.keys():
+        tensor = file.get_slice(name)
+        dtype = tensor.get_dtype()
+        found[name] = _DTYPES.get(dtype, dtype), tuple(tensor.get_shape())
+    wanted = {name: (str(x.dtype), x.shape) for name, x in targets.items()}
+    differences = [
+        f"{name}: {_text(found.get(name))} in the file, {_text(wanted.get(name))} in "
+        "the model"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        most = 20
+        more = len(differences) - most
+        shown = differences[:most] + ([f"and {more} more"] if more > 0 else [])
+        raise ValueError(
+            f"`{call}`: {os.fspath(path)} does not fit the model:\n  "
+            + "\n  ".join(shown)
+            + "\nPass a model like the one that was saved, in its dtypes "
+            "(`flashquinox.cast`)."
+        )
+
+
+def _text(array: tuple[str, tuple[int, ...]] | None) -> str:
+    return "nothing" if array is None else f"{array[0]} of shape {array[1]}"
+
+
+@contextlib.contextmanager
+def _complete_or_absent(path: str) -> Iterator[str]:
+    """A temporary file to write, beside the one that it becomes when all is written."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)

@@ -1,0 +1,297 @@
+"""States of Optax's optimizers, from and to states of this library's."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jaxtyping import PyTree
+
+from .._codec import StoredMoment
+from .._place import put_like
+from .._state import OptimizerState, StepCount
+from .._trees import flatten, match
+from . import moments as exchanged
+
+
+# In which of Optax's states moments of these names are.
+_STATES = {
+    frozenset({"mu", "nu"}): optax.ScaleByAdamState,
+    frozenset({"mu"}): optax.ScaleByLionState,
+    frozenset({"trace"}): optax.TraceState,
+}
+# What counts calls, and as what. If nothing counts steps, they are steps too.
+_CALLS: dict[Any, str] = {
+    optax.MultiStepsState: "gradient_step",
+    optax.InjectStatefulHyperparamsState: "count",
+    optax.InjectHyperparamsState: "count",
+}
+
+_T = TypeVar("_T")
+
+
+def from_optax(optax_state: PyTree, state: PyTree) -> PyTree:
+    """Moments and count from the state of an Optax optimizer: to go on with a run of
+    `optax.adamw`, `optax.adam`, `optax.nadam`, `optax.lion` or `optax.sgd`.
+
+    | moments of `state` | come from |
+    | --- | --- |
+    | `mu`, `nu` | `optax.ScaleByAdamState` |
+    | `mu` | `optax.ScaleByLionState` |
+    | `trace` | `optax.TraceState` |
+
+    The state is found wherever it is, as inside of `optax.chain`, `optax.MultiSteps`,
+    `optax.inject_hyperparams` or `optax.masked`.
+
+    ??? Example
+
+        ```python
+        model = fq.cast(float32_model, jnp.bfloat16)
+        state = from_optax(optax_state, optim.init(model))
+        model, state = fq.from_master_weights(float32_model, model, state)
+        ```
+
+    **Arguments:**
+
+    - `optax_state`: the state of the Optax optimizer, for a model of the same
+        structure and shapes, in any floating-point dtypes. If it is of
+        `optax.MultiSteps`, between two groups of gradients.
+    - `state`: the [`flashquinox.OptimizerState`][] to fill, as `init` made it, or a
+        state of Optax's with one inside. It says how moments are stored, and where.
+
+    **Returns:**
+
+    `state` with these moments: compressed ones rounded to nearest, others in their
+    dtypes. Its count, and the counts of schedules in it, are that of the Optax state;
+    if that has none, as `optax.sgd` with a constant learning rate, they stay (set them
+    with `optax.tree.set(state, count=...)`). Its corrections stay.
+
+    **Raises:**
+
+    `ValueError` or `TypeError` if there is no such state, or more than one; if it is
+    that of other moments, as of `optax.adamw` for Lion; if counts differ; if gradients
+    have been accumulated that would be lost; or if a leaf does not fit. The message
+    names it.
+    """
+    call = "from_optax"
+    target = _only(call, "state", state, OptimizerState)
+    _nothing_accumulated(call, optax_state)
+    source: Any = None
+    new_moments: dict[str, Any] = {}
+    if target.moments:
+        source = _only(call, "optax_state", optax_state, _source(call, target))
+        for name, stored in target.moments.items():
+
+            def fill(leaf: str, moment: Any, like: Any, name: str = name) -> Any:
+                return exchanged.store(call, f"{name!r} at `{leaf}`", moment, like)
+
+            new_moments[name] = _map(
+                call,
+                f"optax_state.{name}",
+                fill,
+                getattr(source, name),
+                stored,
+            )
+    count = _same(call, _counts(optax_state, source))
+    if count is None:
+        count = target.count
+    filled = OptimizerState(
+        steps=StepCount(as_count(call, count, target.count)),
+        moments=new_moments,
+        corrections=target.corrections,
+        shardings=target.shardings,
+    )
+    return _with_counts(call, _replace(state, OptimizerState, filled), count)
+
+
+def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
+    """The inverse of [`flashquinox.exchange.from_optax`][]: to go on with an Optax
+    optimizer, in full precision.
+
+    ??? Example
+
+        ```python
+        float32_model = fq.master_weights(model, state)
+        params = eqx.filter(float32_model, eqx.is_inexact_array)
+        optax_state = to_optax(state, optax.adamw(1e-3).init(params))
+        ```
+
+    **Arguments:**
+
+    - `state`: a [`flashquinox.OptimizerState`][], or a state of Optax's with one
+        inside.
+    - `optax_state`: the state to fill, as the `init` of the Optax optimizer made it. It
+        says in which dtypes moments are, and where.
+
+    **Returns:**
+
+    `optax_state` with the moments of `state`, decoded, and its count, also in the
+    states of schedules. A round trip of moments changes the numbers by at most half a
+    step between two codes and half a step of the scale of their group.
+
+    **Raises:**
+
+    As [`flashquinox.exchange.from_optax`][].
+    """
+    call = "to_optax"
+    source = _only(call, "state", state, OptimizerState)
+    _nothing_accumulated(call, state)
+    _nothing_accumulated(call, optax_state)
+    count = source.count
+    if source.moments:
+        kind = _source(call, source)
+        target = _only(call, "optax_state", optax_state, kind)
+        fields: dict[str, Any] = {}
+        for name, stored in source.moments.items():
+
+            def fill(leaf: str, stored: Any, like: Any, name: str = name) -> Any:
+                return exchanged.load(call, f"{name!r} at `{leaf}`", stored, like)
+
+            fields[name] = _map(
+                call,
+                f"state.moments[{name!r}]",
+                fill,
+                stored,
+                getattr(target, name),
+            )
+        if _is_counted(target):
+            fields["count"] = as_count(call, count, target.count)
+        optax_state = _replace(optax_state, kind, target._replace(**fields))
+    return _with_counts(call, optax_state, count)
+
+
+def _source(call: str, state: OptimizerState) -> Any:
+    """Which of Optax's states has such moments."""
+    names = frozenset(state.moments)
+    if names not in _STATES:
+        known = ", ".join(str(sorted(names)) for names in _STATES)
+        raise ValueError(
+            f"`{call}`: the state has the moments {sorted(names)}. Optax's optimizers "
+            f"that can be exchanged have {known}: move others one by one."
+        )
+    return _STATES[names]
+
+
+def _map(
+    call: str,
+    text: str,
+    function: Callable[[str, Any, Any], StoredMoment],
+    given: PyTree,
+    like: PyTree,
+) -> PyTree:
+    """A tree like `like`: of what its leaves and those of `given` become."""
+    leaves, rebuild = flatten(like)
+    values = match(call, text, given, leaves)
+    new = []
+    for leaf, value in zip(leaves, values, strict=True):
+        if (value is None) != (leaf.value is None):
+            has, lacks = f"`{text}`", "the other state"
+            if value is None:
+                has, lacks = lacks, has
+            raise ValueError(
+                f"`{call}`: at `{leaf.name}`, {has} has an array, but {lacks} has None:"
+                " it does not train this leaf. Pass states of the same model."
+            )
+        new.append(None if value is None else function(leaf.name, value, leaf.value))
+    return rebuild(new)
+
+
+#
+# States within states
+#
+
+
+def _all(tree: PyTree, kind: type[_T]) -> list[_T]:
+    is_leaf = lambda x: isinstance(x, kind)
+    return [x for x in jtu.tree_leaves(tree, is_leaf=is_leaf) if isinstance(x, kind)]
+
+
+def _only(call: str, name: str, tree: PyTree, kind: type[_T]) -> _T:
+    found = _all(tree, kind)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ValueError(
+            f"`{call}`: there is no `{kind.__name__}` in `{name}`, which is a "
+            f"{type(tree).__name__}. Pass the state of the optimizer with the same "
+            "moments."
+        )
+    raise ValueError(
+        f"`{call}`: there are {len(found)} `{kind.__name__}`s in `{name}`, and it "
+        "cannot be told which is meant. Pass the part of it that has the one."
+    )
+
+
+def _replace(tree: PyTree, kind: type, new: Any) -> PyTree:
+    is_leaf = lambda x: isinstance(x, kind)
+    return jtu.tree_map(lambda x: new if is_leaf(x) else x, tree, is_leaf=is_leaf)
+
+
+def _nothing_accumulated(call: str, tree: PyTree) -> None:
+    for state in _all(tree, optax.MultiStepsState):
+        if not _is_traced(state.mini_step) and jnp.any(state.mini_step != 0):
+            raise ValueError(
+                f"`{call}`: `optax.MultiSteps` has accumulated {state.mini_step} "
+                "gradients, which would be lost. Call it until it has taken a step."
+            )
+
+
+#
+# Counts
+#
+
+
+def _counts(tree: PyTree, moments: Any) -> list[Any]:
+    """How many steps were taken, by all counters that must agree."""
+    counts = [moments.count] if _is_counted(moments) else []
+    counts += [x.count for kind in _schedules() for x in _all(tree, kind)]
+    if counts:
+        return counts
+    for kind, field in _CALLS.items():
+        counts += [getattr(x, field) for x in _all(tree, kind)]
+    return counts[:1]
+
+
+def _schedules() -> tuple[Any, ...]:
+    """The states of schedules: in a chain, and in `optax.inject_hyperparams`."""
+    wrapped = optax.schedules.WrappedSchedule(lambda count: count)
+    return optax.ScaleByScheduleState, type(wrapped.init())
+
+
+def _is_counted(moments: Any) -> bool:
+    # Of the other states, `count` is a method of tuples.
+    return "count" in getattr(moments, "_fields", ())
+
+
+def _same(call: str, counts: list[Any]) -> Any:
+    known = sorted({int(x) for x in counts if not _is_traced(x)})
+    if len(known) > 1:
+        raise ValueError(
+            f"`{call}`: the optimizer and the schedules of `optax_state` have counted "
+            f"different numbers of steps, {known}, of which a state here can keep one. "
+            "Set them to the same with `optax.tree.set`."
+        )
+    return counts[0] if counts else None
+
+
+def _with_counts(call: str, tree: PyTree, count: Any) -> PyTree:
+    for kind, field in (_CALLS | dict.fromkeys(_schedules(), "count")).items():
+        is_leaf = lambda x, kind=kind: isinstance(x, kind)
+
+        def count_here(x: Any, is_leaf: Any = is_leaf, field: str = field) -> Any:
+            if not is_leaf(x):
+                return x
+            return x._replace(**{field: as_count(call, count, getattr(x, field))})
+
+        tree = jtu.tree_map(count_here, tree, is_leaf=is_leaf)
+    return tree
+
+
+def as_count(call: str, count: Any, like: Any) -> Any:
+    return put_like(call, "count", jnp.asarray(count, jnp.int32), like)
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)

@@ -1,0 +1,135 @@
+"""Master weights as arrays of their own: out of weights and corrections, and into
+them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from . import _checks as checks
+from ._place import compute_like, put_like
+from ._split import Correction, decode_weight, encode_weight
+from ._state import OptimizerState
+from ._trees import flatten, Leaf, match
+
+
+def master_weights(model: PyTree, state: OptimizerState) -> PyTree:
+    """The model with its weights in float32 (float64 where they are), corrections
+    included: for evaluation, export, or a comparison.
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `state`: its optimizer state, which holds the corrections.
+
+    **Returns:**
+
+    A pytree like `model`. Leaves that are not floating-point arrays are left alone.
+
+    **Raises:**
+
+    `ValueError` if the state is not one of this model; `TypeError` if it is no
+    [`flashquinox.OptimizerState`][].
+    """
+    leaves, corrections, rebuild = with_corrections("master_weights", model, state)
+    return rebuild(
+        [
+            decode_weight(jnp.asarray(leaf.value), correction)
+            if checks.is_float_array(leaf.value)
+            else leaf.value
+            for leaf, correction in zip(leaves, corrections, strict=True)
+        ]
+    )
+
+
+def from_master_weights(
+    float32_model: PyTree, model: PyTree, state: OptimizerState
+) -> tuple[PyTree, OptimizerState]:
+    """The inverse of [`flashquinox.master_weights`][]: weights and corrections from a
+    float32 model, to go on with it.
+
+    With corrections of 32 bits and bfloat16 weights, `master_weights` of what this
+    returns is `float32_model` again, bit for bit for every finite number. With others,
+    it is rounded to nearest, as [`flashquinox.ECCWeight`][] says: to 16 significant
+    bits for bfloat16 and 24.
+
+    ??? Example
+
+        ```python
+        model = fq.cast(float32_model, jnp.bfloat16)
+        state = optim.init(model)
+        model, state = fq.from_master_weights(float32_model, model, state)
+        ```
+
+    **Arguments:**
+
+    - `float32_model`: a pytree like `model`, with its weights in float32 (float64 where
+        they are in `model`), divided among devices in any way, or in NumPy. `None` in
+        place of a leaf, or of a whole subtree, leaves its weights and corrections as
+        they are.
+    - `model`: the model. It says in which dtypes weights are stored, and where; their
+        values are not looked at.
+    - `state`: its optimizer state, which says the same of corrections. Its moments stay
+        as they are.
+
+    **Returns:**
+
+    A 2-tuple of the new model and the new state. Leaves that are not floating-point
+    arrays are those of `model`.
+
+    **Raises:**
+
+    `ValueError` or `TypeError` if the trees, shapes or dtypes do not fit together. The
+    message names the leaf.
+    """
+    call = "from_master_weights"
+    leaves, corrections, rebuild = with_corrections(call, model, state)
+    masters = match(call, "float32_model", float32_model, leaves)
+    for leaf, master in zip(leaves, masters, strict=True):
+        if checks.is_float_array(leaf.value) and master is not None:
+            checks.master_fits(call, leaf, master)
+    new = [
+        _encode(call, leaf, correction, master)
+        if checks.is_float_array(leaf.value) and master is not None
+        else (leaf.value, correction)
+        for leaf, correction, master in zip(leaves, corrections, masters, strict=True)
+    ]
+    new_corrections = rebuild([correction for _, correction in new])
+    return rebuild([weight for weight, _ in new]), OptimizerState(
+        state.steps, state.moments, new_corrections, state.shardings
+    )
+
+
+def with_corrections(
+    call: str, model: PyTree, state: OptimizerState
+) -> tuple[list[Leaf], list[Correction | None], Callable[[list[Any]], PyTree]]:
+    """The leaves of a model, a correction for each, and a function from as many values
+    to such a model."""
+    leaves, rebuild = flatten(model)
+    checks.is_state(call, state, rule=None)
+    corrections = match(call, "state.corrections", state.corrections, leaves)
+    for leaf, correction in zip(leaves, corrections, strict=True):
+        if checks.is_trained(leaf, call):
+            checks.correction_fits(call, leaf, correction)
+    return leaves, corrections, rebuild
+
+
+def _encode(
+    call: str, leaf: Leaf, correction: Correction | None, master: Any
+) -> tuple[Any, Any]:
+    """The new weight and correction of a leaf, where the old ones are."""
+    split = partial(
+        _split,
+        dtype=jnp.dtype(leaf.value.dtype),
+        correction_dtype=None if correction is None else correction.dtype,
+    )
+    weight, new = compute_like(call, leaf.name, split, [master], [leaf.value])
+    if new is not None:
+        new = put_like(call, leaf.name, new, correction)
+    return put_like(call, leaf.name, weight, leaf.value), new
+
+
+_split = jax.jit(encode_weight, static_argnames=("dtype", "correction_dtype"))
