@@ -32,8 +32,8 @@ _INTERVALS = {4: 32, 16: 128, 64: None}
 # would add up. And how much smaller than softsign's, or it is softsign: a sample knows
 # no better.
 _WORTH, _WORTH_OF_SOFTSIGN = 0.03, 0.1
-# Of elements, at most how many may have no moment, for it to move: of an embedding of
-# rare tokens, what is rounded again stays so for long.
+# The share of elements that no update depends on, for it to move, at most: of an
+# embedding of rare tokens, what is rounded again stays so for long.
 _SPARSE = 0.25
 # How much an element may count, in units of the mean: a few of now would decide for all
 # of the steps to come.
@@ -120,7 +120,7 @@ def errors(
     = \sum_{k=0}^4 \binom 4 k (1 - n)^{4 - k} n^k s^{k - 2}.$$
 
     The five coefficients are what is returned; and after the first ones how many
-    elements there are, after the second ones how many of them have no moment.
+    elements there are, after the second ones how many of them no update depends on.
     """
     n, weight = (jnp.stack(x) for x in zip(*observations, strict=True))
     signed = np.array([codec.kind == "signed" for codec in codecs])[:, None]
@@ -130,7 +130,9 @@ def errors(
     variance = np.where(signed, np.float32(127**-2 / 12), np.float32(255**-2 / 6))
     with jax.numpy_rank_promotion("allow"):
         there = n > 0
-        counts = jnp.sum(n >= 0, axis=1), jnp.sum(n == 0, axis=1)
+        effective = jnp.any(weight > 0, axis=1, keepdims=True)
+        idle = (n == 0) | ((weight == 0) & effective)
+        counts = jnp.sum(n >= 0, axis=1), jnp.sum(idle, axis=1)
         n = jnp.where(there, n, 1)
         # No more than all of a signed moment is lost; of the reciprocal root of an
         # average of squares likewise.
