@@ -2,9 +2,12 @@
 
 import argparse
 import importlib.metadata
+import json
 import math
-from collections.abc import Iterable
-from typing import NoReturn
+import pathlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,6 +15,32 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_json(self) -> None:
+        self.add_argument("--json", type=_file, help="also write the figures here")
+
+
+def _file(text: str) -> pathlib.Path:
+    if pathlib.Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"a directory: {text}")
+    return pathlib.Path(text)
+
+
+def write_json(path: pathlib.Path | None, **record: Any) -> None:
+    """What was found, and by which command; if there is a place for it."""
+    if path is None:
+        return
+    program = f"benchmarks/{pathlib.Path(sys.argv[0]).name}"
+    record = {"command": " ".join([program, *sys.argv[1:]])} | record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run_main(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def some_of(names: Iterable[str], text: str) -> list[str]:

@@ -17,8 +17,6 @@ matrices, or those of GPT-2 124M or a Llama of 1.2 billion parameters.
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +25,16 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from _command_line import Parser, positive, positive_integer, sizes, some_of, versions
+from _command_line import (
+    Parser,
+    positive,
+    positive_integer,
+    run_main,
+    sizes,
+    some_of,
+    versions,
+    write_json,
+)
 from _models import count, gpt2, llama, Shapes
 from _timing import Plan, time_loop
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -108,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=positive_integer, default=7, help="(default: 7)")
     add("--seconds", type=positive, default=0.2, help="of a repeat (default: 0.2)")
     add("--fake-devices", type=positive_integer, help="parts of the CPU")
-    add("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     return parser.parse_args()
 
 
@@ -149,18 +156,13 @@ def main() -> None:
             f"{row['ratio']:8.3f}  {row['equal']}",
             flush=True,
         )
-    if arguments.json is not None:
-        record = {
-            "command": " ".join(["benchmarks/devices.py", *sys.argv[1:]]),
-            "devices": [device.device_kind for device in devices],
-            "versions": there,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        devices=[device.device_kind for device in devices],
+        versions=there,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

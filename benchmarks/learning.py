@@ -8,16 +8,21 @@ is due every 64 steps: the last column is the time of a fit over that of 64 step
 """
 
 import argparse
-import json
-import pathlib
-import sys
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from _command_line import Parser, positive, positive_integer, some_of, versions
+from _command_line import (
+    Parser,
+    positive,
+    positive_integer,
+    run_main,
+    some_of,
+    versions,
+    write_json,
+)
 from _models import gpt2, llama, Shapes
 from _timing import Plan, time_loop
 
@@ -70,7 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=positive, default=2.0, help="of a repeat (default: 2)"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     arguments = parser.parse_args()
     (device, *_) = jax.devices()
     there = versions("jax", "jaxlib", "flashquinox")
@@ -86,19 +91,13 @@ def main() -> None:
             f"{1e3 * row['fit seconds']:9.3f} ms{row['share']:14.2%}",
             flush=True,
         )
-    if arguments.json is not None:
-        record = {
-            "command": " ".join(["benchmarks/learning.py", *sys.argv[1:]]),
-            "device": device.device_kind,
-            "versions": there,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        device=device.device_kind,
+        versions=there,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

@@ -29,7 +29,6 @@ on random tokens. Beside it are then the most that the device's allocator had gi
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import pathlib
@@ -51,7 +50,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from _command_line import in_few_words, Parser, positive_integer, some_of, versions
+from _command_line import (
+    in_few_words,
+    Parser,
+    positive_integer,
+    run_main,
+    some_of,
+    versions,
+    write_json,
+)
 from _llama import Llama, loss, SIZES, Sizes
 
 import flashquinox as fq
@@ -253,10 +260,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=positive_integer, default=0, help="to take (default: none)"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     arguments = parser.parse_args()
-    if arguments.json is not None and arguments.json.is_dir():
-        parser.error(f"--json: a directory: {arguments.json}")
     return arguments
 
 
@@ -279,21 +284,15 @@ def main() -> None:
                 sys.exit(in_few_words(error))
             print_row(rows[-1])
     print(f"{rows[0]['parameters'] / 1e9:.3f} billion parameters")
-    if arguments.json is not None:
-        record = {
-            "command": " ".join(["benchmarks/memory.py", *sys.argv[1:]]),
-            "versions": there,
-            "sizes": dataclasses.asdict(sizes),
-            "batch": arguments.batch,
-            "window": arguments.window,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        versions=there,
+        sizes=dataclasses.asdict(sizes),
+        batch=arguments.batch,
+        window=arguments.window,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

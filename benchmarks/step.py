@@ -27,7 +27,6 @@ Leaves are square matrices, or those of a model: `gpt2` is GPT-2 124M (148 leave
 import argparse
 import dataclasses
 import importlib
-import json
 import math
 import os
 import pathlib
@@ -50,9 +49,11 @@ from _command_line import (
     Parser,
     positive,
     positive_integer,
+    run_main,
     sizes,
     some_of,
     versions,
+    write_json,
 )
 from _models import count, gpt2, llama, Shapes
 from _timing import Plan, time_loop
@@ -442,14 +443,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=positive, default=0.2, help="of a repeat (default: 0.2)"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     parser.add_argument("--plots", type=pathlib.Path, help="also write two PNGs here")
     arguments = parser.parse_args()
     for directory in arguments.peers:
         if not directory.is_dir():
             parser.error(f"--peers: not a directory: {directory}")
-    if arguments.json is not None and arguments.json.is_dir():
-        parser.error(f"--json: a directory: {arguments.json}")
     return arguments
 
 
@@ -483,22 +482,16 @@ def main() -> None:
                 row = measure(optimizer, name, shapes, who, make, plan)
                 print_row(row, bytes_per_second)
                 rows.append(row)
-    if arguments.json is not None:
-        record = {
-            "command": " ".join(["benchmarks/step.py", *sys.argv[1:]]),
-            "device": device.device_kind,
-            "versions": there,
-            "copy bytes per second": bytes_per_second,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        device=device.device_kind,
+        versions=there,
+        **{"copy bytes per second": bytes_per_second},
+        rows=rows,
+    )
     if arguments.plots is not None:
         plot(rows, arguments.plots)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

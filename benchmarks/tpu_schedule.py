@@ -44,7 +44,6 @@ import argparse
 import dataclasses
 import functools as ft
 import importlib.metadata
-import json
 import math
 import pathlib
 import sys
@@ -55,7 +54,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from _command_line import in_few_words, Parser, some_of
+from _command_line import in_few_words, Parser, run_main, some_of, write_json
 from _tpu import (
     compile_for,
     device,
@@ -432,10 +431,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--opcodes", action="store_true", help="also count vector instructions"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     arguments = parser.parse_args()
-    if arguments.json is not None and arguments.json.is_dir():
-        parser.error(f"--json: a directory: {arguments.json}")
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -488,19 +485,17 @@ def main() -> None:
             results = run(arguments, dump)
         except (ScheduleError, jax.errors.JaxRuntimeError) as error:
             sys.exit(f"tpu_schedule.py: {in_few_words(error)}")
-    if arguments.json is not None:
-        record = {
-            "arguments": {
-                "chips": arguments.chips,
-                "optimizers": arguments.optimizers,
-                "shape": SHAPE,
-            },
-            "versions": versions,
-            "results": results,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    write_json(
+        arguments.json,
+        arguments={
+            "chips": arguments.chips,
+            "optimizers": arguments.optimizers,
+            "shape": SHAPE,
+        },
+        versions=versions,
+        results=rounded(results),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

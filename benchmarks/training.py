@@ -19,10 +19,8 @@ program. Columns:
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
-import pathlib
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -35,7 +33,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from _command_line import in_few_words, Parser, positive, positive_integer, versions
+from _command_line import (
+    in_few_words,
+    Parser,
+    positive,
+    positive_integer,
+    run_main,
+    versions,
+    write_json,
+)
 from _gpt import GPT, loss
 from _timing import Plan, time_loop
 
@@ -164,12 +170,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=positive, default=2.0, help="of a repeat (default: 2)"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_json()
     arguments = parser.parse_args()
     if arguments.width % 64 != 0:
         parser.error("--width must be a multiple of 64, the width of a head")
-    if arguments.json is not None and arguments.json.is_dir():
-        parser.error(f"--json: a directory: {arguments.json}")
     return arguments
 
 
@@ -186,19 +190,13 @@ def main() -> None:
     print(f"{rows[0]['device']};", ", ".join(f"{k} {v}" for k, v in there.items()))
     print(f"{rows[0]['parameters'] / 1e6:.1f} million parameters")
     print_rows(rows)
-    if arguments.json is not None:
-        record = {
-            "command": " ".join(["benchmarks/training.py", *sys.argv[1:]]),
-            "versions": there,
-            "task": dataclasses.asdict(task),
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(
+        arguments.json,
+        versions=there,
+        task=dataclasses.asdict(task),
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)
