@@ -27,6 +27,7 @@ Leaves are square matrices, or those of a model: `gpt2` is GPT-2 124M (148 leave
 import argparse
 import dataclasses
 import importlib
+import json
 import math
 import os
 import pathlib
@@ -358,7 +359,7 @@ def print_row(row: dict[str, Any], bytes_per_second: float) -> None:
     )
 
 
-def plot(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
+def plot(record: dict[str, Any], directory: pathlib.Path) -> None:
     """Two pictures: the rates of all that was measured, and bytes per parameter."""
     import matplotlib
 
@@ -366,10 +367,14 @@ def plot(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     directory.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if "error" not in row]
-    of_adamw = [row for row in rows if row["optimizer"] == "adamw"] or rows
-    leaves = list(dict.fromkeys(row["leaves"] for row in of_adamw))
-    contenders = list(dict.fromkeys(row["contender"] for row in of_adamw))
+    rows = [row for row in record["rows"] if "error" not in row]
+    if not rows:
+        return
+    optimizer = rows[0]["optimizer"]
+    rows = [row for row in rows if row["optimizer"] == optimizer]
+    leaves = list(dict.fromkeys(row["leaves"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    limit = record["copy bytes per second"] / OPTIMIZERS[optimizer] / 1e9
     figures = {
         "step-rate.png": ("Gparam/s", rate),
         "step-memory.png": (
@@ -380,20 +385,29 @@ def plot(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
         ),
     }
     for file, (label, value) in figures.items():
-        figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
         width = 0.8 / len(contenders)
         for i, contender in enumerate(contenders):
-            own = {x["leaves"]: x for x in of_adamw if x["contender"] == contender}
+            own = {x["leaves"]: x for x in rows if x["contender"] == contender}
             places = [leaves.index(name) + i * width for name in own]
             heights = [value(row) for row in own.values()]
             axes.bar(places, heights, width, label=contender)
         centers = [i + 0.4 - width / 2 for i in range(len(leaves))]
-        axes.set_xticks(centers, leaves)
-        axes.set_ylabel(f"{label} ({of_adamw[0]['optimizer']})")
+        if value is rate:
+            label_of_limit = "limit: a copy of the same bytes"
+            axes.axhline(limit, color="gray", linestyle="--", label=label_of_limit)
+        axes.set_xticks(centers, [_title(name) for name in leaves])
+        axes.set_ylabel(label)
+        axes.set_title(f"Steps of {optimizer} on one {record['device']}")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
         figure.savefig(directory / file, dpi=150)
         plt.close(figure)
+
+
+def _title(leaves: str) -> str:
+    titles = {"gpt2": "GPT-2 124M", "llama": "Llama 1.2B"}
+    return titles.get(leaves, f"{leaves}²")
 
 
 #
@@ -445,7 +459,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_json()
     parser.add_argument("--plots", type=pathlib.Path, help="also write two PNGs here")
+    parser.add_argument(
+        "--plot-only",
+        type=pathlib.Path,
+        metavar="JSON",
+        help="measure nothing: plot what was written here before",
+    )
     arguments = parser.parse_args()
+    if arguments.plot_only is not None:
+        if arguments.plots is None:
+            parser.error("--plot-only needs --plots, where to put the pictures")
+        if not arguments.plot_only.is_file():
+            parser.error(f"--plot-only: not a file: {arguments.plot_only}")
     for directory in arguments.peers:
         if not directory.is_dir():
             parser.error(f"--peers: not a directory: {directory}")
@@ -454,6 +479,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.plot_only is not None:
+        plot(json.loads(arguments.plot_only.read_text()), arguments.plots)
+        return
     sys.path[:0] = map(str, arguments.peers)
     (device, *_) = jax.devices()
     there = versions("jax", "jaxlib", "optax", "torch", "triton", "flashquinox")
@@ -482,15 +510,15 @@ def main() -> None:
                 row = measure(optimizer, name, shapes, who, make, plan)
                 print_row(row, bytes_per_second)
                 rows.append(row)
-    write_json(
-        arguments.json,
-        device=device.device_kind,
-        versions=there,
-        **{"copy bytes per second": bytes_per_second},
-        rows=rows,
-    )
+    record = {
+        "device": device.device_kind,
+        "versions": there,
+        "copy bytes per second": bytes_per_second,
+        "rows": rows,
+    }
+    write_json(arguments.json, **record)
     if arguments.plots is not None:
-        plot(rows, arguments.plots)
+        plot(record, arguments.plots)
 
 
 if __name__ == "__main__":
