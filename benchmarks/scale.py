@@ -102,7 +102,7 @@ def compile_step(
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     found = {
-        name: len(re.findall(rf"= \S+ {name}(?:-start)?\(", text))
+        name: len(re.findall(rf"[ )]{name}(?:-start)?\(", text))
         for name in COLLECTIVES
     }
     return {

@@ -177,8 +177,8 @@ def _fit(kind: str, x: np.ndarray, root: int, start: float, fits: int = 60):
         codes, _ = encoder.encode(jnp.asarray(x), -1, dither)
         n = encoder.normalized(codes, jnp.float32).ravel()
         observed = _learning.Observation(n, jnp.zeros_like(n))
-        errors = _learning.errors([codec], [observed], [a])
-        return _learning.follow([a], errors)[0]
+        errors = _learning.errors([codec], [observed], a[None])
+        return _learning.follow(a[None], errors)[0]
 
     return float(jax.lax.fori_loop(0, fits, fit, jnp.float32(start)))
 
@@ -230,7 +230,7 @@ def test_nothing_is_learned_from_nothing():
     """Nor from what is not finite."""
     codec = fq.MomentCodecs.named("learned").signed
     zeros = jnp.zeros(64)
-    old = [jnp.float32(2.5)]
+    old = jnp.float32([2.5])
     for n, weight in [(0.0, 1.0), (0.0, np.nan), (np.nan, 1.0)]:
         observed = _learning.Observation(zeros + n, zeros + weight)
         errors = _learning.errors([codec], [observed], old)
@@ -248,7 +248,7 @@ def test_parameters_move_where_it_is_worth_it():
 
     def follow(best: float, start: float) -> float:
         observed = _learning.Observation(jnp.full(8, 1 / (best + 2)), jnp.ones(8))
-        old = [jnp.float32(start)]
+        old = jnp.float32([start])
         errors = _learning.errors([codec], [observed], old)
         (new,) = _learning.follow(old, errors)
         return float(new)
@@ -268,7 +268,7 @@ def test_parameters_move_where_it_is_worth_it():
 def test_sparse_moments_are_not_rounded_again():
     codec = fq.MomentCodecs.named("learned").signed
     n = jnp.full(100, 0.01)
-    old = [jnp.float32(1.0)]
+    old = jnp.float32([1.0])
     for zeros, padding, moves in [(20, 0, True), (30, 0, False), (0, 80, True)]:
         one = n.at[:zeros].set(0).at[zeros : zeros + padding].set(-1)
         observed = _learning.Observation(one, jnp.where(one > 0, 1.0, one))

@@ -1,5 +1,6 @@
 """Weights and state that are divided among devices: eight of the CPU."""
 
+import contextlib
 import dataclasses
 import re
 import warnings
@@ -153,12 +154,15 @@ def test_optimizers(case):
     _assert_equal(_train(optim, model, state, 3, shardings), expected)
 
 
-@pytest.mark.parametrize("backend", ["tpu", "gpu"])
-def test_kernels(backend):
+@pytest.mark.parametrize(
+    "backend, types, layout",
+    [("tpu", "auto", "fsdp"), ("gpu", "auto", "fsdp"), ("gpu", "explicit", "2-D")],
+)
+def test_kernels(backend, types, layout):
     """Interpreted, each device its own."""
     names = ("matrix", "bias")
     shapes = {"matrix": (128, 256), "bias": (512,)}
-    shardings = _shardings(_mesh("auto"), _FSDP)
+    shardings = _shardings(_mesh(types), _LAYOUTS[layout])
     shardings = {name: shardings[name] for name in names}
     optim = fq.adamw(1e-2, backend=backend)
     model, grads = _model(0, shapes=shapes), _model(1, shapes=shapes)
@@ -176,24 +180,27 @@ def test_kernels(backend):
 @_parametrize_types
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_devices_do_not_communicate(layout, types):
-    """Nor is there a temporary of the size of a leaf; and all is in place."""
-    shapes = {name: _SHAPES[name] for name in ("matrix", "bias")}
+    """Nor is there anything of the size of a leaf that is divided; and all is in
+    place."""
     shardings = _shardings(_mesh(types), _LAYOUTS[layout])
-    shardings = {name: shardings[name] for name in shapes}
     optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(shapes=shapes), shardings)
+    model = jax.device_put(_model(), shardings)
     state = optim.init(model)
     step = jax.jit(optim.step, donate_argnums=(0, 1))
     compiled = step.lower(model, state, model).compile()
-    assert not _COLLECTIVES.search(compiled.as_text())
+    text = compiled.as_text()
+    assert not _COLLECTIVES.search(text)
+    for name in ("matrix", "stack", "ragged"):
+        if any(shardings[name].spec):
+            assert f"[{','.join(map(str, _SHAPES[name]))}]" not in text
     memory = compiled.memory_analysis()
     kept = sum(
         x.addressable_shards[0].data.nbytes for x in jtu.tree_leaves((model, state))
     )
     assert memory.alias_size_in_bytes >= kept
     # The backend of CPUs has temporaries of what each device has.
-    part = model["matrix"].addressable_shards[0].data.size
-    assert memory.temp_size_in_bytes <= 20 * part
+    parts = sum(x.addressable_shards[0].data.size for x in model.values())
+    assert memory.temp_size_in_bytes <= 20 * parts
 
 
 def test_a_gradient_of_another_sharding():
@@ -210,14 +217,17 @@ def test_a_gradient_of_another_sharding():
             _assert_equal(found, expected)
 
 
-def test_skip_nonfinite_is_one_collective():
-    shardings = _shardings(_mesh("auto"), _FSDP)
+@_parametrize_types
+def test_skip_nonfinite_is_one_collective(types):
+    shardings = _shardings(_mesh(types), _FSDP)
     optim = fq.adamw(1e-2, skip_nonfinite=True)
     model = jax.device_put(_model(), shardings)
     state = optim.init(model)
     step = jax.jit(optim.step)
     text = step.lower(model, state, model).compile().as_text()
-    assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == 1
+    # Of arrays, or of tuples of them.
+    assert len(re.findall(r"[ )]all-reduce(?:-start)?\(", text)) == 1
+    assert len(set(_COLLECTIVES.findall(text))) == 1
     grads = _model(1)
     grads["matrix"] = grads["matrix"].at[200, 3].set(jnp.nan)
     unchanged = step(model, state, jax.device_put(grads, shardings))
@@ -263,6 +273,40 @@ def test_groups_in_two_parts(moments, types):
 #
 # Where the sharding is known from
 #
+
+
+@_parametrize_types
+def test_init_in_jit_that_is_told(types):
+    """With and without a mesh that is set."""
+    mesh = _mesh(types)
+    shardings = _shardings(mesh, _FSDP)
+    optim = fq.adamw(1e-2, shardings=shardings)
+    model = jax.device_put(_model(), shardings)
+    expected = optim.init(model)
+    _is_divided((model, expected), shardings)
+    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with context:
+            state = jax.jit(optim.init)(model)
+            _assert_equal(state, expected)
+            _is_divided((model, state), shardings)
+            jax.jit(optim.step)(model, state, model)
+
+
+@_parametrize_types
+def test_state_that_is_nowhere(types):
+    """It goes where the weights are, if that is known."""
+    shardings = _shardings(_mesh(types), _FSDP)
+    optim = fq.adamw(1e-2)
+    model, state = optim.step(_model(), optim.init(_model()), _model(1))
+    expected = optim.step(model, state, _model(2))
+    model = jax.device_put(model, shardings)
+    grads = jax.device_put(_model(2), shardings)
+    found = optim.step(model, state, grads)
+    _assert_equal(found, expected)
+    _is_divided(found, shardings)
+    if types == "explicit":
+        for where in (lambda x: x, jax.device_get):
+            _assert_equal(jax.jit(optim.step)(model, where(state), grads), expected)
 
 
 def test_init_in_jit():
@@ -396,21 +440,50 @@ def test_by_hand():
         assert found[0]["matrix"].sharding.is_equivalent_to(sharding, 2)
 
 
-def test_filter_jit_and_scan():
-    shardings = _shardings(_mesh("auto"), _BOTH)
+@_parametrize_types
+def test_filter_jit_and_scan(types):
+    shardings = _shardings(_mesh(types), _BOTH)
     optim = fq.adamw(1e-2)
     model = jax.device_put(_model(), shardings)
     state = optim.init(model)
     grads = [jax.device_put(_model(i + 1), shardings) for i in range(3)]
     expected = _train(optim, _model(), optim.init(_model()), 3)
 
-    @eqx.filter_jit
+    @eqx.filter_jit(donate="all")
     def train(model, state):
         stacked = jtu.tree_map(lambda *x: jnp.stack(x), *grads)
         step = lambda carry, grad: (optim.step(*carry, grad), None)
         return jax.lax.scan(step, (model, state), stacked)[0]
 
     _assert_equal(train(model, state), expected)
+
+
+@_parametrize_types
+@pytest.mark.parametrize("wrap", ["nothing", "MultiSteps"])
+def test_updates(wrap, types):
+    """Bit for bit: these compute nothing over all devices."""
+    mesh = _mesh(types)
+    shardings = _shardings(mesh, _BOTH)
+    optim = fq.adamw(1e-2)
+    if wrap == "MultiSteps":
+        optim = optax.MultiSteps(optim, every_k_schedule=2)
+
+    @jax.jit
+    def step(model, state, grads):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optim.update(grads, state, model)
+            return optax.apply_updates(model, updates), state
+
+    def train(model, state, where):
+        for i in range(4):
+            grads = jax.device_put(_model(i + 1), where)
+            model, state = step(model, state, grads)
+        return model, state
+
+    expected = train(_model(), optim.init(_model()), None)
+    model = jax.device_put(_model(), shardings)
+    with jax.set_mesh(mesh):
+        _assert_equal(train(model, optim.init(model), shardings), expected)
 
 
 @_parametrize_types

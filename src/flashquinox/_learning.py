@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, Scalar, Shaped
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from ._body import StepScalars, StepStructure, TileState
 from ._codecs.companded import CompandedCodec
@@ -109,7 +109,7 @@ def observe(
 def errors(
     codecs: Sequence[CompandedCodec],
     observations: Sequence[Observation],
-    parameters: Sequence[Scalar],
+    parameters: Float32[Array, " moments"],
 ) -> Float32[Array, "moments 2 6"]:
     r"""For each moment, the error of its sample as a function of the parameter: first
     with the weights, then of the moment itself. Of parts of a leaf, these can be added.
@@ -125,7 +125,7 @@ def errors(
     n, weight = (jnp.stack(x) for x in zip(*observations, strict=True))
     signed = np.array([codec.kind == "signed" for codec in codecs])[:, None]
     roots = np.array([codec.curve.root for codec in codecs], np.float32)[:, None]
-    a = jnp.stack(list(parameters))[:, None]
+    a = parameters[:, None]
     # Of a threshold that is one half, or uniform over [0, 1).
     variance = np.where(signed, np.float32(127**-2 / 12), np.float32(255**-2 / 6))
     with jax.numpy_rank_promotion("allow"):
@@ -159,12 +159,11 @@ def errors(
 
 
 def follow(
-    parameters: Sequence[Scalar],
+    parameters: Float32[Array, " moments"],
     errors: Float32[Array, "moments 2 6"],
-) -> list[Scalar]:
+) -> Float32[Array, " moments"]:
     """To where the error is smallest, if that is worth it. In the logarithm of $s$, it
     is a sum of exponentials, and so convex: Newton's method."""
-    old = jnp.stack(list(parameters))
     dense = errors[:, 1, 5] <= _SPARSE * errors[:, 0, 5]
     errors = errors[:, :, :5]
     known = jnp.sum(errors[:, :1], axis=2) > 0
@@ -179,7 +178,7 @@ def follow(
             terms = coefficients * powers**order * jnp.exp(powers * logs[:, None])
         return jnp.sum(terms, axis=1)
 
-    start = logs = jnp.log1p(old)
+    start = logs = jnp.log1p(parameters)
     for _ in range(_NEWTON_STEPS):
         slope, curvature = moment_of(1, logs), moment_of(2, logs)
         newton = slope / jnp.where(curvature > 0, curvature, 1)
@@ -189,7 +188,7 @@ def follow(
     logs = jnp.where(enough, logs, softsign)
     logs = start + jnp.clip(logs - start, -_FARTHEST, _FARTHEST)
     move = dense & (moment_of(0, start) > (1 + _WORTH) * moment_of(0, logs))
-    return list(jnp.where(move, jnp.expm1(logs), old))
+    return jnp.where(move, jnp.expm1(logs), parameters)
 
 
 def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:

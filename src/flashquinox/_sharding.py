@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import (
     AbstractMesh,
@@ -141,7 +142,7 @@ def record(
 ) -> Shardings:
     """What the state keeps: nothing of the devices, which may be others later. In a
     program that is traced, what it kept: states of a loop have one structure."""
-    if any(isinstance(leaf.value, jax.core.Tracer) for leaf in leaves) and old:
+    if are_traced(leaves) and old:
         return old
     return tuple(
         (
@@ -154,6 +155,10 @@ def record(
         for leaf, sharding in zip(leaves, shardings, strict=True)
         if sharding is not None
     )
+
+
+def are_traced(leaves: Sequence[Leaf]) -> bool:
+    return any(isinstance(leaf.value, jax.core.Tracer) for leaf in leaves)
 
 
 def divisions(sharding: NamedSharding) -> tuple[int, ...]:
@@ -228,6 +233,19 @@ def as_typed(x: Array, sharding: NamedSharding | None) -> Array:
     if seen.mesh.shape == mesh.shape and _only(seen.spec, explicit, x.ndim) == spec:
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def where_the_weight_is(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
+    """A part of the state of a leaf. Arrays of it that are on no mesh, such as those of
+    NumPy, go where the weight is, as far as that is a matter of types."""
+    if sharding is None:
+        return tree
+    nowhere = lambda x: jax.typeof(x).sharding.mesh.empty
+    return jtu.tree_map(
+        lambda x, there: as_typed(jnp.asarray(x), there) if nowhere(x) else x,
+        tree,
+        of_arrays(tree, sharding),
+    )
 
 
 def place(x: Array, sharding: NamedSharding) -> Array:

@@ -72,6 +72,7 @@ class Transformation(eqx.Module):
         *made, count = sharded.make(
             [*makers, lambda: jnp.zeros((), jnp.int32)],
             [*(shardings[index] for index in trained), _sharding.everywhere(shardings)],
+            is_traced=_sharding.are_traced(leaves),
         )
         moments = {name: [None for _ in leaves] for name in self.rule.moments}
         corrections = [None for _ in leaves]
@@ -158,7 +159,9 @@ class Transformation(eqx.Module):
         shardings = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [
-                self._put_together(leaf, kind, sharding, moment)
+                _sharding.where_the_weight_is(
+                    self._put_together(leaf, kind, sharding, moment), sharding
+                )
                 for leaf, sharding, moment in zip(
                     leaves,
                     shardings,
@@ -188,7 +191,14 @@ class Transformation(eqx.Module):
             },
             values=[leaf.value for leaf in leaves],
             moments=moments,
-            corrections=match(call, "state.corrections", state.corrections, leaves),
+            corrections=[
+                _sharding.where_the_weight_is(correction, sharding)
+                for correction, sharding in zip(
+                    match(call, "state.corrections", state.corrections, leaves),
+                    shardings,
+                    strict=True,
+                )
+            ],
         )
 
     def _new_layout(

@@ -11,7 +11,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, Float32, PyTree, Scalar
 
 from .. import _learning, _sharding
 from .._body import TileState
@@ -43,10 +43,12 @@ def update_leaves(
 
 
 def make(
-    makers: list[Callable[[], PyTree]], shardings: list[NamedSharding | None]
+    makers: list[Callable[[], PyTree]],
+    shardings: list[NamedSharding | None],
+    is_traced: bool,
 ) -> list[PyTree]:
     """What each of these makes for a leaf: moments, and other arrays of its shape. Each
-    array is divided like the leaf from the start."""
+    array is divided like the leaf from the start. `is_traced`: whether the leaves are."""
     made: dict[int, PyTree] = {}
     for mesh, indices in _by_mesh(shardings).items():
         make_here = lambda indices=indices: [makers[i]() for i in indices]
@@ -58,7 +60,9 @@ def make(
                 _sharding.of_arrays(x, shardings[i])  # pyright: ignore
                 for i, x in zip(indices, shapes, strict=True)
             ]
-            if isinstance(mesh, Mesh):
+            # Where a mesh is set, types tell how arrays are divided; not what `jit` says.
+            by_type = is_traced and not jax.sharding.get_abstract_mesh().empty
+            if isinstance(mesh, Mesh) and not by_type:
                 here = jax.jit(make_here, out_shardings=divided)()
             else:
                 here = jtu.tree_map(_sharding.place, make_here(), divided)
@@ -116,15 +120,15 @@ def _learn(
 ) -> list[dict[str, tuple[Scalar, Scalar]]]:
     """For each leaf, the parameters before this step and after."""
     axes = () if mesh is None else tuple(_sharding.free_axes(mesh))
-    count = steps[0].scalars.count
     names = [_learning.learned_names(step.structure) for step in steps]
     keys = [(i, name) for i, of_leaf in enumerate(names) for name in of_leaf]
     codecs: list[Any] = [steps[i].structure.codec_of[name] for i, name in keys]
 
-    def fit(steps: list[LeafStep]) -> list[Scalar]:
-        old = [steps[i].scalars.leaf.parameters[name][0] for i, name in keys]
+    # All parameters are one array: of scalars, GPUs would copy each, in every step.
+    def fit(steps: list[LeafStep]) -> Float32[Array, " moments"]:
+        old = jnp.stack([steps[i].scalars.leaf.parameters[k][0] for i, k in keys])
 
-        def fitted() -> list[Scalar]:
+        def fitted() -> Float32[Array, " moments"]:
             observations = [
                 observation
                 for step in map(_with_own_shape, steps)
@@ -135,7 +139,7 @@ def _learn(
             errors = _learning.errors(codecs, observations, old)
             return _learning.follow(old, lax.psum(errors, axes))
 
-        return lax.cond(_learning.is_due(count), fitted, lambda: old)
+        return lax.cond(_learning.is_due(steps[0].scalars.count), fitted, lambda: old)
 
     if mesh is not None:
         in_specs = [
@@ -145,7 +149,8 @@ def _learn(
         ]
         fit = _on_parts(fit, mesh, (in_specs,), PartitionSpec())
     learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
-    for (i, name), new in zip(keys, fit(steps), strict=True):
+    found = fit(steps)
+    for (i, name), new in zip(keys, found, strict=True):
         old = steps[i].scalars.leaf.parameters[name][0]
         take = steps[i].scalars.take
         learned[i][name] = old, new if take is None else jnp.where(take, new, old)
