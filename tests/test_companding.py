@@ -210,10 +210,13 @@ def test_learned_is_as_good_as_any_fixed(kind, spread):
     x = (x * x if kind == "nonnegative" else x).astype(np.float32)
     root = 1 if kind == "signed" else 2
     learned = _error(kind, x, root, _fit(kind, x, root, 1.0))
-    best = min(_error(kind, x, root, a) for a in _PARAMETERS)
+    errors = {a: _error(kind, x, root, a) for a in _PARAMETERS}
     # The criterion is of the smooth error, the comparison of the real one of a fixed
     # sample: 8,192 elements, whose mean square is known to about 2 %.
-    assert learned <= best * 1.05
+    assert learned <= 1.02 * min(errors[0.0], errors[1.0])
+    # It stays with softsign, or where it is, if there is no more to be had.
+    most = 1 + max(_learning._WORTH, _learning._WORTH_OF_SOFTSIGN)
+    assert learned <= most * 1.02 * min(errors.values())
 
 
 @_kinds
@@ -254,7 +257,7 @@ def test_parameters_move_where_it_is_worth_it():
         return float(new)
 
     # The slope is 0 there, to a rounding; and the curvature about 1.
-    assert follow(8.0, 5.0) == pytest.approx(8.0, abs=1e-2)
+    assert follow(8.0, 4.0) == pytest.approx(8.0, abs=1e-2)
     assert follow(8.0, 14.0) == pytest.approx(8.0, abs=1e-2)
     # From far away in steps.
     assert follow(8.0, 1.0) == pytest.approx(2 * math.e - 1, rel=1e-5)

@@ -31,7 +31,7 @@ _INTERVALS = {4: 32, 16: 128, 64: None}
 # when it does, and errors of what is seldom updated, such as rows of an embedding,
 # would add up. And how much smaller than softsign's, or it is softsign: a sample knows
 # no better.
-_WORTH, _WORTH_OF_SOFTSIGN = 0.03, 0.1
+_WORTH, _WORTH_OF_SOFTSIGN = 0.1, 0.3
 # The share of elements that no update depends on, for it to move, at most: of an
 # embedding of rare tokens, what is rounded again stays so for long.
 _SPARSE = 0.25

@@ -48,7 +48,7 @@ def make(
     is_traced: bool,
 ) -> list[PyTree]:
     """What each of these makes for a leaf: moments, and other arrays of its shape. Each
-    array is divided like the leaf from the start. `is_traced`: whether the leaves are."""
+    array is divided like the leaf from the start. `is_traced`: whether leaves are."""
     made: dict[int, PyTree] = {}
     for mesh, indices in _by_mesh(shardings).items():
         make_here = lambda indices=indices: [makers[i]() for i in indices]
@@ -60,7 +60,7 @@ def make(
                 _sharding.of_arrays(x, shardings[i])  # pyright: ignore
                 for i, x in zip(indices, shapes, strict=True)
             ]
-            # Where a mesh is set, types tell how arrays are divided; not what `jit` says.
+            # Where a mesh is set, types tell how arrays are divided, and not `jit`.
             by_type = is_traced and not jax.sharding.get_abstract_mesh().empty
             if isinstance(mesh, Mesh) and not by_type:
                 here = jax.jit(make_here, out_shardings=divided)()
@@ -124,10 +124,14 @@ def _learn(
     keys = [(i, name) for i, of_leaf in enumerate(names) for name in of_leaf]
     codecs: list[Any] = [steps[i].structure.codec_of[name] for i, name in keys]
 
-    # All parameters are one array: of scalars, GPUs would copy each, in every step.
-    def fit(steps: list[LeafStep]) -> Float32[Array, " moments"]:
-        old = jnp.stack([steps[i].scalars.leaf.parameters[k][0] for i, k in keys])
+    # As one array: of scalars, GPUs would copy each in every step, as the kernels read
+    # the old ones when the new ones may have taken their place.
+    old = jnp.stack([steps[i].scalars.leaf.parameters[name][0] for i, name in keys])
+    old = lax.optimization_barrier(old)
 
+    def fit(
+        steps: list[LeafStep], old: Float32[Array, " moments"]
+    ) -> Float32[Array, " moments"]:
         def fitted() -> Float32[Array, " moments"]:
             observations = [
                 observation
@@ -147,13 +151,16 @@ def _learn(
             for step, sharding in zip(steps, shardings, strict=True)
             if sharding is not None
         ]
-        fit = _on_parts(fit, mesh, (in_specs,), PartitionSpec())
+        fit = _on_parts(fit, mesh, (in_specs, PartitionSpec()), PartitionSpec())
+    fitted = fit(steps, old)
     learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
-    found = fit(steps)
-    for (i, name), new in zip(keys, found, strict=True):
-        old = steps[i].scalars.leaf.parameters[name][0]
-        take = steps[i].scalars.take
-        learned[i][name] = old, new if take is None else jnp.where(take, new, old)
+    for (i, name), before, after in zip(keys, old, fitted, strict=True):
+        # Also where it has to be: GPUs make many such scalars in one kernel, but not
+        # those that are nothing but a part of an array.
+        take = _learning.is_due(steps[i].scalars.count)
+        if steps[i].scalars.take is not None:
+            take = take & steps[i].scalars.take
+        learned[i][name] = before, jnp.where(take, after, before)
     return learned
 
 
