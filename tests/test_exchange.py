@@ -93,6 +93,48 @@ def test_a_model_from_master_weights(jit):
     assert tree_identical(new_state.count, state.count)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_models_with_and_without_wraps(wrapped):
+    """A float32 model has none, where a cast one has them; or the other way round."""
+    mlp = _mlp()
+    with_wraps = fq.cast(mlp, jnp.bfloat16, keep="layers.1")
+    without = fq.cast(mlp, jnp.bfloat16, keep="layers.1", wrap=False)
+    assert isinstance(with_wraps.layers[1], fq.Widened)
+    model = with_wraps if wrapped else without
+    optim = fq.adamw(1e-2, moments="float32", master_weight_bits=32)
+    state = optim.init(model)
+    given = _random(mlp if wrapped else with_wraps, 2)
+    leaves = jtu.tree_leaves(_arrays(given))
+    new, new_state = fq.from_master_weights(given, model, state)
+    assert jtu.tree_structure((new, new_state)) == jtu.tree_structure((model, state))
+    found = fq.master_weights(new, new_state)
+    assert tree_identical(jtu.tree_leaves(_arrays(found)), leaves)
+    # Frozen, in place of the layer or of its wrap.
+    partial = eqx.tree_at(lambda m: m.layers[1], given, None)
+    same, _ = fq.from_master_weights(partial, model, state)
+    assert tree_identical(_arrays(same.layers[1]), _arrays(model.layers[1]))
+    # Moments.
+    theirs = optax.adamw(1e-2)
+    _, optax_state = _run(theirs, _arrays(given))
+    filled = exchange.from_optax(optax_state, state)
+    assert jtu.tree_structure(filled) == jtu.tree_structure(state)
+    assert tree_identical(
+        jtu.tree_leaves(filled.moments), jtu.tree_leaves([*optax_state[0][1:]])
+    )
+    back = exchange.to_optax(filled, theirs.init(_arrays(given)))
+    assert tree_identical(back, optax_state)
+
+
+def test_layers_of_batch_statistics_from_master_weights():
+    norm, _ = eqx.nn.make_with_state(eqx.nn.BatchNorm)(64, "batch", mode="batch")
+    float32_model = {"norm": _random(norm, 1), "linear": _mlp().layers[0]}
+    model = fq.cast(float32_model, jnp.bfloat16)
+    optim = fq.adamw(1e-2, master_weight_bits=32)
+    new, state = fq.from_master_weights(float32_model, model, optim.init(model))
+    found = fq.cast(fq.master_weights(new, state), jnp.float32)
+    assert tree_identical(_arrays(found), _arrays(float32_model))
+
+
 def test_none_leaves_weights_as_they_are():
     model, optim = _mlp(jnp.bfloat16), fq.adamw(1e-2)
     state = optim.init(model)

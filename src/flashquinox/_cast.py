@@ -10,30 +10,7 @@ from jaxtyping import PyTree
 
 from . import _checks as checks
 from ._selection import children, Selection, Selectors
-
-
-class Widened(eqx.Module):
-    """A layer in float32 within a model that computes in fewer bits: made by
-    [`flashquinox.cast`][].
-
-    Calls the layer with float32 in place of bfloat16 and float16 arrays, and gives its
-    float32 results in `dtype`. An `equinox.nn.State` goes through unchanged: running
-    statistics stay float32. Attributes are those of the layer.
-    """
-
-    layer: Any
-    dtype: DTypeLike = eqx.field(static=True)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _map_floats(_widen, (args, kwargs))
-        narrow = lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x
-        return _map_floats(narrow, self.layer(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        # Not of fields: while one is made, it has none.
-        if name == "layer" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.layer, name)
+from ._widened import widen_array, Widened
 
 
 def cast(
@@ -89,7 +66,7 @@ def cast(
         if parts is None:
             if not _is_floating(node):
                 return node
-            return _widen(jnp.asarray(node)) if kept else jnp.asarray(node, dtype)
+            return widen_array(jnp.asarray(node)) if kept else jnp.asarray(node, dtype)
         wrap_here = narrow and wrap and kept and not wrapped and _is_layer(node)
         named, put_together = parts
         new = put_together(
@@ -126,13 +103,3 @@ def _has_statistics(x: Any) -> bool:
         if child is not None and not jtu.all_leaves([child])
     ]
     return bool(subtrees) and all(isinstance(x, eqx.nn.StateIndex) for x in subtrees)
-
-
-def _map_floats(function: Any, tree: PyTree) -> PyTree:
-    is_state = lambda x: isinstance(x, eqx.nn.State)
-    one = lambda x: function(x) if not is_state(x) and _is_floating(x) else x
-    return jtu.tree_map(one, tree, is_leaf=is_state)
-
-
-def _widen(x: Any) -> Any:
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
