@@ -75,6 +75,8 @@ _last = {"layers.2.weight", "layers.2.bias"}
         (_mlp.layers[2], _last),
         (eqx.nn.Linear, set(_dtypes(_mlp))),
         (lambda x: eqx.is_array(x) and x.shape == (2,), {"layers.2.bias"}),
+        # Not asked about activation functions.
+        (lambda x: x.ndim < 2, {f"layers.{i}.bias" for i in range(3)}),
     ],
 )
 def test_keep(keep, kept):

@@ -29,7 +29,7 @@ def cast(
     - `keep`: what is not cast, and made float32 where it is narrower. A pattern for
         dotted paths of leaves or subtrees (`"layers.0"`, `"*.norm.weight"`; `*` also
         stands for dots), a type (`eqx.nn.LayerNorm`), an object in the model, a
-        function of a leaf (`lambda x: x.ndim < 2`), or a list of these.
+        function of an array (`lambda x: x.ndim < 2`), or a list of these.
     - `wrap`: whether each layer that stays float32, if it can be called, becomes a
         [`flashquinox.Widened`][]: it is given float32, and gives `dtype`. Otherwise its
         results are float32 like its weights. A chosen leaf is no layer.

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from ._codec import QuantMoment
@@ -24,6 +26,11 @@ class Leaf(NamedTuple):
     @property
     def name(self) -> str:
         return path_name(self.path)
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -18,12 +18,12 @@ from . import _sharding
 from ._blocks import count_layers, part_of
 from ._codec import QuantMoment
 from ._defaults import GROUP_SIZE
-from ._fsdp import fsdp_shardings, is_array
+from ._fsdp import fsdp_shardings
 from ._optimizer import Optimizer, transformation_of
 from ._split import NARROW_DTYPES
 from ._state import OptimizerState
 from ._text import aligned
-from ._trees import flatten, Leaf, match
+from ._trees import flatten, is_array, Leaf, match
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from .. import _checks as checks
 from .._master_weights import with_corrections
 from .._split import decode_weight
 from .._state import OptimizerState
-from .._target import is_array, is_key, Target
-from .._trees import dotted_name, flatten, Leaf
+from .._target import is_key, Target
+from .._trees import dotted_name, flatten, is_array, Leaf
 
 
 # What NumPy calls the dtypes of files.
