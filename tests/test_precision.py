@@ -109,6 +109,51 @@ def test_running_statistics_stay_float32(mode, affine):
     assert np.max(np.abs(float64(y) - float64(expected))) <= 8 * 2**-8
 
 
+def test_spectral_norm_stays_float32():
+    """With the layer in it, whose weights are divided by a float32 number."""
+
+    def make():
+        keys = jax.random.split(jax.random.key(0))
+        linear = eqx.nn.Linear(4, 3, key=keys[0])
+        return eqx.nn.SpectralNorm(linear, "weight", key=keys[1])
+
+    layer, state = eqx.nn.make_with_state(make)()
+    for layer_, wrap in ((layer, True), (make(), True), (layer, False)):
+        narrow = fq.cast({"a": layer_}, jnp.bfloat16, wrap=wrap)["a"]
+        assert isinstance(narrow, fq.Widened) == wrap
+        assert set(_dtypes(narrow).values()) == {"float32"}
+    narrow = fq.cast(layer, jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (4,), jnp.bfloat16)
+    # A state can be used once.
+    again = jtu.tree_map(jnp.copy, state)
+    y, new_state = narrow(x, again)
+    expected, expected_state = layer(x.astype(jnp.float32), state)
+    assert tree_identical(y, expected.astype(jnp.bfloat16))
+    assert tree_identical(new_state, expected_state)
+
+
+def test_wrapped_layers_in_a_sequence():
+    """Are called with a state if they have one, and without if they have none."""
+
+    def make():
+        norm = eqx.nn.BatchNorm(4, "batch", mode="batch")
+        linear = eqx.nn.Linear(4, 4, key=jax.random.key(0))
+        return eqx.nn.Sequential([norm, eqx.nn.LayerNorm(4), linear])
+
+    model, state = eqx.nn.make_with_state(make)()
+    start = jtu.tree_map(jnp.copy, state)
+    narrow = fq.cast(model, jnp.bfloat16, keep=eqx.nn.LayerNorm)
+    assert [isinstance(x, fq.Widened) for x in narrow.layers] == [True, True, False]
+    x = jax.random.normal(jax.random.key(1), (8, 4), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        y, new_state = jax.vmap(
+            narrow, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
+        )(x, state)
+    assert y.dtype == jnp.bfloat16
+    assert _dtypes(new_state) == _dtypes(start)
+    assert not tree_identical(new_state, start)
+
+
 def test_a_model_with_a_state_of_its_own_is_cast():
     class Counting(eqx.Module):
         layer: eqx.nn.Linear

@@ -18,9 +18,11 @@ def cast(
 ) -> PyTree:
     """Casts the floating-point arrays of a model.
 
-    Layers with running statistics, such as `equinox.nn.BatchNorm`, stay float32: a
-    running average in bfloat16 stands still. So does what is in `keep`. An
-    `equinox.nn.State` is left alone.
+    Layers with running statistics stay float32, as a running average in bfloat16 stands
+    still: those in which there is nothing but indices into an `equinox.nn.State`, such
+    as `equinox.nn.BatchNorm`, and every `equinox.nn.StatefulLayer` with such an index
+    of its own, such as `equinox.nn.SpectralNorm`, which stays so with the layer in it.
+    So does what is in `keep`. A `State` is left alone.
 
     **Arguments:**
 
@@ -91,8 +93,13 @@ def _is_layer(x: Any) -> bool:
 
 
 def _has_statistics(x: Any) -> bool:
-    """Whether this is a layer that has a part in an `equinox.nn.State`; not a model
-    made of such layers, or of any others."""
+    """Whether this is a layer that has a part in an `equinox.nn.State` itself; not a
+    model made of such layers, or of any others.
+
+    A `StateIndex` is all that is below `BatchNorm`. `SpectralNorm` has the layer that
+    it normalizes beside it, and so looks like a model that counts its calls, but says
+    that it is a stateful layer.
+    """
     if not isinstance(x, eqx.Module) or isinstance(x, eqx.nn.StateIndex):
         return False
     parts = children(x)
@@ -102,4 +109,5 @@ def _has_statistics(x: Any) -> bool:
         for _, child in parts[0]
         if child is not None and not jtu.all_leaves([child])
     ]
-    return bool(subtrees) and all(isinstance(x, eqx.nn.StateIndex) for x in subtrees)
+    own = [isinstance(child, eqx.nn.StateIndex) for child in subtrees]
+    return any(own) and (all(own) or isinstance(x, eqx.nn.StatefulLayer))

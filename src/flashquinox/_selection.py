@@ -34,9 +34,9 @@ class Selection:
         for x in self._selectors:
             if not (isinstance(x, (str, eqx.Module)) or callable(x)):
                 raise TypeError(
-                    f"`{call}({argument}=...)` takes patterns such as "
-                    "'layers.0.*', modules, types of modules, functions of an array, or "
-                    f"a list of these; got {x!r}."
+                    f"`{call}({argument}=...)` takes patterns such as 'layers.0.*', "
+                    "modules, types of modules, functions of an array, or a list of "
+                    f"these; got {x!r}."
                 )
 
     def takes(self, path: tuple[Any, ...], node: Any) -> bool:

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 
-class Widened(eqx.Module):
+class Widened(eqx.nn.StatefulLayer):
     """A layer in float32 within a model that computes in fewer bits: made by
     [`flashquinox.cast`][].
 
@@ -25,6 +25,11 @@ class Widened(eqx.Module):
         args, kwargs = _map_floats(widen_array, (args, kwargs))
         narrow = lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x
         return _map_floats(narrow, self.layer(*args, **kwargs))
+
+    def is_stateful(self) -> bool:
+        # To be called by `equinox.nn.Sequential` as the layer would be.
+        layer = self.layer
+        return isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful()
 
     def __getattr__(self, name: str) -> Any:
         # Not of fields: while one is made, it has none.
