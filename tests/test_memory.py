@@ -447,6 +447,7 @@ _STRUCT = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
         (({"x": _STRUCT}, optax.adam(1e-3)), TypeError, "no `flashquinox.Opt"),
         (({"x": _STRUCT}, fq.adamw(1e-3), 0), TypeError, "a number of devices from 1"),
         (({"x": _STRUCT}, fq.adamw(1e-3), True), TypeError, "got True"),
+        (({"x": _STRUCT}, fq.adamw(1e-3), 2**31), TypeError, "to 2147483647; got 2147"),
         (
             (
                 {
@@ -563,8 +564,14 @@ def test_help(capsys, command):
         ("plan --params=many", "takes 7e9 or 7B, say; got 'many'"),
         ("plan --params=0.5", "takes 7e9 or 7B, say; got '0.5'"),
         ("plan --params=1e400", "takes 7e9 or 7B, say; got '1e400'"),
-        ("plan --params=7B --devices=0", "takes a whole number from 1; got '0'"),
-        ("plan --params=7B --devices=two", "takes a whole number from 1; got 'two'"),
+        (
+            "plan --params=7B --devices=0",
+            "takes a whole number from 1 to 2147483647; got '0'",
+        ),
+        (
+            "plan --params=7B --devices=two",
+            "takes a whole number from 1 to 2147483647; got 'two'",
+        ),
         ("plan --params=7B --optimizer=adagrad", "invalid choice: 'adagrad'"),
         ("plan --params=7B --momentum=0.9", "--momentum: only of sgd and sgdw"),
         (
@@ -585,11 +592,24 @@ def test_help(capsys, command):
         ("plan --params=7B --plot=nowhere/plan.png", "there is no directory nowhere"),
         ("plan --params=7B --plot=folder.png", "--plot: folder.png: Is a directory"),
         ("plan --params=7B --colour", "unrecognized arguments: --colour"),
+        ("plan --params=7B --devices=3000000000", "--devices: takes a whole number"),
+        (f"plan --params=7B --devices={'9' * 5000}", "--devices: takes a whole number"),
+        ("plan --params=7B --device-memory=80", "takes 80GB or 16GiB, say; got '80'"),
+        ("plan --checkpoint=", "--checkpoint: takes a file; got ''"),
+        (
+            "plan --checkpoint=deep.json",
+            "--checkpoint: deep.json: its lists are nested",
+        ),
+        (
+            "plan --checkpoint=names.json",
+            "--checkpoint: names.json: 'model_type' must be a name; got ['llama']",
+        ),
         ("plan --checkpoint=nothing.json", "nothing.json: No such file"),
         ("plan --checkpoint=broken.json", "broken.json: Expecting value"),
         ("plan --checkpoint=list.json", "there is no 'model_type'"),
         ("plan --checkpoint=other.json", "the shapes of a 'mixtral' are not known"),
         ("plan --checkpoint=short.json", "there is no 'hidden_size', which a 'llama'"),
+        ("plan --checkpoint=large.json", "'n_embd' must be a whole number from 1 to"),
         ("plan --checkpoint=odd.json", "'n_layer' must be a whole number from 1"),
         ("plan --checkpoint=flag.json", "'tie_word_embeddings' must be true or false"),
     ],
@@ -600,8 +620,11 @@ def test_wrong_command(capsys, tmp_path, monkeypatch, arguments, complaint):
     for name, text in {
         "broken": "model",
         "list": "[]",
+        "deep": "[" * 100_000,
+        "names": json.dumps({"model_type": ["llama"]}),
         "other": json.dumps({"model_type": "mixtral"}),
         "short": json.dumps({"model_type": "llama"}),
+        "large": json.dumps(_GPT2 | {"n_embd": 10**400}),
         "odd": json.dumps(_GPT2 | {"n_layer": "12"}),
         "flag": json.dumps(_GPT2 | {"tie_word_embeddings": "no"}),
     }.items():
@@ -651,6 +674,12 @@ def test_as_a_command():
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
+    shell = ["sh", "-c", '"$@" >&-', "sh", *command]
+    done = subprocess.run(
+        shell, env=environment, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr == "python -m flashquinox: error: the output is closed\n"
     script = (
         "import jax; from flashquinox.__main__ import main; "
         "main(['plan', '--params=7B']); print(jax.config.jax_platforms)"

@@ -67,6 +67,8 @@ class DeviceMemory:
         return None if self.total is None else self.total / max(1, self.parameters)
 
 
+# JAX counts them in 32 bits.
+MOST_DEVICES = 2**31 - 1
 CATEGORIES = (
     "weights",
     "corrections",
@@ -387,11 +389,12 @@ def _shardings(
 def _as_mesh(call: str, mesh: Any) -> Mesh | AbstractMesh:
     if isinstance(mesh, Mesh | AbstractMesh):
         return mesh
-    if isinstance(mesh, int) and not isinstance(mesh, bool) and mesh >= 1:
-        return AbstractMesh((mesh,), ("fsdp",))
+    if isinstance(mesh, int) and not isinstance(mesh, bool):
+        if 1 <= mesh <= MOST_DEVICES:
+            return AbstractMesh((mesh,), ("fsdp",))
     raise TypeError(
         f"`{call}(mesh=...)` takes a `jax.sharding.Mesh`, an `AbstractMesh`, or a "
-        f"number of devices from 1; got {mesh!r}."
+        f"number of devices from 1 to {MOST_DEVICES}; got {mesh!r}."
     )
 
 
