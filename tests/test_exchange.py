@@ -1028,6 +1028,8 @@ def test_errors_of_optax():
     state = fq.adam(1e-2).init(model)
     into, out_of = exchange.from_optax, exchange.to_optax
     schedule = optax.chain(optax.adam(1e-2), optax.scale_by_schedule(lambda count: 1.0))
+    bare = fq.sgd(1e-2).init(model)
+    momentum = optax.sgd(1e-2, momentum=0.9).init(params)
     late = optax.tree.set(
         schedule.init(params),
         lambda path, x: "ScheduleState" in str(path),
@@ -1057,6 +1059,10 @@ def test_errors_of_optax():
             ("no `ScaleByAdamState`", "optax_state"),
         ),
         (lambda: into(lion, state), ValueError, ("no `ScaleByAdamState`",)),
+        (lambda: into(adam, bare), ValueError, ("`ScaleByAdamState`", "`state` has")),
+        (lambda: into(momentum, bare), ValueError, ("`TraceState`", "has moments")),
+        (lambda: into(None, bare), ValueError, ("is a NoneType", "`optax.sgd`")),
+        (lambda: into(params, bare), ValueError, ("is a MLP", "`optax.sgd`")),
         (lambda: into(adam, adam), ValueError, ("no `OptimizerState`", "`state`")),
         (lambda: into((adam, adam), state), ValueError, ("2 `ScaleByAdamState`s",)),
         (lambda: into(late, state), ValueError, ("[0, 3]", "optax.tree.set")),
@@ -1087,6 +1093,8 @@ def test_errors_of_optax():
     for call, parts in (
         (lambda: out_of(state, lion), ("no `ScaleByAdamState`",)),
         (lambda: out_of(state, middle), ("accumulated 1",)),
+        (lambda: out_of(bare, adam), ("`ScaleByAdamState`", "`state` has none")),
+        (lambda: out_of(bare, None), ("is a NoneType", "`optax.sgd`")),
     ):
         assert_raises(ValueError, call, "`to_optax`", *parts)
 
