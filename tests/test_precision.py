@@ -201,6 +201,24 @@ def test_kept_is_at_least_float32():
     )
 
 
+def test_shapes_are_cast():
+    """As arrays are; and where they are stays known."""
+    model = {"mlp": _mlp, "key": jax.random.key(0), "counts": jnp.arange(3)}
+    shapes = eqx.filter_eval_shape(lambda: model)
+    for dtype in (jnp.bfloat16, jnp.float32, "float16"):
+        for keep in (None, lambda x: x.ndim < 2, "mlp.layers.2"):
+            expected = eqx.filter_eval_shape(fq.cast, model, dtype, keep)
+            assert eqx.tree_equal(fq.cast(shapes, dtype, keep), expected)
+    narrow = fq.cast(shapes, jnp.bfloat16)
+    plan = fq.memory_plan(narrow, fq.adamw(1e-3))
+    assert plan == fq.memory_plan(fq.cast(model, jnp.bfloat16), fq.adamw(1e-3))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    struct = jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=sharding)
+    assert fq.cast(struct, jnp.bfloat16).sharding == sharding
+    assert fq.cast(struct, jnp.bfloat16, keep=lambda x: True) == struct
+
+
 def test_a_model_with_kept_layers_trains():
     model = fq.cast(_mlp, jnp.bfloat16, keep="layers.2")
     optim = fq.adamw(1e-2)
@@ -496,6 +514,14 @@ def test_errors():
     assert_raises(
         TypeError, lambda: fq.cast(_mlp, jnp.bfloat16, keep=3), "`cast(keep=...)`", "3"
     )
+    for dtype, text in (("bf16", "'bf16'"), (None, "None"), (jnp.int8, "'int8'")):
+        assert_raises(
+            TypeError,
+            lambda dtype=dtype: fq.cast(_mlp, dtype),
+            "`cast(model, dtype)`",
+            "`jnp.bfloat16`",
+            text,
+        )
     model = weights("matrix", "bias")
     plain = fq.adamw(1e-3, master_weight_bits=None)
     bare = plain.init(model)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.typing import DTypeLike
@@ -10,7 +11,8 @@ from jaxtyping import PyTree
 
 from . import _checks as checks
 from ._selection import children, Selection, Selectors
-from ._widened import widen_array, Widened
+from ._trees import is_array
+from ._widened import Widened
 
 
 def cast(
@@ -26,7 +28,8 @@ def cast(
 
     **Arguments:**
 
-    - `model`: any pytree.
+    - `model`: any pytree, of arrays or of `jax.ShapeDtypeStruct`s, which keep their
+        shardings.
     - `dtype`: a floating-point dtype, such as `jnp.bfloat16`.
     - `keep`: what is not cast, and made float32 where it is narrower. A pattern for
         dotted paths of leaves or subtrees (`"layers.0"`, `"*.norm.weight"`; `*` also
@@ -47,11 +50,7 @@ def cast(
     `TypeError` if `dtype` is not floating-point, or for other things in `keep`;
     `ValueError` for a pattern or an object that is nowhere in the model.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            "`cast(model, dtype)` takes a floating-point dtype; got "
-            f"{jnp.dtype(dtype)}."
-        )
+    dtype = checks.floating_dtype("cast(model, dtype)", dtype)
     selection = Selection("cast", "keep", keep)
     narrow = jnp.finfo(dtype).bits < 32
 
@@ -68,7 +67,10 @@ def cast(
         if parts is None:
             if not _is_floating(node):
                 return node
-            return widen_array(jnp.asarray(node)) if kept else jnp.asarray(node, dtype)
+            if not kept:
+                return _as_dtype(node, dtype)
+            is_narrow = jnp.finfo(node.dtype).bits < 32
+            return _as_dtype(node, jnp.float32 if is_narrow else node.dtype)
         wrap_here = narrow and wrap and kept and not wrapped and _is_layer(node)
         named, put_together = parts
         new = put_together(
@@ -85,7 +87,13 @@ def cast(
 
 
 def _is_floating(x: Any) -> bool:
-    return checks.is_float_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _as_dtype(x: Any, dtype: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.asarray(x, dtype)
 
 
 def _is_layer(x: Any) -> bool:

@@ -180,6 +180,21 @@ def is_zero(value: Any) -> bool:
 #
 
 
+def floating_dtype(call: str, value: Any) -> Any:
+    """An argument that says in which dtype floating-point numbers shall be."""
+    try:
+        # NumPy takes None for float64.
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}` takes a floating-point dtype, such as `jnp.bfloat16` or "
+            f"'bfloat16'; got {value if dtype is None else dtype.name!r}."
+        )
+    return dtype
+
+
 def is_float_array(x: Any) -> bool:
     """Complex arrays included: they are refused with a message, not overlooked."""
     return eqx.is_inexact_array(x)

@@ -22,7 +22,7 @@ class Widened(eqx.nn.StatefulLayer):
     dtype: DTypeLike = eqx.field(static=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _map_floats(widen_array, (args, kwargs))
+        args, kwargs = _map_floats(_widen, (args, kwargs))
         narrow = lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x
         return _map_floats(narrow, self.layer(*args, **kwargs))
 
@@ -38,7 +38,7 @@ class Widened(eqx.nn.StatefulLayer):
         return getattr(self.layer, name)
 
 
-def widen_array(x: Any) -> Any:
+def _widen(x: Any) -> Any:
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 

@@ -77,11 +77,8 @@ def save_safetensors(
     """
     call = "save_safetensors"
     package = _package(call)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"`{call}(dtype=...)` must be a floating-point dtype; got "
-            f"{jnp.dtype(dtype)}."
-        )
+    if dtype is not None:
+        dtype = checks.floating_dtype(f"{call}(dtype=...)", dtype)
     if state is None:
         leaves, _ = flatten(model)
         corrections: list[Any] = [None for _ in leaves]
