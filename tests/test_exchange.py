@@ -1006,6 +1006,13 @@ def test_errors_of_files(tmp_path, monkeypatch):
         if value is None:
             call = lambda: jax.jit(lambda x: save(path, {"x": x}))(jnp.ones(2))
         assert_raises(TypeError, call, "['x']", "outside of `jit`")
+    for call, error in (
+        (lambda: save(tmp_path / "new" / "model", model), FileNotFoundError),
+        (lambda: save(tmp_path, model), IsADirectoryError),
+    ):
+        with pytest.raises(error, match=r"`save_safetensors`: .* folder") as info:
+            call()
+        assert str(tmp_path) in str(info.value) and ".tmp" not in str(info.value)
     twice = {"a": {"b": jnp.ones(2)}, "a.b": jnp.ones(3)}
     assert_raises(ValueError, lambda: save(path, twice), "['a']['b']", "['a.b']")
     assert_raises(TypeError, lambda: save(path, model, model), "OptimizerState")

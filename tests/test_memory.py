@@ -485,6 +485,14 @@ def test_wrong_arguments(arguments, error, message):
         fq.memory_plan(*arguments)
 
 
+@pytest.mark.usefixtures("without_typechecker")
+def test_no_optimizer():
+    model: Any = {"x": _STRUCT}
+    for optim in (None, model, fq.adamw):
+        with pytest.raises(TypeError, match="`memory_plan`: `optim` is no optimizer"):
+            fq.memory_plan(model, optim)
+
+
 @pytest.mark.parametrize(
     "blocks, message",
     [

@@ -561,6 +561,13 @@ def test_errors_of_numerics():
         assert_raises(
             ValueError, lambda rate=rate: check(rate), "`check_numerics(learning_rate"
         )
+    for rate in (None, jnp.ones(3), "1e-3", True):
+        assert_raises(
+            TypeError,
+            lambda rate=rate: check(rate),
+            "`check_numerics(learning_rate",
+            "takes a number",
+        )
     assert_raises(
         ValueError, lambda: check(1.0, update_size=0.0), "`check_numerics(update_size"
     )
@@ -580,6 +587,26 @@ def test_errors_of_numerics():
         fq.ensure_precision(model, state, 1e-9)
     assert info.value.report.leaves[0].bits == 32
     assert state.corrections["layer"].dtype == jnp.int8
+
+
+def test_errors_of_weights_that_are_not_finite():
+    """Their remedy is not more bits."""
+    model = {"good": jnp.ones(3, jnp.bfloat16)}
+    model["bad"] = model["good"].at[1].set(jnp.nan)
+    state = fq.adamw(1e-3).init(model)
+    for call, name in (
+        (lambda: fq.ensure_precision(model, state, 1e-3), "`ensure_precision`"),
+        (
+            lambda: fq.check_numerics(model, state, 1e-3, raise_on_error=True),
+            "`check_numerics`",
+        ),
+    ):
+        with pytest.raises(fq.NumericsError) as info:
+            call()
+        message = str(info.value)
+        assert f"{name}: the weights at `bad` are not all finite" in message
+        assert "learning rate" not in message and "widen" not in message
+        assert info.value.report.lost == ("bad",)
 
 
 @pytest.mark.usefixtures("without_typechecker")

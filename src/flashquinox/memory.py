@@ -239,6 +239,12 @@ def memory_plan(
     message names the leaf.
     """
     call = "memory_plan"
+    if not hasattr(optim, "init"):
+        raise TypeError(
+            f"`{call}`: `optim` is no optimizer but {optim!r}. Pass "
+            "`flashquinox.adamw(1e-3)`, say, or a transformation of Optax with such an "
+            "optimizer in it."
+        )
     leaves, rebuild = flatten(model)
     parts = {
         name: None if choose is None else set(part_of(call, name, choose, model)[0])

@@ -71,6 +71,7 @@ def save_safetensors(
 
     **Raises:**
 
+    `FileNotFoundError` or `IsADirectoryError` if there can be no file at `path`;
     `TypeError` if an array has no value, or a dtype that these files do not have;
     `ValueError` if two leaves have the same path, or the state is not one of this
     model; `ImportError` without the package `safetensors`.
@@ -79,6 +80,8 @@ def save_safetensors(
     package = _package(call)
     if dtype is not None:
         dtype = checks.floating_dtype(f"{call}(dtype=...)", dtype)
+    if jax.process_index() == 0:
+        _check_path(call, os.fspath(path))
     if state is None:
         leaves, _ = flatten(model)
         corrections: list[Any] = [None for _ in leaves]
@@ -190,6 +193,19 @@ def _named(call: str, leaves: list[Leaf]) -> dict[str, Leaf]:
             )
         named[name] = leaf
     return named
+
+
+def _check_path(call: str, path: str) -> None:
+    folder = os.path.dirname(path) or os.curdir
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"`{call}`: there is no folder {folder}, where {path} is to be. Make it "
+            "first."
+        )
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"`{call}`: {path} is a folder. Pass the path of a file."
+        )
 
 
 def _check_value(call: str, leaf: Leaf) -> None:
