@@ -21,6 +21,10 @@ class Widened(eqx.nn.StatefulLayer):
     layer: Any
     dtype: DTypeLike = eqx.field(static=True)
 
+    def __init__(self, layer: Any, dtype: DTypeLike):
+        self.layer = layer
+        self.dtype = dtype
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _map_floats(_widen, (args, kwargs))
         narrow = lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x
