@@ -121,6 +121,18 @@ def test_wrong_curves():
         fq.MuLawCurve(0.0)
 
 
+@pytest.mark.usefixtures("without_typechecker")
+def test_wrong_kinds():
+    companded = lambda kind: fq.CompandedCodec(kind, fq.MuLawCurve(255.0))
+    for name, make in (
+        ("CompandedCodec", companded),
+        ("FlashOptimCodec", fq.FlashOptimCodec),
+    ):
+        message = rf"`{name}\(kind=\.\.\.\)` must be 'signed' .* got 'sgned'"
+        with pytest.raises(ValueError, match=message):
+            make("sgned")
+
+
 #
 # Kernels
 #

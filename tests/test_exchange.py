@@ -93,6 +93,48 @@ def test_a_model_from_master_weights(jit):
     assert tree_identical(new_state.count, state.count)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_models_with_and_without_wraps(wrapped):
+    """A float32 model has none, where a cast one has them; or the other way round."""
+    mlp = _mlp()
+    with_wraps = fq.cast(mlp, jnp.bfloat16, keep="layers.1")
+    without = fq.cast(mlp, jnp.bfloat16, keep="layers.1", wrap=False)
+    assert isinstance(with_wraps.layers[1], fq.Widened)
+    model = with_wraps if wrapped else without
+    optim = fq.adamw(1e-2, moments="float32", master_weight_bits=32)
+    state = optim.init(model)
+    given = _random(mlp if wrapped else with_wraps, 2)
+    leaves = jtu.tree_leaves(_arrays(given))
+    new, new_state = fq.from_master_weights(given, model, state)
+    assert jtu.tree_structure((new, new_state)) == jtu.tree_structure((model, state))
+    found = fq.master_weights(new, new_state)
+    assert tree_identical(jtu.tree_leaves(_arrays(found)), leaves)
+    # Frozen, in place of the layer or of its wrap.
+    partial = eqx.tree_at(lambda m: m.layers[1], given, None)
+    same, _ = fq.from_master_weights(partial, model, state)
+    assert tree_identical(_arrays(same.layers[1]), _arrays(model.layers[1]))
+    # Moments.
+    theirs = optax.adamw(1e-2)
+    _, optax_state = _run(theirs, _arrays(given))
+    filled = exchange.from_optax(optax_state, state)
+    assert jtu.tree_structure(filled) == jtu.tree_structure(state)
+    for name, moment in filled.moments.items():
+        expected = optax.tree.get(optax_state, name)
+        assert tree_identical(jtu.tree_leaves(moment), jtu.tree_leaves(expected))
+    back = exchange.to_optax(filled, theirs.init(_arrays(given)))
+    assert tree_identical(back, optax_state)
+
+
+def test_layers_of_batch_statistics_from_master_weights():
+    norm, _ = eqx.nn.make_with_state(eqx.nn.BatchNorm)(64, "batch", mode="batch")
+    float32_model = {"norm": _random(norm, 1), "linear": _mlp().layers[0]}
+    model = fq.cast(float32_model, jnp.bfloat16)
+    optim = fq.adamw(1e-2, master_weight_bits=32)
+    new, state = fq.from_master_weights(float32_model, model, optim.init(model))
+    found = fq.cast(fq.master_weights(new, state), jnp.float32)
+    assert tree_identical(_arrays(found), _arrays(float32_model))
+
+
 def test_none_leaves_weights_as_they_are():
     model, optim = _mlp(jnp.bfloat16), fq.adamw(1e-2)
     state = optim.init(model)
@@ -964,6 +1006,13 @@ def test_errors_of_files(tmp_path, monkeypatch):
         if value is None:
             call = lambda: jax.jit(lambda x: save(path, {"x": x}))(jnp.ones(2))
         assert_raises(TypeError, call, "['x']", "outside of `jit`")
+    for call, error in (
+        (lambda: save(tmp_path / "new" / "model", model), FileNotFoundError),
+        (lambda: save(tmp_path, model), IsADirectoryError),
+    ):
+        with pytest.raises(error, match=r"`save_safetensors`: .* folder") as info:
+            call()
+        assert str(tmp_path) in str(info.value) and ".tmp" not in str(info.value)
     twice = {"a": {"b": jnp.ones(2)}, "a.b": jnp.ones(3)}
     assert_raises(ValueError, lambda: save(path, twice), "['a']['b']", "['a.b']")
     assert_raises(TypeError, lambda: save(path, model, model), "OptimizerState")
@@ -986,6 +1035,8 @@ def test_errors_of_optax():
     state = fq.adam(1e-2).init(model)
     into, out_of = exchange.from_optax, exchange.to_optax
     schedule = optax.chain(optax.adam(1e-2), optax.scale_by_schedule(lambda count: 1.0))
+    bare = fq.sgd(1e-2).init(model)
+    momentum = optax.sgd(1e-2, momentum=0.9).init(params)
     late = optax.tree.set(
         schedule.init(params),
         lambda path, x: "ScheduleState" in str(path),
@@ -1015,6 +1066,10 @@ def test_errors_of_optax():
             ("no `ScaleByAdamState`", "optax_state"),
         ),
         (lambda: into(lion, state), ValueError, ("no `ScaleByAdamState`",)),
+        (lambda: into(adam, bare), ValueError, ("`ScaleByAdamState`", "`state` has")),
+        (lambda: into(momentum, bare), ValueError, ("`TraceState`", "has moments")),
+        (lambda: into(None, bare), ValueError, ("is a NoneType", "`optax.sgd`")),
+        (lambda: into(params, bare), ValueError, ("is a MLP", "`optax.sgd`")),
         (lambda: into(adam, adam), ValueError, ("no `OptimizerState`", "`state`")),
         (lambda: into((adam, adam), state), ValueError, ("2 `ScaleByAdamState`s",)),
         (lambda: into(late, state), ValueError, ("[0, 3]", "optax.tree.set")),
@@ -1045,6 +1100,8 @@ def test_errors_of_optax():
     for call, parts in (
         (lambda: out_of(state, lion), ("no `ScaleByAdamState`",)),
         (lambda: out_of(state, middle), ("accumulated 1",)),
+        (lambda: out_of(bare, adam), ("`ScaleByAdamState`", "`state` has none")),
+        (lambda: out_of(bare, None), ("is a NoneType", "`optax.sgd`")),
     ):
         assert_raises(ValueError, call, "`to_optax`", *parts)
 

@@ -262,6 +262,56 @@ def test_is_what_a_step_on_tpus_takes():
     assert plan.step.total == pytest.approx(found, rel=0.01)
 
 
+def test_is_what_a_step_with_gradient_release_takes():
+    """To 1% of what there is at rest; the gradients are what is needed at least, beside
+    the temporaries of plain XLA, which an ordinary step has for all layers."""
+    layers, width = 8, 256
+    shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    model = {"token": shape(64, width), "head": shape(64, width)}
+    model["blocks"] = shape(layers, width, width)
+    loss = fq.LayeredLoss(
+        blocks=lambda model: model["blocks"],
+        prologue=lambda model, batch, key: model["token"][batch],
+        block=lambda block, x, batch, key: jnp.tanh(x @ block),
+        epilogue=lambda model, x, batch, key: jnp.mean(
+            (x @ model["head"].T).astype(jnp.float32)
+        ),
+    )
+    optim = fq.adamw(1e-3)
+
+    def release(model, state, batch):
+        return fq.release_step(optim, loss, model, state, batch)
+
+    def ordinary(model, state, batch):
+        grads = jax.grad(loss)(model, batch)
+        return optim.step(model, state, grads)
+
+    batch = jax.ShapeDtypeStruct((4,), jnp.int32)
+    state = eqx.filter_eval_shape(optim.init, model)
+    found, otherwise = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(model, state, batch)
+        .compile()
+        .memory_analysis()
+        for step in (release, ordinary)
+    )
+    plan = fq.memory_plan(
+        model,
+        optim,
+        blocks=loss.blocks,
+        prologue=lambda model: model["token"],
+        epilogue=lambda model: model["head"],
+    )
+    planned, layer = plan.gradient_release, 2 * width**2
+    assert planned.gradients == layer
+    assert planned.at_rest == pytest.approx(found.argument_size_in_bytes, rel=0.01)
+    both = found.argument_size_in_bytes + found.temp_size_in_bytes
+    assert planned.total is not None and planned.total <= both
+    # The gradients of all but two layers are not there, whatever else is.
+    saved = otherwise.temp_size_in_bytes - found.temp_size_in_bytes
+    assert saved >= (layers - 2) * layer
+
+
 def test_mixed_precision_is_that_of_optax():
     model = _model("stacked")
     optim = optax.adamw(1e-3)
@@ -447,6 +497,7 @@ _STRUCT = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
         (({"x": _STRUCT}, optax.adam(1e-3)), TypeError, "no `flashquinox.Opt"),
         (({"x": _STRUCT}, fq.adamw(1e-3), 0), TypeError, "a number of devices from 1"),
         (({"x": _STRUCT}, fq.adamw(1e-3), True), TypeError, "got True"),
+        (({"x": _STRUCT}, fq.adamw(1e-3), 2**31), TypeError, "to 2147483647; got 2147"),
         (
             (
                 {
@@ -482,6 +533,14 @@ _STRUCT = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         fq.memory_plan(*arguments)
+
+
+@pytest.mark.usefixtures("without_typechecker")
+def test_no_optimizer():
+    model: Any = {"x": _STRUCT}
+    for optim in (None, model, fq.adamw):
+        with pytest.raises(TypeError, match="`memory_plan`: `optim` is no optimizer"):
+            fq.memory_plan(model, optim)
 
 
 @pytest.mark.parametrize(
@@ -563,8 +622,14 @@ def test_help(capsys, command):
         ("plan --params=many", "takes 7e9 or 7B, say; got 'many'"),
         ("plan --params=0.5", "takes 7e9 or 7B, say; got '0.5'"),
         ("plan --params=1e400", "takes 7e9 or 7B, say; got '1e400'"),
-        ("plan --params=7B --devices=0", "takes a whole number from 1; got '0'"),
-        ("plan --params=7B --devices=two", "takes a whole number from 1; got 'two'"),
+        (
+            "plan --params=7B --devices=0",
+            "takes a whole number from 1 to 2147483647; got '0'",
+        ),
+        (
+            "plan --params=7B --devices=two",
+            "takes a whole number from 1 to 2147483647; got 'two'",
+        ),
         ("plan --params=7B --optimizer=adagrad", "invalid choice: 'adagrad'"),
         ("plan --params=7B --momentum=0.9", "--momentum: only of sgd and sgdw"),
         (
@@ -585,11 +650,24 @@ def test_help(capsys, command):
         ("plan --params=7B --plot=nowhere/plan.png", "there is no directory nowhere"),
         ("plan --params=7B --plot=folder.png", "--plot: folder.png: Is a directory"),
         ("plan --params=7B --colour", "unrecognized arguments: --colour"),
+        ("plan --params=7B --devices=3000000000", "--devices: takes a whole number"),
+        (f"plan --params=7B --devices={'9' * 5000}", "--devices: takes a whole number"),
+        ("plan --params=7B --device-memory=80", "takes 80GB or 16GiB, say; got '80'"),
+        ("plan --checkpoint=", "--checkpoint: takes a file; got ''"),
+        (
+            "plan --checkpoint=deep.json",
+            "--checkpoint: deep.json: its lists are nested",
+        ),
+        (
+            "plan --checkpoint=names.json",
+            "--checkpoint: names.json: 'model_type' must be a name; got ['llama']",
+        ),
         ("plan --checkpoint=nothing.json", "nothing.json: No such file"),
         ("plan --checkpoint=broken.json", "broken.json: Expecting value"),
         ("plan --checkpoint=list.json", "there is no 'model_type'"),
         ("plan --checkpoint=other.json", "the shapes of a 'mixtral' are not known"),
         ("plan --checkpoint=short.json", "there is no 'hidden_size', which a 'llama'"),
+        ("plan --checkpoint=large.json", "'n_embd' must be a whole number from 1 to"),
         ("plan --checkpoint=odd.json", "'n_layer' must be a whole number from 1"),
         ("plan --checkpoint=flag.json", "'tie_word_embeddings' must be true or false"),
     ],
@@ -600,8 +678,11 @@ def test_wrong_command(capsys, tmp_path, monkeypatch, arguments, complaint):
     for name, text in {
         "broken": "model",
         "list": "[]",
+        "deep": "[" * 100_000,
+        "names": json.dumps({"model_type": ["llama"]}),
         "other": json.dumps({"model_type": "mixtral"}),
         "short": json.dumps({"model_type": "llama"}),
+        "large": json.dumps(_GPT2 | {"n_embd": 10**400}),
         "odd": json.dumps(_GPT2 | {"n_layer": "12"}),
         "flag": json.dumps(_GPT2 | {"tie_word_embeddings": "no"}),
     }.items():
@@ -651,6 +732,12 @@ def test_as_a_command():
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
+    shell = ["sh", "-c", '"$@" >&-', "sh", *command]
+    done = subprocess.run(
+        shell, env=environment, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr == "python -m flashquinox: error: the output is closed\n"
     script = (
         "import jax; from flashquinox.__main__ import main; "
         "main(['plan', '--params=7B']); print(jax.config.jax_platforms)"

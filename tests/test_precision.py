@@ -75,6 +75,8 @@ _last = {"layers.2.weight", "layers.2.bias"}
         (_mlp.layers[2], _last),
         (eqx.nn.Linear, set(_dtypes(_mlp))),
         (lambda x: eqx.is_array(x) and x.shape == (2,), {"layers.2.bias"}),
+        # Not asked about activation functions.
+        (lambda x: x.ndim < 2, {f"layers.{i}.bias" for i in range(3)}),
     ],
 )
 def test_keep(keep, kept):
@@ -105,6 +107,51 @@ def test_running_statistics_stay_float32(mode, affine):
     assert _dtypes(new_state) == _dtypes(state)
     # A few roundings to 8 bits of numbers of size 1.
     assert np.max(np.abs(float64(y) - float64(expected))) <= 8 * 2**-8
+
+
+def test_spectral_norm_stays_float32():
+    """With the layer in it, whose weights are divided by a float32 number."""
+
+    def make():
+        keys = jax.random.split(jax.random.key(0))
+        linear = eqx.nn.Linear(4, 3, key=keys[0])
+        return eqx.nn.SpectralNorm(linear, "weight", key=keys[1])
+
+    layer, state = eqx.nn.make_with_state(make)()
+    for layer_, wrap in ((layer, True), (make(), True), (layer, False)):
+        narrow = fq.cast({"a": layer_}, jnp.bfloat16, wrap=wrap)["a"]
+        assert isinstance(narrow, fq.Widened) == wrap
+        assert set(_dtypes(narrow).values()) == {"float32"}
+    narrow = fq.cast(layer, jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (4,), jnp.bfloat16)
+    # A state can be used once.
+    again = jtu.tree_map(jnp.copy, state)
+    y, new_state = narrow(x, again)
+    expected, expected_state = layer(x.astype(jnp.float32), state)
+    assert tree_identical(y, expected.astype(jnp.bfloat16))
+    assert tree_identical(new_state, expected_state)
+
+
+def test_wrapped_layers_in_a_sequence():
+    """Are called with a state if they have one, and without if they have none."""
+
+    def make():
+        norm = eqx.nn.BatchNorm(4, "batch", mode="batch")
+        linear = eqx.nn.Linear(4, 4, key=jax.random.key(0))
+        return eqx.nn.Sequential([norm, eqx.nn.LayerNorm(4), linear])
+
+    model, state = eqx.nn.make_with_state(make)()
+    start = jtu.tree_map(jnp.copy, state)
+    narrow = fq.cast(model, jnp.bfloat16, keep=eqx.nn.LayerNorm)
+    assert [isinstance(x, fq.Widened) for x in narrow.layers] == [True, True, False]
+    x = jax.random.normal(jax.random.key(1), (8, 4), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        y, new_state = jax.vmap(
+            narrow, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
+        )(x, state)
+    assert y.dtype == jnp.bfloat16
+    assert _dtypes(new_state) == _dtypes(start)
+    assert not tree_identical(new_state, start)
 
 
 def test_a_model_with_a_state_of_its_own_is_cast():
@@ -152,6 +199,24 @@ def test_kept_is_at_least_float32():
     assert fq.cast(narrow, jnp.bfloat16, keep="*.bias").layers[0].bias.dtype == (
         jnp.float32
     )
+
+
+def test_shapes_are_cast():
+    """As arrays are; and where they are stays known."""
+    model = {"mlp": _mlp, "key": jax.random.key(0), "counts": jnp.arange(3)}
+    shapes = eqx.filter_eval_shape(lambda: model)
+    for dtype in (jnp.bfloat16, jnp.float32, "float16"):
+        for keep in (None, lambda x: x.ndim < 2, "mlp.layers.2"):
+            expected = eqx.filter_eval_shape(fq.cast, model, dtype, keep)
+            assert eqx.tree_equal(fq.cast(shapes, dtype, keep), expected)
+    narrow = fq.cast(shapes, jnp.bfloat16)
+    plan = fq.memory_plan(narrow, fq.adamw(1e-3))
+    assert plan == fq.memory_plan(fq.cast(model, jnp.bfloat16), fq.adamw(1e-3))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    struct = jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=sharding)
+    assert fq.cast(struct, jnp.bfloat16).sharding == sharding
+    assert fq.cast(struct, jnp.bfloat16, keep=lambda x: True) == struct
 
 
 def test_a_model_with_kept_layers_trains():
@@ -449,6 +514,14 @@ def test_errors():
     assert_raises(
         TypeError, lambda: fq.cast(_mlp, jnp.bfloat16, keep=3), "`cast(keep=...)`", "3"
     )
+    for dtype, text in (("bf16", "'bf16'"), (None, "None"), (jnp.int8, "'int8'")):
+        assert_raises(
+            TypeError,
+            lambda dtype=dtype: fq.cast(_mlp, dtype),
+            "`cast(model, dtype)`",
+            "`jnp.bfloat16`",
+            text,
+        )
     model = weights("matrix", "bias")
     plain = fq.adamw(1e-3, master_weight_bits=None)
     bare = plain.init(model)
@@ -488,6 +561,13 @@ def test_errors_of_numerics():
         assert_raises(
             ValueError, lambda rate=rate: check(rate), "`check_numerics(learning_rate"
         )
+    for rate in (None, jnp.ones(3), "1e-3", True):
+        assert_raises(
+            TypeError,
+            lambda rate=rate: check(rate),
+            "`check_numerics(learning_rate",
+            "takes a number",
+        )
     assert_raises(
         ValueError, lambda: check(1.0, update_size=0.0), "`check_numerics(update_size"
     )
@@ -507,6 +587,26 @@ def test_errors_of_numerics():
         fq.ensure_precision(model, state, 1e-9)
     assert info.value.report.leaves[0].bits == 32
     assert state.corrections["layer"].dtype == jnp.int8
+
+
+def test_errors_of_weights_that_are_not_finite():
+    """Their remedy is not more bits."""
+    model = {"good": jnp.ones(3, jnp.bfloat16)}
+    model["bad"] = model["good"].at[1].set(jnp.nan)
+    state = fq.adamw(1e-3).init(model)
+    for call, name in (
+        (lambda: fq.ensure_precision(model, state, 1e-3), "`ensure_precision`"),
+        (
+            lambda: fq.check_numerics(model, state, 1e-3, raise_on_error=True),
+            "`check_numerics`",
+        ),
+    ):
+        with pytest.raises(fq.NumericsError) as info:
+            call()
+        message = str(info.value)
+        assert f"{name}: the weights at `bad` are not all finite" in message
+        assert "learning rate" not in message and "widen" not in message
+        assert info.value.report.lost == ("bad",)
 
 
 @pytest.mark.usefixtures("without_typechecker")

@@ -376,6 +376,36 @@ def test_max_norm():
     jtu.tree_map(check, clipped, grads, factors)
 
 
+@pytest.mark.parametrize("exponent", [0, 100, -100])
+def test_max_norm_of_gradients_of_any_size(exponent):
+    """Also where their squares are infinite in float32, or zero."""
+    optim = fq.sgd(1.0, momentum=0.9, master_weight_bits=None, moments="float32")
+    unit = 2.0**exponent
+    epilogue = lambda *args: unit * _epilogue(*args)
+    loss = fq.LayeredLoss(_loss.blocks, _prologue, _block, epilogue)
+    model, most = _model(jnp.float32), unit / 256
+    state = optim.init(model)
+    _, release = _steps(optim, loss, max_norm=most)
+    _, state, _ = release(model, state, _batch(dtype=jnp.float32), None)
+    grads = jtu.tree_map(float64, state.moments["trace"])
+    parts = [[grads["token"]], [grads["bias"]]]
+    parts += [[x[i] for x in grads["blocks"].values()] for i in range(_LAYERS)]
+    for part in parts:
+        norm = np.sqrt(sum(np.sum(np.square(x)) for x in part))
+        assert norm / most == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+def test_clipping_hides_nothing_that_is_not_finite(factor):
+    optim = fq.adamw(1e-2, skip_nonfinite=True)
+    model = _model()
+    state = optim.init(model)
+    _, release = _steps(optim, max_norm=1.0)
+    batch = _batch() | {"factor": jnp.asarray(factor, jnp.bfloat16)}
+    *trained, _ = release(model, state, batch, None)
+    assert _differences(tuple(trained), (model, state)) == []
+
+
 #
 # Wrong arguments
 #

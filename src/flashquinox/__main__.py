@@ -27,6 +27,7 @@ import flashquinox as fq
 from . import _architectures as architectures
 from ._defaults import GROUP_SIZE, MASTER_WEIGHT_BITS
 from ._moment_codecs import MomentCodecs
+from .memory import MOST_DEVICES
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,8 +48,8 @@ _SIZES |= {f"{x}B": 1000.0 ** (i + 1) for i, x in enumerate("KMGT")}
 _SIZES |= {f"{x}IB": 1024.0 ** (i + 1) for i, x in enumerate("KMGT")}
 
 
-def quantity(units: dict[str, float], example: str, text: str) -> int:
-    """A number of these units, from 1."""
+def quantity(units: dict[str, float], example: str, least: float, text: str) -> int:
+    """A number of these units."""
     found = re.fullmatch(
         r"([\d_.]+(?:e\+?\d+)?) *([a-z]*)", text.strip(), re.IGNORECASE
     )
@@ -58,15 +59,26 @@ def quantity(units: dict[str, float], example: str, text: str) -> int:
             number = float(found[1]) * units[found[2].upper()]
         except ValueError:
             pass
-    if not 1 <= number < 1e18:
+    if not least <= number < 1e18:
         raise argparse.ArgumentTypeError(f"takes {example}, say; got {text!r}")
     return round(number)
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"takes a whole number from 1; got {text!r}")
-    return int(text)
+    # Python itself reads no more than some thousands of digits.
+    number = int(text) if text.isdecimal() and len(text) <= 20 else 0
+    if not 1 <= number <= MOST_DEVICES:
+        raise argparse.ArgumentTypeError(
+            f"takes a whole number from 1 to {MOST_DEVICES}; got {text!r}"
+        )
+    return number
+
+
+def config(text: str) -> Path:
+    # `Path` takes nothing for the directory that one is in.
+    if not text:
+        raise argparse.ArgumentTypeError(f"takes a file; got {text!r}")
+    return Path(text)
 
 
 def bits(text: str) -> int | None:
@@ -132,13 +144,13 @@ def parser() -> Parser:
     model.add_argument(
         "--params",
         metavar="N",
-        type=partial(quantity, _COUNTS, "7e9 or 7B"),
+        type=partial(quantity, _COUNTS, "7e9 or 7B", 1.0),
         help="so many parameters, in matrices of whole groups: 7e9 or 7B, say",
     )
     model.add_argument(
         "--checkpoint",
         metavar="FILE",
-        type=Path,
+        type=config,
         help="the config.json of a model of Hugging Face's Transformers",
     )
     add = plan.add_argument
@@ -182,7 +194,7 @@ def parser() -> Parser:
     )
     add(
         "--device-memory",
-        type=partial(quantity, _SIZES, "80GB or 16GiB"),
+        type=partial(quantity, _SIZES, "80GB or 16GiB", 1e6),
         metavar="SIZE",
         help="of a device, to see what is left of it: 80GB or 16GiB, say",
     )
@@ -210,6 +222,8 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
             return str(settings.checkpoint), architectures.from_config(config)
         except OSError as error:
             reason = error.strerror
+        except RecursionError:
+            reason = "its lists are nested too deeply: it is no config of Transformers"
         # Of `json` and of `from_config`; also what is no text.
         except ValueError as error:
             reason = str(error)
@@ -300,6 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Nothing is computed: an accelerator would be taken from who needs it.
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
+    if sys.stdout is None:
+        print("python -m flashquinox: error: the output is closed", file=sys.stderr)
+        sys.exit(1)
     try:
         try:
             settings = parser().parse_args(arguments)

@@ -161,9 +161,11 @@ class _Config:
             value = self._values.get(name)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or not 1 <= value < 2**31:
                 raise ValueError(
-                    f"{name!r} must be a whole number from 1; got {value!r}"
+                    f"{name!r} must be a whole number from 1 to {2**31 - 1}; got "
+                    f"{value!r}"
                 )
             return value
         if default is not None:
@@ -253,6 +255,8 @@ def from_config(config: Any) -> Shapes:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind is None:
         raise ValueError("there is no 'model_type': it is no config of Transformers")
+    if not isinstance(kind, str):
+        raise ValueError(f"'model_type' must be a name; got {kind!r}")
     if kind not in _TYPES:
         raise ValueError(
             f"the shapes of a {kind!r} are not known here, only those of "

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.typing import DTypeLike
@@ -10,30 +11,8 @@ from jaxtyping import PyTree
 
 from . import _checks as checks
 from ._selection import children, Selection, Selectors
-
-
-class Widened(eqx.Module):
-    """A layer in float32 within a model that computes in fewer bits: made by
-    [`flashquinox.cast`][].
-
-    Calls the layer with float32 in place of bfloat16 and float16 arrays, and gives its
-    float32 results in `dtype`. An `equinox.nn.State` goes through unchanged: running
-    statistics stay float32. Attributes are those of the layer.
-    """
-
-    layer: Any
-    dtype: DTypeLike = eqx.field(static=True)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _map_floats(_widen, (args, kwargs))
-        narrow = lambda x: x.astype(self.dtype) if x.dtype == jnp.float32 else x
-        return _map_floats(narrow, self.layer(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        # Not of fields: while one is made, it has none.
-        if name == "layer" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.layer, name)
+from ._trees import is_array
+from ._widened import Widened
 
 
 def cast(
@@ -41,18 +20,21 @@ def cast(
 ) -> PyTree:
     """Casts the floating-point arrays of a model.
 
-    Layers with running statistics, such as `equinox.nn.BatchNorm`, stay float32: a
-    running average in bfloat16 stands still. So does what is in `keep`. An
-    `equinox.nn.State` is left alone.
+    Layers with running statistics stay float32, as a running average in bfloat16 stands
+    still: those in which there is nothing but indices into an `equinox.nn.State`, such
+    as `equinox.nn.BatchNorm`, and every `equinox.nn.StatefulLayer` with such an index
+    of its own, such as `equinox.nn.SpectralNorm`, which stays so with the layer in it.
+    So does what is in `keep`. A `State` is left alone.
 
     **Arguments:**
 
-    - `model`: any pytree.
+    - `model`: any pytree, of arrays or of `jax.ShapeDtypeStruct`s, which keep their
+        shardings.
     - `dtype`: a floating-point dtype, such as `jnp.bfloat16`.
     - `keep`: what is not cast, and made float32 where it is narrower. A pattern for
         dotted paths of leaves or subtrees (`"layers.0"`, `"*.norm.weight"`; `*` also
         stands for dots), a type (`eqx.nn.LayerNorm`), an object in the model, a
-        function of a leaf (`lambda x: x.ndim < 2`), or a list of these.
+        function of an array (`lambda x: x.ndim < 2`), or a list of these.
     - `wrap`: whether each layer that stays float32, if it can be called, becomes a
         [`flashquinox.Widened`][]: it is given float32, and gives `dtype`. Otherwise its
         results are float32 like its weights. A chosen leaf is no layer.
@@ -68,11 +50,7 @@ def cast(
     `TypeError` if `dtype` is not floating-point, or for other things in `keep`;
     `ValueError` for a pattern or an object that is nowhere in the model.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            "`cast(model, dtype)` takes a floating-point dtype; got "
-            f"{jnp.dtype(dtype)}."
-        )
+    dtype = checks.floating_dtype("cast(model, dtype)", dtype)
     selection = Selection("cast", "keep", keep)
     narrow = jnp.finfo(dtype).bits < 32
 
@@ -89,7 +67,10 @@ def cast(
         if parts is None:
             if not _is_floating(node):
                 return node
-            return _widen(jnp.asarray(node)) if kept else jnp.asarray(node, dtype)
+            if not kept:
+                return _as_dtype(node, dtype)
+            is_narrow = jnp.finfo(node.dtype).bits < 32
+            return _as_dtype(node, jnp.float32 if is_narrow else node.dtype)
         wrap_here = narrow and wrap and kept and not wrapped and _is_layer(node)
         named, put_together = parts
         new = put_together(
@@ -106,7 +87,13 @@ def cast(
 
 
 def _is_floating(x: Any) -> bool:
-    return checks.is_float_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _as_dtype(x: Any, dtype: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.asarray(x, dtype)
 
 
 def _is_layer(x: Any) -> bool:
@@ -114,8 +101,13 @@ def _is_layer(x: Any) -> bool:
 
 
 def _has_statistics(x: Any) -> bool:
-    """Whether this is a layer that has a part in an `equinox.nn.State`; not a model
-    made of such layers, or of any others."""
+    """Whether this is a layer that has a part in an `equinox.nn.State` itself; not a
+    model made of such layers, or of any others.
+
+    A `StateIndex` is all that is below `BatchNorm`. `SpectralNorm` has the layer that
+    it normalizes beside it, and so looks like a model that counts its calls, but says
+    that it is a stateful layer.
+    """
     if not isinstance(x, eqx.Module) or isinstance(x, eqx.nn.StateIndex):
         return False
     parts = children(x)
@@ -125,14 +117,5 @@ def _has_statistics(x: Any) -> bool:
         for _, child in parts[0]
         if child is not None and not jtu.all_leaves([child])
     ]
-    return bool(subtrees) and all(isinstance(x, eqx.nn.StateIndex) for x in subtrees)
-
-
-def _map_floats(function: Any, tree: PyTree) -> PyTree:
-    is_state = lambda x: isinstance(x, eqx.nn.State)
-    one = lambda x: function(x) if not is_state(x) and _is_floating(x) else x
-    return jtu.tree_map(one, tree, is_leaf=is_state)
-
-
-def _widen(x: Any) -> Any:
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+    own = [isinstance(child, eqx.nn.StateIndex) for child in subtrees]
+    return any(own) and (all(own) or isinstance(x, eqx.nn.StatefulLayer))

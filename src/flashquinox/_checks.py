@@ -57,11 +57,7 @@ def hyperparameters(
 def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, jax.core.Tracer):
         return
-    is_number = eqx.is_array_like(value) and not isinstance(value, bool)
-    if not is_number or np.ndim(value) != 0 or np.iscomplexobj(value):
-        raise TypeError(
-            f"`{call}({name}=...)` takes a number or a scalar array; got {value!r}."
-        )
+    is_number(call, name, value)
     if low <= float(np.asarray(value)) < high:
         return
     hint = ""
@@ -74,6 +70,14 @@ def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None
         f"`{call}({name}=...)` must be at least {low:g} and less than {high:g}; got "
         f"{value}.{hint}"
     )
+
+
+def is_number(call: str, name: str, value: Any) -> None:
+    is_scalar = eqx.is_array_like(value) and not isinstance(value, bool)
+    if not is_scalar or np.ndim(value) != 0 or np.iscomplexobj(value):
+        raise TypeError(
+            f"`{call}({name}=...)` takes a number or a scalar array; got {value!r}."
+        )
 
 
 def master_weight_bits(call: str, value: Any) -> int | Unknown | None:
@@ -178,6 +182,21 @@ def is_zero(value: Any) -> bool:
 #
 # Leaves
 #
+
+
+def floating_dtype(call: str, value: Any) -> Any:
+    """An argument that says in which dtype floating-point numbers shall be."""
+    try:
+        # NumPy takes None for float64.
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}` takes a floating-point dtype, such as `jnp.bfloat16` or "
+            f"'bfloat16'; got {value if dtype is None else dtype.name!r}."
+        )
+    return dtype
 
 
 def is_float_array(x: Any) -> bool:

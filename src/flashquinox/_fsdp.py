@@ -4,14 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ._blocks import part_of
 from ._defaults import GROUP_SIZE
-from ._trees import flatten
+from ._trees import flatten, is_array
 
 
 def fsdp_shardings(
@@ -86,8 +84,3 @@ def _axis(
         if axes and (len(shape) > 1 or multiple > devices):
             return max(axes, key=lambda i: shape[i])
     return None
-
-
-def is_array(x: Any) -> bool:
-    """Whether a leaf is an array, or stands for one."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

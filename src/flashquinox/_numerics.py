@@ -78,8 +78,8 @@ class NumericsReport:
 
 
 class NumericsError(ValueError):
-    """Steps are lost in the rounding of weights. `report` is the
-    [`flashquinox.NumericsReport`][] that says of which."""
+    """Steps are lost in the rounding of weights, or weights are not finite. `report` is
+    the [`flashquinox.NumericsReport`][] that says of which."""
 
     def __init__(self, message: str, report: NumericsReport):
         super().__init__(message)
@@ -123,8 +123,8 @@ def check_numerics(
     **Raises:**
 
     [`flashquinox.NumericsError`][] if asked to. `ValueError` if the state is not one of
-    this model, or if the learning rate is not a positive number; `TypeError` in a
-    program that is traced.
+    this model, or if the learning rate is not positive; `TypeError` if it is no number,
+    or in a program that is traced.
     """
     call = "check_numerics"
     report = _report(call, model, state, learning_rate, update_size)
@@ -158,8 +158,9 @@ def ensure_precision(
     **Raises:**
 
     [`flashquinox.NumericsError`][] if steps are lost in weights that cannot be widened:
-    they have 32 bits already, or none to widen, as with `master_weight_bits=None`. The
-    state is then not changed. Otherwise as `check_numerics`.
+    they have 32 bits already, or none to widen, as with `master_weight_bits=None`; or
+    if there are weights that are not finite. The state is then not changed. Otherwise
+    as `check_numerics`.
     """
     call = "ensure_precision"
     report = _report(call, model, state, learning_rate, update_size)
@@ -182,6 +183,16 @@ def ensure_precision(
 def _raise_if_lost(call: str, report: NumericsReport, remedy: str) -> None:
     if report.ok:
         return
+    broken = [leaf for leaf in report.leaves if not math.isfinite(leaf.largest)]
+    if broken:
+        names = ", ".join(f"`{leaf.path or '(the root)'}`" for leaf in broken)
+        raise NumericsError(
+            f"`{call}`: the weights at {names} are not all finite:\n{report}\nNo "
+            "correction is of use there. Go back to weights that are finite; "
+            "`skip_nonfinite=True` of the optimizer leaves weights as they are where "
+            "gradients are not finite.",
+            report,
+        )
     raise NumericsError(
         f"`{call}`: a step does not change the largest weight of {len(report.lost)} of "
         f"{len(report.leaves)} leaves, as it is less than half a unit in the last "
@@ -228,6 +239,8 @@ def _step_size(
         ("learning_rate", learning_rate),
         ("update_size", update_size),
     ):
+        if not isinstance(value, jax.core.Tracer):
+            checks.is_number(call, name, value)
         if isinstance(value, jax.core.Tracer) or not 0 < float(value) < math.inf:
             raise ValueError(
                 f"`{call}({name}=...)` must be a positive number; got {value}. With a "

@@ -11,7 +11,7 @@ bytes, so the same few lines serve every backend.
 """
 
 import abc
-from typing import Literal, TypeAlias
+from typing import Any, get_args, Literal, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from jaxtyping import Array, Float, Scalar, ScalarLike
 
 
 MomentKind: TypeAlias = Literal["signed", "nonnegative"]
+
+
+def is_kind(call: str, kind: Any) -> None:
+    """Raises if it is none: a codec would take it for one of the two."""
+    if kind not in get_args(MomentKind):
+        raise ValueError(
+            f"`{call}(kind=...)` must be 'signed' or 'nonnegative'; got {kind!r}."
+        )
 
 
 class AbstractRule(eqx.Module):

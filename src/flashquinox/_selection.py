@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._trees import dotted_name
+from ._trees import dotted_name, is_array
 
 
 Selector: TypeAlias = str | type | eqx.Module | Callable[[Any], bool]
@@ -21,7 +21,8 @@ class Selection:
     - A string is a pattern for the dotted path of a leaf or of a subtree, such as
         `"layers.0"` or `"*.norm"`.
     - A type chooses every subtree that is one of it; an object, itself.
-    - Any other function is called with each leaf.
+    - Any other function is called with each array, or shape of one; not with other
+        leaves, such as activation functions.
     """
 
     def __init__(self, call: str, argument: str, selectors: Selectors):
@@ -33,9 +34,9 @@ class Selection:
         for x in self._selectors:
             if not (isinstance(x, (str, eqx.Module)) or callable(x)):
                 raise TypeError(
-                    f"`{call}({argument}=...)` takes patterns such as "
-                    "'layers.0.*', modules, types of modules, functions of a leaf, or "
-                    f"a list of these; got {x!r}."
+                    f"`{call}({argument}=...)` takes patterns such as 'layers.0.*', "
+                    "modules, types of modules, functions of an array, or a list of "
+                    f"these; got {x!r}."
                 )
 
     def takes(self, path: tuple[Any, ...], node: Any) -> bool:
@@ -72,7 +73,7 @@ def _takes(selector: Any, path: tuple[Any, ...], node: Any) -> bool:
         return isinstance(node, selector)
     if isinstance(selector, eqx.Module):
         return node is selector
-    return jtu.all_leaves([node]) and bool(selector(node))
+    return is_array(node) and bool(selector(node))
 
 
 def children(node: Any) -> tuple[list[tuple[Any, Any]], Callable[..., Any]] | None:

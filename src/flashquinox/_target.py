@@ -103,11 +103,6 @@ def _key_data(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
     return impls[0], shape
 
 
-def is_array(x: Any) -> bool:
-    """Whether a leaf is an array, or the shape of one."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
-
-
 def is_key(x: Any) -> bool:
     """Whether an array is one of random keys, as from `jax.random.key`."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,23 +1,36 @@
 """Pytrees that should look like the model, leaf by leaf and with their paths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from ._codec import QuantMoment
+from ._widened import Widened
 
 
 class Leaf(NamedTuple):
-    """A leaf of the model. `None` is a leaf here."""
+    """A leaf of the model. `None` is a leaf here.
+
+    `unwrapped` is the path that it would have without what
+    [`flashquinox.cast`][] wraps layers in.
+    """
 
     path: tuple[Any, ...]
     value: Any
+    unwrapped: tuple[Any, ...]
 
     @property
     def name(self) -> str:
         return path_name(self.path)
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -34,7 +47,9 @@ def flatten(tree: PyTree) -> tuple[list[Leaf], Callable[[list[Any]], PyTree]]:
     """The leaves of a tree in order, and a function from as many values to such a
     tree."""
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return [Leaf(path, value) for path, value in leaves], treedef.unflatten
+    wraps = set(_wraps((), tree))
+    named = [Leaf(path, value, _without(wraps, path)) for path, value in leaves]
+    return named, treedef.unflatten
 
 
 def match(
@@ -45,22 +60,24 @@ def match(
     `None` in place of a subtree stands for `None` in all of it; with `prefix`, so does
     any other value. A subtree in place of a leaf is an entry if it holds the arrays of
     a `QuantMoment`, as a dictionary: Flax's `nnx.Optimizer` takes apart every pytree
-    that it finds in a state.
+    that it finds in a state. Whether a layer is wrapped in a `Widened` makes no
+    difference, in either tree: a float32 model has none where its bfloat16 copy does.
 
     **Raises:**
 
     `ValueError` with the first path that only one of the two trees has.
     """
-    entries = {leaf.path: leaf.value for leaf in flatten(tree)[0]}
+    given = flatten(tree)[0]
+    entries = {leaf.unwrapped: leaf.value for leaf in given}
     unused = set(entries)
     values = []
     for leaf in leaves:
-        found = _find(entries, leaf.path, prefix)
+        found = _find(entries, leaf.unwrapped, prefix)
         if found is not None:
             unused.discard(found)
             values.append(entries[found])
             continue
-        parts = {path: _key(path) for path in entries if path[:-1] == leaf.path}
+        parts = {path: _key(path) for path in entries if path[:-1] == leaf.unwrapped}
         if set(parts.values()) - {"parameter"} != {"codes", "scales"}:
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
@@ -69,14 +86,30 @@ def match(
             )
         unused.difference_update(parts)
         values.append({key: entries[path] for path, key in parts.items()})
-    for path in entries:
-        if path in unused and entries[path] is not None:
+    for leaf in given:
+        if leaf.unwrapped in unused and leaf.value is not None:
             raise ValueError(
-                f"`{call}`: `{name}` has a leaf at `{path_name(path)}`, where the "
+                f"`{call}`: `{name}` has a leaf at `{leaf.name}`, where the "
                 f"model has none. Pass a `{name}` of the structure of the model"
                 + _structure_hint(name)
             )
     return values
+
+
+def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
+    """Where in a tree there is a `Widened`."""
+    is_wrap = lambda x: isinstance(x, Widened)
+    for below, node in jtu.tree_leaves_with_path(tree, is_leaf=is_wrap):
+        if is_wrap(node):
+            yield (*path, *below)
+            yield from _wraps((*path, *below, jtu.GetAttrKey("layer")), node.layer)
+
+
+def _without(wraps: set[tuple[Any, ...]], path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A path that leaves out the step into each of these."""
+    if not wraps:
+        return path
+    return tuple(key for i, key in enumerate(path) if path[:i] not in wraps)
 
 
 def _key(path: tuple[Any, ...]) -> Any:

@@ -29,7 +29,7 @@ def widen(
     - `model`: the model.
     - `state`: its optimizer state.
     - `leaves`: which weights, as `keep` in [`flashquinox.cast`][]: patterns for dotted
-        paths, types, modules or functions of a leaf. By default, all. Those that have
+        paths, types, modules or functions of an array. By default, all. Those that have
         an `int16` already, or are float32 or float64, stay as they are.
 
     **Returns:**

@@ -23,8 +23,8 @@ from ._digest import digest
 from ._manifest import CheckpointError as CheckpointError
 from ._place import no_mesh
 from ._regroup import regroup
-from ._target import is_array, is_key, Target
-from ._trees import flatten
+from ._target import is_key, Target
+from ._trees import flatten, is_array
 
 
 try:

@@ -18,12 +18,12 @@ from . import _sharding
 from ._blocks import count_layers, part_of
 from ._codec import QuantMoment
 from ._defaults import GROUP_SIZE
-from ._fsdp import fsdp_shardings, is_array
+from ._fsdp import fsdp_shardings
 from ._optimizer import Optimizer, transformation_of
 from ._split import NARROW_DTYPES
 from ._state import OptimizerState
 from ._text import aligned
-from ._trees import flatten, Leaf, match
+from ._trees import flatten, is_array, Leaf, match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,8 @@ class DeviceMemory:
         return None if self.total is None else self.total / max(1, self.parameters)
 
 
+# JAX counts them in 32 bits.
+MOST_DEVICES = 2**31 - 1
 CATEGORIES = (
     "weights",
     "corrections",
@@ -237,6 +239,12 @@ def memory_plan(
     message names the leaf.
     """
     call = "memory_plan"
+    if not hasattr(optim, "init"):
+        raise TypeError(
+            f"`{call}`: `optim` is no optimizer but {optim!r}. Pass "
+            "`flashquinox.adamw(1e-3)`, say, or a transformation of Optax with such an "
+            "optimizer in it."
+        )
     leaves, rebuild = flatten(model)
     parts = {
         name: None if choose is None else set(part_of(call, name, choose, model)[0])
@@ -387,11 +395,12 @@ def _shardings(
 def _as_mesh(call: str, mesh: Any) -> Mesh | AbstractMesh:
     if isinstance(mesh, Mesh | AbstractMesh):
         return mesh
-    if isinstance(mesh, int) and not isinstance(mesh, bool) and mesh >= 1:
-        return AbstractMesh((mesh,), ("fsdp",))
+    if isinstance(mesh, int) and not isinstance(mesh, bool):
+        if 1 <= mesh <= MOST_DEVICES:
+            return AbstractMesh((mesh,), ("fsdp",))
     raise TypeError(
         f"`{call}(mesh=...)` takes a `jax.sharding.Mesh`, an `AbstractMesh`, or a "
-        f"number of devices from 1; got {mesh!r}."
+        f"number of devices from 1 to {MOST_DEVICES}; got {mesh!r}."
     )
 
 

@@ -1,6 +1,6 @@
 """The precision of a model: narrow weights, and the master weights behind them."""
 
-from ._cast import cast as cast, Widened as Widened
+from ._cast import cast as cast
 from ._master_weights import (
     from_master_weights as from_master_weights,
     master_weights as master_weights,
@@ -12,4 +12,5 @@ from ._numerics import (
     NumericsError as NumericsError,
     NumericsReport as NumericsReport,
 )
+from ._widened import Widened as Widened
 from ._width import narrow as narrow, widen as widen

@@ -239,13 +239,33 @@ def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int,
 
 
 def _clip(grads: dict[int, Array], max_norm: ScalarLike | None) -> dict[int, Array]:
-    """Scaled down to at most this norm."""
+    """Scaled down to at most this norm; not finite where they are not."""
     if max_norm is None or not grads:
         return grads
     wide = {i: grad.astype(jnp.float32) for i, grad in grads.items()}
+    # The squares of large numbers are infinite, and those of small ones zero. So the
+    # norm is that of the gradients in another unit, in which the largest is about 1.
+    largest = jnp.stack(
+        [jnp.max(jnp.abs(grad), initial=0.0) for grad in wide.values()]
+    ).max()
+    inverse_unit, unit = _powers_of_two(largest)
+    wide = {i: grad * inverse_unit for i, grad in wide.items()}
     norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in wide.values()))
-    factor = jnp.where(norm <= max_norm, 1.0, max_norm / norm)
-    return {i: (factor * wide[i]).astype(grad.dtype) for i, grad in grads.items()}
+    fits, factor = norm * unit <= max_norm, max_norm / norm
+    return {
+        i: jnp.where(fits, grad, (factor * wide[i]).astype(grad.dtype))
+        for i, grad in grads.items()
+    }
+
+
+def _powers_of_two(x: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The inverse of one that is about x, and that one: products with them are exact.
+    Those of an infinity, or of NaN, are finite."""
+    exponent = lax.bitcast_convert_type(x, jnp.uint32) >> 23
+    # Both are normal numbers.
+    exponent = jnp.clip(exponent, 1, 253)
+    power = lambda biased: lax.bitcast_convert_type(biased << 23, jnp.float32)
+    return power(254 - exponent), power(exponent)
 
 
 #

@@ -18,7 +18,7 @@ from .._codec import (
 )
 from .._curves import AbstractCurve
 from .._layout import Layout
-from .._rule import MomentKind
+from .._rule import is_kind, MomentKind
 from .._scales import decode_scale, encode_scale
 
 
@@ -49,6 +49,9 @@ class CompandedCodec(AbstractMomentCodec):
     curve: AbstractCurve
     # Of the curve, while a step is computed.
     parameter: Scalar | None = None
+
+    def __check_init__(self):
+        is_kind("CompandedCodec", self.kind)
 
     @property
     def flattened(self) -> bool:

@@ -14,7 +14,7 @@ from .._codec import (
     zeros,
 )
 from .._layout import Layout
-from .._rule import MomentKind
+from .._rule import is_kind, MomentKind
 
 
 class FlashOptimCodec(AbstractMomentCodec):
@@ -36,6 +36,9 @@ class FlashOptimCodec(AbstractMomentCodec):
     """
 
     kind: MomentKind = eqx.field(static=True)
+
+    def __check_init__(self):
+        is_kind("FlashOptimCodec", self.kind)
 
     @property
     def flattened(self) -> bool:

@@ -17,8 +17,8 @@ from .. import _checks as checks
 from .._master_weights import with_corrections
 from .._split import decode_weight
 from .._state import OptimizerState
-from .._target import is_array, is_key, Target
-from .._trees import dotted_name, flatten, Leaf
+from .._target import is_key, Target
+from .._trees import dotted_name, flatten, is_array, Leaf
 
 
 # What NumPy calls the dtypes of files.
@@ -71,17 +71,17 @@ def save_safetensors(
 
     **Raises:**
 
+    `FileNotFoundError` or `IsADirectoryError` if there can be no file at `path`;
     `TypeError` if an array has no value, or a dtype that these files do not have;
     `ValueError` if two leaves have the same path, or the state is not one of this
     model; `ImportError` without the package `safetensors`.
     """
     call = "save_safetensors"
     package = _package(call)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"`{call}(dtype=...)` must be a floating-point dtype; got "
-            f"{jnp.dtype(dtype)}."
-        )
+    if dtype is not None:
+        dtype = checks.floating_dtype(f"{call}(dtype=...)", dtype)
+    if jax.process_index() == 0:
+        _check_path(call, os.fspath(path))
     if state is None:
         leaves, _ = flatten(model)
         corrections: list[Any] = [None for _ in leaves]
@@ -193,6 +193,19 @@ def _named(call: str, leaves: list[Leaf]) -> dict[str, Leaf]:
             )
         named[name] = leaf
     return named
+
+
+def _check_path(call: str, path: str) -> None:
+    folder = os.path.dirname(path) or os.curdir
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"`{call}`: there is no folder {folder}, where {path} is to be. Make it "
+            "first."
+        )
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"`{call}`: {path} is a folder. Pass the path of a file."
+        )
 
 
 def _check_value(call: str, leaf: Leaf) -> None:

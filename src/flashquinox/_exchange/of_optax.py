@@ -94,6 +94,8 @@ def from_optax(optax_state: PyTree, state: PyTree) -> PyTree:
                 getattr(source, name),
                 stored,
             )
+    else:
+        _has_no_moments(call, optax_state)
     count = _same(call, _counts(optax_state, source))
     if count is None:
         count = target.count
@@ -159,6 +161,8 @@ def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
         if _is_counted(target):
             fields["count"] = as_count(call, count, target.count)
         optax_state = _replace(optax_state, kind, target._replace(**fields))
+    else:
+        _has_no_moments(call, optax_state)
     return _with_counts(call, optax_state, count)
 
 
@@ -222,6 +226,29 @@ def _only(call: str, name: str, tree: PyTree, kind: type[_T]) -> _T:
         f"`{call}`: there are {len(found)} `{kind.__name__}`s in `{name}`, and it "
         "cannot be told which is meant. Pass the part of it that has the one."
     )
+
+
+def _has_no_moments(call: str, optax_state: PyTree) -> None:
+    """As `optax.sgd` without momentum."""
+
+    def keeps(x: Any) -> bool:
+        is_optax = type(x).__module__.partition(".")[0] == "optax"
+        return is_optax and bool({"mu", "nu", "trace"} & {*getattr(x, "_fields", ())})
+
+    for node in jtu.tree_leaves(optax_state, is_leaf=keeps):
+        if keeps(node):
+            raise ValueError(
+                f"`{call}`: the `{type(node).__name__}` in `optax_state` has moments, "
+                "but `state` has none, as of `flashquinox.sgd` without momentum. Pass "
+                "states of optimizers with the same moments."
+            )
+    kinds = optax.EmptyState, *_schedules(), *_CALLS
+    if not any(_all(optax_state, kind) for kind in kinds):
+        raise ValueError(
+            f"`{call}`: `state` has no moments, but `optax_state`, which is a "
+            f"{type(optax_state).__name__}, is no state of an Optax optimizer without "
+            "moments. Pass one of `optax.sgd`."
+        )
 
 
 def _replace(tree: PyTree, kind: type, new: Any) -> PyTree:
