@@ -89,10 +89,11 @@ def _find(
             raise ValueError(
                 f"`{call}`: the weight at `{leaf.name}` is on the mesh "
                 f"{mesh_text(mesh)}, and it is not known how it is divided there: "
-                "inside `jit`, JAX does not tell. Call `init` outside of `jit`, on the "
-                "weights where they shall be, and the state knows; or use a mesh with "
-                "axes of type `Explicit`; or pass `shardings=jax.tree.map(lambda x: "
-                "x.sharding, eqx.filter(model, eqx.is_array))` to the optimizer."
+                "inside `jit` and `vmap`, JAX does not tell. Call `init` outside of "
+                "them, on the weights where they shall be, and the state knows; or use "
+                "a mesh with axes of type `Explicit`; or pass `shardings=...` to the "
+                "optimizer: a `NamedSharding` for each weight, which under `vmap` is "
+                "that of one member."
             )
         if written.mesh.shape != mesh.shape:
             raise ValueError(
