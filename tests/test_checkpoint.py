@@ -852,6 +852,51 @@ def test_without_orbax(monkeypatch):
 
 
 #
+# Other versions of the library
+#
+
+
+_FORMAT_1 = Path(__file__).parent / "data" / "checkpoint-format-1"
+
+
+def _of_format_1():
+    """What is stored in the repository: bits that follow from the order of the leaves
+    alone."""
+    optim = fq.adamw(
+        1e-2,
+        **dict(master_weight_bits=24, moments="flashquinox", group_size=32),
+        backend="xla",
+    )
+    model = {"w": jnp.zeros((4, 64), jnp.bfloat16), "b": jnp.zeros(3)}
+    key = jax.random.PRNGKey(0)
+    state = (optim.init(model), key, np.zeros(2, np.int64), jnp.zeros((0, 2)))
+    leaves, structure = jtu.tree_flatten((model, state))
+    for number, x in enumerate(leaves):
+        bits = (np.arange(x.nbytes) * 89 + number) % 251
+        filled = bits.astype(np.uint8).view(x.dtype).reshape(x.shape)
+        leaves[number] = filled if isinstance(x, np.ndarray) else jnp.asarray(filled)
+    return structure.unflatten(leaves)
+
+
+def test_format_1(tmp_path):
+    stored = _of_format_1()
+    like = jtu.tree_map(
+        lambda x: (np if isinstance(x, np.ndarray) else jnp).zeros_like(x), stored
+    )
+    shutil.copytree(_FORMAT_1, tmp_path, dirs_exist_ok=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [1]
+        assert tree_identical(checkpoints.restore(*like), stored)
+
+
+def write_format_1(directory):
+    """`python -m tests.test_checkpoint write_format_1 DIRECTORY` wrote it, once. A
+    checkpoint of a later format goes beside it."""
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, *_of_format_1())
+
+
+#
 # Other processes
 #
 
