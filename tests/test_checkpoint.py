@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -321,6 +322,90 @@ def test_steps(tmp_path):
         assert reader.latest_step() == 9
 
 
+def test_save_returns_before_files_are_complete(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    released = threading.Event()
+    finalize = ocp.PyTreeCheckpointHandler.finalize
+
+    def held(self, directory):
+        # In the thread of the caller, it would wait for itself.
+        assert threading.current_thread() is not threading.main_thread()
+        assert released.wait(timeout=20)
+        finalize(self, directory)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", held)
+    model, state = _trained()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, model, state)
+        assert not (tmp_path / "1").exists()
+        released.set()
+        assert checkpoints.latest_step() == 1
+        _assert_restores(checkpoints, model, state)
+
+
+def test_what_a_killed_save_leaves(tmp_path):
+    model, state = weights("matrix"), ()
+    leftovers = [tmp_path / f"{step}.orbax-checkpoint-tmp" for step in (2, 9)]
+    for folder in leftovers:
+        (folder / "arrays").mkdir(parents=True)
+        (folder / "arrays" / "data").write_bytes(b"1234")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(1, model, state)
+        # Another process might still write them.
+        assert checkpoints.all_steps() == [1] and all(f.exists() for f in leftovers)
+        checkpoints.save(2, model, state)
+        checkpoints.wait()
+        assert [folder.exists() for folder in leftovers] == [False, True]
+        shutil.rmtree(leftovers[1])
+        _assert_restores(checkpoints, model, state, 2)
+
+
+def test_without_arrays(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, tree in enumerate(({}, {"f": jax.nn.relu}, {"x": jnp.zeros((0, 3))})):
+            checkpoints.save(step, tree, ())
+            _assert_restores(checkpoints, tree, ())
+        assert checkpoints.all_steps() == [0, 1, 2]
+
+
+def test_after_close(tmp_path):
+    model, state = weights("matrix"), ()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, model, state)
+    with pytest.raises(ValueError, match="came after `close`") as info:
+        checkpoints.save(2, model, state)
+    message = str(info.value)
+    assert "`Checkpoints.save(step=2)`" in message and str(tmp_path) in message
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    # There is nothing to wait for.
+    _assert_restores(checkpoints, model, state)
+
+
+@pytest.mark.usefixtures("without_typechecker")
+def test_how_many_to_keep(tmp_path):
+    model, state = weights("matrix"), ()
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, model, state)
+    for name in ("max_to_keep", "keep_period"):
+        for value in (0, -1, 1.5, 1.0, "3", True, [2]):
+            with pytest.raises(ValueError) as info:
+                Checkpoints(tmp_path / "new", **{name: value})
+            message = str(info.value)
+            assert f"`Checkpoints({name}=...)`" in message and "from 1" in message
+            assert message.endswith(f"got {value!r}.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    with Checkpoints(tmp_path, max_to_keep=None, keep_period=None) as checkpoints:
+        checkpoints.save(3, model, state)
+        assert checkpoints.all_steps() == [1, 2, 3]
+    with Checkpoints(tmp_path, max_to_keep=np.int64(1)) as checkpoints:
+        checkpoints.save(4, model, state)
+        assert checkpoints.all_steps() == [4]
+
+
 def test_relative_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Checkpoints("below/here") as checkpoints:
@@ -501,6 +586,57 @@ def test_64_bits(saved):
             "`model['more']`",
             "int64",
             "jax_enable_x64",
+        )
+
+
+def test_shardings_that_do_not_divide(tmp_path):
+    mesh = jax.sharding.Mesh(jax.devices()[:4], ("data",))
+    keys = jax.random.split(jax.random.key(0), 6)
+    arrays = {"w": jnp.ones((6, 64)), "keys": keys}
+
+    def like(name, spec):
+        x = arrays[name]
+        there = NamedSharding(mesh, spec)
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+        return arrays | {name: shape}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, arrays, ())
+        for name, shape in (("w", "(6, 64)"), ("keys", "(6,)")):
+            with pytest.raises(CheckpointError) as info:
+                checkpoints.restore(like(name, P("data")), ())
+            message = str(info.value)
+            for part in (f"`model['{name}']`", shape, "'data'", "(data=4)", "another"):
+                assert part in message, message
+            assert "damaged" not in message and "delete" not in message
+        for spec in (P(None, "data"), P()):
+            restored, _ = checkpoints.restore(like("w", spec), ())
+            assert restored["w"].sharding == NamedSharding(mesh, spec)
+            assert tree_identical(_key_data(restored), _key_data(arrays))
+
+
+def test_what_is_no_damage(saved, monkeypatch):
+    directory, model, state = saved
+    with Checkpoints(directory) as checkpoints:
+
+        def fail(error):
+            def read(*_):
+                raise error
+
+            monkeypatch.setattr(checkpoints, "_read_arrays", read)
+
+        # The machine has too little memory: that is for the caller to see.
+        for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")):
+            fail(error)
+            with pytest.raises(type(error)) as info:
+                checkpoints.restore(model, state)
+            assert info.value is error
+        # What it may be is not said to be damage.
+        fail(OSError("Too many open files.\nAnd so on"))
+        _raises(
+            lambda: checkpoints.restore(model, state),
+            "cannot be read (OSError: Too many open files). Unless",
         )
 
 
@@ -713,6 +849,51 @@ def test_without_orbax(monkeypatch):
     monkeypatch.delitem(sys.modules, "flashquinox.checkpoint")
     with pytest.raises(ImportError, match=r"pip install \"flashquinox\[checkpoint\]\""):
         importlib.import_module("flashquinox.checkpoint")
+
+
+#
+# Other versions of the library
+#
+
+
+_FORMAT_1 = Path(__file__).parent / "data" / "checkpoint-format-1"
+
+
+def _of_format_1():
+    """What is stored in the repository: bits that follow from the order of the leaves
+    alone."""
+    optim = fq.adamw(
+        1e-2,
+        **dict(master_weight_bits=24, moments="flashquinox", group_size=32),
+        backend="xla",
+    )
+    model = {"w": jnp.zeros((4, 64), jnp.bfloat16), "b": jnp.zeros(3)}
+    key = jax.random.PRNGKey(0)
+    state = (optim.init(model), key, np.zeros(2, np.int64), jnp.zeros((0, 2)))
+    leaves, structure = jtu.tree_flatten((model, state))
+    for number, x in enumerate(leaves):
+        bits = (np.arange(x.nbytes) * 89 + number) % 251
+        filled = bits.astype(np.uint8).view(x.dtype).reshape(x.shape)
+        leaves[number] = filled if isinstance(x, np.ndarray) else jnp.asarray(filled)
+    return structure.unflatten(leaves)
+
+
+def test_format_1(tmp_path):
+    stored = _of_format_1()
+    like = jtu.tree_map(
+        lambda x: (np if isinstance(x, np.ndarray) else jnp).zeros_like(x), stored
+    )
+    shutil.copytree(_FORMAT_1, tmp_path, dirs_exist_ok=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [1]
+        assert tree_identical(checkpoints.restore(*like), stored)
+
+
+def write_format_1(directory):
+    """`python -m tests.test_checkpoint write_format_1 DIRECTORY` wrote it, once. A
+    checkpoint of a later format goes beside it."""
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, *_of_format_1())
 
 
 #

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 
 from ._manifest import CheckpointError
+from ._sharding import mesh_text
 
 
 class Target(NamedTuple):
@@ -32,6 +33,8 @@ class Target(NamedTuple):
             sharding = None
         if isinstance(sharding, NamedSharding):
             sharding = _concrete(call, name, sharding)
+        if sharding is not None:
+            _divides(call, name, like.shape, sharding)
         shape, dtype, key_impl = like.shape, like.dtype, None
         if is_key(like):
             key_impl, data = _key_data(like)
@@ -89,6 +92,23 @@ def _concrete(call: str, name: str, sharding: NamedSharding) -> NamedSharding:
             "`with jax.set_mesh(mesh):`, with a mesh of these axes."
         )
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def _divides(call: str, name: str, shape: tuple[int, ...], sharding: Sharding) -> None:
+    """Whether an array of this shape can be sharded so: of a `jax.ShapeDtypeStruct`,
+    JAX does not look."""
+    try:
+        sharding.shard_shape(shape)
+    except (ValueError, IndexError):
+        how = f"{sharding}"
+        if isinstance(sharding, NamedSharding):
+            how = f"{sharding.spec} on {mesh_text(sharding.mesh)}"
+        raise CheckpointError(
+            f"`{call}`: `{name}`, of shape {shape}, cannot be sharded by {how}: an "
+            "axis must be a multiple of the parts it is divided into. Give the leaf to "
+            "restore to another `sharding`: along another axis, over fewer devices, or "
+            "`PartitionSpec()` for all of it on every device."
+        ) from None
 
 
 def _key_data(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:

@@ -46,6 +46,11 @@ class Checkpoints:
     Use it as a context manager, or call `close`: a save may still be under way. With
     several processes, all of them make the same calls, and share the directory.
 
+    A process that is killed while it saves leaves a folder behind that is called
+    `N.orbax-checkpoint-tmp`. It never counts as a checkpoint. It is removed when step
+    `N` is saved again, and otherwise stays, as another process might still write to it:
+    delete it when no process saves.
+
     ??? Example
 
         ```python
@@ -70,15 +75,18 @@ class Checkpoints:
 
         - `directory`: where the checkpoints are; made if it does not exist. A path, or
             an address that Orbax knows, such as `gs://...`.
-        - `max_to_keep`: how many checkpoints to keep. Once a new one is complete, the
-            oldest are deleted. `None` keeps all.
+        - `max_to_keep`: how many checkpoints to keep, at least 1. Once a new one is
+            complete, the oldest are deleted. `None` keeps all.
         - `keep_period`: if given, checkpoints of steps that it divides are kept
             whatever `max_to_keep` is.
 
         **Raises:**
 
         [`flashquinox.checkpoint.CheckpointError`][] if `directory` is a file.
+        `ValueError` if `max_to_keep` or `keep_period` is no whole number from 1.
         """
+        max_to_keep = _from_one("max_to_keep", max_to_keep, "None to keep all")
+        keep_period = _from_one("keep_period", keep_period, "None for no such steps")
         directory = os.fspath(directory)
         if "://" not in directory:
             directory = os.path.abspath(directory)
@@ -88,6 +96,7 @@ class Checkpoints:
                     "holds one folder for each step."
                 )
         self._directory = directory
+        self._closed = False
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(max_to_keep)]
         if keep_period is not None:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
@@ -125,10 +134,17 @@ class Checkpoints:
         **Raises:**
 
         `CheckpointError` if the directory has a checkpoint of this or a later step.
+        `ValueError` after `close`.
         `TypeError` if an array has no value, or none that can be stored. Whatever went
         wrong in the background during the previous save.
         """
         call, step = "Checkpoints.save", operator.index(step)
+        if self._closed:
+            raise ValueError(
+                f"`{call}(step={step})` came after `close`, or after the end of the "
+                "`with` block, which closes. Save before that, or open the directory "
+                f"again: `Checkpoints({self._directory!r})`."
+            )
         leaves, _ = _flatten(call, model, state)
         arrays = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         for name, x in arrays.items():
@@ -145,19 +161,12 @@ class Checkpoints:
         with no_mesh():
             digests = _digests(stored)
         manifest = manifests.make(__version__, arrays, digests, _moments(model, state))
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    # Orbax refuses arrays without elements.
-                    _ARRAYS: ocp.args.PyTreeSave(
-                        {name: x for name, x in stored.items() if x.size > 0}
-                    ),
-                    _MANIFEST: ocp.args.JsonSave(manifest),
-                }
-            ),
-            force=True,
-        )
+        items: dict[str, Any] = {_MANIFEST: ocp.args.JsonSave(manifest)}
+        # Orbax refuses arrays without elements, and trees without arrays.
+        stored = {name: x for name, x in stored.items() if x.size > 0}
+        if stored:
+            items[_ARRAYS] = ocp.args.PyTreeSave(stored)
+        saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         assert saved
 
     def restore(
@@ -212,10 +221,15 @@ class Checkpoints:
             requests[scales] = _TO_NUMPY
         try:
             restored = self._read_arrays(step, targets, requests)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            # Of the machine, such as too little memory: the files may well be sound.
+            raise
         except Exception as error:
+            # What is damaged fails in too many ways to be told from all others.
             raise CheckpointError(
-                f"`{call}`: the arrays of {where} are damaged, or cannot be read "
-                f"({type(error).__name__}). {self._remedy(step)}"
+                f"`{call}`: the arrays of {where} cannot be read ({_first_line(error)})"
+                ". Unless that names another cause, its files are damaged. "
+                f"{self._remedy(step)}"
             ) from error
 
         with no_mesh():
@@ -278,7 +292,9 @@ class Checkpoints:
             raise
 
     def close(self) -> None:
-        """Waits, and lets go of the directory. Raises what `wait` raises."""
+        """Waits, and lets go of the directory: nothing can be saved any more. Raises
+        what `wait` raises."""
+        self._closed = True
         self._manager.close()
 
     def _choose(self, call: str, step: SupportsIndex | None) -> int:
@@ -309,9 +325,10 @@ class Checkpoints:
             return self._manager.restore(step, args=items)[_MANIFEST]
         except Exception as error:
             raise CheckpointError(
-                f"`{call}`: {self._path(step)} has no manifest that can be read: it is "
-                "damaged, or no checkpoint of flashquinox. Pass the directory that was "
-                f"given to `Checkpoints` when it was saved. {self._remedy(step)}"
+                f"`{call}`: {self._path(step)} has no manifest that can be read "
+                f"({_first_line(error)}): it is damaged, or no checkpoint of "
+                "flashquinox. Pass the directory that was given to `Checkpoints` when "
+                f"it was saved. {self._remedy(step)}"
             ) from error
 
     def _read_arrays(
@@ -340,6 +357,29 @@ _ARRAYS = "arrays"
 _MANIFEST = "flashquinox"
 
 _TO_NUMPY = ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _from_one(name: str, value: Any, otherwise: str) -> int | None:
+    """An argument of `Checkpoints` as a whole number from 1, or `None`."""
+    if value is None:
+        return None
+    try:
+        number = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(
+            f"`Checkpoints({name}=...)` must be a whole number from 1, or {otherwise}; "
+            f"got {value!r}."
+        )
+    return number
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0].rstrip(".")
+    if len(line) > 200:
+        line = f"{line[:200]}..."
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 #
