@@ -102,8 +102,7 @@ def compile_step(
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     found = {
-        name: len(re.findall(rf"[ )]{name}(?:-start)?\(", text))
-        for name in COLLECTIVES
+        name: len(re.findall(rf"[ )]{name}(?:-start)?\(", text)) for name in COLLECTIVES
     }
     return {
         "argument bytes": memory.argument_size_in_bytes,
