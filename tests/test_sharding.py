@@ -188,7 +188,7 @@ def test_devices_do_not_communicate(layout, types):
     state = optim.init(model)
     step = jax.jit(optim.step, donate_argnums=(0, 1))
     compiled = step.lower(model, state, model).compile()
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     assert not _COLLECTIVES.search(text)
     for name in ("matrix", "stack", "ragged"):
         if any(shardings[name].spec):

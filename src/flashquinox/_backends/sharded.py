@@ -157,9 +157,8 @@ def _learn(
     for (i, name), before, after in zip(keys, old, fitted, strict=True):
         # Also where it has to be: GPUs make many such scalars in one kernel, but not
         # those that are nothing but a part of an array.
-        take = _learning.is_due(steps[i].scalars.count)
-        if steps[i].scalars.take is not None:
-            take = take & steps[i].scalars.take
+        due, take = _learning.is_due(steps[i].scalars.count), steps[i].scalars.take
+        take = due if take is None else due & take
         learned[i][name] = before, jnp.where(take, after, before)
     return learned
 
