@@ -268,6 +268,11 @@ def _axes(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> list[str]:
     ]
 
 
+def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether types tell something of how arrays are divided."""
+    return bool(_axes(mesh, AxisType.Explicit))
+
+
 def free_axes(mesh: Mesh | AbstractMesh) -> list[str]:
     """Those over which a program is not divided by hand already."""
     return _axes(mesh, AxisType.Auto, AxisType.Explicit)
