@@ -60,8 +60,8 @@ def make(
                 _sharding.of_arrays(x, shardings[i])  # pyright: ignore
                 for i, x in zip(indices, shapes, strict=True)
             ]
-            # On axes that are `Explicit`, where a mesh is set, types tell how arrays are
-            # divided, and not `jit`.
+            # On `Explicit` axes of a mesh that is set, types tell how arrays are divided,
+            # and not `jit`.
             is_set = not jax.sharding.get_abstract_mesh().empty
             by_type = is_traced and is_set and _sharding.is_explicit(mesh)
             if isinstance(mesh, Mesh) and not by_type:
