@@ -60,7 +60,7 @@ def make(
                 _sharding.of_arrays(x, shardings[i])  # pyright: ignore
                 for i, x in zip(indices, shapes, strict=True)
             ]
-            # On `Explicit` axes of a mesh that is set, types tell how arrays are divided,
+            # On `Explicit` axes of a mesh that is set, types tell how arrays lie,
             # and not `jit`.
             is_set = not jax.sharding.get_abstract_mesh().empty
             by_type = is_traced and is_set and _sharding.is_explicit(mesh)
