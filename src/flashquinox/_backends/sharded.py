@@ -156,10 +156,11 @@ def _learn(
         fit = _on_parts(fit, mesh, (in_specs, PartitionSpec()), PartitionSpec())
     fitted = fit(steps, old)
     learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
+    # `fitted` is `old` where no fit is due. Chosen all the same, for GPUs: they make many
+    # such scalars in one kernel, but parts of an array each in its own.
+    due = _learning.is_due(steps[0].scalars.count)
     for (i, name), before, after in zip(keys, old, fitted, strict=True):
-        # Also where it has to be: GPUs make many such scalars in one kernel, but not
-        # those that are nothing but a part of an array.
-        due, take = _learning.is_due(steps[i].scalars.count), steps[i].scalars.take
+        take = steps[i].scalars.take
         take = due if take is None else due & take
         learned[i][name] = before, jnp.where(take, after, before)
     return learned
