@@ -156,8 +156,8 @@ def _learn(
         fit = _on_parts(fit, mesh, (in_specs, PartitionSpec()), PartitionSpec())
     fitted = fit(steps, old)
     learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
-    # `fitted` is `old` where no fit is due. Chosen all the same, for GPUs: they make many
-    # such scalars in one kernel, but parts of an array each in its own.
+    # `fitted` is `old` where no fit is due. Chosen all the same, for GPUs: they make
+    # many such scalars in one kernel, but parts of an array each in its own.
     due = _learning.is_due(steps[0].scalars.count)
     for (i, name), before, after in zip(keys, old, fitted, strict=True):
         take = steps[i].scalars.take
