@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import flashquinox as fq
 
 from . import _architectures as architectures
-from ._defaults import GROUP_SIZE, MASTER_WEIGHT_BITS
+from ._defaults import AUTO_BITS, GROUP_SIZE, MASTER_WEIGHT_BITS
 from ._moment_codecs import MomentCodecs
 from .memory import MOST_DEVICES
 
@@ -173,9 +173,9 @@ def parser() -> Parser:
     add(
         "--master-weight-bits",
         type=bits,
-        default=argparse.SUPPRESS,
+        default=MASTER_WEIGHT_BITS,
         metavar="N",
-        help=f"24, 32 or none ({MASTER_WEIGHT_BITS}; none for float32)",
+        help=f"24, 32 or none ({AUTO_BITS}; none for float32)",
     )
     add(
         "--moments",
@@ -236,6 +236,7 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
 
 def make_optimizer(settings: argparse.Namespace) -> fq.Optimizer:
     arguments: dict[str, Any] = {
+        "master_weight_bits": settings.master_weight_bits,
         "moments": settings.moments,
         "group_size": settings.group_size,
     }
@@ -243,10 +244,6 @@ def make_optimizer(settings: argparse.Namespace) -> fq.Optimizer:
         if settings.optimizer not in ("sgd", "sgdw"):
             raise ValueError("--momentum: only of sgd and sgdw")
         arguments["momentum"] = settings.momentum
-    if hasattr(settings, "master_weight_bits"):
-        arguments["master_weight_bits"] = settings.master_weight_bits
-    elif settings.dtype == "float32":
-        arguments["master_weight_bits"] = None
     make: Callable[..., fq.Optimizer] = getattr(fq, settings.optimizer)
     return make(1e-3, **arguments)
 

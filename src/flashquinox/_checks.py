@@ -5,7 +5,7 @@ Each message says which call it was, which leaf, what came, and what to do.
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, Literal
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ from . import _sharding
 from ._backends.dispatch import Backend, BACKENDS
 from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
-from ._defaults import Unknown
+from ._defaults import AUTO_BITS, StaticBits, Unknown
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
 from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
@@ -80,17 +80,20 @@ def is_number(call: str, name: str, value: Any) -> None:
         )
 
 
-def master_weight_bits(call: str, value: Any) -> int | Unknown | None:
-    """The argument of this name as a Python number, if it is known."""
+def master_weight_bits(call: str, value: Any) -> StaticBits:
+    """The argument of this name, as a Python number if it is a known one."""
     bits = _known_integer(value)
-    if bits is None or bits is Unknown.TRACED or bits in CORRECTION_DTYPES:
+    if bits is None or bits is Unknown.TRACED:
         return bits
+    if isinstance(bits, int | str) and bits in (*CORRECTION_DTYPES, "auto"):
+        return cast(StaticBits, bits)
     raise ValueError(
-        f"`{call}(master_weight_bits=...)` must be 24, 32 or None; got {bits!r}."
+        f"`{call}(master_weight_bits=...)` must be 'auto', 24, 32 or None; got "
+        f"{value!r}."
     )
 
 
-def dither_weights(call: str, value: Any, bits: int | Unknown | None) -> bool:
+def dither_weights(call: str, value: Any, bits: StaticBits) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
             f"`{call}(dither_weights=...)` must be True or False; got {value!r}."
@@ -107,19 +110,24 @@ def dither_weights(call: str, value: Any, bits: int | Unknown | None) -> bool:
 def group_size(call: str, value: Any) -> int | Unknown:
     """The argument of this name as a Python number, if it is known."""
     size = _known_integer(value)
-    if size is Unknown.TRACED or size in range(16, 129, 16):
+    if size is Unknown.TRACED or (isinstance(size, int) and size in range(16, 129, 16)):
         return size
     raise ValueError(
-        f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128; "
-        f"got {size!r}."
+        f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128, as an "
+        f"integer; got {value!r}."
     )
 
 
 def _known_integer(value: Any) -> Any:
+    """An integer as a Python number. A float is none, but for a JAX array, in which
+    `optax.inject_hyperparams` keeps every number."""
     if isinstance(value, jax.core.Tracer):
         return Unknown.TRACED
-    if eqx.is_array_like(value) and not isinstance(value, bool) and np.ndim(value) == 0:
-        return np.asarray(value).item()
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        number = value.item()
+        return int(number) if number in range(256) else number
     return value
 
 
@@ -220,10 +228,8 @@ def is_trained(leaf: Leaf, call: str) -> bool:
     )
 
 
-def correction_has_effect(
-    call: str, bits: int | Unknown | None, trained: list[Leaf]
-) -> None:
-    if bits is None or not trained:
+def correction_has_effect(call: str, bits: StaticBits, trained: list[Leaf]) -> None:
+    if bits in (None, "auto") or not trained:
         return
     if any(jnp.dtype(leaf.value.dtype) in NARROW_DTYPES for leaf in trained):
         return
@@ -232,12 +238,12 @@ def correction_has_effect(
         f"{len(trained)} weights is bfloat16 or float16 (`{trained[0].name}` is "
         f"{trained[0].value.dtype}). Cast the model first, "
         "`model = flashquinox.cast(model, jnp.bfloat16)`, or pass "
-        "`master_weight_bits=None`."
+        "`master_weight_bits=None`, or leave it out."
     )
 
 
 def structure_is_known(
-    call: str, bits: int | Unknown | None, size: int | Unknown
+    call: str, bits: StaticBits, size: int | Unknown
 ) -> tuple[Any, int]:
     """The dtype of corrections and the group size, which `init` must know."""
     for name, value in (("master_weight_bits", bits), ("group_size", size)):
@@ -248,7 +254,14 @@ def structure_is_known(
                 f'`static_args=("master_weight_bits", "group_size")`, or leave it out.'
             )
     assert not isinstance(bits, Unknown) and not isinstance(size, Unknown)
-    return None if bits is None else CORRECTION_DTYPES[bits], size
+    return correction_dtype(bits), size
+
+
+def correction_dtype(bits: int | Literal["auto"] | None) -> Any:
+    """Of corrections of so many bits, master weight and all. `None` for none."""
+    if bits is None:
+        return None
+    return CORRECTION_DTYPES[AUTO_BITS if bits == "auto" else bits]
 
 
 def is_given(call: str, name: str, tree: Any) -> None:
@@ -308,6 +321,18 @@ def is_state(call: str, state: Any, rule: AbstractRule | None) -> None:
         )
 
 
+def is_one_state(call: str, state: OptimizerState) -> None:
+    """Whether this is the state of one model, not of an ensemble of them."""
+    shape = np.shape(state.count)
+    if shape != ():
+        raise ValueError(
+            f"`{call}`: the state has counts of shape {shape}: it is one of an "
+            f"ensemble, which `vmap` made. Take the step under `vmap` too, as "
+            "`eqx.filter_vmap(optim.step)(model, state, grads)`, or make the state "
+            "with `init` alone."
+        )
+
+
 def moments_fit(
     call: str,
     leaf: Leaf,
@@ -331,35 +356,35 @@ def moments_fit(
 
 
 def width_fits(
-    call: str, leaf: Leaf, correction: Correction | None, bits: int | Unknown | None
+    call: str, leaf: Leaf, correction: Correction | None, bits: StaticBits
 ) -> None:
     """Whether a correction has the width that was asked for, or more: the state
     decides, as `flashquinox.widen` changes it leaf by leaf."""
-    if isinstance(bits, Unknown):
+    dtype = jnp.dtype(leaf.value.dtype)
+    if correction is not None and dtype not in NARROW_DTYPES:
+        raise ValueError(
+            f"`{call}`: the weight at `{leaf.name}` is {dtype}, but the state has an "
+            f"{correction.dtype} correction for it: when the state was made, it was "
+            "bfloat16 or float16. Cast the model back, or make a new state with `init`."
+        )
+    if isinstance(bits, Unknown) or dtype not in NARROW_DTYPES:
         return
-    expected = None
-    if bits is not None and jnp.dtype(leaf.value.dtype) in NARROW_DTYPES:
-        expected = CORRECTION_DTYPES[bits]
+    expected = correction_dtype(bits)
     found = None if correction is None else jnp.dtype(correction.dtype)
     if found == expected:
         return
-    if (
-        found is not None
-        and expected is not None
-        and found.itemsize > expected.itemsize
-    ):
-        return
-    widths: dict[Any, int] = {
-        dtype: width for width, dtype in CORRECTION_DTYPES.items()
-    }
     remedy = ""
     if found is not None and expected is not None:
+        if found.itemsize > expected.itemsize:
+            return
         remedy = ", or move it to more bits with `flashquinox.widen`"
+    widths = {width_dtype: width for width, width_dtype in CORRECTION_DTYPES.items()}
+    wanted = f"{AUTO_BITS}`, as 'auto' is here" if bits == "auto" else f"{bits}`"
     raise ValueError(
-        f"`{call}`: at `{leaf.name}`, a {leaf.value.dtype} weight, the state was "
-        f"made with `master_weight_bits={widths.get(found)}`, this optimizer with "
-        f"`master_weight_bits={bits}`. Make a new state with `init`, or pass the "
-        f"state's width{remedy}."
+        f"`{call}`: at `{leaf.name}`, a {dtype} weight, the state was made with "
+        f"`master_weight_bits={None if found is None else widths[found]}`, this "
+        f"optimizer with `master_weight_bits={wanted}. Make a new state with `init`, "
+        f"or pass the state's width{remedy}."
     )
 
 

@@ -5,7 +5,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 
 from . import _checks as checks
 from ._backends.dispatch import Backend
-from ._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from ._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
 from ._state import OptimizerState
@@ -87,7 +87,7 @@ def optimizer(
     decouple_lr: bool = False,
     peak_learning_rate: ScalarLike | None = None,
     mask: Mask | None = None,
-    master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
+    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
     moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
@@ -115,7 +115,8 @@ def optimizer(
         `optax.adamw`.
     - `master_weight_bits`: the precision in which bfloat16 and float16 weights
         accumulate updates. 24 adds an `int8` correction per weight, 32 an `int16`;
-        `None` none.
+        `None` none. `"auto"` is 24 for such weights, and nothing for a model, or a
+        group of weights, that has none; a number is an error there.
     - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"learned"` (8 bits,
         by curves that follow the moments), `"flashoptim"` (8 bits, the paper's codec),
         `"float32"` (uncompressed), another name or a pair of names in
@@ -177,7 +178,7 @@ def build_optimizer(
     decouple_lr: bool,
     peak_learning_rate: ScalarLike | None,
     mask: Mask | None,
-    master_weight_bits: Integer | Array | None,
+    master_weight_bits: Bits,
     moments: str | tuple[str, str] | MomentCodecs,
     group_size: Integer | Array,
     skip_nonfinite: bool,

@@ -20,7 +20,7 @@ from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
-from ._defaults import Unknown
+from ._defaults import StaticBits, Unknown
 from ._layout import Layout
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule, MomentKind, rule_scalars, rule_structure
@@ -41,7 +41,7 @@ class Transformation(eqx.Module):
     decoupled: bool = eqx.field(static=True)
     peak_learning_rate: ScalarLike | None
     mask: Mask | None
-    master_weight_bits: int | Unknown | None = eqx.field(static=True)
+    master_weight_bits: StaticBits = eqx.field(static=True)
     codecs: MomentCodecs = eqx.field(static=True)
     group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
@@ -156,6 +156,7 @@ class Transformation(eqx.Module):
         """Takes a model and its state apart, for one step."""
         leaves, rebuild = flatten(params)
         checks.is_state(call, state, self.rule)
+        checks.is_one_state(call, state)
         shardings = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [

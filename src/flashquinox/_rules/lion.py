@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
-from .._defaults import GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
 from .._optimizer import build_optimizer, Optimizer
 from .._rule import AbstractRule, MomentKind
@@ -74,7 +74,7 @@ def lion(
     *,
     decouple_lr: bool = False,
     peak_learning_rate: ScalarLike | None = None,
-    master_weight_bits: Integer | Array | None = MASTER_WEIGHT_BITS,
+    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
     moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
