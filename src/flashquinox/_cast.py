@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from . import _checks as checks
+from ._number_checks import check_flag
 from ._selection import children, Selection, Selectors
 from ._trees import is_array
 from ._widened import Widened
@@ -50,6 +51,7 @@ def cast(
     `TypeError` if `dtype` is not floating-point, or for other things in `keep`;
     `ValueError` for a pattern or an object that is nowhere in the model.
     """
+    check_flag("cast", "wrap", wrap)
     dtype = checks.floating_dtype("cast(model, dtype)", dtype)
     selection = Selection("cast", "keep", keep)
     narrow = jnp.finfo(dtype).bits < 32

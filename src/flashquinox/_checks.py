@@ -17,14 +17,15 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from . import _sharding
-from ._backends.dispatch import Backend, BACKENDS
 from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import AUTO_BITS, StaticBits, Unknown
 from ._moment_codecs import MomentCodecs
+from ._number_checks import check_flag, check_in_range
 from ._rule import AbstractRule
 from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
+from ._text import shown
 from ._trees import Leaf, path_name
 
 
@@ -36,50 +37,6 @@ _TRAINABLE_DTYPES = (*NARROW_DTYPES, jnp.dtype(jnp.float32), jnp.dtype(jnp.float
 #
 
 
-def hyperparameters(
-    call: str, rule: Any, learning_rate: Any, weight_decay: Any
-) -> None:
-    if not isinstance(rule, AbstractRule):
-        raise TypeError(
-            f"`{call}(rule=...)` takes an instance of a subclass of "
-            f"`flashquinox.AbstractRule`; got {rule!r}."
-        )
-    for name, (low, high) in rule.bounds.items():
-        _in_range(call, name, getattr(rule, name), low, high)
-    for name, value in (
-        ("learning_rate", learning_rate),
-        ("weight_decay", weight_decay),
-    ):
-        if not callable(value):
-            _in_range(call, name, value, 0.0, float("inf"))
-
-
-def _in_range(call: str, name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, jax.core.Tracer):
-        return
-    is_number(call, name, value)
-    if low <= float(np.asarray(value)) < high:
-        return
-    hint = ""
-    if isinstance(value, jax.Array) and value.dtype in NARROW_DTYPES:
-        hint = (
-            f" It arrived as {value.dtype}, which rounds: with "
-            "`optax.inject_hyperparams`, pass `hyperparam_dtype=jnp.float32`."
-        )
-    raise ValueError(
-        f"`{call}({name}=...)` must be at least {low:g} and less than {high:g}; got "
-        f"{value}.{hint}"
-    )
-
-
-def is_number(call: str, name: str, value: Any) -> None:
-    is_scalar = eqx.is_array_like(value) and not isinstance(value, bool)
-    if not is_scalar or np.ndim(value) != 0 or np.iscomplexobj(value):
-        raise TypeError(
-            f"`{call}({name}=...)` takes a number or a scalar array; got {value!r}."
-        )
-
-
 def master_weight_bits(call: str, value: Any) -> StaticBits:
     """The argument of this name, as a Python number if it is a known one."""
     bits = _known_integer(value)
@@ -89,16 +46,12 @@ def master_weight_bits(call: str, value: Any) -> StaticBits:
         return cast(StaticBits, bits)
     raise ValueError(
         f"`{call}(master_weight_bits=...)` must be 'auto', 24, 32 or None; got "
-        f"{value!r}."
+        f"{shown(value)}."
     )
 
 
 def dither_weights(call: str, value: Any, bits: StaticBits) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            f"`{call}(dither_weights=...)` must be True or False; got {value!r}."
-        )
-    if value and bits is not None:
+    if check_flag(call, "dither_weights", value) and bits is not None:
         raise ValueError(
             f"`{call}(dither_weights=True)` has no effect on weights with a "
             "correction, which lose no steps to begin with: pass "
@@ -114,7 +67,7 @@ def group_size(call: str, value: Any) -> int | Unknown:
         return size
     raise ValueError(
         f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128, as an "
-        f"integer; got {value!r}."
+        f"integer; got {shown(value)}."
     )
 
 
@@ -131,62 +84,6 @@ def _known_integer(value: Any) -> Any:
     return value
 
 
-def peak(
-    call: str, learning_rate: Any, decouple_lr: bool, peak_learning_rate: Any
-) -> Any:
-    """The peak learning rate of decoupled decay, or None if it is not wanted."""
-    if not decouple_lr:
-        if peak_learning_rate is not None:
-            raise ValueError(
-                f"`{call}(peak_learning_rate=...)` only has a meaning with "
-                "`decouple_lr=True`."
-            )
-        return None
-    if peak_learning_rate is not None:
-        _in_range(call, "peak_learning_rate", peak_learning_rate, 0.0, float("inf"))
-        if is_zero(peak_learning_rate):
-            raise ValueError(f"`{call}(peak_learning_rate=...)` must not be 0.")
-        return peak_learning_rate
-    if callable(learning_rate) or eqx.is_array(learning_rate):
-        raise ValueError(
-            f"`{call}(decouple_lr=True)` divides by the peak of the learning rate, "
-            "which a schedule or a traced learning rate does not tell: pass "
-            "`peak_learning_rate=...`."
-        )
-    # A constant learning rate of 0 is its own peak as well.
-    return learning_rate if learning_rate != 0 else 1.0
-
-
-def moment_codecs(call: str, moments: Any) -> MomentCodecs:
-    if isinstance(moments, MomentCodecs):
-        return moments
-    known = MomentCodecs.names()
-    if isinstance(moments, str) and moments in known:
-        return MomentCodecs.named(moments)
-    if isinstance(moments, (tuple, list)) and len(moments) == 2:
-        signed, nonnegative = moments
-        if signed in known and nonnegative in known:
-            return MomentCodecs.named((signed, nonnegative))
-    names = ", ".join(map(repr, known))
-    raise ValueError(
-        f"`{call}(moments=...)` must be one of {names}, a pair of these (for signed "
-        "moments and for averages of squares), or a `flashquinox.MomentCodecs`; got "
-        f"{moments!r}."
-    )
-
-
-def backend(call: str, backend: Any) -> Backend:
-    if backend in BACKENDS:
-        return backend
-    names = ", ".join(repr(name) for name in BACKENDS)
-    raise ValueError(f"`{call}(backend=...)` must be one of {names}; got {backend!r}.")
-
-
-def is_zero(value: Any) -> bool:
-    """Whether a value is a number that is known to be 0 when the program is built."""
-    return isinstance(value, (int, float)) and value == 0
-
-
 #
 # Leaves
 #
@@ -197,12 +94,12 @@ def floating_dtype(call: str, value: Any) -> Any:
     try:
         # NumPy takes None for float64.
         dtype = None if value is None else jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"`{call}` takes a floating-point dtype, such as `jnp.bfloat16` or "
-            f"'bfloat16'; got {value if dtype is None else dtype.name!r}."
+            f"'bfloat16'; got {shown(value) if dtype is None else repr(dtype.name)}."
         )
     return dtype
 
@@ -578,4 +475,4 @@ def layers_are_whole(call: str, leaf: Leaf, sharding: NamedSharding | None) -> N
 
 def clip_norm(call: str, value: Any) -> None:
     if value is not None:
-        _in_range(call, "max_norm", value, 0.0, float("inf"))
+        check_in_range(call, "max_norm", value, 0.0, float("inf"))

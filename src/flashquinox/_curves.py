@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from ._arithmetic import rounded_quotient
+from ._number_checks import check_constant, check_flag
 
 
 class AbstractCurve(eqx.Module):
@@ -68,6 +69,9 @@ class RationalCurve(AbstractCurve):
     learned: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
+        check_constant("RationalCurve", "a", self.a)
+        check_constant("RationalCurve", "root", self.root)
+        check_flag("RationalCurve", "learned", self.learned)
         if not 0 <= self.a < math.inf or self.root not in (1, 2, 4):
             raise ValueError(
                 f"`RationalCurve(a={self.a}, root={self.root})`: `a` must be at least "
@@ -112,6 +116,7 @@ class MuLawCurve(AbstractCurve):
     mu: float = eqx.field(static=True, default=255.0)
 
     def __check_init__(self):
+        check_constant("MuLawCurve", "mu", self.mu)
         if not 0 < self.mu < math.inf:
             raise ValueError(f"`MuLawCurve(mu={self.mu})`: `mu` must be more than 0.")
 

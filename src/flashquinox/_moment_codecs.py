@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import equinox as eqx
 
@@ -10,7 +11,9 @@ from ._codecs.full_precision import FullPrecision
 from ._codecs.softsign import SoftsignCodec
 from ._curves import AbstractCurve, MuLawCurve, RationalCurve
 from ._layout import choose_layout, Layout
+from ._number_checks import check_constant
 from ._rule import MomentKind
+from ._text import shown
 
 
 class MomentCodecs(eqx.Module):
@@ -41,6 +44,22 @@ class MomentCodecs(eqx.Module):
     signed: AbstractMomentCodec
     nonnegative: AbstractMomentCodec
     smallest_vector: int = eqx.field(static=True, default=4096)
+
+    def __check_init__(self):
+        for kind in get_args(MomentKind):
+            codec = getattr(self, kind)
+            if not isinstance(codec, AbstractMomentCodec):
+                raise TypeError(
+                    f"`MomentCodecs({kind}=...)` takes a "
+                    f"`flashquinox.AbstractMomentCodec`; got {shown(codec)}."
+                )
+            own = getattr(codec, "kind", kind)
+            if own != kind:
+                raise ValueError(
+                    f"`MomentCodecs({kind}=...)` got a {type(codec).__name__} of the "
+                    f"kind {own!r}. Codecs for signed moments come first."
+                )
+        check_constant("MomentCodecs", "smallest_vector", self.smallest_vector)
 
     @staticmethod
     def named(name: str | tuple[str, str]) -> "MomentCodecs":

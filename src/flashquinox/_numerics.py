@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from . import _checks as checks
+from ._number_checks import check_flag, check_number
 from ._split import master_digits
 from ._state import OptimizerState
 from ._text import aligned
@@ -127,6 +128,7 @@ def check_numerics(
     or in a program that is traced.
     """
     call = "check_numerics"
+    check_flag(call, "raise_on_error", raise_on_error)
     report = _report(call, model, state, learning_rate, update_size)
     if raise_on_error:
         _raise_if_lost(
@@ -240,7 +242,7 @@ def _step_size(
         ("update_size", update_size),
     ):
         if not isinstance(value, jax.core.Tracer):
-            checks.is_number(call, name, value)
+            check_number(call, name, value)
         if isinstance(value, jax.core.Tracer) or not 0 < float(value) < math.inf:
             raise ValueError(
                 f"`{call}({name}=...)` must be a positive number; got {value}. With a "

@@ -3,7 +3,7 @@ from typing import Any, cast, TYPE_CHECKING
 import optax
 from jaxtyping import Array, PyTree, ScalarLike
 
-from . import _checks as checks
+from . import _argument_checks as arguments, _checks as checks
 from ._backends.dispatch import Backend
 from ._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._moment_codecs import MomentCodecs
@@ -187,23 +187,24 @@ def build_optimizer(
     shardings: PyTree,
 ) -> Optimizer:
     """`optimizer`, for errors that name `call` as the user wrote it."""
-    checks.hyperparameters(call, rule, learning_rate, weight_decay)
-    peak = checks.peak(call, learning_rate, decouple_lr, peak_learning_rate)
+    arguments.check_hyperparameters(call, rule, learning_rate, weight_decay)
+    arguments.check_mask(call, mask, weight_decay)
+    peak = arguments.check_peak(call, learning_rate, decouple_lr, peak_learning_rate)
     bits = checks.master_weight_bits(call, master_weight_bits)
     transformation = Transformation(
         call=call,
         rule=rule,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        decoupled=decoupled,
+        decoupled=arguments.check_flag(call, "decoupled", decoupled),
         peak_learning_rate=peak,
         mask=mask,
         master_weight_bits=bits,
-        codecs=checks.moment_codecs(call, moments),
+        codecs=arguments.check_moments(call, moments),
         group_size=checks.group_size(call, group_size),
-        skip_nonfinite=skip_nonfinite,
+        skip_nonfinite=arguments.check_flag(call, "skip_nonfinite", skip_nonfinite),
         dither_weights=checks.dither_weights(call, dither_weights, bits),
-        backend=checks.backend(call, backend),
+        backend=arguments.check_backend(call, backend),
         shardings=checks.shardings(call, shardings),
     )
     # Optax's types know no state that is not made of arrays.

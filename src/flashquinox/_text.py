@@ -1,6 +1,42 @@
-"""Tables of plain text."""
+"""Plain text: tables, and values as messages show them."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import numpy as np
+
+
+_LONGEST = 80
+
+
+def shown(value: Any) -> str:
+    """A value in a message: one short line, whatever it is."""
+    if isinstance(value, jax.core.Tracer):
+        return f"a traced {jax.typeof(value).str_short()}"
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim > 0:
+        shape = ",".join(map(str, value.shape))
+        return f"an array {value.dtype}[{shape}]"
+    if isinstance(value, eqx.Module):
+        return f"an object of the class {type(value).__name__}"
+    if callable(value) and not isinstance(value, type):
+        return function_name(value)
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..."
+
+
+def function_name(function: Any) -> str:
+    """The name of a function, with those of the functions it was made in; of an object
+    that can be called, its class."""
+    if isinstance(function, functools.partial):
+        return f"partial({function_name(function.func)}, ...)"
+    name = getattr(function, "__qualname__", None)
+    if isinstance(name, str):
+        return name.replace(".<locals>", "")
+    return f"{type(function).__name__}(...)"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:

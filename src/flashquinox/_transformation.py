@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
+from ._argument_checks import scheduled
 from ._backends import dispatch, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
@@ -23,6 +24,7 @@ from ._codecs.full_precision import FullPrecision
 from ._defaults import StaticBits, Unknown
 from ._layout import Layout
 from ._moment_codecs import MomentCodecs
+from ._number_checks import is_zero
 from ._rule import AbstractRule, MomentKind, rule_scalars, rule_structure
 from ._split import compute_dtype, Correction, NARROW_DTYPES
 from ._state import OptimizerState, StepCount
@@ -247,18 +249,21 @@ class Transformation(eqx.Module):
     ) -> tuple[dict[str, Scalar], Scalar | None]:
         """The rule's scalars and the scalar of weight decay, in the precision
         `dtype`."""
-        learning_rate = jnp.asarray(_value(self.learning_rate, count), dtype)
+        learning_rate = jnp.asarray(self._scheduled("learning_rate", count), dtype)
         rule = rule_scalars(self.rule, count + 1, learning_rate, dtype)
-        if checks.is_zero(self.weight_decay):
+        if is_zero(self.weight_decay):
             return rule, None
-        decay = jnp.asarray(_value(self.weight_decay, count), dtype)
+        decay = jnp.asarray(self._scheduled("weight_decay", count), dtype)
         if not self.decoupled:
             return rule, decay
         if self.peak_learning_rate is None:
             return rule, 1 - learning_rate * decay
-        return rule, 1 - learning_rate / jnp.asarray(
-            self.peak_learning_rate, dtype
-        ) * decay
+        peak = jnp.asarray(self.peak_learning_rate, dtype)
+        # A traced peak of 0 counts as 1, as that of a constant learning rate of 0.
+        return rule, 1 - learning_rate / jnp.where(peak == 0, 1, peak) * decay
+
+    def _scheduled(self, name: str, count: Scalar) -> ScalarLike:
+        return scheduled(self.call, name, getattr(self, name), count)
 
     def _decayed(self, call: str, params: PyTree, leaves: list[Leaf]) -> list[bool]:
         """For each leaf, whether weight decay applies to it."""
@@ -465,10 +470,6 @@ class OpenedStep:
             corrections=self.rebuild(self.corrections),
             shardings=_sharding.record(self.leaves, self.shardings, old.shardings),
         )
-
-
-def _value(value: ScalarOrSchedule, count: Scalar) -> ScalarLike:
-    return value(count) if callable(value) else value
 
 
 def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list[Array]:

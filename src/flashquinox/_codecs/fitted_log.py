@@ -15,6 +15,7 @@ from .._codec import (
     zeros,
 )
 from .._layout import Layout
+from .._number_checks import check_flag
 from .._scales import bits_of, float_of, INFINITY
 
 
@@ -49,6 +50,10 @@ class FittedLogCodec(AbstractMomentCodec):
 
     dithered: bool = eqx.field(static=True, default=True)
     fitted: bool = eqx.field(static=True, default=True)
+
+    def __check_init__(self):
+        check_flag("FittedLogCodec", "dithered", self.dithered)
+        check_flag("FittedLogCodec", "fitted", self.fitted)
 
     @property
     def flattened(self) -> bool:

@@ -13,6 +13,7 @@ from .._codec import (
     zeros,
 )
 from .._layout import Layout
+from .._number_checks import check_flag
 from .._scales import decode_scale, encode_scale
 
 
@@ -37,6 +38,9 @@ class SoftsignCodec(AbstractMomentCodec):
 
     dithered: bool = eqx.field(static=True, default=False)
     scale_mantissa_bits: int = eqx.field(static=True, default=8)
+
+    def __check_init__(self):
+        check_flag("SoftsignCodec", "dithered", self.dithered)
 
     @property
     def flattened(self) -> bool:

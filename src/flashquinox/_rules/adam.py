@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 from .._backends.dispatch import Backend
 from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
+from .._number_checks import check_flag
 from .._optimizer import build_optimizer, Optimizer
 from .._rule import AbstractRule, MomentKind
 from .._transformation import Mask, ScalarOrSchedule
@@ -151,7 +152,7 @@ def adamw(
     """
     return build_optimizer(
         "adamw",
-        Adam(b1, b2, eps, nesterov),
+        Adam(b1, b2, eps, check_flag("adamw", "nesterov", nesterov)),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         decoupled=True,
@@ -220,7 +221,7 @@ def adam(
     """
     return build_optimizer(
         "adam",
-        Adam(b1, b2, eps, nesterov),
+        Adam(b1, b2, eps, check_flag("adam", "nesterov", nesterov)),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         decoupled=False,

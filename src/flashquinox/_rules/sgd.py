@@ -1,11 +1,12 @@
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
-from .._checks import is_zero
 from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
+from .._number_checks import check_flag, check_number, is_zero
 from .._optimizer import build_optimizer, Optimizer
 from .._rule import AbstractRule, MomentKind
 from .._transformation import Mask, ScalarOrSchedule
@@ -218,11 +219,13 @@ def _rule(
 ) -> SGD:
     if is_zero(momentum):
         momentum = None
-    if momentum is None and nesterov:
+    if check_flag(call, "nesterov", nesterov) and momentum is None:
         raise ValueError(
             f"`{call}(nesterov=True)` needs momentum: pass `momentum=0.9`, say."
         )
-    if momentum is None and isinstance(dampening, (int, float)) and dampening != 0:
+    check_number(call, "dampening", dampening)
+    is_known = not isinstance(dampening, jax.Array)
+    if momentum is None and is_known and not is_zero(dampening):
         raise ValueError(
             f"`{call}(dampening={dampening})` needs momentum: pass `momentum=0.9`, say."
         )

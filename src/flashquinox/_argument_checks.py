@@ -1,0 +1,171 @@
+"""The arguments that an optimizer is made of, and what its schedules return."""
+
+import dataclasses
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+from jaxtyping import Scalar, ScalarLike
+
+from ._backends.dispatch import Backend, BACKENDS
+from ._moment_codecs import MomentCodecs
+from ._number_checks import (
+    check_flag,
+    check_in_range,
+    is_number,
+    is_zero,
+    known_number,
+)
+from ._rule import AbstractRule
+from ._text import function_name, shown
+
+
+#
+# Arguments of optimizers
+#
+
+
+def check_hyperparameters(
+    call: str, rule: Any, learning_rate: Any, weight_decay: Any
+) -> None:
+    if not isinstance(rule, AbstractRule):
+        hint = ""
+        if isinstance(rule, type) and issubclass(rule, AbstractRule):
+            hint = f" Make one: `{rule.__name__}(...)`."
+        raise TypeError(
+            f"`{call}(rule=...)` takes an instance of a subclass of "
+            f"`flashquinox.AbstractRule`; got {shown(rule)}.{hint}"
+        )
+    for field in dataclasses.fields(rule):
+        if field.type in (bool, "bool"):
+            check_flag(call, field.name, getattr(rule, field.name))
+    for name, (low, high) in rule.bounds.items():
+        check_in_range(call, name, getattr(rule, name), low, high)
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+    ):
+        if callable(value):
+            _check_takes_count(call, name, value)
+        else:
+            check_in_range(call, name, value, 0.0, math.inf)
+
+
+def check_peak(
+    call: str, learning_rate: Any, decouple_lr: Any, peak_learning_rate: Any
+) -> Any:
+    """The peak learning rate of decoupled decay, or None if it is not wanted."""
+    if not check_flag(call, "decouple_lr", decouple_lr):
+        if peak_learning_rate is not None:
+            raise ValueError(
+                f"`{call}(peak_learning_rate=...)` only has a meaning with "
+                "`decouple_lr=True`."
+            )
+        return None
+    if peak_learning_rate is not None:
+        name = "peak_learning_rate"
+        check_in_range(call, name, peak_learning_rate, 0.0, math.inf)
+        if known_number(peak_learning_rate) == 0:
+            raise ValueError(f"`{call}(peak_learning_rate=...)` must not be 0.")
+        return peak_learning_rate
+    # `optax.inject_hyperparams` gives an array, also where it is not traced, and
+    # another one in each step.
+    if callable(learning_rate) or isinstance(learning_rate, jax.Array | np.ndarray):
+        raise ValueError(
+            f"`{call}(decouple_lr=True)` divides by the peak of the learning rate, "
+            "which a schedule or an array does not tell: pass "
+            "`peak_learning_rate=...`."
+        )
+    # A constant learning rate of 0 is its own peak as well.
+    return 1.0 if known_number(learning_rate) == 0 else learning_rate
+
+
+def check_mask(call: str, mask: Any, weight_decay: Any) -> None:
+    """Warns of a mask that has no effect."""
+    if mask is not None and is_zero(weight_decay):
+        warnings.warn(
+            f"`{call}(mask=...)` has no effect: the mask says which weights decay, and "
+            "`weight_decay` is 0. Pass `weight_decay=...`, or leave the mask out.",
+            stacklevel=5,
+        )
+
+
+def check_moments(call: str, moments: Any) -> MomentCodecs:
+    if isinstance(moments, MomentCodecs):
+        return moments
+    known = MomentCodecs.names()
+    is_known = lambda name: isinstance(name, str) and name in known
+    if is_known(moments):
+        return MomentCodecs.named(moments)
+    if isinstance(moments, tuple | list) and len(moments) == 2:
+        signed, nonnegative = moments
+        if is_known(signed) and is_known(nonnegative):
+            return MomentCodecs.named((signed, nonnegative))
+    names = ", ".join(map(repr, known))
+    raise ValueError(
+        f"`{call}(moments=...)` must be one of {names}, a pair of these (for signed "
+        "moments and for averages of squares), or a `flashquinox.MomentCodecs`; got "
+        f"{shown(moments)}."
+    )
+
+
+def check_backend(call: str, backend: Any) -> Backend:
+    if isinstance(backend, str) and backend in BACKENDS:
+        return backend
+    names = ", ".join(repr(name) for name in BACKENDS)
+    raise ValueError(
+        f"`{call}(backend=...)` must be one of {names}; got {shown(backend)}."
+    )
+
+
+#
+# Schedules
+#
+
+
+def _check_takes_count(call: str, name: str, schedule: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):
+        # Some callables have none that Python knows.
+        return
+    try:
+        signature.bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"`{call}({name}=...)` takes a number, or a schedule: a function of the "
+            f"number of steps taken. {function_name(schedule)}{signature} cannot be "
+            f"called with one argument ({error})."
+        ) from None
+
+
+def scheduled(call: str, name: str, value: Any, count: Scalar) -> ScalarLike:
+    """A learning rate or weight decay in the step after so many.
+
+    What a schedule returns must be a number. If that is known, as it is outside of
+    `jit`, it must also be one that the argument itself could be.
+    """
+    if not callable(value):
+        return value
+    try:
+        result: Any = value(count)
+    except Exception as error:
+        error.add_note(f"In the schedule of `{call}({name}=...)`.")
+        raise
+    returned = f"`{call}({name}=...)`: the schedule {function_name(value)} returned "
+    if not is_number(result):
+        raise TypeError(
+            f"{returned}{shown(result)}. It must return a number or a scalar array."
+        )
+    number = known_number(result)
+    if number is not None and not 0 <= number < math.inf:
+        when = "" if isinstance(count, jax.core.Tracer) else f" after {count} steps"
+        raise ValueError(
+            f"{returned}{result}{when}. It must return at least 0 and less than inf."
+        )
+    return result
