@@ -230,6 +230,34 @@ def is_one_state(call: str, state: OptimizerState) -> None:
         )
 
 
+def has_state(call: str, state: Any, found: list[OptimizerState]) -> None:
+    if not found:
+        raise TypeError(
+            f"`{call}`: there is no `flashquinox.OptimizerState` in the state, which "
+            f"is a {type(state).__name__}. Pass what `init` or the previous step "
+            "returned, of an optimizer of this library or of a wrapper around one; the "
+            "model comes before it."
+        )
+
+
+def has_one_state(call: str, found: list[OptimizerState]) -> None:
+    if len(found) > 1:
+        raise ValueError(
+            f"`{call}`: there are {len(found)} `flashquinox.OptimizerState`s in the "
+            "state, and it cannot be told which is meant. Pass the part of it that has "
+            "the one."
+        )
+
+
+def is_in_no_other_state(call: str, leaf: Leaf, owner: int | None) -> None:
+    if owner is not None:
+        raise ValueError(
+            f"`{call}`: two `flashquinox.OptimizerState`s in the state have the weight "
+            f"at `{leaf.name}`, and it cannot be told which of them trains it. Pass "
+            "the part of the state that has the one."
+        )
+
+
 def moments_fit(
     call: str,
     leaf: Leaf,

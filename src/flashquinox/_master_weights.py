@@ -1,7 +1,6 @@
 """Master weights as arrays of their own: out of weights and corrections, and into
 them."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,18 +11,20 @@ from jaxtyping import PyTree
 from . import _checks as checks
 from ._place import compute_like, put_like
 from ._split import Correction, decode_weight, encode_weight
-from ._state import OptimizerState
-from ._trees import flatten, Leaf, match
+from ._states import open_states
+from ._trees import Leaf, match
 
 
-def master_weights(model: PyTree, state: OptimizerState) -> PyTree:
+def master_weights(model: PyTree, state: PyTree) -> PyTree:
     """The model with its weights in float32 (float64 where they are), corrections
     included: for evaluation, export, or a comparison.
 
     **Arguments:**
 
     - `model`: the model.
-    - `state`: its optimizer state, which holds the corrections.
+    - `state`: its optimizer state, which holds the corrections; or the state of a
+        wrapper, such as `optax.chain`, `optax.MultiSteps` or `optax.partition`, with
+        one or more inside. A weight that is in none of them has no correction.
 
     **Returns:**
 
@@ -31,23 +32,23 @@ def master_weights(model: PyTree, state: OptimizerState) -> PyTree:
 
     **Raises:**
 
-    `ValueError` if the state is not one of this model; `TypeError` if it is no
-    [`flashquinox.OptimizerState`][].
+    `ValueError` if the state is not one of this model, or has two corrections for a
+    weight; `TypeError` if there is no [`flashquinox.OptimizerState`][] in it.
     """
-    leaves, corrections, rebuild = with_corrections("master_weights", model, state)
-    return rebuild(
+    opened = open_states("master_weights", model, state)
+    return opened.rebuild(
         [
             decode_weight(jnp.asarray(leaf.value), correction)
             if checks.is_float_array(leaf.value)
             else leaf.value
-            for leaf, correction in zip(leaves, corrections, strict=True)
+            for leaf, correction in zip(opened.leaves, opened.corrections, strict=True)
         ]
     )
 
 
 def from_master_weights(
-    float32_model: PyTree, model: PyTree, state: OptimizerState
-) -> tuple[PyTree, OptimizerState]:
+    float32_model: PyTree, model: PyTree, state: PyTree
+) -> tuple[PyTree, PyTree]:
     """The inverse of [`flashquinox.master_weights`][]: weights and corrections from a
     float32 model, to go on with it.
 
@@ -72,8 +73,8 @@ def from_master_weights(
         they are.
     - `model`: the model. It says in which dtypes weights are stored, and where; their
         values are not looked at.
-    - `state`: its optimizer state, which says the same of corrections. Its moments stay
-        as they are.
+    - `state`: its optimizer state, which says the same of corrections; or the state of
+        a wrapper with one or more inside. All but corrections stays as it is.
 
     **Returns:**
 
@@ -86,35 +87,21 @@ def from_master_weights(
     message names the leaf.
     """
     call = "from_master_weights"
-    leaves, corrections, rebuild = with_corrections(call, model, state)
-    masters = match(call, "float32_model", float32_model, leaves)
-    for leaf, master in zip(leaves, masters, strict=True):
+    opened = open_states(call, model, state)
+    masters = match(call, "float32_model", float32_model, opened.leaves)
+    for leaf, master in zip(opened.leaves, masters, strict=True):
         if checks.is_float_array(leaf.value) and master is not None:
             checks.master_fits(call, leaf, master)
     new = [
         _encode(call, leaf, correction, master)
         if checks.is_float_array(leaf.value) and master is not None
         else (leaf.value, correction)
-        for leaf, correction, master in zip(leaves, corrections, masters, strict=True)
+        for leaf, correction, master in zip(
+            opened.leaves, opened.corrections, masters, strict=True
+        )
     ]
-    new_corrections = rebuild([correction for _, correction in new])
-    return rebuild([weight for weight, _ in new]), OptimizerState(
-        state.steps, state.moments, new_corrections, state.shardings
-    )
-
-
-def with_corrections(
-    call: str, model: PyTree, state: OptimizerState
-) -> tuple[list[Leaf], list[Correction | None], Callable[[list[Any]], PyTree]]:
-    """The leaves of a model, a correction for each, and a function from as many values
-    to such a model."""
-    leaves, rebuild = flatten(model)
-    checks.is_state(call, state, rule=None)
-    corrections = match(call, "state.corrections", state.corrections, leaves)
-    for leaf, correction in zip(leaves, corrections, strict=True):
-        if checks.is_trained(leaf, call):
-            checks.correction_fits(call, leaf, correction)
-    return leaves, corrections, rebuild
+    new_model = opened.rebuild([weight for weight, _ in new])
+    return new_model, opened.with_corrections([correction for _, correction in new])
 
 
 def _encode(

@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 from . import _checks as checks
 from ._number_checks import check_flag, check_number
 from ._split import master_digits
-from ._state import OptimizerState
+from ._states import open_states
 from ._text import aligned
 from ._transformation import ScalarOrSchedule
-from ._trees import dotted_name, flatten, match
+from ._trees import dotted_name
 from ._width import widen
 
 
@@ -89,7 +89,7 @@ class NumericsError(ValueError):
 
 def check_numerics(
     model: PyTree,
-    state: OptimizerState,
+    state: PyTree,
     learning_rate: ScalarOrSchedule,
     *,
     update_size: float = 1.0,
@@ -109,9 +109,11 @@ def check_numerics(
     **Arguments:**
 
     - `model`: the model, outside of `jit`.
-    - `state`: its optimizer state.
+    - `state`: its optimizer state, or the state of a wrapper, such as `optax.chain` or
+        `optax.partition`, with one or more inside. A weight that is in none of them has
+        no correction.
     - `learning_rate`: $\alpha$: a number, or an Optax schedule, which is asked for the
-        next step's.
+        next step's, by the count of the state that has the weight.
     - `update_size`: the typical $|u|$. Adam's and Lion's are at most about 1, the
         default. For SGD, pass the typical magnitude of the momentum.
     - `raise_on_error`: whether to raise if there are weights that no step changes.
@@ -141,11 +143,11 @@ def check_numerics(
 
 def ensure_precision(
     model: PyTree,
-    state: OptimizerState,
+    state: PyTree,
     learning_rate: ScalarOrSchedule,
     *,
     update_size: float = 1.0,
-) -> OptimizerState:
+) -> PyTree:
     """[`flashquinox.widen`][]s just the weights that [`flashquinox.check_numerics`][]
     says are no longer changed by a step: between epochs, say, or where the learning
     rate falls.
@@ -206,37 +208,36 @@ def _raise_if_lost(call: str, report: NumericsReport, remedy: str) -> None:
 def _report(
     call: str,
     model: PyTree,
-    state: OptimizerState,
+    state: PyTree,
     learning_rate: ScalarOrSchedule,
     update_size: float,
 ) -> NumericsReport:
-    checks.is_state(call, state, rule=None)
-    leaves, _ = flatten(model)
-    corrections = match(call, "state.corrections", state.corrections, leaves)
+    opened = open_states(call, model, state)
+    counts = [jnp.max(one.count) for one in opened.states]
+    steps = [_step_size(call, count, learning_rate, update_size) for count in counts]
     trained = []
-    for leaf, correction in zip(leaves, corrections, strict=True):
+    for leaf, owner, correction in zip(
+        opened.leaves, opened.owners, opened.corrections, strict=True
+    ):
         if checks.is_trained(leaf, call) and leaf.value.size > 0:
-            checks.correction_fits(call, leaf, correction)
             checks.is_concrete(call, leaf)
-            trained.append((leaf, correction))
-    step = _step_size(call, state, learning_rate, update_size)
+            step = max(steps) if owner is None else steps[owner]
+            trained.append((leaf, correction, step))
     # All at once: one transfer from the device.
     maxima = jax.device_get(
-        [jnp.max(jnp.abs(jnp.asarray(leaf.value))) for leaf, _ in trained]
+        [jnp.max(jnp.abs(jnp.asarray(leaf.value))) for leaf, _, _ in trained]
     )
     return NumericsReport(
         tuple(
             _of_leaf(dotted_name(leaf.path), leaf.value.dtype, correction, x, step)
-            for (leaf, correction), x in zip(trained, maxima, strict=True)
+            for (leaf, correction, step), x in zip(trained, maxima, strict=True)
         )
     )
 
 
-def _step_size(
-    call: str, state: OptimizerState, learning_rate: Any, update_size: Any
-) -> float:
+def _step_size(call: str, count: Any, learning_rate: Any, update_size: Any) -> float:
     if callable(learning_rate):
-        learning_rate = learning_rate(jnp.max(state.count))
+        learning_rate = learning_rate(count)
     for name, value in (
         ("learning_rate", learning_rate),
         ("update_size", update_size),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.tree_util as jtu
 import numpy as np
+import optax
 from jaxtyping import PyTree
 
 from ._codec import QuantMoment
@@ -57,17 +58,19 @@ def match(
 ) -> list[Any]:
     """The entries of a tree, one for each leaf of the model, in the model's order.
 
-    `None` in place of a subtree stands for `None` in all of it; with `prefix`, so does
-    any other value. A subtree in place of a leaf is an entry if it holds the arrays of
-    a `QuantMoment`, as a dictionary: Flax's `nnx.Optimizer` takes apart every pytree
-    that it finds in a state. Whether a layer is wrapped in a `Widened` makes no
-    difference, in either tree: a float32 model has none where its bfloat16 copy does.
+    `None` in place of a subtree stands for `None` in all of it, as does the
+    `optax.MaskedNode` by which Optax leaves out what another optimizer trains; with
+    `prefix`, so does any other value. A subtree in place of a leaf is an entry if it
+    holds the arrays of a `QuantMoment`, as a dictionary: Flax's `nnx.Optimizer` takes
+    apart every pytree that it finds in a state. Whether a layer is wrapped in a
+    `Widened` makes no difference, in either tree: a float32 model has none where its
+    bfloat16 copy does.
 
     **Raises:**
 
     `ValueError` with the first path that only one of the two trees has.
     """
-    given = flatten(tree)[0]
+    given = flatten(_without_masked(tree))[0]
     entries = {leaf.unwrapped: leaf.value for leaf in given}
     unused = set(entries)
     values = []
@@ -94,6 +97,15 @@ def match(
                 + _structure_hint(name)
             )
     return values
+
+
+def _without_masked(tree: PyTree) -> PyTree:
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    return jtu.tree_map(
+        lambda x: None if is_masked(x) else x,
+        tree,
+        is_leaf=lambda x: is_masked(x) or _is_leaf(x),
+    )
 
 
 def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:

@@ -8,13 +8,10 @@ from jaxtyping import PyTree
 from . import _checks as checks
 from ._selection import chosen_leaves, Selection, Selectors
 from ._split import change_width, CORRECTION_DTYPES
-from ._state import OptimizerState
-from ._trees import flatten, match
+from ._states import open_states
 
 
-def widen(
-    model: PyTree, state: OptimizerState, leaves: Selectors = None
-) -> OptimizerState:
+def widen(model: PyTree, state: PyTree, leaves: Selectors = None) -> PyTree:
     r"""Moves weights from an `int8` to an `int16` correction, where 24 bits are too few
     for training to go on: see [`flashquinox.check_numerics`][].
 
@@ -27,14 +24,16 @@ def widen(
     **Arguments:**
 
     - `model`: the model.
-    - `state`: its optimizer state.
+    - `state`: its optimizer state, or the state of a wrapper, such as `optax.chain` or
+        `optax.partition`, with one or more inside.
     - `leaves`: which weights, as `keep` in [`flashquinox.cast`][]: patterns for dotted
-        paths, types, modules or functions of an array. By default, all. Those that have
-        an `int16` already, or are float32 or float64, stay as they are.
+        paths, types, modules or functions of an array. By default, all that the state
+        has something of. Those that have an `int16` already, or are float32 or float64,
+        stay as they are.
 
     **Returns:**
 
-    A new state. `model` and `state` are not changed.
+    A new state, of the structure of `state`. `model` and `state` are not changed.
 
     **Raises:**
 
@@ -50,9 +49,7 @@ def widen(
     return _change("widen", 32, model, state, leaves)
 
 
-def narrow(
-    model: PyTree, state: OptimizerState, leaves: Selectors = None
-) -> OptimizerState:
+def narrow(model: PyTree, state: PyTree, leaves: Selectors = None) -> PyTree:
     """The inverse of [`flashquinox.widen`][]: from an `int16` to an `int8` correction.
 
     Master weights are rounded to 24 bits, by at most half a unit in the last of them;
@@ -66,20 +63,22 @@ def narrow(
 
 
 def _change(
-    call: str, bits: int, model: PyTree, state: OptimizerState, chosen: Selectors
-) -> OptimizerState:
-    checks.is_state(call, state, rule=None)
-    leaves, rebuild = flatten(model)
+    call: str, bits: int, model: PyTree, state: PyTree, chosen: Selectors
+) -> PyTree:
+    opened = open_states(call, model, state)
     selection = Selection(call, "leaves", "*" if chosen is None else chosen)
     paths = chosen_leaves(model, selection)
-    corrections = match(call, "state.corrections", state.corrections, leaves)
+    # What another optimizer trains, or none, is only meant where it is named.
+    owned = any(owner is not None for owner in opened.owners)
     new: list[Any] = []
-    for leaf, correction in zip(leaves, corrections, strict=True):
-        taken = leaf.path in paths and checks.is_trained(leaf, call)
+    for leaf, owner, correction in zip(
+        opened.leaves, opened.owners, opened.corrections, strict=True
+    ):
+        meant = leaf.path in paths and not (chosen is None and owned and owner is None)
+        taken = meant and checks.is_trained(leaf, call)
         if taken and jnp.finfo(leaf.value.dtype).bits < 32:
             checks.has_correction(call, leaf, correction)
-            checks.correction_fits(call, leaf, correction)
             weight = jnp.asarray(leaf.value)
             correction = change_width(weight, correction, CORRECTION_DTYPES[bits])
         new.append(correction)
-    return OptimizerState(state.steps, state.moments, rebuild(new), state.shardings)
+    return opened.with_corrections(new)

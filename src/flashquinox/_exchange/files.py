@@ -14,9 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from .. import _checks as checks
-from .._master_weights import with_corrections
 from .._split import decode_weight
-from .._state import OptimizerState
+from .._states import open_states
 from .._target import is_key, Target
 from .._trees import dotted_name, flatten, is_array, Leaf
 
@@ -43,7 +42,7 @@ _DTYPES = {
 def save_safetensors(
     path: str | os.PathLike[str],
     model: PyTree,
-    state: OptimizerState | None = None,
+    state: PyTree = None,
     *,
     dtype: DTypeLike | None = None,
 ) -> None:
@@ -66,7 +65,8 @@ def save_safetensors(
     - `path`: of the file. One that exists is replaced.
     - `model`: any pytree. Random keys, and leaves that are no arrays, are not written.
     - `state`: its optimizer state: then what is written are the master weights, as of
-        [`flashquinox.master_weights`][].
+        [`flashquinox.master_weights`][]. The state of a wrapper, such as `optax.chain`,
+        will do.
     - `dtype`: if given, floating-point arrays are cast to it.
 
     **Raises:**
@@ -86,7 +86,8 @@ def save_safetensors(
         leaves, _ = flatten(model)
         corrections: list[Any] = [None for _ in leaves]
     else:
-        leaves, corrections, _ = with_corrections(call, model, state)
+        opened = open_states(call, model, state)
+        leaves, corrections = opened.leaves, opened.corrections
     corrections_of = dict(zip((leaf.path for leaf in leaves), corrections, strict=True))
     named = _named(call, leaves)
     for leaf in named.values():

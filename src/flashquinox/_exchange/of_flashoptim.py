@@ -1,6 +1,7 @@
 """Checkpoints of FlashOptim, the paper's PyTorch library, and of `torch.optim`, as
 arrays of NumPy."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from .._master_weights import from_master_weights
 from .._rule import MomentKind
 from .._split import compute_dtype, NARROW_DTYPES
 from .._state import OptimizerState, StepCount
+from .._states import only
 from .._trees import dotted_name, flatten, Leaf, match
 from . import moments as exchanged
 from .of_optax import as_count
@@ -41,11 +43,11 @@ def from_flashoptim(
     optimizer_state: Mapping[str, Any],
     parameters: Mapping[str, Any],
     model: PyTree,
-    state: OptimizerState,
+    state: PyTree,
     *,
     paths: Mapping[str, str] | None = None,
     convert: Convert | None = None,
-) -> tuple[PyTree, OptimizerState]:
+) -> tuple[PyTree, PyTree]:
     r"""Weights, corrections, moments and count from a checkpoint of FlashOptim, the
     PyTorch library: to go on with a run of `FlashAdamW`, `FlashAdam`, `FlashLion`,
     `FlashSGD` or `FlashSGDW`. The states of `torch.optim` have the same form. PyTorch
@@ -80,7 +82,8 @@ def from_flashoptim(
         the order in which the optimizer has them. If the groups of `optimizer_state`
         have `param_names`, any order, and others too.
     - `model`: a model to fill. It says in which dtypes weights are stored, and where.
-    - `state`: its state, as `init` made it. It says how moments are stored, and where.
+    - `state`: its state, as `init` made it, or a state of Optax's with one inside. It
+        says how moments are stored, and where.
     - `paths`: for each name in `parameters`, the dotted path of a leaf of `model`, such
         as `layers.0.weight`. By default, they are matched in order.
     - `convert`: called as `convert(name, array)` with the float32 master weight and the
@@ -104,7 +107,7 @@ def from_flashoptim(
         FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349).
     """
     call = "from_flashoptim"
-    checks.is_state(call, state, rule=None)
+    state, replace = only(call, state)
     unknown = set(state.moments) - set(_MOMENTS)
     if unknown:
         raise ValueError(
@@ -147,13 +150,12 @@ def from_flashoptim(
                 stored[key][index],
                 None if converted is master else convert,
             )
-    filled = OptimizerState(
+    filled = dataclasses.replace(
+        state,
         steps=StepCount(as_count(call, _count(call, read, state), state.count)),
         moments={key: rebuild(moments) for key, moments in new_moments.items()},
-        corrections=state.corrections,
-        shardings=state.shardings,
     )
-    return from_master_weights(rebuild(masters), model, filled)
+    return from_master_weights(rebuild(masters), model, replace(filled))
 
 
 #

@@ -1,5 +1,6 @@
 """States of Optax's optimizers, from and to states of this library's."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from jaxtyping import PyTree
 from .._codec import StoredMoment
 from .._place import put_like
 from .._state import OptimizerState, StepCount
+from .._states import find
 from .._trees import flatten, match
 from . import moments as exchanged
 
@@ -99,13 +101,12 @@ def from_optax(optax_state: PyTree, state: PyTree) -> PyTree:
     count = _same(call, _counts(optax_state, source))
     if count is None:
         count = target.count
-    filled = OptimizerState(
+    filled = dataclasses.replace(
+        target,
         steps=StepCount(as_count(call, count, target.count)),
         moments=new_moments,
-        corrections=target.corrections,
-        shardings=target.shardings,
     )
-    return _with_counts(call, _replace(state, OptimizerState, filled), count)
+    return _with_counts(call, find(state).replace([filled]), count)
 
 
 def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
@@ -160,7 +161,8 @@ def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
             )
         if _is_counted(target):
             fields["count"] = as_count(call, count, target.count)
-        optax_state = _replace(optax_state, kind, target._replace(**fields))
+        filled = target._replace(**fields)
+        optax_state = find(optax_state, kind).replace([filled])
     else:
         _has_no_moments(call, optax_state)
     return _with_counts(call, optax_state, count)
@@ -207,13 +209,8 @@ def _map(
 #
 
 
-def _all(tree: PyTree, kind: type[_T]) -> list[_T]:
-    is_leaf = lambda x: isinstance(x, kind)
-    return [x for x in jtu.tree_leaves(tree, is_leaf=is_leaf) if isinstance(x, kind)]
-
-
 def _only(call: str, name: str, tree: PyTree, kind: type[_T]) -> _T:
-    found = _all(tree, kind)
+    found = find(tree, kind).values
     if len(found) == 1:
         return found[0]
     if not found:
@@ -243,7 +240,7 @@ def _has_no_moments(call: str, optax_state: PyTree) -> None:
                 "states of optimizers with the same moments."
             )
     kinds = optax.EmptyState, *_schedules(), *_CALLS
-    if not any(_all(optax_state, kind) for kind in kinds):
+    if not any(find(optax_state, kind).values for kind in kinds):
         raise ValueError(
             f"`{call}`: `state` has no moments, but `optax_state`, which is a "
             f"{type(optax_state).__name__}, is no state of an Optax optimizer without "
@@ -251,13 +248,8 @@ def _has_no_moments(call: str, optax_state: PyTree) -> None:
         )
 
 
-def _replace(tree: PyTree, kind: type, new: Any) -> PyTree:
-    is_leaf = lambda x: isinstance(x, kind)
-    return jtu.tree_map(lambda x: new if is_leaf(x) else x, tree, is_leaf=is_leaf)
-
-
 def _nothing_accumulated(call: str, tree: PyTree) -> None:
-    for state in _all(tree, optax.MultiStepsState):
+    for state in find(tree, optax.MultiStepsState).values:
         if not _is_traced(state.mini_step) and jnp.any(state.mini_step != 0):
             raise ValueError(
                 f"`{call}`: `optax.MultiSteps` has accumulated {state.mini_step} "
@@ -273,11 +265,11 @@ def _nothing_accumulated(call: str, tree: PyTree) -> None:
 def _counts(tree: PyTree, moments: Any) -> list[Any]:
     """How many steps were taken, by all counters that must agree."""
     counts = [moments.count] if _is_counted(moments) else []
-    counts += [x.count for kind in _schedules() for x in _all(tree, kind)]
+    counts += [x.count for kind in _schedules() for x in find(tree, kind).values]
     if counts:
         return counts
     for kind, field in _CALLS.items():
-        counts += [getattr(x, field) for x in _all(tree, kind)]
+        counts += [getattr(x, field) for x in find(tree, kind).values]
     return counts[:1]
 
 

@@ -1,0 +1,124 @@
+"""The states of this library's optimizers, wherever they are: alone, or inside the
+states of wrappers, such as those of `optax.chain` and `optax.partition`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from . import _checks as checks
+from ._state import OptimizerState
+from ._trees import flatten, Leaf, match, path_name
+
+
+class Found(NamedTuple):
+    """What of some kind is in a tree.
+
+    - `paths`, `values`: where each one is, and what it is, in the order of the tree.
+    - `replace`: a function from as many values to such a tree with these in it.
+    """
+
+    paths: list[tuple[Any, ...]]
+    values: list[Any]
+    replace: Callable[[list[Any]], PyTree]
+
+
+def find(tree: PyTree, kind: type = OptimizerState) -> Found:
+    """All values of a class in a tree, those inside of others left out."""
+    is_found = lambda x: isinstance(x, kind)
+    nodes, structure = jtu.tree_flatten_with_path(tree, is_leaf=is_found)
+    found = {i: node for i, (_, node) in enumerate(nodes) if is_found(node)}
+
+    def replace(new: list[Any]) -> PyTree:
+        changed = dict(zip(found, new, strict=True))
+        return structure.unflatten(
+            [changed.get(i, node) for i, (_, node) in enumerate(nodes)]
+        )
+
+    return Found([nodes[i][0] for i in found], list(found.values()), replace)
+
+
+def only(call: str, state: PyTree) -> tuple[OptimizerState, Callable[[Any], PyTree]]:
+    """The one state of an optimizer in a state, and a function from another one to such
+    a state with that in it.
+
+    **Raises:**
+
+    `TypeError` if there is none, and `ValueError` if there are several.
+    """
+    found = find(state)
+    checks.has_state(call, state, found.values)
+    checks.has_one_state(call, found.values)
+    return found.values[0], lambda new: found.replace([new])
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedStates:
+    """A model beside the states of all optimizers that train it, as lists with an entry
+    for each leaf of the model.
+
+    - `rebuild`: a function from as many values to such a model.
+    - `owners`: the number of the state that has something of a leaf, in `states`; or
+        `None` if none has.
+    - `corrections`: from these states.
+    """
+
+    leaves: list[Leaf]
+    rebuild: Callable[[list[Any]], PyTree]
+    states: list[OptimizerState]
+    owners: list[int | None]
+    corrections: list[Any]
+    replace: Callable[[list[Any]], PyTree]
+
+    def with_corrections(self, new: list[Any]) -> PyTree:
+        """What `open_states` got, with a correction from this list for each leaf."""
+        states = []
+        for number, state in enumerate(self.states):
+            mine = {
+                leaf.unwrapped: correction
+                for leaf, owner, correction in zip(
+                    self.leaves, self.owners, new, strict=True
+                )
+                if owner == number
+            }
+            # In the structure of the state, which may be that of a part of the model.
+            old, rebuild = flatten(state.corrections)
+            corrections = [mine.get(leaf.unwrapped, leaf.value) for leaf in old]
+            states.append(dataclasses.replace(state, corrections=rebuild(corrections)))
+        return self.replace(states)
+
+
+def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
+    """Finds the states of this library's optimizers in a state, and what they have of
+    each leaf of the model.
+
+    **Raises:**
+
+    `TypeError` if there is none; `ValueError` if one is not of this model, or if two
+    have the same leaf: which one trains it cannot be told.
+    """
+    leaves, rebuild = flatten(model)
+    found = find(state)
+    checks.has_state(call, state, found.values)
+    owners: list[int | None] = [None for _ in leaves]
+    corrections: list[Any] = [None for _ in leaves]
+    for number, (path, one) in enumerate(zip(found.paths, found.values, strict=True)):
+        name = f"state{path_name(path) if path else ''}"
+        own = match(call, f"{name}.corrections", one.corrections, leaves)
+        stored = [
+            match(call, f"{name}.moments[{key!r}]", moments, leaves)
+            for key, moments in one.moments.items()
+        ]
+        for index, entries in enumerate(zip(own, *stored, strict=True)):
+            if all(entry is None for entry in entries):
+                continue
+            checks.is_in_no_other_state(call, leaves[index], owners[index])
+            owners[index], corrections[index] = number, own[index]
+    for leaf, correction in zip(leaves, corrections, strict=True):
+        if checks.is_trained(leaf, call):
+            checks.correction_fits(call, leaf, correction)
+    return OpenedStates(
+        leaves, rebuild, found.values, owners, corrections, found.replace
+    )
