@@ -6,6 +6,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 from . import _argument_checks as arguments, _checks as checks
 from ._backends.dispatch import Backend
 from ._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from ._method import Method
 from ._moment_codecs import MomentCodecs
 from ._rule import AbstractRule
 from ._state import OptimizerState
@@ -34,7 +35,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         ```
     """
 
-    # At run time, the two fields of the tuple: bound methods of one `Transformation`.
+    # At run time, the two fields of the tuple: `Method`s of one `Transformation`.
     if TYPE_CHECKING:
 
         def init(self, params: PyTree) -> OptimizerState: ...
@@ -75,7 +76,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
 def transformation_of(optim: Optimizer) -> Transformation:
     """What makes and takes the steps of an optimizer."""
-    return cast(Any, optim.update).__self__
+    return cast(Any, optim.update).module
 
 
 def optimizer(
@@ -208,4 +209,5 @@ def build_optimizer(
         shardings=checks.shardings(call, shardings),
     )
     # Optax's types know no state that is not made of arrays.
-    return Optimizer(cast(Any, transformation.init), cast(Any, transformation.update))
+    init, update = Method(transformation, "init"), Method(transformation, "update")
+    return Optimizer(cast(Any, init), cast(Any, update))
