@@ -139,7 +139,7 @@ def _check_takes_count(call: str, name: str, schedule: Callable[..., Any]) -> No
     except TypeError as error:
         raise TypeError(
             f"`{call}({name}=...)` takes a number, or a schedule: a function of the "
-            f"number of steps taken. {function_name(schedule)}{signature} cannot be "
+            f"number of steps taken. {function_name(schedule)} cannot be "
             f"called with one argument ({error})."
         ) from None
 

@@ -62,11 +62,8 @@ def check_in_range(call: str, name: str, value: Any, low: float, high: float) ->
 
 def is_zero(value: Any) -> bool:
     """Whether a value is a number that is known to be 0 when the program is built."""
-    return (
-        isinstance(value, int | float | np.number)
-        and not isinstance(value, bool)
-        and value == 0
-    )
+    is_constant = isinstance(value, int | float | np.number)
+    return is_constant and not isinstance(value, bool) and bool(value == 0)
 
 
 def is_number(value: Any) -> bool:

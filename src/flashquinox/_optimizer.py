@@ -8,6 +8,7 @@ from ._backends.dispatch import Backend
 from ._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._method import Method
 from ._moment_codecs import MomentCodecs
+from ._optimizer_text import optimizer_text
 from ._rule import AbstractRule
 from ._state import OptimizerState
 from ._transformation import Mask, ScalarOrSchedule, Transformation
@@ -47,6 +48,11 @@ class Optimizer(optax.GradientTransformationExtraArgs):
             params: PyTree | None = None,
             **extra_args: Any,
         ) -> tuple[PyTree, OptimizerState]: ...
+
+    def __repr__(self) -> str:
+        """One line: the call that makes such an optimizer, without what is left at its
+        default in it."""
+        return optimizer_text(transformation_of(self))
 
     def step(
         self, model: PyTree, state: OptimizerState, grads: PyTree

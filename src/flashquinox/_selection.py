@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._text import function_name, shown
 from ._trees import dotted_name, is_array
 
 
@@ -36,7 +37,7 @@ class Selection:
                 raise TypeError(
                     f"`{call}({argument}=...)` takes patterns such as 'layers.0.*', "
                     "modules, types of modules, functions of an array, or a list of "
-                    f"these; got {x!r}."
+                    f"these; got {shown(x)}."
                 )
 
     def takes(self, path: tuple[Any, ...], node: Any) -> bool:
@@ -49,19 +50,26 @@ class Selection:
         return taken
 
     def check_used(self, tree: PyTree) -> None:
-        """Raises if a name, or an object, is nowhere in a tree: it is a mistake."""
+        """Raises if a name, or an object, is nowhere in a tree: it is a mistake. So it
+        is if types and functions choose nothing; some of several may, as those of a
+        list for many models."""
         for i, selector in enumerate(self._selectors):
             is_named = isinstance(selector, (str, eqx.Module))
-            if not is_named or i in self._used:
+            if i in self._used or (self._used and not is_named):
                 continue
-            what = repr(selector)
-            if not isinstance(selector, str):
-                what = f"This {type(selector).__name__}"
+            if isinstance(selector, str):
+                what = f"{selector!r} is nowhere in the model"
+            elif isinstance(selector, eqx.Module):
+                what = f"This {type(selector).__name__} is nowhere in the model"
+            elif isinstance(selector, type):
+                what = f"there is no {selector.__name__} in the model"
+            else:
+                what = f"{function_name(selector)} is true of no array of the model"
             names = [dotted_name(path) for path, _ in jtu.tree_leaves_with_path(tree)]
-            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ValueError(
-                f"`{self._call}({self._argument}=...)`: {what} is nowhere in the "
-                f"model. Its leaves are {shown}; `*` stands for any part of a name."
+                f"`{self._call}({self._argument}=...)`: {what}. Its leaves are {some}; "
+                "`*` stands for any part of a name."
             )
 
 
