@@ -112,12 +112,16 @@ def _has_statistics(x: Any) -> bool:
     """
     if not isinstance(x, eqx.Module) or isinstance(x, eqx.nn.StateIndex):
         return False
-    parts = children(x)
-    assert parts is not None
-    subtrees = [
-        child
-        for _, child in parts[0]
-        if child is not None and not jtu.all_leaves([child])
+    # Beside them, activation functions, numbers and modules without arrays are nothing.
+    parts = children(x) or ([], None)
+    below = [child for _, child in parts[0] if children(child) is not None]
+    own = [
+        is_index
+        for child in below
+        if (is_index := isinstance(child, eqx.nn.StateIndex)) or _has_arrays(child)
     ]
-    own = [isinstance(child, eqx.nn.StateIndex) for child in subtrees]
     return any(own) and (all(own) or isinstance(x, eqx.nn.StatefulLayer))
+
+
+def _has_arrays(tree: PyTree) -> bool:
+    return any(is_array(leaf) for leaf in jtu.tree_leaves(tree))

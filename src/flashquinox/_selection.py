@@ -15,6 +15,8 @@ from ._trees import dotted_name, is_array
 Selector: TypeAlias = str | type | eqx.Module | Callable[[Any], bool]
 Selectors: TypeAlias = Selector | tuple[Selector, ...] | list[Selector] | None
 
+_LEAF = jtu.tree_structure(0)
+
 
 class Selection:
     """What one or several selectors choose.
@@ -86,9 +88,10 @@ def _takes(selector: Any, path: tuple[Any, ...], node: Any) -> bool:
 
 def children(node: Any) -> tuple[list[tuple[Any, Any]], Callable[..., Any]] | None:
     """The parts of a subtree, each with its key, and a function that puts such parts
-    together. `None` for a leaf."""
+    together. `None` for a leaf. A subtree may have no parts: `None`, `()`, and modules
+    of static fields alone have none."""
     parts, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    if jtu.treedef_is_leaf(treedef):
+    if treedef == _LEAF:
         return None
     return [(path[0], child) for path, child in parts], treedef.unflatten
 
