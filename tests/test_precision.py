@@ -83,6 +83,79 @@ def test_keep(keep, kept):
     assert _float32(_mlp, keep=keep, wrap=False) == kept
 
 
+@jtu.register_pytree_node_class
+class _Childless:
+    def tree_flatten(self):
+        return (), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        del aux, children
+        return cls()
+
+
+class _Static(eqx.Module):
+    size: int = eqx.field(static=True, default=3)
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "part",
+    [eqx.nn.Identity(), _Static(), _Childless(), (), [], {}, None],
+    ids=lambda part: type(part).__name__,
+)
+def test_parts_without_children(part):
+    """Are nothing to cast, wherever they are."""
+    linear = eqx.nn.Linear(3, 3, key=jax.random.key(0))
+    for model, kept in (
+        (part, set()),
+        ({"a": [part, linear], "b": part}, {"a.1.weight", "a.1.bias"}),
+    ):
+        same = jtu.tree_structure(model)
+        assert jtu.tree_structure(fq.cast(model, jnp.bfloat16)) == same
+        assert jtu.tree_structure(fq.cast(model, jnp.float32, keep="*")) == same
+        assert _float32(model) == set()
+        assert _float32(model, keep=eqx.nn.Linear, wrap=False) == kept
+    optim = fq.adamw(1e-2)
+    narrow = fq.cast(model, jnp.bfloat16)
+    state = fq.widen(narrow, optim.init(narrow), ["a.*", "b*"])
+    assert {str(x.dtype) for x in jtu.tree_leaves(state.corrections)} == {"int16"}
+
+
+def test_parts_without_children_can_be_kept():
+    """They are layers, if they can be called: a function in float32."""
+    model = {"f": _Static(), "g": _Static()}
+    narrow = fq.cast(model, jnp.bfloat16, keep="f")
+    assert isinstance(narrow["f"], fq.Widened) and narrow["g"] == _Static()
+    assert narrow["f"](jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert fq.cast(narrow, jnp.float32) == model
+
+
+def test_statistics_beside_parts_without_arrays():
+    """Such a layer has nothing but statistics all the same."""
+
+    class Norm(eqx.Module):
+        scale: jax.Array
+        activation: eqx.Module
+        empty: tuple
+        mean: eqx.nn.StateIndex
+
+        def __init__(self):
+            self.scale = jnp.ones(3)
+            self.activation = eqx.nn.Lambda(jax.nn.relu)
+            self.empty = ()
+            self.mean = eqx.nn.StateIndex(jnp.zeros(3))
+
+        def __call__(self, x, state):
+            return self.activation(x * self.scale - state.get(self.mean)), state
+
+    norm, _ = eqx.nn.make_with_state(Norm)()
+    assert _float32([norm], wrap=False) == {"0.scale"}
+    assert isinstance(fq.cast([norm], jnp.bfloat16)[0], fq.Widened)
+
+
 @pytest.mark.parametrize("mode", ["ema", "batch"])
 @pytest.mark.parametrize("affine", [True, False])
 def test_running_statistics_stay_float32(mode, affine):

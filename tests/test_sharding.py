@@ -311,12 +311,20 @@ def test_state_that_is_nowhere(types):
             _assert_equal(compiled(model, where(state), grads), of_compiled)
 
 
+_UNKNOWN = (
+    r"`adamw\(\.\.\.\)\.{}`.*\['bias'\]` and \d more is on the mesh.*`shardings=\.\.\.`"
+)
+
+
 def test_init_in_jit():
     shardings = _shardings(_mesh("auto"), _FSDP)
     optim = fq.adamw(1e-2)
     model = jax.device_put(_model(), shardings)
-    with pytest.raises(ValueError, match=r"`adamw\(\.\.\.\)\.init`.*\['bias'\].*jit"):
-        jax.jit(optim.init)(model)
+    with pytest.warns(UserWarning, match=_UNKNOWN.format("init")) as warned:
+        state = jax.jit(optim.init)(model)
+    assert len(warned) == 1
+    assert state.shardings == ()
+    _assert_equal(state, optim.init(_model()))
     told = fq.adamw(1e-2, shardings=shardings)
     state = jax.jit(told.init)(model)
     _assert_equal(state, optim.init(model))
@@ -328,16 +336,93 @@ def test_init_in_jit():
         _is_divided(make(model), shardings)
 
 
-def test_state_that_knows_nothing():
+@pytest.mark.parametrize(
+    "layout, backend", [("replicated", "auto"), ("2-D", "auto"), ("2-D", "gpu")]
+)
+def test_state_that_knows_nothing(layout, backend):
+    """XLA divides the step: without kernels, with the same results, and without
+    collectives where parts hold whole groups."""
+    shardings = _shardings(_mesh("auto"), _LAYOUTS[layout])
+    optim = fq.adamw(1e-2, backend=backend)
+    names = ("matrix", "stack", "bias")
+    model, grads = ({name: _model(i)[name] for name in names} for i in (0, 1))
+    shardings = {name: shardings[name] for name in names}
+    state = optim.init(model)
+    expected = jax.jit(fq.adamw(1e-2).step)(model, state, grads)
+    model, grads = jax.device_put((model, grads), (shardings, shardings))
+    made = optim.init(model)
+    unknowing = dataclasses.replace(made, shardings=())
+    with pytest.warns(UserWarning, match=_UNKNOWN.format("step")) as warned:
+        compiled = jax.jit(optim.step).lower(model, unknowing, grads).compile()
+    assert len(warned) == 1
+    text = compiled.as_text() or ""
+    assert not _COLLECTIVES.search(text)
+    found = compiled(model, unknowing, grads)
+    _assert_equal(found, expected)
+    _is_divided(found, shardings)
+    # Outside, all is seen.
+    _, state = optim.step(model, unknowing, grads)
+    assert state.shardings == made.shardings
+
+
+def test_mesh_of_both_types():
+    """What is known in part is refused."""
+    types = AxisType.Auto, AxisType.Explicit
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    model = {"w": jax.device_put(jnp.zeros((64, 64)), NamedSharding(mesh, P("data")))}
+    optim = fq.adamw(1e-2)
+    with pytest.raises(
+        ValueError, match=r"\.init`.*\['w'\].*`Explicit` divide it, mod"
+    ):
+        jax.jit(optim.init)(model)
+    state = optim.init(model)
+    jax.jit(optim.step)(model, state, model)
+
+
+def test_states_of_other_divisions():
+    """Differ in what they know of it, and so in their structure: a state takes that on
+    with the field."""
     shardings = _shardings(_mesh("auto"), _FSDP)
     optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(), shardings)
-    state = dataclasses.replace(optim.init(model), shardings=())
-    with pytest.raises(ValueError, match=r"`adamw\(\.\.\.\)\.step`.*\['bias'\].*init"):
-        jax.jit(optim.step)(model, state, model)
-    # Outside, all is seen.
-    _, state = optim.step(model, state, model)
-    jax.jit(optim.step)(model, state, model)
+    here = optim.init(_model())
+    there = optim.init(jax.device_put(_model(), shardings))
+    assert jtu.tree_structure(here) != jtu.tree_structure(there)
+    here = dataclasses.replace(here, shardings=there.shardings)
+    moved = jtu.tree_map(lambda x, like: jax.device_put(x, like.sharding), here, there)
+    _assert_equal(moved, there)
+    where = jtu.tree_map(lambda x: x.sharding, there)
+    _is_divided((jax.device_put(_model(), shardings), moved), shardings)
+    _assert_equal(jax.device_put(here, where), there)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_filter_shard_after_init(compiled):
+    """Model and state go to every device together, as in Equinox's example of data
+    parallelism."""
+    mesh = _mesh("auto")
+    everywhere = NamedSharding(mesh, P())
+    optim = fq.adamw(1e-2)
+    shapes = {"matrix": (64, 40), "bias": (5,)}
+    model, grads = _model(shapes=shapes), _model(1, shapes=shapes)
+    state = optim.init(model)
+
+    def step(model, state, grads):
+        model, state = eqx.filter_shard((model, state), everywhere)
+        updates, state = optim.update(grads, state, model)
+        model = eqx.apply_updates(model, updates)
+        return eqx.filter_shard((model, state), everywhere)
+
+    expected = jax.jit(step)(model, state, grads)
+    model, state, grads = eqx.filter_shard((model, state, grads), everywhere)
+    if compiled:
+        with pytest.warns(UserWarning, match=r"update`.*\['bias'\]` and 1 more is on"):
+            found = jax.jit(step)(model, state, grads)
+        _assert_equal(found, expected)
+    else:
+        found = step(model, state, grads)
+        assert len(found[1].shardings) == 2
+    for x in jtu.tree_leaves(found):
+        assert x.sharding.is_equivalent_to(everywhere, x.ndim)
 
 
 def test_another_mesh_than_the_states():

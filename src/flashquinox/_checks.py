@@ -399,6 +399,24 @@ def shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
     return tuple(leaves), structure
 
 
+def is_known_how_divided(call: str, unknown: list[Leaf]) -> None:
+    """Warns of weights of which only XLA knows how they are divided."""
+    if not unknown:
+        return
+    others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    mesh = jax.typeof(unknown[0].value).sharding.mesh
+    warnings.warn(
+        f"`{call}`: the weight at `{unknown[0].name}`{others} is on the mesh "
+        f"{_sharding.mesh_text(mesh)}, and it is not known how it is divided there: "
+        "inside `jit` and `vmap`, JAX does not tell. XLA divides the program, without "
+        "this library's kernels, and may communicate. For kernels, call `init` outside "
+        "of `jit`, on the weights where they shall be, and the state knows; or use a "
+        "mesh with axes of type `Explicit`; or pass `shardings=...` to the optimizer: "
+        "a `NamedSharding` for each weight, which under `vmap` is that of one member.",
+        stacklevel=2,
+    )
+
+
 def groups_are_whole(
     call: str,
     leaf: Leaf,

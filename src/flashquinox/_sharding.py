@@ -2,13 +2,14 @@
 
 Of a weight, JAX always tells on which mesh it is, also while a program is traced. How
 it is divided there is not always known: inside `jit`, not for mesh axes of type `Auto`.
-A guess would be compiled all the same, and communicate in every step. So `init`, which
-sees the weights, writes it down.
+A guess would be compiled all the same, and communicate in every step. So `init` writes
+it down if it sees the weights outside of `jit`. What nobody knows is left to XLA, which
+knows it when it divides the program: without kernels, as these cannot be divided.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -34,40 +35,59 @@ from ._trees import Leaf
 Shardings: TypeAlias = tuple[tuple[str, NamedSharding], ...]
 
 
+class Found(NamedTuple):
+    """How leaves are divided: `None` for those on one device, and for those of which it
+    is not known; the latter are `unknown` too."""
+
+    shardings: list[NamedSharding | None]
+    unknown: list[Leaf]
+
+
 def find_all(
     call: str,
     leaves: Sequence[Leaf | None],
     given: Sequence[NamedSharding | None],
     recorded: Shardings,
-) -> list[NamedSharding | None]:
-    """For each of the leaves, how it is divided. `None` for those that are on one
-    device; but if others are on a mesh, so will these be: on each of its devices."""
+) -> Found:
+    """For each of the leaves, how it is divided. If some are on a mesh, those on one
+    device will be on each of its devices."""
     written = dict(recorded)
     found = [
         None if leaf is None else _find(call, leaf, sharding, written.get(leaf.name))
         for leaf, sharding in zip(leaves, given, strict=True)
     ]
-    others = everywhere(found)
-    if others is None:
-        return found
-    return [
-        NamedSharding(others.mesh, _only(others.spec, (), leaf.value.ndim))
-        if leaf is not None and sharding is None
-        else sharding
-        for leaf, sharding in zip(leaves, found, strict=True)
-    ]
+    others = everywhere([x for x in found if isinstance(x, NamedSharding)])
+
+    def settle(
+        leaf: Leaf | None, sharding: NamedSharding | _Unknown | None
+    ) -> NamedSharding | None:
+        if isinstance(sharding, _Unknown):
+            return None
+        if leaf is None or sharding is not None or others is None:
+            return sharding
+        return NamedSharding(others.mesh, _only(others.spec, (), leaf.value.ndim))
+
+    pairs = list(zip(leaves, found, strict=True))
+    return Found(
+        [settle(leaf, sharding) for leaf, sharding in pairs],
+        [leaf for leaf, x in pairs if leaf is not None and isinstance(x, _Unknown)],
+    )
+
+
+class _Unknown:
+    """In place of the sharding of a weight of which only XLA knows it."""
 
 
 def _find(
     call: str, leaf: Leaf, given: NamedSharding | None, written: NamedSharding | None
-) -> NamedSharding | None:
+) -> NamedSharding | _Unknown | None:
     """How a weight is divided. `None` if it is on one device, or all axes of the mesh
     are manual: then what is seen of it is on one device.
 
     **Raises:**
 
-    `ValueError` if it is on several devices, and not known how; or if what is known
-    does not go together.
+    `ValueError` if it is known in part only, as on a mesh of axes of both types; or if
+    what is known does not go together.
     """
     value = leaf.value
     mesh = jax.typeof(value).sharding.mesh
@@ -86,14 +106,18 @@ def _find(
     if spec is None:
         # Under `vmap`, a weight has fewer axes than `init` saw.
         if written is None or len(written.spec) != value.ndim:
+            explicit = _axes(mesh, AxisType.Explicit)
+            if all(mesh.shape[name] == 1 for name in explicit):
+                return _Unknown()
             raise ValueError(
                 f"`{call}`: the weight at `{leaf.name}` is on the mesh "
-                f"{mesh_text(mesh)}, and it is not known how it is divided there: "
-                "inside `jit` and `vmap`, JAX does not tell. Call `init` outside of "
-                "them, on the weights where they shall be, and the state knows; or use "
-                "a mesh with axes of type `Explicit`; or pass `shardings=...` to the "
-                "optimizer: a `NamedSharding` for each weight, which under `vmap` is "
-                "that of one member."
+                f"{mesh_text(mesh)}, and it is only known how the axes of type "
+                f"`Explicit` divide it, {', '.join(explicit)}: inside `jit` and "
+                "`vmap`, JAX does not tell of those of type `Auto`. Call `init` "
+                "outside of them, on the weights where they shall be, and the state "
+                "knows; or use a mesh with axes of one type; or pass `shardings=...` "
+                "to the optimizer: a `NamedSharding` for each weight, which under "
+                "`vmap` is that of one member."
             )
         if written.mesh.shape != mesh.shape:
             raise ValueError(

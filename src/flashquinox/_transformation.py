@@ -66,7 +66,7 @@ class Transformation(eqx.Module):
         checks.correction_has_effect(
             self.call, self.master_weight_bits, list(trained.values())
         )
-        shardings = self._shardings(call, leaves, recorded=())
+        shardings, _ = self._shardings(call, leaves, recorded=())
         makers = [
             partial(self._zeros, leaf, shardings[index], correction_dtype, group_size)
             for index, leaf in trained.items()
@@ -159,7 +159,7 @@ class Transformation(eqx.Module):
         leaves, rebuild = flatten(params)
         checks.is_state(call, state, self.rule)
         checks.is_one_state(call, state)
-        shardings = self._shardings(call, leaves, state.shardings)
+        shardings, unknown = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [
                 _sharding.where_the_weight_is(
@@ -183,6 +183,8 @@ class Transformation(eqx.Module):
             rebuild=rebuild,
             decayed=self._decayed(call, params, leaves),
             shardings=shardings,
+            # XLA cannot divide a kernel.
+            backend="xla" if unknown else self.backend,
             state=state,
             scalars={
                 dtype: self._scalars(state.count, dtype)
@@ -213,17 +215,19 @@ class Transformation(eqx.Module):
 
     def _shardings(
         self, call: str, leaves: list[Leaf], recorded: _sharding.Shardings
-    ) -> list[NamedSharding | None]:
+    ) -> _sharding.Found:
         """For each leaf, how it is divided among devices."""
         values, structure = self.shardings
         tree = jtu.tree_unflatten(structure, values)
         given = match(call, "shardings", tree, leaves, prefix=True)
-        return _sharding.find_all(
+        found = _sharding.find_all(
             call,
             [leaf if checks.is_trained(leaf, call) else None for leaf in leaves],
             given,
             recorded,
         )
+        checks.is_known_how_divided(call, found.unknown)
+        return found
 
     def _put_together(
         self,
@@ -303,6 +307,7 @@ class OpenedStep:
     rebuild: Callable[[list[Any]], PyTree]
     decayed: list[bool]
     shardings: list[NamedSharding | None]
+    backend: Backend
     state: OptimizerState
     # For each dtype that computes.
     scalars: dict[Any, tuple[dict[str, Scalar], Scalar | None]]
@@ -439,7 +444,7 @@ class OpenedStep:
         steps: list[LeafStep],
         shardings: list[NamedSharding | None],
     ) -> list[LeafState]:
-        updated = sharded.update_leaves(self.transformation.backend, steps, shardings)
+        updated = sharded.update_leaves(self.backend, steps, shardings)
         return [
             LeafState(
                 new.weight,
