@@ -30,9 +30,9 @@ from ._layout import Layout
 from ._trees import Leaf
 
 
-# Of the state: for each leaf that is on several devices, its name and how it was
-# divided by `init`. The mesh is one without devices.
-Shardings: TypeAlias = tuple[tuple[str, NamedSharding], ...]
+# Of the state: for each leaf that is on several devices, its unwrapped path and how it
+# was divided by `init`. The mesh is one without devices.
+Shardings: TypeAlias = tuple[tuple[tuple[Any, ...], NamedSharding], ...]
 
 
 class Found(NamedTuple):
@@ -53,7 +53,9 @@ def find_all(
     device will be on each of its devices."""
     written = dict(recorded)
     found = [
-        None if leaf is None else _find(call, leaf, sharding, written.get(leaf.name))
+        None
+        if leaf is None
+        else _find(call, leaf, sharding, written.get(leaf.unwrapped))
         for leaf, sharding in zip(leaves, given, strict=True)
     ]
     others = everywhere([x for x in found if isinstance(x, NamedSharding)])
@@ -171,7 +173,7 @@ def record(
         return old
     return tuple(
         (
-            leaf.name,
+            leaf.unwrapped,
             NamedSharding(
                 AbstractMesh(sharding.mesh.axis_sizes, sharding.mesh.axis_names),
                 sharding.spec,

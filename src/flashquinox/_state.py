@@ -5,6 +5,7 @@ from jaxtyping import Array, Int32, Integer, PyTree
 
 from ._codec import StoredMoment
 from ._sharding import Shardings
+from ._variables import without_variables
 
 
 class StepCount(NamedTuple):
@@ -36,4 +37,4 @@ class OptimizerState(eqx.Module):
     @property
     def count(self) -> Int32[Array, "*ensemble"]:
         """The number of steps taken."""
-        return self.steps.count
+        return without_variables(self.steps.count)

@@ -28,7 +28,7 @@ from ._number_checks import is_zero
 from ._rule import AbstractRule, MomentKind, rule_scalars, rule_structure
 from ._split import compute_dtype, Correction, NARROW_DTYPES
 from ._state import OptimizerState, StepCount
-from ._trees import flatten, Leaf, match
+from ._trees import flatten, Leaf, match, Rebuild
 
 
 ScalarOrSchedule: TypeAlias = ScalarLike | Callable[[Scalar], ScalarLike]
@@ -85,8 +85,8 @@ class Transformation(eqx.Module):
                 moments[name][index] = moment
         return OptimizerState(
             steps=StepCount(count),
-            moments={name: rebuild(stored) for name, stored in moments.items()},
-            corrections=rebuild(corrections),
+            moments={name: rebuild.state(x) for name, x in moments.items()},
+            corrections=rebuild.state(corrections),
             shardings=_sharding.record(leaves, shardings, ()),
         )
 
@@ -162,11 +162,8 @@ class Transformation(eqx.Module):
         shardings, unknown = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [
-                _sharding.where_the_weight_is(
-                    self._put_together(leaf, kind, sharding, moment), sharding
-                )
-                for leaf, sharding, moment in zip(
-                    leaves,
+                _sharding.where_the_weight_is(moment, sharding)
+                for sharding, moment in zip(
                     shardings,
                     match(
                         call, f"state.moments[{name!r}]", state.moments[name], leaves
@@ -174,7 +171,7 @@ class Transformation(eqx.Module):
                     strict=True,
                 )
             ]
-            for name, kind in self.rule.moments.items()
+            for name in self.rule.moments
         }
         return OpenedStep(
             call=call,
@@ -228,25 +225,6 @@ class Transformation(eqx.Module):
         )
         checks.is_known_how_divided(call, found.unknown)
         return found
-
-    def _put_together(
-        self,
-        leaf: Leaf,
-        kind: MomentKind,
-        sharding: NamedSharding | None,
-        moment: Any,
-    ) -> Any:
-        """A moment of which only the arrays have come, as `init` would lay it out."""
-        if not isinstance(moment, dict):
-            return moment
-        _, group_size = checks.structure_is_known(self.call, None, self.group_size)
-        layout = self._new_layout(leaf.value.shape, group_size, sharding)
-        return QuantMoment(
-            **moment,
-            axis=layout.axis,
-            group_size=layout.group_size,
-            codec=self.codecs.of(kind, leaf.value.shape),
-        )
 
     def _scalars(
         self, count: Scalar, dtype: DTypeLike
@@ -304,7 +282,7 @@ class OpenedStep:
     call: str
     transformation: Transformation
     leaves: list[Leaf]
-    rebuild: Callable[[list[Any]], PyTree]
+    rebuild: Rebuild
     decayed: list[bool]
     shardings: list[NamedSharding | None]
     backend: Backend
@@ -471,8 +449,8 @@ class OpenedStep:
             count = jnp.where(take, count, old.count)
         return self.rebuild(self.values), OptimizerState(
             steps=StepCount(count),
-            moments={name: self.rebuild(x) for name, x in self.moments.items()},
-            corrections=self.rebuild(self.corrections),
+            moments={name: self.rebuild.state(x) for name, x in self.moments.items()},
+            corrections=self.rebuild.state(self.corrections),
             shardings=_sharding.record(self.leaves, self.shardings, old.shardings),
         )
 

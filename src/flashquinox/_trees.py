@@ -1,6 +1,7 @@
 """Pytrees that should look like the model, leaf by leaf and with their paths."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from jaxtyping import PyTree
 
 from ._codec import QuantMoment
+from ._variables import around_leaves, is_variable, like, without_variables
 from ._widened import Widened
 
 
@@ -17,7 +19,8 @@ class Leaf(NamedTuple):
     """A leaf of the model. `None` is a leaf here.
 
     `unwrapped` is the path that it would have without what
-    [`flashquinox.cast`][] wraps layers in.
+    [`flashquinox.cast`][] wraps layers in, and without Flax's `Variable`s. Its keys
+    are plain: an attribute of a module and an entry of Flax's `State` are the same.
     """
 
     path: tuple[Any, ...]
@@ -44,13 +47,39 @@ def dotted_name(path: tuple[Any, ...]) -> str:
     return jtu.keystr(path, simple=True, separator=".")
 
 
-def flatten(tree: PyTree) -> tuple[list[Leaf], Callable[[list[Any]], PyTree]]:
+@dataclasses.dataclass(frozen=True)
+class Rebuild:
+    """A function from as many values as a tree has leaves to such a tree.
+
+    `state` makes of moments or corrections a tree that belongs into a state: Flax's
+    `Variable`s are in it around single arrays.
+    """
+
+    tree: PyTree
+    treedef: Any
+
+    def __call__(self, values: list[Any]) -> PyTree:
+        return self.treedef.unflatten(values)
+
+    def state(self, values: list[Any]) -> PyTree:
+        bare = without_variables(self.tree)
+        if bare is self.tree:
+            return self.treedef.unflatten(values)
+        variables = around_leaves(self.tree, _is_leaf)
+        treedef = jtu.tree_structure(bare, is_leaf=_is_leaf)
+        return treedef.unflatten(map(like, variables, values))
+
+
+def flatten(tree: PyTree) -> tuple[list[Leaf], Rebuild]:
     """The leaves of a tree in order, and a function from as many values to such a
     tree."""
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     wraps = set(_wraps((), tree))
-    named = [Leaf(path, value, _without(wraps, path)) for path, value in leaves]
-    return named, treedef.unflatten
+    named = [
+        Leaf(path, without_variables(value), _unwrapped(wraps, path))
+        for path, value in leaves
+    ]
+    return named, Rebuild(tree, treedef)
 
 
 def match(
@@ -60,11 +89,9 @@ def match(
 
     `None` in place of a subtree stands for `None` in all of it, as does the
     `optax.MaskedNode` by which Optax leaves out what another optimizer trains; with
-    `prefix`, so does any other value. A subtree in place of a leaf is an entry if it
-    holds the arrays of a `QuantMoment`, as a dictionary: Flax's `nnx.Optimizer` takes
-    apart every pytree that it finds in a state. Whether a layer is wrapped in a
-    `Widened` makes no difference, in either tree: a float32 model has none where its
-    bfloat16 copy does.
+    `prefix`, so does any other value. Whether a layer is wrapped in a `Widened` makes
+    no difference, in either tree: a float32 model has none where its bfloat16 copy
+    does. Nor do Flax's `Variable`s.
 
     **Raises:**
 
@@ -76,19 +103,14 @@ def match(
     values = []
     for leaf in leaves:
         found = _find(entries, leaf.unwrapped, prefix)
-        if found is not None:
-            unused.discard(found)
-            values.append(entries[found])
-            continue
-        parts = {path: _key(path) for path in entries if path[:-1] == leaf.unwrapped}
-        if set(parts.values()) - {"parameter"} != {"codes", "scales"}:
+        if found is None:
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
                 f"a leaf. Pass a `{name}` of the structure of the model"
                 + _structure_hint(name)
             )
-        unused.difference_update(parts)
-        values.append({key: entries[path] for path, key in parts.items()})
+        unused.discard(found)
+        values.append(entries[found])
     for leaf in given:
         if leaf.unwrapped in unused and leaf.value is not None:
             raise ValueError(
@@ -109,24 +131,28 @@ def _without_masked(tree: PyTree) -> PyTree:
 
 
 def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
-    """Where in a tree there is a `Widened`."""
-    is_wrap = lambda x: isinstance(x, Widened)
+    """Where in a tree there is a `Widened`, or a `Variable`."""
+    is_wrap = lambda x: isinstance(x, Widened) or is_variable(x)
     for below, node in jtu.tree_leaves_with_path(tree, is_leaf=is_wrap):
-        if is_wrap(node):
+        if is_wrap(node) and not jtu.all_leaves([node]):
             yield (*path, *below)
-            yield from _wraps((*path, *below, jtu.GetAttrKey("layer")), node.layer)
+            for key, inner in jtu.tree_leaves_with_path(
+                node, is_leaf=lambda x, node=node: x is not node
+            ):
+                yield from _wraps((*path, *below, *key), inner)
 
 
-def _without(wraps: set[tuple[Any, ...]], path: tuple[Any, ...]) -> tuple[Any, ...]:
+def _unwrapped(wraps: set[tuple[Any, ...]], path: tuple[Any, ...]) -> tuple[Any, ...]:
     """A path that leaves out the step into each of these."""
-    if not wraps:
-        return path
-    return tuple(key for i, key in enumerate(path) if path[:i] not in wraps)
+    return tuple(_plain(key) for i, key in enumerate(path) if path[:i] not in wraps)
 
 
-def _key(path: tuple[Any, ...]) -> Any:
-    """The last key of a path, whatever kind of container it is a key of."""
-    return jtu.keystr(path[-1:], simple=True)
+def _plain(key: Any) -> Any:
+    """A key of a path, whatever kind of container it is a key of."""
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return getattr(key, name)
+    return key
 
 
 def _find(

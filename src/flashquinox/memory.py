@@ -270,9 +270,9 @@ def memory_plan(
             "transformation of Optax with such an optimizer in it."
         )
     # Where `init` would put it all.
-    there = {name: sharding for x in states for name, sharding in x.shardings}
+    there = {path: sharding for x in states for path, sharding in x.shardings}
     arrays = {
-        i: _struct(leaf.value, there.get(leaf.name, leaf.value.sharding))
+        i: _struct(leaf.value, there.get(leaf.unwrapped, leaf.value.sharding))
         for i, leaf in enumerate(leaves)
         if is_array(leaf.value)
     }
@@ -408,13 +408,13 @@ def _struct(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _stored(trees: list[PyTree], there: dict[str, NamedSharding]) -> list[Any]:
+def _stored(trees: list[PyTree], there: dict[Any, NamedSharding]) -> list[Any]:
     """What is stored for weights, in trees like the model, divided as these are."""
     found = []
     for leaf in (leaf for tree in trees for leaf in flatten(tree)[0]):
         value = leaf.value
-        if value is not None and leaf.name in there:
-            shardings = _sharding.of_arrays(value, there[leaf.name])
+        if value is not None and leaf.unwrapped in there:
+            shardings = _sharding.of_arrays(value, there[leaf.unwrapped])
             value = jtu.tree_map(_struct, value, shardings)
         found += [] if value is None else [value]
     return found

@@ -1,0 +1,247 @@
+"""Programs in the style of Flax NNX, with these optimizers in place of Optax's."""
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import flashquinox as fq
+
+from ..helpers import tree_identical
+
+
+_x = jax.random.normal(jax.random.key(0), (8, 16))
+_y = jnp.sin(_x[:, :4])
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    # Flax's own arithmetic promotes dtypes and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class _Model(nnx.Module):
+    def __init__(self, rngs, dtype=jnp.bfloat16):
+        self.linear = nnx.Linear(16, 4, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+def _loss(model):
+    return jnp.mean((model(_x) - _y).astype(jnp.float32) ** 2)
+
+
+# One moment: less to compile.
+_lion = fq.lion(1e-2)
+
+
+def _make(tx=_lion, seed=0, wrt=nnx.Param, dtype=jnp.bfloat16):
+    model = _Model(nnx.Rngs(seed), dtype)
+    return model, nnx.Optimizer(model, tx, wrt=wrt)
+
+
+def _update(model, optimizer):
+    wrt = nnx.DiffState(0, optimizer.wrt)
+    loss, grads = nnx.value_and_grad(_loss, argnums=wrt)(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+_traces = []
+
+
+@nnx.jit
+def _step(model, optimizer):
+    # Once per program.
+    _traces.append(optimizer.tx)
+    return _update(model, optimizer)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model, optimizer = _make()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for _ in range(3):
+            _step(model, optimizer)
+    return model, optimizer
+
+
+def _copy(trained):
+    return jtu.tree_map(jnp.copy, nnx.clone(trained))
+
+
+def _goes_on_like(trained, model, optimizer):
+    expected_model, expected = _copy(trained)
+    assert tree_identical(nnx.state(optimizer), nnx.state(expected))
+    for _ in range(2):
+        assert _step(model, optimizer) == _step(expected_model, expected)
+    assert tree_identical(nnx.state(model), nnx.state(expected_model))
+    assert tree_identical(nnx.state(optimizer), nnx.state(expected))
+
+
+_inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "tx, dtype, wrt",
+    [
+        (fq.adamw(1e-2), jnp.bfloat16, nnx.Param),
+        (fq.adamw(1e-2, moments="learned"), jnp.bfloat16, nnx.Param),
+        (
+            fq.adamw(1e-2, moments="float32"),
+            jnp.bfloat16,
+            nnx.All(nnx.Param, nnx.PathContains("kernel")),
+        ),
+        (
+            optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-2)),
+            jnp.float32,
+            nnx.Param,
+        ),
+        (optax.MultiSteps(_inject(learning_rate=1e-2), 2), jnp.bfloat16, nnx.Param),
+    ],
+    ids=["adamw", "learned", "subset", "chain", "multi-steps"],
+)
+def test_the_state_has_one_structure(tx, dtype, wrt):
+    model, optimizer = _make(tx, dtype=dtype, wrt=wrt)
+    before, first = nnx.split((model, optimizer)), _loss(model)
+    for _ in range(4):
+        loss = _step(model, optimizer)
+    assert loss < first
+    assert _traces.count(tx) == 1
+    after = nnx.split((model, optimizer))
+    assert before[0] == after[0]
+    assert jtu.tree_structure(before[1]) == jtu.tree_structure(after[1])
+    # Nothing but arrays in `Variable`s.
+    for variable in jtu.tree_leaves(
+        nnx.state(optimizer), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
+        assert isinstance(variable, nnx.OptState)
+        assert isinstance(variable.get_value(), jax.Array)
+
+
+@pytest.mark.parametrize("loop", ["fori_loop", "while_loop", "scan", "lax.scan"])
+def test_loops(loop, trained):
+    model, optimizer = _make()
+    if loop == "fori_loop":
+
+        def body(i, carry):
+            _update(*carry)
+            return carry
+
+        nnx.fori_loop(0, 3, body, (model, optimizer))
+    elif loop == "while_loop":
+
+        def body(carry):
+            _update(*carry)
+            return carry
+
+        nnx.while_loop(lambda carry: carry[1].step[...] < 3, body, (model, optimizer))
+    elif loop == "scan":
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def many(carry, _):
+            return carry, _update(*carry)
+
+        many((model, optimizer), jnp.arange(3))
+    else:
+        graphdef, state = nnx.split((model, optimizer))
+
+        def body(state, _):
+            model, optimizer = nnx.merge(graphdef, state)
+            loss = _update(model, optimizer)
+            return nnx.state((model, optimizer)), loss
+
+        state, _ = jax.lax.scan(body, state, None, length=3)
+        nnx.update((model, optimizer), state)
+    assert int(optimizer.opt_state.count) == 3
+    # Other programs: multiplications and additions may be contracted, which a bfloat16
+    # unit per step covers.
+    for found, expected in zip(
+        jtu.tree_leaves(nnx.state(model)),
+        jtu.tree_leaves(nnx.state(trained[0])),
+        strict=True,
+    ):
+        found, expected = np.float64(found), np.float64(expected)
+        np.testing.assert_allclose(found, expected, rtol=3 * 2**-8, atol=1e-4)
+
+
+def test_cached_partial():
+    model, optimizer = _make()
+    cached = nnx.cached_partial(_step, model, optimizer)
+    losses = [cached() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert _traces.count(_lion) == 1
+
+
+def test_an_ensemble():
+    @nnx.vmap
+    def make(keys):
+        return _make(seed=keys)
+
+    @nnx.jit
+    @nnx.vmap
+    def step(model, optimizer):
+        return _update(model, optimizer)
+
+    models, optimizers = make(jax.random.split(jax.random.key(0), 2))
+    before = jtu.tree_structure(nnx.state(optimizers))
+    first = step(models, optimizers)
+    assert np.all(step(models, optimizers) < first)
+    assert jtu.tree_structure(nnx.state(optimizers)) == before
+    assert optimizers.opt_state.count.shape == (2,)
+
+
+@pytest.mark.parametrize("target", ["fresh", "eval_shape"])
+@pytest.mark.parametrize("manager", [False, True])
+def test_orbax(tmp_path, trained, target, manager):
+    saved = nnx.state(trained)
+    make = lambda: _make(seed=1)
+    graphdef, like = nnx.split(make() if target == "fresh" else nnx.eval_shape(make))
+    if manager:
+        with ocp.CheckpointManager(tmp_path / "run") as checkpoints:
+            checkpoints.save(3, args=ocp.args.StandardSave(saved))
+            checkpoints.wait_until_finished()
+            restored = checkpoints.restore(3, args=ocp.args.StandardRestore(like))
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "one", saved)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "one", like)
+    _goes_on_like(trained, *nnx.merge(graphdef, restored))
+
+
+def test_pure_dict(trained):
+    pure = nnx.to_pure_dict(nnx.state(_copy(trained)))
+    assert all(isinstance(x, jax.Array) for x in jtu.tree_leaves(pure))
+    model, optimizer = _make(seed=1)
+    state = nnx.state((model, optimizer))
+    nnx.replace_by_pure_dict(state, pure)
+    nnx.update((model, optimizer), state)
+    _goes_on_like(trained, model, optimizer)
+
+
+def test_without_an_nnx_optimizer():
+    # The functional way: states of `Variable`s go through the optimizer itself.
+    graphdef, params, rest = nnx.split(_Model(nnx.Rngs(0)), nnx.Param, ...)
+    state = _lion.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: _loss(nnx.merge(graphdef, p, rest)))(params)
+        updates, state = _lion.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    new, new_state = step(*step(params, state))
+    assert step._cache_size() == 1
+    assert jtu.tree_structure((new, new_state)) == jtu.tree_structure((params, state))
+    # What has no `Variable`s goes with what has.
+    bare = nnx.as_pure(params)
+    grads = jtu.tree_map(jnp.ones_like, params)
+    stepped, _ = _lion.step(bare, nnx.as_pure(state), grads)
+    assert jtu.tree_structure(stepped) == jtu.tree_structure(bare)
