@@ -25,7 +25,7 @@ from ._defaults import StaticBits, Unknown
 from ._layout import Layout
 from ._moment_codecs import MomentCodecs
 from ._number_checks import is_zero
-from ._rule import AbstractRule, MomentKind, rule_scalars, rule_structure
+from ._rule import AbstractRule, rule_scalars, rule_structure
 from ._split import compute_dtype, Correction, NARROW_DTYPES
 from ._state import OptimizerState, StepCount
 from ._trees import flatten, Leaf, match, Rebuild
