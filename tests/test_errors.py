@@ -419,7 +419,9 @@ def test_masks(mask, parts):
     model = _model()
     optim = fq.adamw(1e-3, mask=mask)
     error = TypeError if "True" in parts[-1] or "0.5" in parts else ValueError
-    _assert_step_raises(error, optim, model, optim.init(model), _grads(model), parts)
+    assert_raises(error, lambda: optim.init(model), "`adamw(...).init`", *parts)
+    state = fq.adamw(1e-3).init(model)
+    _assert_step_raises(error, optim, model, state, _grads(model), parts)
 
 
 def test_update_without_params():

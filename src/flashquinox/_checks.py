@@ -161,14 +161,6 @@ def correction_dtype(bits: int | Literal["auto"] | None) -> Any:
     return CORRECTION_DTYPES[AUTO_BITS if bits == "auto" else bits]
 
 
-def is_given(call: str, name: str, tree: Any) -> None:
-    if tree is None:
-        raise TypeError(
-            f"`{call}`: `{name}` is None. Pass a tree like the model; `None` may stand "
-            "in it for a leaf or a subtree that is frozen."
-        )
-
-
 def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:
     if not eqx.is_array_like(grad) or not hasattr(grad, "dtype"):
         raise TypeError(
@@ -185,16 +177,6 @@ def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:
             f"`{call}`: the gradient at `{leaf.name}` is {grad.dtype}; gradients must "
             "be bfloat16, float16, float32 or float64."
         )
-
-
-def is_mask_value(call: str, leaf: Leaf, value: Any) -> bool:
-    if value is None or not is_float_array(leaf.value):
-        return False
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    raise TypeError(
-        f"`{call}`: the `mask` at `{leaf.name}` must be True or False; got {value!r}."
-    )
 
 
 #

@@ -19,10 +19,18 @@ from ._argument_checks import scheduled
 from ._backends import dispatch, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
+from ._call_checks import (
+    check_alive,
+    check_grads,
+    check_model,
+    check_order,
+    check_trains,
+)
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import StaticBits, Unknown
 from ._layout import Layout
+from ._mask import decayed
 from ._moment_codecs import MomentCodecs
 from ._number_checks import is_zero
 from ._rule import AbstractRule, rule_scalars, rule_structure
@@ -54,6 +62,7 @@ class Transformation(eqx.Module):
 
     def init(self, params: PyTree) -> OptimizerState:
         call = f"{self.call}(...).init"
+        check_model(call, params)
         leaves, rebuild = flatten(params)
         correction_dtype, group_size = checks.structure_is_known(
             self.call, self.master_weight_bits, self.group_size
@@ -63,6 +72,12 @@ class Transformation(eqx.Module):
             for index, leaf in enumerate(leaves)
             if checks.is_trained(leaf, call)
         }
+        check_trains(call, leaves, trained)
+        if trained:
+            # What a step would find wrong.
+            decayed(call, self.mask, params, leaves)
+            for name in ("learning_rate", "weight_decay"):
+                self._scheduled(name, jnp.zeros((), jnp.int32))
         checks.correction_has_effect(
             self.call, self.master_weight_bits, list(trained.values())
         )
@@ -138,8 +153,10 @@ class Transformation(eqx.Module):
     ) -> tuple[PyTree, OptimizerState]:
         call = f"{self.call}(...).{method}"
         opened = self.open(call, params, state)
-        checks.is_given(call, "grads", grads)
+        check_grads(call, grads, params)
+        check_alive(call, grads=grads)
         grad_leaves = match(call, "grads", grads, opened.leaves)
+        check_order(call, opened.leaves, grad_leaves)
         arrived = {}
         for index, leaf in enumerate(opened.leaves):
             if not checks.is_trained(leaf, call):
@@ -156,9 +173,11 @@ class Transformation(eqx.Module):
 
     def open(self, call: str, params: PyTree, state: OptimizerState) -> "OpenedStep":
         """Takes a model and its state apart, for one step."""
+        check_model(call, params)
         leaves, rebuild = flatten(params)
         checks.is_state(call, state, self.rule)
         checks.is_one_state(call, state)
+        check_alive(call, model=params, state=state)
         shardings, unknown = self._shardings(call, leaves, state.shardings)
         moments = {
             name: [
@@ -178,7 +197,7 @@ class Transformation(eqx.Module):
             transformation=self,
             leaves=leaves,
             rebuild=rebuild,
-            decayed=self._decayed(call, params, leaves),
+            decayed=decayed(call, self.mask, params, leaves),
             shardings=shardings,
             # XLA cannot divide a kernel.
             backend="xla" if unknown else self.backend,
@@ -246,20 +265,6 @@ class Transformation(eqx.Module):
 
     def _scheduled(self, name: str, count: Scalar) -> ScalarLike:
         return scheduled(self.call, name, getattr(self, name), count)
-
-    def _decayed(self, call: str, params: PyTree, leaves: list[Leaf]) -> list[bool]:
-        """For each leaf, whether weight decay applies to it."""
-        if self.mask is None:
-            return [True for _ in leaves]
-        mask = self.mask
-        # A mask of the model's structure is a module, and that may be callable too.
-        if callable(mask) and not isinstance(mask, eqx.Module):
-            mask = mask(eqx.filter(params, checks.is_float_array))
-        matched = match(call, "mask", mask, leaves, prefix=True)
-        return [
-            checks.is_mask_value(call, leaf, value)
-            for leaf, value in zip(leaves, matched, strict=True)
-        ]
 
 
 # Of moments whose codecs learn, by their names: the parameter before a step and after.

@@ -111,6 +111,10 @@ def match(
             )
         unused.discard(found)
         values.append(entries[found])
+    if prefix:
+        # What is said of a part of the model that is not there has no effect.
+        absent = {leaf.unwrapped for leaf in leaves if leaf.value is None}
+        unused = {path for path in unused if not _is_below(path, absent)}
     for leaf in given:
         if leaf.unwrapped in unused and leaf.value is not None:
             raise ValueError(
@@ -165,6 +169,10 @@ def _find(
         if ancestor in entries and (prefix or entries[ancestor] is None):
             return ancestor
     return None
+
+
+def _is_below(path: tuple[Any, ...], ancestors: set[tuple[Any, ...]]) -> bool:
+    return any(path[:length] in ancestors for length in range(len(path)))
 
 
 def _structure_hint(name: str) -> str:
