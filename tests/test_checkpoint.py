@@ -6,7 +6,6 @@ file is also their program.
 
 import importlib
 import json
-import logging
 import os
 import random
 import resource
@@ -560,7 +559,7 @@ _weight = "['layers'][0]"
             lambda: (_model(), fq.adamw(1e-3, moments="flashoptim").init(_model())),
             [f"['mu']{_weight}", "SoftsignCodec(", "FlashOptimCodec(kind='signed')"],
         ),
-        (lambda: (_model(), None), ["`state", "no array"]),
+        (lambda: (_model(), ()), ["`state", "no array"]),
     ],
 )
 def test_other_trees(make, parts, saved):
@@ -748,11 +747,7 @@ def test_manifests(change, parts, saved, tmp_path):
         _raises(lambda: checkpoints.restore(model, state), f"{tmp_path}/3", *parts)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damage(saved, tmp_path):
-    # Orbax leaves futures behind that nobody asks for their exceptions; asyncio says so
-    # whenever they are collected.
-    logging.getLogger("asyncio").disabled = True
+def test_damage(saved, tmp_path, capfd):
     directory, model, state = saved
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "3", tmp_path / "1")
@@ -790,15 +785,17 @@ def test_damage(saved, tmp_path):
             for length in (0, len(data) // 2, len(data) - 1):
                 path.write_bytes(data[:length])
                 seen.append(restores())
+            # Not told from one that was being deleted.
             path.unlink()
-            seen.append(restores())
+            assert checkpoints.all_steps() == [1] or kind == "commit_success.txt"
             path.write_bytes(data)
         assert restores()
         assert tree_identical(_replaced((model, state), np.array), before)
     # Of the files that matter, most damage is seen.
     assert not any(found["flashquinox/metadata"])
     assert not any(found["arrays/manifest.ocdbt"])
-    assert not all(found["arrays/ocdbt.process_0"])
+    # No thread in the background says what the error says.
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_wrong_arrays_behind_a_right_manifest(saved, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ._codec import AbstractMomentCodec, QuantMoment
+from ._layout import Layout
 
 
 FORMAT = "flashquinox checkpoint"
@@ -56,6 +57,27 @@ def make(
     }
 
 
+def with_files(manifest: Any, files: dict[str, int | None]) -> dict[str, Any]:
+    """A manifest that lists the files of its checkpoint, with their sizes: `None` for
+    those that still change."""
+    contents = manifest["contents"] | {"files": files}
+    return manifest | {"sha256": _sha256(contents), "contents": contents}
+
+
+def files(manifest: Any) -> dict[str, int | None] | None:
+    """The files that a manifest lists; `None` if it is of a time when they did not.
+    Fails if it is damaged."""
+    contents = manifest["contents"]
+    if manifest["sha256"] != _sha256(contents):
+        raise ValueError
+    return contents.get("files")
+
+
+def has_elements(manifest: Any) -> bool:
+    """Whether any array has elements. Fails if the manifest is damaged."""
+    return any(0 not in x["shape"] for x in manifest["contents"]["arrays"].values())
+
+
 def contents(
     call: str, where: str, manifest: Any, library_version: str, remedy: str
 ) -> Any:
@@ -73,30 +95,93 @@ def contents(
             f"`Checkpoints` when it was saved. {remedy}"
         )
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(
-            f"`{call}`: {where} has format version {version!r}, written by flashquinox "
-            f"{manifest.get('flashquinox_version')}; this is flashquinox "
-            f"{library_version}, which reads format version {FORMAT_VERSION}. Install "
-            "the version of flashquinox that wrote it."
+            f"`{call}`: {where} has format version {version!r:.20}, written by "
+            f"flashquinox {manifest.get('flashquinox_version')!s:.20}; this is "
+            f"flashquinox {library_version}, which reads format version "
+            f"{FORMAT_VERSION}. Install the version of flashquinox that wrote it."
         )
     found = manifest.get("contents")
     if manifest.get("sha256") != _sha256(found):
         raise CheckpointError(
             f"`{call}`: {where} is damaged: its manifest is altered. {remedy}"
         )
+    wrong = _wrong_in(found)
+    if wrong is not None:
+        raise CheckpointError(
+            f"`{call}`: {where} is damaged: its manifest makes no sense at {wrong}. "
+            f"{remedy}"
+        )
     return found
+
+
+def _wrong_in(contents: Any) -> str | None:
+    """Where contents are not such as `make` makes them: nothing that a file says is
+    relied on before."""
+    parts = ("arrays", "moments")
+    if not isinstance(contents, dict):
+        return "`contents`"
+    for part in parts:
+        if not isinstance(contents.get(part), dict):
+            return f"`contents[{part!r}]`"
+    arrays, moments = (contents[part] for part in parts)
+    files = contents.get("files", {})
+    if not isinstance(files, dict) or not all(
+        size is None or _is_count(size) for size in files.values()
+    ):
+        return "`contents['files']`"
+    for name, x in arrays.items():
+        if not (
+            isinstance(x, dict)
+            and isinstance(x.get("shape"), list)
+            and all(map(_is_count, x["shape"]))
+            and isinstance(x.get("dtype"), str)
+            and _is_count(x.get("digest"))
+        ):
+            return f"`{name}`"
+    for name, moment in moments.items():
+        if not (isinstance(moment, dict) and _is_moment(name, moment, arrays)):
+            return f"`{name}`"
+    return None
+
+
+def _is_moment(name: str, moment: dict[str, Any], arrays: dict[str, Any]) -> bool:
+    """Whether the codes and the scales of a moment have the shapes of its groups."""
+    axis: Any = moment.get("axis")
+    size: Any = moment.get("group_size")
+    codes, scales = (arrays.get(f"{name}.{part}") for part in ("codes", "scales"))
+    if not isinstance(moment.get("codec"), str) or codes is None or scales is None:
+        return False
+    if not _is_count(size) or size == 0:
+        return False
+    shape, found = tuple(codes["shape"]), tuple(scales["shape"])
+    if axis is None:
+        # Of an ensemble, each member is flattened.
+        members = found[:-1]
+        if shape[: len(members)] != members:
+            return False
+        layout = Layout(shape[len(members) :], None, size)
+        return found == (*members, *layout.scale_shape)
+    if type(axis) is not int or not -len(shape) <= axis < 0:
+        return False
+    return found == Layout(shape, axis, size).scale_shape
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def check(
     call: str,
     where: str,
-    contents: dict[str, Any],
+    stored: dict[str, Any],
+    stored_moments: dict[str, Any],
     arrays: dict[str, Any],
     moments: dict[str, QuantMoment],
 ) -> set[str]:
-    """Compares the contents of a manifest with the arrays that it should be restored
-    to.
+    """Compares what a manifest says of arrays and of moments with what it should be
+    restored to.
 
     **Returns:**
 
@@ -106,7 +191,6 @@ def check(
 
     `CheckpointError` for the first leaf that does not fit.
     """
-    stored, stored_moments = contents["arrays"], contents["moments"]
     regrouped = set()
     for name in [*moments, *stored_moments]:
         has = name in moments or name in arrays
@@ -162,12 +246,14 @@ def _hint(name: str) -> str:
     if ".corrections" in name:
         return (
             " Make the state with the `master_weight_bits=...` of the checkpoint, for "
-            "a model of its dtypes."
+            "a model of its dtypes; or pass a state of `None` to restore the weights "
+            "alone."
         )
     if ".moments[" in name:
         return (
             " Make the state with the optimizer, and the `moments=...`, of the "
-            "checkpoint, for the same model."
+            "checkpoint, for the same model; or pass a state of `None` to restore the "
+            "weights alone."
         )
     return " Pass a model and a state like those that were saved."
 

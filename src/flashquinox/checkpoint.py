@@ -1,34 +1,37 @@
 """Checkpoints of a model and the state of its optimizer.
 
-Orbax stores them: asynchronously, atomically, and from and to any sharding. This module
-adds what Orbax does not know: a manifest, by which a checkpoint that does not fit is
-told from one that does before any array is read; a digest of every array; and moments
+Orbax stores them: asynchronously, and from and to any sharding. This module adds what
+Orbax does not know: a manifest, by which a checkpoint that is complete and fits is told
+from one that does not before any array is read; a digest of every array; and moments
 whose groups lie elsewhere than those of the state that they are restored to.
 """
 
+import functools
 import operator
 import os
-from typing import Any, NamedTuple, SupportsIndex
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import jax
-import jax.core
-import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from . import __version__, _manifest as manifests
-from ._codec import QuantMoment
-from ._digest import digest
 from ._manifest import CheckpointError as CheckpointError
 from ._place import no_mesh
-from ._regroup import regroup
-from ._target import is_key, Target
-from ._trees import flatten, is_array
+from ._trees import is_array
 
 
 try:
-    import orbax.checkpoint as ocp
+    import orbax.checkpoint  # noqa: F401  (before what may have been imported)
+
+    from ._checkpoints import files, leaves as named_leaves
+    from ._checkpoints.directory import Directory
+    from ._checkpoints.lock import lock
+    from ._checkpoints.restoring import Plan, Wanted
 except ImportError as error:
     raise ImportError(
         '`flashquinox.checkpoint` needs Orbax: `pip install "flashquinox[checkpoint]"`.'
@@ -85,36 +88,29 @@ class Checkpoints:
         [`flashquinox.checkpoint.CheckpointError`][] if `directory` is a file.
         `ValueError` if `max_to_keep` or `keep_period` is no whole number from 1.
         """
-        max_to_keep = _from_one("max_to_keep", max_to_keep, "None to keep all")
-        keep_period = _from_one("keep_period", keep_period, "None for no such steps")
-        directory = os.fspath(directory)
-        if "://" not in directory:
-            directory = os.path.abspath(directory)
-            if os.path.exists(directory) and not os.path.isdir(directory):
-                raise CheckpointError(
-                    f"`Checkpoints({directory!r})` is a file. Pass a directory: it "
-                    "holds one folder for each step."
-                )
-        self._directory = directory
-        self._closed = False
-        policies: list[Any] = [ocp.checkpoint_managers.LatestN(max_to_keep)]
-        if keep_period is not None:
-            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
-                    policies
-                )
-            ),
-            item_names=(_ARRAYS, _MANIFEST),
+        self._max_to_keep = _from_one("max_to_keep", max_to_keep, "None to keep all")
+        self._keep_period = _from_one(
+            "keep_period", keep_period, "None for no such steps"
         )
+        self._directory = Directory(directory)
+        self._closed = False
+        # The save under way, and what went wrong in it.
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        # One method at a time, from whichever thread.
+        self._mutex = threading.RLock()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, exception: Any, traceback: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if exception is None:
+                raise
+            # The first comes first.
+            exception.add_note(str(error))
 
     def save(self, step: SupportsIndex, model: PyTree, state: PyTree) -> None:
         """Begins to save a checkpoint, and returns as soon as the arrays are copied to
@@ -133,46 +129,60 @@ class Checkpoints:
 
         **Raises:**
 
-        `CheckpointError` if the directory has a checkpoint of this or a later step.
-        `ValueError` after `close`.
-        `TypeError` if an array has no value, or none that can be stored. Whatever went
-        wrong in the background during the previous save.
+        `CheckpointError` if the directory has a checkpoint of this or a later step; if
+        this save fails, or the previous one did in the background: then nothing is
+        saved. `ValueError` after `close`. `TypeError` if an array has no value, or none
+        that can be stored.
         """
         call, step = "Checkpoints.save", operator.index(step)
         if self._closed:
             raise ValueError(
                 f"`{call}(step={step})` came after `close`, or after the end of the "
                 "`with` block, which closes. Save before that, or open the directory "
-                f"again: `Checkpoints({self._directory!r})`."
+                f"again: `Checkpoints({self._directory.path!r})`."
             )
-        leaves, _ = _flatten(call, model, state)
+        leaves, _ = named_leaves.flatten(call, model, state)
         arrays = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         for name, x in arrays.items():
-            _check_storable(call, name, x)
-        self.wait()
-        latest = self._manager.latest_step()
-        if step < 0 or (latest is not None and step <= latest):
-            raise CheckpointError(
-                f"`{call}(step={step})`: steps count up from 0, and {self._directory} "
-                f"has checkpoints of {self._manager.all_steps()}. Delete later ones "
-                "with `delete`, or save to another directory."
+            named_leaves.check_storable(call, name, x)
+        with self._mutex:
+            self.wait()
+            release: Callable[[], None] = lambda: None
+            if jax.process_index() == 0:
+                release = lock(f"{call}(step={step})", self._directory.path)
+            try:
+                self._check_later(call, step)
+                stored = {name: named_leaves.to_store(x) for name, x in arrays.items()}
+                with no_mesh():
+                    digests = named_leaves.digests(stored)
+                moments = named_leaves.quant_moments(model, state)
+                manifest = manifests.make(__version__, arrays, digests, moments)
+                finish = self._begin(call, step, stored, manifest)
+            except BaseException:
+                release()
+                raise
+            self._thread = threading.Thread(
+                target=self._finish, args=(step, finish, release), name="checkpoint"
             )
-        stored = {name: _to_store(x) for name, x in arrays.items()}
-        with no_mesh():
-            digests = _digests(stored)
-        manifest = manifests.make(__version__, arrays, digests, _moments(model, state))
-        items: dict[str, Any] = {_MANIFEST: ocp.args.JsonSave(manifest)}
-        # Orbax refuses arrays without elements, and trees without arrays.
-        stored = {name: x for name, x in stored.items() if x.size > 0}
-        if stored:
-            items[_ARRAYS] = ocp.args.PyTreeSave(stored)
-        saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        assert saved
+            self._thread.start()
 
     def restore(
-        self, model: PyTree, state: PyTree, step: SupportsIndex | None = None
+        self, model: PyTree, state: PyTree = None, step: SupportsIndex | None = None
     ) -> tuple[PyTree, PyTree]:
         """Restores a checkpoint.
+
+        ??? Example
+
+            ```python
+            model, state = checkpoints.restore(model, state)
+
+            # To evaluate: without the state of the optimizer.
+            model, _ = checkpoints.restore(model)
+
+            # Likewise, in float32: the master weights.
+            shapes = eqx.filter_eval_shape(fq.cast, model, jnp.float32)
+            float32_model, _ = checkpoints.restore(shapes)
+            ```
 
         **Arguments:**
 
@@ -182,7 +192,12 @@ class Checkpoints:
             of NumPy; in place of a `jax.ShapeDtypeStruct` without a sharding, an array
             where JAX puts new ones. The devices that saved need not be there. Values
             are not looked at, and may have been donated.
-        - `step`: which checkpoint. The latest by default.
+
+            If `state` is `None`, the model alone is restored, whatever optimizer it was
+            trained with. Leaves of it that are float32 here, but were saved in bfloat16
+            or float16, become the master weights: corrections that were saved at the
+            same path are added. Layers may be wrapped by [`flashquinox.cast`][] or not.
+        - `step`: which checkpoint. The latest complete one by default.
 
         **Returns:**
 
@@ -197,75 +212,46 @@ class Checkpoints:
         `CheckpointError` if there is no such checkpoint; if it is damaged, or none of
         this library and this version of its format; or if it does not fit: a leaf is
         missing or has another shape or dtype, or a moment another codec. The message
-        names the leaf. Nothing is changed.
+        names the leaf. Likewise if a save failed in the background: call again.
+        Nothing is changed.
         """
         call = "Checkpoints.restore"
-        leaves, rebuild = _flatten(call, model, state)
-        likes = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
-        moments = _moments(model, state)
-        targets = {name: Target.of(call, name, x) for name, x in likes.items()}
-
-        step = self._choose(call, step)
-        where = self._path(step)
-        manifest = self._read_manifest(call, step)
-        contents = manifests.contents(
-            call, where, manifest, __version__, self._remedy(step)
-        )
-        regrouped = manifests.check(call, where, contents, likes, moments)
-
-        requests = {name: _request(target) for name, target in targets.items()}
-        for name in regrouped:
-            codes, scales = _parts(name)
-            requests[codes] = _request(targets[codes], automatic=True)
-            # Of another shape than those of `state`, they may not divide like them.
-            requests[scales] = _TO_NUMPY
-        try:
-            restored = self._read_arrays(step, targets, requests)
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            # Of the machine, such as too little memory: the files may well be sound.
-            raise
-        except Exception as error:
-            # What is damaged fails in too many ways to be told from all others.
-            raise CheckpointError(
-                f"`{call}`: the arrays of {where} cannot be read ({_first_line(error)})"
-                ". Unless that names another cause, its files are damaged. "
-                f"{self._remedy(step)}"
-            ) from error
-
-        with no_mesh():
-            for name, found in _digests(restored).items():
-                if found != contents["arrays"][name]["digest"]:
-                    raise CheckpointError(
-                        f"`{call}`: {where} is damaged: `{name}` is not as it was "
-                        f"saved. {self._remedy(step)}"
-                    )
-            for name in regrouped:
-                codes, scales = _parts(name)
-                stored = contents["moments"][name]
-                restored[codes], restored[scales] = regroup(
-                    restored[codes],
-                    restored[scales],
-                    (stored["axis"], stored["group_size"]),
-                    moments[name],
-                    restored.get(f"{name}.parameter"),
+        wanted = Wanted(call, model, state)
+        with self._mutex:
+            step = self._choose(call, step)
+            where = self._directory.step_path(step)
+            plan = wanted.plan(where, self._contents(call, step))
+            try:
+                read = self._read_arrays(step, plan)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                # Of the machine, such as too little memory: the files may be sound.
+                raise
+            except Exception as error:
+                raise self._unreadable(call, step, error) from error
+            altered = plan.altered(read)
+            if altered is not None:
+                raise CheckpointError(
+                    f"`{call}`: {where} is damaged: `{altered}` is not as it was saved."
+                    f" {self._remedy(step)}"
                 )
-        restored = {name: targets[name].put(x) for name, x in restored.items()}
-        return rebuild([restored.get(leaf.name, leaf.value) for leaf in leaves])
+        return wanted.fill(plan, read)
 
     def all_steps(self) -> list[int]:
-        """The steps of the checkpoints in the directory, in order. Waits for the save
-        under way."""
-        self.wait()
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        """The steps of the checkpoints in the directory that are complete, in order.
+        Waits for the save under way, and raises what `wait` raises."""
+        with self._mutex:
+            self.wait()
+            return self._directory.steps()
 
     def latest_step(self) -> int | None:
-        """The step of the latest checkpoint; `None` if there is none. Waits for the
-        save under way."""
-        return max(self.all_steps(), default=None)
+        """The step of the latest complete checkpoint; `None` if there is none. Waits
+        for the save under way, and raises what `wait` raises."""
+        with self._mutex:
+            self.wait()
+            return self._directory.latest()
 
     def delete(self, step: SupportsIndex) -> None:
-        """Deletes a checkpoint, such as a damaged one.
+        """Deletes a checkpoint, such as a damaged one, or what is left of one.
 
         **Arguments:**
 
@@ -273,90 +259,196 @@ class Checkpoints:
 
         **Raises:**
 
-        `CheckpointError` if there is no such checkpoint.
+        `CheckpointError` if there is no such checkpoint, or what `wait` raises.
         """
-        self._manager.delete(self._choose("Checkpoints.delete", step))
+        call, step = "Checkpoints.delete", operator.index(step)
+        with self._mutex:
+            self.wait()
+            self._directory.check_deletable(call, step)
+            if jax.process_index() == 0:
+                release = lock(f"{call}(step={step})", self._directory.path)
+                try:
+                    self._directory.remove(step)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"`{call}(step={step})`: {self._directory.step_path(step)} "
+                        f"cannot be deleted ({_first_line(error)})."
+                    ) from error
+                finally:
+                    release()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(call)
 
     def wait(self) -> None:
         """Waits until the save under way is complete.
 
         **Raises:**
 
-        Whatever went wrong in the background.
+        `CheckpointError` if it failed. Every method raises that, of the save before it,
+        once: its cause is in the message and in `__cause__`. What that save has written
+        is removed, the checkpoints before it are as they were, and the next call goes
+        on.
         """
-        try:
-            self._manager.wait_until_finished()
-        except BaseException:
-            # Orbax counts the checkpoint that failed.
-            self._manager.reload()
-            raise
+        with self._mutex:
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
 
     def close(self) -> None:
         """Waits, and lets go of the directory: nothing can be saved any more. Raises
         what `wait` raises."""
         self._closed = True
-        self._manager.close()
+        self.wait()
+
+    def _check_later(self, call: str, step: int) -> None:
+        """Whether a step is later than those that are there."""
+        latest = self._directory.latest()
+        if step < 0 or (latest is not None and step <= latest):
+            raise CheckpointError(
+                f"`{call}(step={step})`: steps count up from 0, and "
+                f"{self._directory.path} has checkpoints of {self._directory.steps()}. "
+                "Delete later ones with `delete`, or save to another directory."
+            )
+
+    def _begin(
+        self, call: str, step: int, arrays: dict[str, Any], manifest: dict[str, Any]
+    ) -> Callable[[], None]:
+        try:
+            if jax.process_index() == 0:
+                self._directory.make_room(call, step)
+            return files.begin_to_write(
+                self._directory.step_path(step),
+                arrays,
+                manifest,
+                functools.partial(self._directory.list_files, step),
+            )
+        except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def _finish(
+        self, step: int, finish: Callable[[], None], release: Callable[[], None]
+    ) -> None:
+        """In the background: waits for a save, and deletes old checkpoints."""
+        try:
+            try:
+                finish()
+            except BaseException as error:
+                self._failure = self._failed(step, error)
+                self._failure.__cause__ = error
+                return
+            try:
+                if jax.process_index() == 0:
+                    self._directory.keep(self._max_to_keep, self._keep_period)
+            except BaseException as error:
+                self._failure = CheckpointError(
+                    f"`Checkpoints.save(step={step})` is complete, but older "
+                    f"checkpoints in {self._directory.path} could not be deleted "
+                    f"({_first_line(error)})."
+                )
+                self._failure.__cause__ = error
+        finally:
+            release()
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        """What is said of a save that failed, once what it wrote is removed."""
+        if jax.process_index() == 0:
+            self._directory.discard(step)
+        return CheckpointError(
+            f"`Checkpoints.save(step={step})` failed: {_first_line(error)}. The "
+            f"checkpoints in {self._directory.path} before it are as they were: "
+            f"{self._directory.steps()}."
+        )
 
     def _choose(self, call: str, step: SupportsIndex | None) -> int:
-        steps = self.all_steps()
-        if not steps:
+        self.wait()
+        latest = self._directory.latest()
+        if step is None and latest is not None:
+            self._warn_of_later(call, latest)
+            return latest
+        folders = self._directory.folders()
+        if step is not None and operator.index(step) in folders:
+            missing = self._directory.missing(operator.index(step))
+            if missing is None:
+                return operator.index(step)
+            wrong = f"that of step {step} is not complete: it has no `{missing}`"
+            if latest is None:
+                raise CheckpointError(
+                    f"`{call}(step={step})`: there is no checkpoint in "
+                    f"{self._directory.path}, as {wrong}."
+                )
             raise CheckpointError(
-                f"`{call}`: there is no checkpoint in {self._directory}. Pass the "
-                "directory that was given to `Checkpoints` when it was saved."
+                f"`{call}(step={step})`: {self._directory.path} has checkpoints of the "
+                f"steps {self._directory.steps()}; {wrong}. Pass one of them."
             )
-        if step is None:
-            return steps[-1]
-        if operator.index(step) not in steps:
+        if latest is None:
+            incomplete = (
+                f" Not complete, or of another program: {folders}." if folders else ""
+            )
             raise CheckpointError(
-                f"`{call}(step={step})`: {self._directory} has checkpoints of the "
-                f"steps {steps}. Pass one of them."
+                f"`{call}`: there is no checkpoint of flashquinox in "
+                f"{self._directory.path}. Pass the directory that was given to "
+                f"`Checkpoints` when it was saved.{incomplete}"
             )
-        return operator.index(step)
+        raise CheckpointError(
+            f"`{call}(step={step})`: {self._directory.path} has checkpoints of the "
+            f"steps {self._directory.steps()}. Pass one of them."
+        )
+
+    def _warn_of_later(self, call: str, latest: int) -> None:
+        later = self._directory.folders()[-1]
+        if later > latest:
+            warnings.warn(
+                f"`{call}`: {self._directory.step_path(later)} is left out, and step "
+                f"{latest} restored: it is not complete, as it has no "
+                f"`{self._directory.missing(later)}`.",
+                stacklevel=4,
+            )
 
     def _remedy(self, step: int) -> str:
-        others = [other for other in self._manager.all_steps() if other != step]
+        others = [other for other in self._directory.steps() if other != step]
         if not others:
             return "There is no other one in the directory."
         return f"Restore another one, `step=` one of {others}, and `delete({step})`."
 
-    def _read_manifest(self, call: str, step: int) -> Any:
+    def _contents(self, call: str, step: int) -> Any:
+        where, remedy = self._directory.step_path(step), self._remedy(step)
         try:
-            items = ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()})
-            return self._manager.restore(step, args=items)[_MANIFEST]
+            manifest = self._directory.manifest(step)
         except Exception as error:
             raise CheckpointError(
-                f"`{call}`: {self._path(step)} has no manifest that can be read "
+                f"`{call}`: {where} has no manifest that can be read "
                 f"({_first_line(error)}): it is damaged, or no checkpoint of "
                 "flashquinox. Pass the directory that was given to `Checkpoints` when "
-                f"it was saved. {self._remedy(step)}"
+                f"it was saved. {remedy}"
             ) from error
+        contents = manifests.contents(call, where, manifest, __version__, remedy)
+        altered = self._directory.altered(step)
+        if altered is not None:
+            raise CheckpointError(f"`{call}`: {where} is damaged: {altered}. {remedy}")
+        return contents
 
-    def _read_arrays(
-        self, step: int, targets: dict[str, Target], requests: dict[str, Any]
-    ) -> dict[str, Any]:
-        arrays: dict[str, Any] = {
-            name: np.zeros(target.shape, target.dtype)
-            for name, target in targets.items()
-            if 0 in target.shape
-        }
-        requests = {k: request for k, request in requests.items() if k not in arrays}
-        if requests:
-            # What is read has the shapes and dtypes of the requests, not of this.
-            item = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in requests}
-            read = ocp.args.PyTreeRestore(item, restore_args=requests)
-            items = ocp.args.Composite(**{_ARRAYS: read})
-            arrays |= self._manager.restore(step, args=items)[_ARRAYS]
-        return arrays
+    def _unreadable(self, call: str, step: int, error: Exception) -> CheckpointError:
+        where = self._directory.step_path(step)
+        missing = self._directory.missing(step)
+        if missing is not None:
+            return CheckpointError(
+                f"`{call}`: {where} was deleted while it was read: it has no "
+                f"`{missing}`. {self._remedy(step)}"
+            )
+        # What is damaged fails in too many ways to be told from all others.
+        return CheckpointError(
+            f"`{call}`: the arrays of {where} cannot be read ({_first_line(error)}). "
+            f"Unless that names another cause, its files are damaged. "
+            f"{self._remedy(step)}"
+        )
 
-    def _path(self, step: int) -> str:
-        return f"{self._directory}/{step}"
-
-
-# The two items of a checkpoint.
-_ARRAYS = "arrays"
-_MANIFEST = "flashquinox"
-
-_TO_NUMPY = ocp.RestoreArgs(restore_type=np.ndarray)
+    def _read_arrays(self, step: int, plan: Plan) -> dict[str, Any]:
+        return files.read(self._directory.step_path(step), plan.stored, plan.shardings)
 
 
 def _from_one(name: str, value: Any, otherwise: str) -> int | None:
@@ -375,113 +467,10 @@ def _from_one(name: str, value: Any, otherwise: str) -> int | None:
     return number
 
 
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().partition("\n")[0].rstrip(".")
-    if len(line) > 200:
-        line = f"{line[:200]}..."
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().partition("\n")[0]
+    # Tensorstore adds all that it knows; what the system said comes last.
+    line = line.partition(" [tensorstore_spec=")[0].rstrip(".")
+    if len(line) > 240:
+        line = f"{line[:80]} ... {line[-150:]}"
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-#
-# Trees
-#
-
-
-class _Leaf(NamedTuple):
-    # As in `model.layers[0].weight`.
-    name: str
-    value: Any
-
-
-def _flatten(call: str, model: PyTree, state: PyTree) -> tuple[list[_Leaf], Any]:
-    """All leaves of the two trees, and a function from as many values to two such
-    trees."""
-    leaves, treedef = jtu.tree_flatten_with_path((model, state))
-    named = [_Leaf(_name(path), value) for path, value in leaves]
-    names = [leaf.name for leaf in named]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(
-            f"`{call}`: two leaves are called `{twice}`. Give their containers keys "
-            "that print differently."
-        )
-    return named, treedef.unflatten
-
-
-def _moments(model: PyTree, state: PyTree) -> dict[str, QuantMoment]:
-    leaves, _ = flatten((model, state))
-    return {
-        _name(leaf.path): leaf.value
-        for leaf in leaves
-        if isinstance(leaf.value, QuantMoment)
-    }
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    tree, *path_in_tree = path
-    return ("model", "state")[tree.idx] + jtu.keystr(tuple(path_in_tree))
-
-
-def _parts(moment: str) -> tuple[str, str]:
-    return f"{moment}.codes", f"{moment}.scales"
-
-
-#
-# Saving
-#
-
-
-def _check_storable(call: str, name: str, x: Any) -> None:
-    if isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"`{call}`: `{name}` is traced. Save outside of `jit`, between two steps."
-        )
-    if isinstance(x, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"`{call}`: `{name}` is a `jax.ShapeDtypeStruct`, which has no value. Pass "
-            "the model and the state themselves."
-        )
-    if isinstance(x, jax.Array):
-        if x.is_deleted():
-            raise TypeError(
-                f"`{call}`: the array at `{name}` was donated. Save what the step "
-                "returned, not what was passed to it."
-            )
-        return
-    number = x.dtype == np.bool_ or jnp.issubdtype(x.dtype, np.number)
-    if not number or not x.dtype.isnative:
-        raise TypeError(
-            f"`{call}`: the NumPy array at `{name}` is {x.dtype}, which is not stored. "
-            "Pass numbers, in the byte order of the machine."
-        )
-
-
-def _to_store(x: Any) -> Any:
-    """A leaf as what Orbax stores."""
-    if not isinstance(x, jax.Array):
-        return np.asarray(x)
-    if is_key(x):
-        x = jax.random.key_data(x)
-    if jax.process_count() > 1 and x.is_fully_addressable:
-        # An array that each process has for itself.
-        return np.asarray(x)
-    return x
-
-
-def _digests(arrays: dict[str, Any]) -> dict[str, int]:
-    digests = {name: digest(name, x) for name, x in arrays.items()}
-    return {name: int(x) for name, x in jax.device_get(digests).items()}
-
-
-#
-# Restoring
-#
-
-
-def _request(target: Target, automatic: bool = False) -> ocp.RestoreArgs:
-    sharding = target.sharding_of_read(automatic)
-    if sharding is None:
-        return _TO_NUMPY
-    return ocp.ArrayRestoreArgs(
-        sharding=sharding, global_shape=target.shape, dtype=target.dtype
-    )

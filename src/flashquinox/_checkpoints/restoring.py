@@ -1,0 +1,125 @@
+"""What is read of a checkpoint to fill a model and a state, and what is made of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import PyTree
+
+from .. import _manifest as manifests
+from .._codec import QuantMoment
+from .._place import compute_like, no_mesh
+from .._regroup import regroup
+from .._split import decode_weight
+from .._target import Target
+from .._trees import is_array
+from .leaves import digests, flatten, parts, quant_moments
+from .weights import as_stored, is_of_model, Source, sources
+
+
+class Wanted:
+    """A model and a state to restore to. With a state of `None`, the weights alone."""
+
+    def __init__(self, call: str, model: PyTree, state: PyTree):
+        self._call = call
+        self._leaves, self._rebuild = flatten(call, model, state)
+        self._alone = state is None
+        self._likes = {x.name: x.value for x in self._leaves if is_array(x.value)}
+        self._moments = quant_moments(model, state)
+        self._targets = {
+            name: Target.of(call, name, x) for name, x in self._likes.items()
+        }
+
+    def plan(self, where: str, contents: dict[str, Any]) -> "Plan":
+        """What to read, by the contents of a manifest.
+
+        **Raises:**
+
+        `CheckpointError` if that does not fit.
+        """
+        arrays, call = contents["arrays"], self._call
+        origins = {name: Source(name) for name in self._likes}
+        of_interest = arrays
+        if self._alone:
+            origins = sources(call, where, arrays, self._likes)
+            of_interest = {name: x for name, x in arrays.items() if is_of_model(name)}
+        likes = {
+            origin.name: self._likes[name]
+            if origin.correction is None
+            else as_stored(self._likes[name], arrays[origin.name])
+            for name, origin in origins.items()
+        }
+        regrouped = manifests.check(
+            call, where, of_interest, contents["moments"], likes, self._moments
+        )
+        shardings, stored = {}, {}
+        for name, (weight, correction) in origins.items():
+            target = self._targets[name]
+            shardings[weight] = target.sharding_of_read(correction is not None)
+            stored[weight] = jax.ShapeDtypeStruct(target.shape, target.dtype)
+            for part in (weight, correction) if correction is not None else ():
+                shardings[part] = shardings[weight]
+                dtype = jnp.dtype(arrays[part]["dtype"])
+                stored[part] = jax.ShapeDtypeStruct(target.shape, dtype)
+        for name in regrouped:
+            codes, scales = parts(name)
+            shardings[codes] = self._targets[codes].sharding_of_read(automatic=True)
+            # Of another shape than those of `state`, they may not divide like them.
+            shardings[scales] = None
+            shape = tuple(arrays[scales]["shape"])
+            stored[scales] = jax.ShapeDtypeStruct(shape, stored[scales].dtype)
+        groups = {
+            name: (contents["moments"][name]["axis"], found["group_size"])
+            for name, found in contents["moments"].items()
+            if name in regrouped
+        }
+        expected = {name: arrays[name]["digest"] for name in stored}
+        return Plan(shardings, stored, expected, origins, groups)
+
+    def fill(self, plan: "Plan", read: dict[str, Any]) -> tuple[PyTree, PyTree]:
+        """The model and the state, of the arrays that were read."""
+        read = dict(read)
+        with no_mesh():
+            for name, groups in plan.groups.items():
+                codes, scales = parts(name)
+                parameter = read.get(f"{name}.parameter")
+                like: QuantMoment = self._moments[name]
+                read[codes], read[scales] = regroup(
+                    read[codes], read[scales], groups, like, parameter
+                )
+        new = {}
+        for name, (weight, correction) in plan.origins.items():
+            x, like = read[weight], self._likes[name]
+            if correction is not None:
+                pair = [x, read[correction]]
+                x = compute_like(self._call, name, _decode, pair, [like, like])
+            new[name] = self._targets[name].put(x)
+        return self._rebuild([new.get(x.name, x.value) for x in self._leaves])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to read of a checkpoint.
+
+    - `shardings`, `stored`, `digests`: of each array to read, by its name there.
+    - `origins`: from which of them each leaf comes.
+    - `groups`: the axis and the size of the stored groups of moments that must be
+        encoded again.
+    """
+
+    shardings: dict[str, Sharding | None]
+    stored: dict[str, jax.ShapeDtypeStruct]
+    digests: dict[str, int]
+    origins: dict[str, Source]
+    groups: dict[str, tuple[int | None, int]]
+
+    def altered(self, read: dict[str, Any]) -> str | None:
+        """An array that is not as it was saved, if there is one."""
+        with no_mesh():
+            found = digests(read)
+        return next((name for name in found if found[name] != self.digests[name]), None)
+
+
+_decode = jax.jit(decode_weight)
