@@ -12,13 +12,13 @@ from jaxtyping import PyTree
 from . import _checks as checks
 from ._number_checks import check_flag
 from ._selection import children, Selection, Selectors
-from ._trees import is_array
+from ._trees import is_array, Model
 from ._widened import Widened
 
 
 def cast(
-    model: PyTree, dtype: DTypeLike, keep: Selectors = None, *, wrap: bool = True
-) -> PyTree:
+    model: Model, dtype: DTypeLike, keep: Selectors = None, *, wrap: bool = True
+) -> Model:
     """Casts the floating-point arrays of a model.
 
     Layers with running statistics stay float32, as a running average in bfloat16 stands

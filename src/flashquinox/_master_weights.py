@@ -12,10 +12,10 @@ from . import _checks as checks
 from ._place import compute_like, put_like
 from ._split import Correction, decode_weight, encode_weight
 from ._states import open_states
-from ._trees import Leaf, match
+from ._trees import Leaf, match, Model, State
 
 
-def master_weights(model: PyTree, state: PyTree) -> PyTree:
+def master_weights(model: Model, state: PyTree) -> Model:
     """The model with its weights in float32 (float64 where they are), corrections
     included: for evaluation, export, or a comparison.
 
@@ -47,8 +47,8 @@ def master_weights(model: PyTree, state: PyTree) -> PyTree:
 
 
 def from_master_weights(
-    float32_model: PyTree, model: PyTree, state: PyTree
-) -> tuple[PyTree, PyTree]:
+    float32_model: PyTree, model: Model, state: State
+) -> tuple[Model, State]:
     """The inverse of [`flashquinox.master_weights`][]: weights and corrections from a
     float32 model, to go on with it.
 

@@ -15,7 +15,7 @@ from ._split import master_digits
 from ._states import open_states
 from ._text import aligned
 from ._transformation import ScalarOrSchedule
-from ._trees import dotted_name
+from ._trees import dotted_name, State
 from ._width import widen
 
 
@@ -143,11 +143,11 @@ def check_numerics(
 
 def ensure_precision(
     model: PyTree,
-    state: PyTree,
+    state: State,
     learning_rate: ScalarOrSchedule,
     *,
     update_size: float = 1.0,
-) -> PyTree:
+) -> State:
     """[`flashquinox.widen`][]s just the weights that [`flashquinox.check_numerics`][]
     says are no longer changed by a step: between epochs, say, or where the learning
     rate falls.

@@ -12,6 +12,7 @@ from ._optimizer_text import optimizer_text
 from ._rule import AbstractRule
 from ._state import OptimizerState
 from ._transformation import Mask, ScalarOrSchedule, Transformation
+from ._trees import Model, Updates
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
@@ -43,11 +44,11 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
         def update(
             self,
-            updates: PyTree,
+            updates: Updates,
             state: OptimizerState,
             params: PyTree | None = None,
             **extra_args: Any,
-        ) -> tuple[PyTree, OptimizerState]: ...
+        ) -> tuple[Updates, OptimizerState]: ...
 
     def __repr__(self) -> str:
         """One line: the call that makes such an optimizer, without what is left at its
@@ -55,8 +56,8 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         return optimizer_text(transformation_of(self))
 
     def step(
-        self, model: PyTree, state: OptimizerState, grads: PyTree
-    ) -> tuple[PyTree, OptimizerState]:
+        self, model: Model, state: OptimizerState, grads: PyTree
+    ) -> tuple[Model, OptimizerState]:
         """Takes one step.
 
         **Arguments:**

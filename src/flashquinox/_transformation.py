@@ -36,7 +36,7 @@ from ._number_checks import is_zero
 from ._rule import AbstractRule, rule_scalars, rule_structure
 from ._split import compute_dtype, Correction, NARROW_DTYPES
 from ._state import OptimizerState, StepCount
-from ._trees import flatten, Leaf, match, Rebuild
+from ._trees import flatten, Leaf, match, Model, Rebuild
 
 
 ScalarOrSchedule: TypeAlias = ScalarLike | Callable[[Scalar], ScalarLike]
@@ -124,8 +124,8 @@ class Transformation(eqx.Module):
         return moments, jnp.zeros(shape, correction_dtype)
 
     def step(
-        self, model: PyTree, state: OptimizerState, grads: PyTree
-    ) -> tuple[PyTree, OptimizerState]:
+        self, model: Model, state: OptimizerState, grads: PyTree
+    ) -> tuple[Model, OptimizerState]:
         return self._advance("step", model, state, grads, as_update=False)
 
     def update(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.tree_util as jtu
@@ -13,6 +13,12 @@ from jaxtyping import PyTree
 from ._codec import QuantMoment
 from ._variables import around_leaves, is_variable, like, without_variables
 from ._widened import Widened
+
+
+# The caller's own types of trees: what goes in comes out.
+Model = TypeVar("Model")
+State = TypeVar("State")
+Updates = TypeVar("Updates")
 
 
 class Leaf(NamedTuple):

@@ -9,9 +9,10 @@ from . import _checks as checks
 from ._selection import chosen_leaves, Selection, Selectors
 from ._split import change_width, CORRECTION_DTYPES
 from ._states import open_states
+from ._trees import State
 
 
-def widen(model: PyTree, state: PyTree, leaves: Selectors = None) -> PyTree:
+def widen(model: PyTree, state: State, leaves: Selectors = None) -> State:
     r"""Moves weights from an `int8` to an `int16` correction, where 24 bits are too few
     for training to go on: see [`flashquinox.check_numerics`][].
 
@@ -49,7 +50,7 @@ def widen(model: PyTree, state: PyTree, leaves: Selectors = None) -> PyTree:
     return _change("widen", 32, model, state, leaves)
 
 
-def narrow(model: PyTree, state: PyTree, leaves: Selectors = None) -> PyTree:
+def narrow(model: PyTree, state: State, leaves: Selectors = None) -> State:
     """The inverse of [`flashquinox.widen`][]: from an `int16` to an `int8` correction.
 
     Master weights are rounded to 24 bits, by at most half a unit in the last of them;

@@ -20,18 +20,19 @@ from ._layered import LayeredLoss, open_layers
 from ._optimizer import Optimizer, transformation_of
 from ._state import OptimizerState
 from ._transformation import LeafState, Learned, Transformation
+from ._trees import Model
 
 
 def release_step(
     optim: Optimizer,
     loss: LayeredLoss,
-    model: PyTree,
+    model: Model,
     state: OptimizerState,
     batch: PyTree,
     key: Key[Array, ""] | None = None,
     *,
     max_norm: ScalarLike | None = None,
-) -> tuple[PyTree, OptimizerState, Float[Array, ""]]:
+) -> tuple[Model, OptimizerState, Float[Array, ""]]:
     r"""Takes one step, with the gradient of one layer at a time.
 
     The forward pass keeps what each layer gets, $x_0, \dots, x_{L-1}$. The backward

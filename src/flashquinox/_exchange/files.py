@@ -17,7 +17,7 @@ from .. import _checks as checks
 from .._split import decode_weight
 from .._states import open_states
 from .._target import is_key, Target
-from .._trees import dotted_name, flatten, is_array, Leaf
+from .._trees import dotted_name, flatten, is_array, Leaf, Model
 
 
 # What NumPy calls the dtypes of files.
@@ -113,7 +113,7 @@ def save_safetensors(
         multihost_utils.sync_global_devices(f"{call}: {path}")
 
 
-def load_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+def load_safetensors(path: str | os.PathLike[str], like: Model) -> Model:
     """Reads a model from a safetensors file. The inverse of
     [`flashquinox.exchange.save_safetensors`][].
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, PyTree, Shaped
+from jaxtyping import Float, Float32, Shaped
 
 from .. import _checks as checks
 from .._codec import QuantMoment, StoredMoment
@@ -18,7 +18,7 @@ from .._rule import MomentKind
 from .._split import compute_dtype, NARROW_DTYPES
 from .._state import OptimizerState, StepCount
 from .._states import only
-from .._trees import dotted_name, flatten, Leaf, match
+from .._trees import dotted_name, flatten, Leaf, match, Model, State
 from . import moments as exchanged
 from .of_optax import as_count
 
@@ -42,12 +42,12 @@ _GROUP_SIZE = 32
 def from_flashoptim(
     optimizer_state: Mapping[str, Any],
     parameters: Mapping[str, Any],
-    model: PyTree,
-    state: PyTree,
+    model: Model,
+    state: State,
     *,
     paths: Mapping[str, str] | None = None,
     convert: Convert | None = None,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[Model, State]:
     r"""Weights, corrections, moments and count from a checkpoint of FlashOptim, the
     PyTorch library: to go on with a run of `FlashAdamW`, `FlashAdam`, `FlashLion`,
     `FlashSGD` or `FlashSGDW`. The states of `torch.optim` have the same form. PyTorch
@@ -107,11 +107,11 @@ def from_flashoptim(
         FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349).
     """
     call = "from_flashoptim"
-    state, replace = only(call, state)
-    unknown = set(state.moments) - set(_MOMENTS)
+    own, replace = only(call, state)
+    unknown = set(own.moments) - set(_MOMENTS)
     if unknown:
         raise ValueError(
-            f"`{call}`: the state has the moments {sorted(state.moments)}, of which "
+            f"`{call}`: the state has the moments {sorted(own.moments)}, of which "
             f"FlashOptim has no {sorted(unknown)}. Pass the state of `adamw`, `adam`, "
             "`lion`, `sgd` or `sgdw`."
         )
@@ -124,7 +124,7 @@ def from_flashoptim(
     read = _parameters(call, optimizer_state, parameters)
     stored = {
         name: match(call, f"state.moments[{name!r}]", of_name, leaves)
-        for name, of_name in state.moments.items()
+        for name, of_name in own.moments.items()
     }
     masters: list[Any] = [None for _ in leaves]
     new_moments = {name: list(moments) for name, moments in stored.items()}
@@ -140,8 +140,8 @@ def from_flashoptim(
                 "give it that shape with `convert=...`."
             )
         masters[index] = converted.astype(compute_dtype(leaf.value.dtype))
-        _has_known_entries(call, parameter, state)
-        for key in state.moments:
+        _has_known_entries(call, parameter, own)
+        for key in own.moments:
             new_moments[key][index] = _moment(
                 call,
                 parameter,
@@ -151,8 +151,8 @@ def from_flashoptim(
                 None if converted is master else convert,
             )
     filled = dataclasses.replace(
-        state,
-        steps=StepCount(as_count(call, _count(call, read, state), state.count)),
+        own,
+        steps=StepCount(as_count(call, _count(call, read, own), own.count)),
         moments={key: rebuild(moments) for key, moments in new_moments.items()},
     )
     return from_master_weights(rebuild(masters), model, replace(filled))

@@ -14,7 +14,7 @@ from .._codec import StoredMoment
 from .._place import put_like
 from .._state import OptimizerState, StepCount
 from .._states import find
-from .._trees import flatten, match
+from .._trees import flatten, match, State
 from . import moments as exchanged
 
 
@@ -34,7 +34,7 @@ _CALLS: dict[Any, str] = {
 _T = TypeVar("_T")
 
 
-def from_optax(optax_state: PyTree, state: PyTree) -> PyTree:
+def from_optax(optax_state: PyTree, state: State) -> State:
     """Moments and count from the state of an Optax optimizer: to go on with a run of
     `optax.adamw`, `optax.adam`, `optax.nadam`, `optax.lion` or `optax.sgd`.
 
@@ -109,7 +109,7 @@ def from_optax(optax_state: PyTree, state: PyTree) -> PyTree:
     return _with_counts(call, find(state).replace([filled]), count)
 
 
-def to_optax(state: PyTree, optax_state: PyTree) -> PyTree:
+def to_optax(state: PyTree, optax_state: State) -> State:
     """The inverse of [`flashquinox.exchange.from_optax`][]: to go on with an Optax
     optimizer, in full precision.
 

@@ -1,0 +1,95 @@
+"""Programs for type checkers, which are not run: what is typed by a caller stays typed,
+and an optimizer goes where one of Optax's does. Pyright and mypy check it."""
+
+import io
+from typing import Any, assert_type
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+import flashquinox as fq
+from flashquinox import exchange
+
+
+class Net(eqx.Module):
+    weight: jax.Array
+
+
+def train(net: Net, grads: Net) -> tuple[Net, fq.OptimizerState]:
+    net = fq.cast(net, jnp.bfloat16, keep=lambda x: x.ndim < 2)
+    assert_type(net, Net)
+    optim = fq.adamw(1e-3, weight_decay=1e-2)
+    assert_type(optim, fq.Optimizer)
+    state = optim.init(net)
+    assert_type(state, fq.OptimizerState)
+    assert_type(optim.step(net, state, grads), tuple[Net, fq.OptimizerState])
+    updates, state = optim.update(grads, state, net)
+    assert_type(updates, Net)
+    assert_type(state, fq.OptimizerState)
+    return optim.step(net, state, grads)
+
+
+def other_trees(params: dict[str, jax.Array]) -> None:
+    assert_type(fq.cast(params, "bfloat16"), dict[str, jax.Array])
+    optim = fq.lion(1e-3)
+    assert_type(
+        optim.step(params, optim.init(params), params),
+        tuple[dict[str, jax.Array], fq.OptimizerState],
+    )
+
+
+def masters(net: Net, state: fq.OptimizerState, wrapped: tuple[str, int]) -> None:
+    assert_type(fq.master_weights(net, state), Net)
+    # Also of states of wrappers: they stay what they are.
+    assert_type(fq.master_weights(net, wrapped), Net)
+    assert_type(fq.from_master_weights(net, net, state), tuple[Net, fq.OptimizerState])
+    assert_type(fq.from_master_weights(net, net, wrapped), tuple[Net, tuple[str, int]])
+    assert_type(fq.widen(net, state), fq.OptimizerState)
+    assert_type(fq.narrow(net, wrapped), tuple[str, int])
+    assert_type(fq.ensure_precision(net, state, 1e-3), fq.OptimizerState)
+    assert_type(exchange.from_optax((), state), fq.OptimizerState)
+    assert_type(exchange.load_safetensors("model.safetensors", net), Net)
+
+
+def released(net: Net, state: fq.OptimizerState, loss: fq.LayeredLoss) -> None:
+    new, new_state, value = fq.release_step(fq.sgd(0.1), loss, net, state, batch=None)
+    assert_type(new, Net)
+    assert_type(new_state, fq.OptimizerState)
+    del value
+
+
+def with_optax(net: Net, grads: Net) -> None:
+    schedule = optax.cosine_decay_schedule(1e-3, 100)
+    optim = fq.adamw(schedule, weight_decay=schedule, mask=lambda p: p)
+    plain: optax.GradientTransformation = optim
+    extended: optax.GradientTransformationExtraArgs = optim
+    chain: optax.GradientTransformation = optax.chain(
+        optax.clip_by_global_norm(1.0), optim
+    )
+    steps: Any = optax.MultiSteps(optim, every_k_schedule=2)
+    injected: Any = optax.inject_hyperparams(fq.adamw)(learning_rate=1e-3)
+    state = chain.init(eqx.filter(net, eqx.is_inexact_array))
+    del plain, extended, steps, injected, state, grads
+
+
+def arguments(mesh: Mesh, net: Net) -> None:
+    fq.adam(jnp.asarray(1e-3), b1=0.9)
+    fq.sgdw(lambda count: 1e-3 / (1 + count), momentum=0.9)
+    fq.lion(1e-3, mask={"weight": True}, shardings=fq.fsdp_shardings(net, mesh))
+    fq.adamw(1e-3, moments="float32", master_weight_bits=32, backend="xla")
+    fq.optimizer(fq.Adam(), 1e-3)
+    eqx.tree_serialise_leaves(io.BytesIO(), fq.adamw(1e-3).init(net))
+
+
+class Compiled:
+    """Through `filter_jit`, as in a training loop."""
+
+    def __init__(self, net: Net):
+        self.optim = fq.adamw(1e-3)
+        self.net, self.state = net, self.optim.init(net)
+
+    def step(self, grads: Net) -> None:
+        self.net, self.state = self.optim.step(self.net, self.state, grads)
