@@ -109,6 +109,10 @@ def match(
     values = []
     for leaf in leaves:
         found = _find(entries, leaf.unwrapped, prefix)
+        if found is None and prefix and leaf.value is None:
+            # What is said of a part of the model that is not there has no effect.
+            values.append(None)
+            continue
         if found is None:
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
@@ -118,7 +122,6 @@ def match(
         unused.discard(found)
         values.append(entries[found])
     if prefix:
-        # What is said of a part of the model that is not there has no effect.
         absent = {leaf.unwrapped for leaf in leaves if leaf.value is None}
         unused = {path for path in unused if not _is_below(path, absent)}
     for leaf in given:
