@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import flashquinox as fq
-from flashquinox._backends import gpu
+from flashquinox._backends import gpu, platforms
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
@@ -164,9 +164,9 @@ def test_is_the_default_for_gpus():
     params = _shapes(jnp.bfloat16, matrix=(70, 64))
     optim = fq.adamw(1e-3)
     assert _kernels(optim, params) == 1
-    assert not gpu.is_known() or jax.default_backend() == "gpu"
+    assert not platforms.is_gpu() or jax.default_backend() == "gpu"
     with compiling_for("TPU v5 lite", "tpu"):
-        assert not gpu.is_known()
+        assert not platforms.is_gpu()
 
 
 #

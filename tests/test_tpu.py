@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox import _learning
-from flashquinox._backends import tpu
+from flashquinox._backends import _tpu_layout as tpu_layout, tpu
 from flashquinox._backends._kernel_arithmetic import Arithmetic
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
@@ -169,7 +169,7 @@ def test_what_the_kernel_cannot_take_goes_through_xla():
 def test_support():
     def supports(shape, axis=-2, group_size=32, dtype=jnp.bfloat16):
         leaf = jnp.zeros(shape, dtype)
-        return tpu.supports(
+        return tpu_layout.supports(
             Layout(shape, axis, group_size), TileState(leaf, None, {}, {}), leaf
         )
 

@@ -1,48 +1,80 @@
-"""Arithmetic that backends may replace by what their device has instructions for."""
+"""Arithmetic that backends may replace by what their device has instructions for.
+
+Each of these functions is an operation of its own in what JAX traces, so that a kernel
+recognizes it by identity. A function of a user's may have the same name.
+"""
+
+from collections.abc import Callable
 
 import jax
+import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
 
 
 _QUIET_NAN = np.uint32(0x7FC0_0000)
 
 
-def _byte_times(
-    byte: Shaped[Array, "*#shape"], factor: Int32[Array, "*#shape"]
+class Replaceable:
+    """An elementwise function as an operation. Where no backend replaces it, it is the
+    function itself."""
+
+    _known: "dict[jex.Primitive, Replaceable]" = {}
+
+    def __init__(self, function: Callable[..., Array]):
+        self.function = function
+        self._primitive = jex.Primitive(f"flashquinox{function.__name__}")
+        compiled = jax.jit(function)
+        self._primitive.def_impl(compiled)
+        self._primitive.def_abstract_eval(
+            lambda *avals: jax.make_jaxpr(compiled)(*avals).out_avals[0]
+        )
+        ad.primitive_jvps[self._primitive] = lambda primals, tangents: jax.jvp(
+            function, primals, tuple(map(ad.instantiate_zeros, tangents))
+        )
+        batching.defbroadcasting(self._primitive)
+        lowered = mlir.lower_fun(function, multiple_results=False)
+        mlir.register_lowering(self._primitive, lowered)
+        self._known[self._primitive] = self
+
+    def __call__(self, *args: Array) -> Array:
+        return self._primitive.bind(*jnp.broadcast_arrays(*args))
+
+    @classmethod
+    def of(cls, primitive: jex.Primitive) -> "Replaceable | None":
+        """The function whose operation this is."""
+        return cls._known.get(primitive)
+
+
+@Replaceable
+def byte_times(
+    byte: Shaped[Array, "*shape"], factor: Int32[Array, "*shape"]
 ) -> Int32[Array, "*shape"]:
     """`byte * factor`, of 8-bit integers and factors with at most 16 significant bits.
     Their product is exact in float32 too, for devices that cannot multiply integers."""
     return byte.astype(jnp.int32) * factor
 
 
-def _canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+@Replaceable
+def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """The bits of a float32, with one pattern for NaN."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(jnp.isnan(x), _QUIET_NAN, bits)
 
 
-def _rounded_quotient(
-    x: Float[Array, "*#shape"], y: Float[Array, "*#shape"]
+@Replaceable
+def rounded_quotient(
+    x: Float[Array, "*shape"], y: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """`x / y` rounded to nearest, as everywhere. Other quotients may be approximations:
     of simple fractions too, which codes are often halfway between."""
     return x / y
 
 
-def _rounded_root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+@Replaceable
+def rounded_root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`sqrt(x)` rounded to nearest."""
     return jnp.sqrt(x)
-
-
-byte_times = jax.jit(_byte_times)
-canonical_pattern = jax.jit(_canonical_pattern)
-rounded_quotient = jax.jit(_rounded_quotient)
-rounded_root = jax.jit(_rounded_root)
-# By which they are known in what was traced.
-BYTE_TIMES = _byte_times.__name__
-CANONICAL_PATTERN = _canonical_pattern.__name__
-ROUNDED_QUOTIENT = _rounded_quotient.__name__
-ROUNDED_ROOT = _rounded_root.__name__

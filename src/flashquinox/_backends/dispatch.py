@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 
 from .._body import LeafScalars, StepScalars, StepStructure, TileState
 from .._layout import Layout
-from . import gpu, tpu, xla
+from . import _tpu_layout as tpu_layout, platforms, xla
 
 
 Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]
+# A `View` of the GPU backend, which need not be there.
+View: TypeAlias = Any
 BACKENDS: tuple[Backend, ...] = ("auto", "xla", "tpu", "gpu")
 
 
@@ -51,19 +53,18 @@ def prefers_rows(backend: Backend) -> bool:
     return backend == "tpu" or (backend == "auto" and jax.default_backend() == "tpu")
 
 
-def _gpu_view(backend: Backend, step: LeafStep) -> gpu.View | None:
-    if backend != "gpu" and not (backend == "auto" and gpu.is_known()):
+def _gpu_view(backend: Backend, step: LeafStep) -> View | None:
+    if backend != "gpu" and not (backend == "auto" and platforms.is_gpu()):
         return None
-    return gpu.view_of(step.layout, step.grad, step.old)
+    gpu = platforms.kernels("gpu")
+    return None if gpu is None else gpu.view_of(step.layout, step.grad, step.old)
 
 
-def _batches(
-    steps: list[LeafStep], views: list[gpu.View | None]
-) -> Iterator[list[int]]:
+def _batches(steps: list[LeafStep], views: list[View | None]) -> Iterator[list[int]]:
     """Which leaves share a kernel on GPUs: those that are stored alike. First leaves of
     the same size, so that many kernels are the same one, which is compiled once; then
     what is left of them."""
-    alike: dict[Any, dict[gpu.View, list[int]]] = {}
+    alike: dict[Any, dict[View, list[int]]] = {}
     for i, (step, view) in enumerate(zip(steps, views, strict=True)):
         if view is None:
             yield [i]
@@ -92,7 +93,7 @@ def _split(indices: list[int], most: int) -> list[list[int]]:
     return [indices[i : i + most] for i in range(0, len(indices), most)]
 
 
-def _kind(step: LeafStep, view: gpu.View) -> tuple[Any, ...]:
+def _kind(step: LeafStep, view: View) -> tuple[Any, ...]:
     """What leaves must have in common to share a kernel."""
     leaves, structure = jtu.tree_flatten((step.grad, step.old))
     dtypes = tuple(x.dtype for x in leaves)
@@ -101,7 +102,7 @@ def _kind(step: LeafStep, view: gpu.View) -> tuple[Any, ...]:
 
 
 def _update_batch(
-    backend: Backend, steps: list[LeafStep], views: tuple[gpu.View | None, ...]
+    backend: Backend, steps: list[LeafStep], views: tuple[View | None, ...]
 ) -> tuple[TileState, ...]:
     structure = steps[0].structure
     layouts = [step.layout for step in steps]
@@ -113,9 +114,15 @@ def _update_batch(
     )
     plain = partial(_one_by_one, xla.update_leaf, structure, layouts)
     kernels: dict[str, Callable] = {}
-    if backend in ("auto", "tpu") and any(map(_on_tpu, steps)):
-        kernels["tpu"] = partial(_one_by_one, _tpu_or_plain, structure, layouts)
+    if backend in ("auto", "tpu") and any(map(_suits_tpu, steps)):
+        # A program that is made on another machine may be for a TPU as well.
+        tpu = platforms.kernels("tpu", warn=platforms.is_tpu())
+        if tpu is not None:
+            on_tpu = partial(_tpu_or_plain, tpu.update_leaf)
+            kernels["tpu"] = partial(_one_by_one, on_tpu, structure, layouts)
     if None not in views:
+        gpu = platforms.kernels("gpu")
+        assert gpu is not None
         kernels["cuda"] = partial(gpu.update_leaves, structure, views)
     if not kernels:
         return plain(*operands)
@@ -145,12 +152,13 @@ def _one_by_one(
     return tuple(map(one, layouts, leaves, grads, old))
 
 
-def _on_tpu(step: LeafStep) -> bool:
-    layout = tpu.layout_of(step.layout, step.old)
-    return tpu.supports(layout, step.old, step.grad)
+def _suits_tpu(step: LeafStep) -> bool:
+    layout = tpu_layout.layout_of(step.layout, step.old)
+    return tpu_layout.supports(layout, step.old, step.grad)
 
 
 def _tpu_or_plain(
+    update_leaf: Callable[..., TileState],
     structure: StepStructure,
     layout: Layout,
     scalars: StepScalars,
@@ -158,7 +166,7 @@ def _tpu_or_plain(
     old: TileState,
     interpret: bool = False,
 ) -> TileState:
-    own = tpu.layout_of(layout, old)
-    if not tpu.supports(own, old, grad):
+    own = tpu_layout.layout_of(layout, old)
+    if not tpu_layout.supports(own, old, grad):
         return xla.update_leaf(structure, layout, scalars, grad, old)
-    return tpu.update_leaf(structure, own, scalars, grad, old, interpret=interpret)
+    return update_leaf(structure, own, scalars, grad, old, interpret=interpret)

@@ -7,9 +7,7 @@ all are the same.
 
 import abc
 import dataclasses
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -23,7 +21,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxlib.triton import dialect
 from jaxtyping import Array, Float, Scalar
 
 from .._body import LeafScalars, StepScalars, StepStructure, TileState, update_tile
@@ -34,12 +31,6 @@ from ._scalars import pack
 
 
 _LARGEST_GROUP = 256
-
-# At every operation of a kernel, jaxlib looks on the disk for the module of its
-# dialect, by this name. It has another one, and to look is half of lowering's time.
-_DIALECT = "jaxlib.mlir.dialects.tt"
-if importlib.util.find_spec(_DIALECT) is None:
-    sys.modules[_DIALECT] = dialect
 
 
 def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
@@ -61,22 +52,6 @@ def view_of(layout: Layout, grad: Array, old: TileState) -> "View | None":
         return None
     columns = math.prod(shape[axis + 1 :])
     return Rows(size // columns // group, group, columns)
-
-
-def is_known() -> bool:
-    """Whether this program is traced for a GPU that Triton has code for. It must be
-    known: by the default device, or by that of an abstract mesh.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform in ("gpu", "cuda")
-    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore
-    if isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    capability = getattr(device, "compute_capability", "")
-    # Of other makers, it is a name.
-    known = device.platform == "gpu" and capability.replace(".", "").isdigit()
-    return known and float(capability) >= 8
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="interpret")

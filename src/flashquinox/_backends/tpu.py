@@ -32,38 +32,16 @@ from jaxtyping import Array, Float, Shaped
 
 from .._body import advance, no_update, StepScalars, StepStructure, TileState
 from .._codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .._layout import Layout, lies_transposed
+from .._layout import Layout
 from . import _tpu_words as words
 from ._kernel_arithmetic import Arithmetic
 from ._scalars import pack
 from ._tpu_arithmetic import arithmetic_of
+from ._tpu_layout import transposed
 
 
 _LANES = 128
 _SUBLANES = 8
-# The rows of a tile of 8-bit integers.
-_TILE_ROWS = 32
-
-
-def layout_of(layout: Layout, old: TileState) -> Layout:
-    """The layout of a leaf; of one without groups, that of the kernel's choice."""
-    if jtu.tree_leaves(old.scales) or len(layout.shape) < 2:
-        return layout
-    axes = (-1, -2) if lies_transposed(layout.shape) else (-2,)
-    fitting = [axis for axis in axes if layout.shape[axis] % _TILE_ROWS == 0]
-    return Layout(layout.shape, (*fitting, -2)[0], _TILE_ROWS)
-
-
-def supports(layout: Layout, old: TileState, grad: Array) -> bool:
-    """Whether the kernel can take this leaf. The others take plain XLA."""
-    if layout.axis == -1 and lies_transposed(layout.shape):
-        layout = _transposed(layout)
-    if layout.axis != -2 or layout.group_size % _TILE_ROWS != 0:
-        return False
-    if layout.shape[-2] % layout.group_size != 0:
-        return False
-    dtypes = {jnp.dtype(x.dtype) for x in jtu.tree_leaves((old, grad))}
-    return not dtypes & {jnp.dtype(jnp.float16), jnp.dtype(jnp.float64)}
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="interpret")
@@ -79,7 +57,7 @@ def update_leaf(
     if layout.axis == -1:
         # In memory it lies like that. What goes to the kernel lies with rows first.
         swap = partial(jtu.tree_map, lambda x: jnp.swapaxes(x, -1, -2))
-        layout, grad, old = _transposed(layout), swap(grad), swap(old)
+        layout, grad, old = transposed(layout), swap(grad), swap(old)
         new = update_leaf(structure, layout, scalars, grad, old, interpret=interpret)
         return swap(new)
     *leading, rows, columns = layout.shape
@@ -131,11 +109,6 @@ def update_leaf(
     new = jtu.tree_unflatten(treedef, new)
     back = lambda x: x.reshape(*leading, *x.shape[-2:])
     return jtu.tree_map(back, new)
-
-
-def _transposed(layout: Layout) -> Layout:
-    *leading, rows, columns = layout.shape
-    return Layout((*leading, columns, rows), -2, layout.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
