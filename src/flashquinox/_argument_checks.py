@@ -12,6 +12,7 @@ import jax.core
 import numpy as np
 from jaxtyping import Scalar, ScalarLike
 
+from ._backends import platforms
 from ._backends.dispatch import Backend, BACKENDS
 from ._moment_codecs import MomentCodecs
 from ._number_checks import (
@@ -116,6 +117,8 @@ def check_moments(call: str, moments: Any) -> MomentCodecs:
 
 def check_backend(call: str, backend: Any) -> Backend:
     if isinstance(backend, str) and backend in BACKENDS:
+        if backend in ("gpu", "tpu"):
+            platforms.require(call, backend)
         return backend
     names = ", ".join(repr(name) for name in BACKENDS)
     raise ValueError(

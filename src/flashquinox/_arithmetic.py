@@ -5,6 +5,7 @@ recognizes it by identity. A function of a user's may have the same name.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.extend.core as jex
@@ -22,7 +23,7 @@ class Replaceable:
     """An elementwise function as an operation. Where no backend replaces it, it is the
     function itself."""
 
-    _known: "dict[jex.Primitive, Replaceable]" = {}
+    _known: ClassVar[dict[jex.Primitive, "Replaceable"]] = {}
 
     def __init__(self, function: Callable[..., Array]):
         self.function = function

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
@@ -215,8 +214,8 @@ class Arithmetic:
             arrays = [operand.array for operand in operands]
             params = primitive.get_bind_params(eqn.params)
             if any(np.ndim(x) > 0 for x in arrays):
-                if not any(isinstance(x, jax.core.Tracer) for x in arrays):
-                    # Kernels take no arrays that are constants.
+                if not any(isinstance(x, jax.Array) for x in arrays):
+                    # Of constants, of which kernels take no arrays.
                     with jax.ensure_compile_time_eval():
                         results = primitive.bind(*arrays, **params)
                     return [np.asarray(x)[()] for x in jtu.tree_leaves(results)]

@@ -62,7 +62,7 @@ class Value:
     def part(self, index: int) -> "Value":
         """One along the first axis."""
         x = self.array
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, jax.Array):
             return Value(lax.index_in_dim(x, index, keepdims=False))
         return Value(np.asarray(x)[index])
 
@@ -83,7 +83,7 @@ def _is_numeric(x: Any) -> bool:
 def filled(x: Any) -> Any:
     """The same array. A constant whose elements are all the same becomes a number that
     is broadcast."""
-    if isinstance(x, jax.core.Tracer) or np.ndim(x) == 0 or not _is_numeric(x):
+    if isinstance(x, jax.Array) or np.ndim(x) == 0 or not _is_numeric(x):
         return x
     first, *others = np.unique(np.asarray(x)) if np.size(x) > 0 else (None, None)
     return x if others else jnp.broadcast_to(first, np.shape(x))
