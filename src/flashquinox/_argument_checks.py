@@ -23,6 +23,7 @@ from ._number_checks import (
     known_number,
 )
 from ._rule import AbstractRule
+from ._rule_checks import check_rule
 from ._text import function_name, shown
 
 
@@ -46,6 +47,12 @@ def check_hyperparameters(
         if field.type in (bool, "bool"):
             check_flag(call, field.name, getattr(rule, field.name))
     for name, (low, high) in rule.bounds.items():
+        if not hasattr(rule, name):
+            kind = type(rule).__name__
+            raise ValueError(
+                f"`{call}`: `{kind}.bounds` names {name!r}, which `{kind}` does not "
+                "have. Its names are those of fields."
+            )
         check_in_range(call, name, getattr(rule, name), low, high)
     for name, value in (
         ("learning_rate", learning_rate),
@@ -55,6 +62,7 @@ def check_hyperparameters(
             _check_takes_count(call, name, value)
         else:
             check_in_range(call, name, value, 0.0, math.inf)
+    check_rule(call, rule)
 
 
 def check_peak(

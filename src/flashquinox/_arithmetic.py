@@ -4,6 +4,7 @@ Each of these functions is an operation of its own in what JAX traces, so that a
 recognizes it by identity. A function of a user's may have the same name.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -36,7 +37,9 @@ class Replaceable:
         ad.primitive_jvps[self._primitive] = lambda primals, tangents: jax.jvp(
             function, primals, tuple(map(ad.instantiate_zeros, tangents))
         )
-        batching.defbroadcasting(self._primitive)
+        is_unary = len(inspect.signature(function).parameters) == 1
+        batched = batching.defvectorized if is_unary else batching.defbroadcasting
+        batched(self._primitive)
         lowered = mlir.lower_fun(function, multiple_results=False)
         mlir.register_lowering(self._primitive, lowered)
         self._known[self._primitive] = self
@@ -52,7 +55,7 @@ class Replaceable:
 
 @Replaceable
 def byte_times(
-    byte: Shaped[Array, "*shape"], factor: Int32[Array, "*shape"]
+    byte: Shaped[Array, "*#shape"], factor: Int32[Array, "*#shape"]
 ) -> Int32[Array, "*shape"]:
     """`byte * factor`, of 8-bit integers and factors with at most 16 significant bits.
     Their product is exact in float32 too, for devices that cannot multiply integers."""
@@ -68,7 +71,7 @@ def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 @Replaceable
 def rounded_quotient(
-    x: Float[Array, "*shape"], y: Float[Array, "*shape"]
+    x: Float[Array, "*#shape"], y: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:
     """`x / y` rounded to nearest, as everywhere. Other quotients may be approximations:
     of simple fractions too, which codes are often halfway between."""

@@ -4,21 +4,19 @@ call functions, in every version of JAX that is supported."""
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 
 # With these, a function is only called: what they mean beside that is for derivatives,
 # compilation and memory.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-}
+_CALLS = frozenset(
+    """
+    jit pjit closed_call core_call eval_jaxpr composite checkpoint remat remat2
+    custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    """.split()
+)
+# Under which names they have it.
+_PARAMETERS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 class Function(NamedTuple):
@@ -37,8 +35,15 @@ class Function(NamedTuple):
 
 def called(eqn: Any) -> Function | None:
     """The function of an operation that only calls one. `None` for others."""
-    name = _CALLS.get(eqn.primitive.name)
-    return None if name is None else Function.of(eqn.params[name])
+    if eqn.primitive.name == "call_hi_primitive":
+        # It is traced when it is asked for.
+        primitive = eqn.params["_prim"]
+        expand = lambda *args: primitive.expand(*primitive.in_tree.unflatten(args))
+        return Function.of(jax.make_jaxpr(expand)(*(x.aval for x in eqn.invars)))
+    if eqn.primitive.name not in _CALLS:
+        return None
+    (name,) = (name for name in _PARAMETERS if name in eqn.params)
+    return Function.of(eqn.params[name])
 
 
 class Branches(NamedTuple):

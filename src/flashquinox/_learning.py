@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
+from ._backends._kernel_arithmetic import Arithmetic
 from ._body import StepScalars, StepStructure, TileState
 from ._codecs.companded import CompandedCodec
 from ._layout import Layout
@@ -93,7 +94,10 @@ def observe(
 
         def update(x: Array, name: str = name) -> Array:
             known = moments | {name: x}
-            return structure.rule.update(nothing, nothing, known, scalars.rule)[0]
+            # The operations alone: functions with a `custom_vjp` have no forward
+            # derivative.
+            rule = lambda *args: structure.rule.update(*args)[0]
+            return Arithmetic().evaluate(rule, nothing, nothing, known, scalars.rule)
 
         _, derivative = jax.jvp(update, (moment,), (jnp.ones_like(moment),))
         n = codec.normalized(elements(old.codes[name]), dtype)

@@ -163,8 +163,15 @@ def rule_scalars(
     """`rule.scalars` in the precision `dtype`. Python numbers stay Python numbers, so
     that `1 - b2` is rounded once only.
     """
+    scalars = raw_scalars(rule, count, learning_rate, dtype)
+    return {name: jnp.asarray(value, dtype) for name, value in scalars.items()}
+
+
+def raw_scalars(
+    rule: AbstractRule, count: Scalar, learning_rate: Scalar, dtype: DTypeLike
+) -> Any:
+    """The same as the rule returns it, whatever that is."""
     cast = lambda x: x.astype(dtype) if eqx.is_array(x) else x
-    scalars = jtu.tree_map(cast, rule).scalars(
+    return jtu.tree_map(cast, rule).scalars(
         jnp.asarray(count, dtype), jnp.asarray(learning_rate, dtype)
     )
-    return {name: jnp.asarray(value, dtype) for name, value in scalars.items()}

@@ -115,9 +115,10 @@ class Arithmetic:
             result = self._replaced(function, operands)
             if result is not None:
                 return [result]
-            avals = [atom.aval for atom in eqn.invars]
-            traced = jax.make_jaxpr(function.function)(*avals)
-            return self._call(jaxprs.Function.of(traced), operands)
+            return self._composed(function.function, eqn, operands)
+        composition = operations.COMPOSITIONS.get(eqn.primitive.name)
+        if composition is not None:
+            return self._composed(composition, eqn, operands)
         called = jaxprs.called(eqn)
         if called is not None:
             return self._call(called, operands)
@@ -130,6 +131,13 @@ class Arithmetic:
                 return self._scan(jaxprs.Scan.of(eqn, operands))
         return self._apply(eqn, operands)
 
+    def _composed(
+        self, function: Callable, eqn: Any, operands: Sequence[Value]
+    ) -> list[Value]:
+        """An operation that is a function of others."""
+        traced = jax.make_jaxpr(function)(*(atom.aval for atom in eqn.invars))
+        return self._call(jaxprs.Function.of(traced), operands)
+
     def _replaced(
         self, function: Replaceable, operands: Sequence[Value]
     ) -> Value | None:
@@ -140,8 +148,8 @@ class Arithmetic:
             pattern = self.canonical_pattern(operands[0].array)
             return Value(lax.bitcast_convert_type(pattern, jnp.uint32))
         if function is rounded_quotient:
-            x, y = operands
-            return Value(self.rounded_quotient(x.array, y.array))
+            x, y = jnp.broadcast_arrays(*(operand.array for operand in operands))
+            return Value(self.rounded_quotient(x, y))
         if function is rounded_root:
             return Value(self.rounded_root(operands[0].array))
         return None

@@ -256,6 +256,19 @@ def _narrow(op: Operation, field: _Field, dtype: Any) -> Any:
     return lax.shift_right_logical(source, np.int32(field.first)).astype(dtype)
 
 
+def _polynomial(x: Array, *coefficients: Array) -> Array:
+    """By Horner's rule. The coefficient of the highest power is the last one."""
+    y = jnp.broadcast_to(coefficients[-1], x.shape)
+    for coefficient in coefficients[-2::-1]:
+        y = y * x + coefficient
+    return y
+
+
+# Operations that Pallas does not have, by others.
+COMPOSITIONS = {
+    "one_minus_square": lambda x: (1 + x) * (1 - x),
+    "polynomial": _polynomial,
+}
 RULES_OF_FLOATS = {
     "div": _divide,
     "sqrt": _take_root,

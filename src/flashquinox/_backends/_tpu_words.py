@@ -12,7 +12,6 @@ from typing import Any
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
@@ -128,6 +127,9 @@ def store(ref: Any, start: Any, size: int, lanes: Any, value: Any) -> None:
 
 def _parts(ref: Any, start: Any, size: int, lanes: Any) -> list[tuple[Any, Any]]:
     """For each word that the first rows are in: where it and every such one is."""
+    # Only here, in a kernel, is it sure to be there.
+    from jax.experimental import pallas as pl
+
     bits = _bits(ref.dtype)
     count = bits * _QUARTERS // 32
     words = ref if bits == 32 else ref.bitcast(jnp.int32)

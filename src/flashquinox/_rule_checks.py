@@ -1,0 +1,222 @@
+"""Whether a rule is one: found when an optimizer is built, not in a kernel."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._elementwise import NotElementwise, trace, Traced
+from ._rule import AbstractRule, MomentKind, raw_scalars, rule_structure
+from ._text import shown
+
+
+# Of two tiles. What differs between them depends on the shape, which is a backend's.
+_TILES = (11, 13), (17,)
+
+_REMEDY = (
+    "Backends cut leaves into tiles of different shapes, so results would differ. "
+    "Compute each element from the same element of the arguments alone; what is the "
+    "same for all elements belongs into `scalars`, and what is not elementwise (norms, "
+    "means, random numbers) into a transformation of the gradients."
+)
+
+
+def check_rule(call: str, rule: AbstractRule) -> None:
+    """Raises if the parts of a rule do not fit together, or if its update is not
+    elementwise."""
+    kind = type(rule).__name__
+    moments = rule.moments
+    kinds = get_args(MomentKind)
+    named = isinstance(moments, dict) and all(isinstance(x, str) for x in moments)
+    if not named or not all(x in kinds for x in moments.values()):
+        raise TypeError(
+            f"`{call}`: `{kind}.moments` must be a dictionary from names to 'signed' "
+            f"or 'nonnegative'; got {shown(moments)}."
+        )
+    structure = rule_structure(rule)
+    try:
+        hash(structure)
+    except TypeError as error:
+        raise TypeError(
+            f"`{call}`: {kind}'s static fields must have a hash, as they are compiled "
+            f"in: {error}. Use tuples instead of lists, and no dictionaries."
+        ) from error
+    key = jax.config.jax_enable_x64, structure  # pyright: ignore
+    if key not in _checked:
+        names = _scalar_names(call, rule)
+        _check_factors(call, rule, names)
+        _check_update(call, structure, names)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(key)
+
+
+# The structures of rules that are.
+_checked: set[Any] = set()
+_MOST_CHECKED = 1024
+
+
+def _scalar_names(call: str, rule: AbstractRule) -> list[str]:
+    method = f"{type(rule).__name__}.scalars"
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def scalars(count: Any, learning_rate: Any) -> dict[str, Any]:
+        found = raw_scalars(rule, count, learning_rate, jnp.float32)
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"`{call}`: `{method}` must return a dictionary of scalars; it "
+                f"returned {shown(found)}."
+            )
+        for name, value in found.items():
+            if not isinstance(name, str) or np.ndim(value) != 0:
+                raise TypeError(
+                    f"`{call}`: `{method}` must return a dictionary from names to "
+                    f"scalars; {name!r} is {shown(value)}."
+                )
+        return dict(found)
+
+    return list(_told(call, method, jax.eval_shape, scalars, one, one))
+
+
+def _check_factors(call: str, rule: AbstractRule, scalars: list[str]) -> None:
+    kind = type(rule).__name__
+    for moment, names in rule.factors.items():
+        if moment not in rule.moments:
+            raise ValueError(
+                f"`{call}`: `{kind}.factors` is for {moment!r}, which is none of its "
+                f"`moments`: {_names(rule.moments)}."
+            )
+        if not isinstance(names, tuple) or len(names) != 2:
+            raise TypeError(
+                f"`{call}`: `{kind}.factors` must give two names of scalars, or None, "
+                f"for {moment!r}: before `update` and after; got {shown(names)}."
+            )
+        for name in names:
+            if name is not None and name not in scalars:
+                raise ValueError(
+                    f"`{call}`: `{kind}.factors` of {moment!r} names {name!r}, which "
+                    f"is none of what `scalars` returns: {_names(scalars)}."
+                )
+
+
+def _check_update(call: str, rule: AbstractRule, scalars: list[str]) -> None:
+    method = f"{type(rule).__name__}.update"
+    found = []
+    for shape in _TILES:
+        tile = jax.ShapeDtypeStruct(shape, jnp.float32)
+        one = jax.ShapeDtypeStruct((), jnp.float32)
+        arguments = (
+            tile,
+            tile,
+            {name: tile for name in rule.moments},
+            {name: one for name in scalars},
+        )
+
+        def update(*args: Any, shape: Any = shape) -> Any:
+            result = _updated(call, method, rule, scalars, args)
+            _check_result(call, method, rule, result, shape)
+            return result
+
+        found.append(traced(call, method, update, *arguments))
+    if found[0].signature != found[1].signature:
+        raise ValueError(
+            f"`{call}`: `{method}` is not elementwise: it depends on the shape of what "
+            f"it gets. {_REMEDY}"
+        )
+
+
+def traced(call: str, method: str, function: Callable, *args: Any) -> Traced:
+    """[`flashquinox._elementwise.trace`][], for errors that name the method."""
+    try:
+        return _told(call, method, trace, function, *args)
+    except NotElementwise as reason:
+        raise ValueError(
+            f"`{call}`: `{method}` is not elementwise: {reason}. {_REMEDY}"
+        ) from None
+
+
+def _updated(
+    call: str, method: str, rule: AbstractRule, scalars: list[str], args: Any
+) -> Any:
+    try:
+        return rule.update(*args)
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if not isinstance(name, str) or name in rule.moments or name in scalars:
+            raise
+        raise ValueError(
+            f"`{call}`: `{method}` asks for {name!r}. There are the moments "
+            f"{_names(rule.moments)} and, of `scalars`, {_names(scalars)}. Add it to "
+            "`moments` or to what `scalars` returns."
+        ) from error
+
+
+def _check_result(
+    call: str, method: str, rule: AbstractRule, result: Any, shape: tuple[int, ...]
+) -> None:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"`{call}`: `{method}` must return a pair: the update, and a dictionary of "
+            f"the new moments; it returned {shown(result)}."
+        )
+    update, moments = result
+    if not isinstance(moments, dict):
+        raise TypeError(
+            f"`{call}`: `{method}` must return the new moments as a dictionary; it "
+            f"returned {shown(moments)}."
+        )
+    if set(moments) != set(rule.moments):
+        raise ValueError(
+            f"`{call}`: `{method}` returned the moments {_names(moments)}, where "
+            f"`moments` names {_names(rule.moments)}. Return just these."
+        )
+    named = {"the update": update}
+    named |= {f"the moment {name!r}": x for name, x in moments.items()}
+    for name, x in named.items():
+        check_array(call, method, name, x, shape, jnp.float32)
+
+
+def check_array(
+    call: str, method: str, name: str, x: Any, shape: tuple[int, ...], dtype: Any
+) -> None:
+    """Raises if what a method returned on a tile has not this shape and dtype."""
+    if not isinstance(x, jax.Array):
+        raise TypeError(
+            f"`{call}`: `{method}` returned {shown(x)} as {name}. Return an array of "
+            "the shape of the gradient: `jnp.full_like(grad, ...)`, say."
+        )
+    if x.shape != shape:
+        raise ValueError(
+            f"`{call}`: `{method}`, of a tile of shape {shape}, returned {name} in "
+            f"shape {x.shape}. Return that of the tile: `jnp.broadcast_to(...)`, say."
+        )
+    if x.dtype != dtype:
+        raise TypeError(
+            f"`{call}`: `{method}`, of a tile of {jnp.dtype(dtype)}, returned {name} "
+            f"as {x.dtype}. Return the dtype of the tile: `.astype(grad.dtype)`, say."
+        )
+
+
+def _told(call: str, method: str, function: Callable, *args: Any) -> Any:
+    """`function(*args)`, whose own errors say where they came from."""
+    try:
+        return function(*args)
+    except NotElementwise:
+        raise
+    except Exception as error:
+        if str(error).startswith(f"`{call}`"):
+            raise
+        note = f"`{call}` found this when it tried `{method}` on a tile of float32."
+        if "_Withheld" in str(error):
+            note += (
+                " Numeric fields are not available in `update`: pass them through "
+                "`scalars`."
+            )
+        error.add_note(note)
+        raise
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"
