@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
@@ -93,7 +94,7 @@ class _Walk:
     def _constant(self, value: Any) -> Found:
         if isinstance(value, jax.core.Tracer):
             return Sort.UNIFORM if np.ndim(value) == 0 else Sort.VARIED
-        if jax.dtypes.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended):
+        if jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended):
             return Crossed("it uses random keys")
         array = np.asarray(value)
         elements = {x.tobytes() for x in array.ravel()[:, None]}

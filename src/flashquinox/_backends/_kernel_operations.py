@@ -85,8 +85,8 @@ def filled(x: Any) -> Any:
     is broadcast."""
     if isinstance(x, jax.Array) or np.ndim(x) == 0 or not _is_numeric(x):
         return x
-    first, *others = np.unique(np.asarray(x)) if np.size(x) > 0 else (None, None)
-    return x if others else jnp.broadcast_to(first, np.shape(x))
+    elements = np.unique(np.asarray(x))
+    return jnp.broadcast_to(elements[0], np.shape(x)) if len(elements) == 1 else x
 
 
 @dataclasses.dataclass(frozen=True)
