@@ -109,7 +109,8 @@ def optimizer(
 
     - `rule`: a [`flashquinox.AbstractRule`][].
     - `learning_rate`: a float, a scalar array, or an Optax schedule: a function of the
-        number of steps taken, from 0.
+        number of steps taken, from 0, to a scalar. `init` calls it once, for what it
+        returns to be checked.
     - `weight_decay`: likewise.
     - `decoupled`: if `True`, $w \leftarrow (1 - \alpha\lambda) w + u$. If `False`, L2
         regularization: $\lambda w$ is added to the gradient.
@@ -130,9 +131,9 @@ def optimizer(
         `"float32"` (uncompressed), another name or a pair of names in
         [`flashquinox.MomentCodecs`][], or one of these.
     - `group_size`: how many elements share a scale: a multiple of 16 from 16 to 128.
-    - `skip_nonfinite`: if `True`, a step with a NaN or an infinity in any gradient
-        changes neither weights nor state. If `False`, it damages the leaves it came to,
-        no others.
+    - `skip_nonfinite`: if `True`, a step with a NaN or an infinity in any gradient, or
+        in what a schedule returns, changes neither weights nor state. If `False`, it
+        damages the leaves it came to, no others.
     - `dither_weights`: with `master_weight_bits=None`, whether bfloat16 and float16
         weights are rounded by a threshold that rotates from step to step, instead of to
         nearest: steps that are too small for the weight then arrive in their share of

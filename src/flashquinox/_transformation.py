@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
@@ -76,8 +77,7 @@ class Transformation(eqx.Module):
         if trained:
             # What a step would find wrong.
             decayed(call, self.mask, params, leaves)
-            for name in ("learning_rate", "weight_decay"):
-                self._scheduled(name, jnp.zeros((), jnp.int32))
+            self._rates(jnp.zeros((), jnp.int32))
         checks.correction_has_effect(
             self.call, self.master_weight_bits, list(trained.values())
         )
@@ -192,6 +192,7 @@ class Transformation(eqx.Module):
             ]
             for name in self.rule.moments
         }
+        rates = self._rates(state.count)
         return OpenedStep(
             call=call,
             transformation=self,
@@ -202,8 +203,9 @@ class Transformation(eqx.Module):
             # XLA cannot divide a kernel.
             backend="xla" if unknown else self.backend,
             state=state,
+            rates=rates,
             scalars={
-                dtype: self._scalars(state.count, dtype)
+                dtype: self._scalars(rates, state.count, dtype)
                 for dtype in dict.fromkeys(
                     compute_dtype(leaf.value.dtype)
                     for leaf in leaves
@@ -245,16 +247,23 @@ class Transformation(eqx.Module):
         checks.is_known_how_divided(call, found.unknown)
         return found
 
+    def _rates(self, count: Scalar) -> tuple[ScalarLike, ScalarLike]:
+        """The learning rate and the weight decay after so many steps."""
+        return (
+            scheduled(self.call, "learning_rate", self.learning_rate, count),
+            scheduled(self.call, "weight_decay", self.weight_decay, count),
+        )
+
     def _scalars(
-        self, count: Scalar, dtype: DTypeLike
+        self, rates: tuple[ScalarLike, ScalarLike], count: Scalar, dtype: DTypeLike
     ) -> tuple[dict[str, Scalar], Scalar | None]:
         """The rule's scalars and the scalar of weight decay, in the precision
         `dtype`."""
-        learning_rate = jnp.asarray(self._scheduled("learning_rate", count), dtype)
+        learning_rate = jnp.asarray(rates[0], dtype)
         rule = rule_scalars(self.rule, count + 1, learning_rate, dtype)
         if is_zero(self.weight_decay):
             return rule, None
-        decay = jnp.asarray(self._scheduled("weight_decay", count), dtype)
+        decay = jnp.asarray(rates[1], dtype)
         if not self.decoupled:
             return rule, decay
         if self.peak_learning_rate is None:
@@ -262,9 +271,6 @@ class Transformation(eqx.Module):
         peak = jnp.asarray(self.peak_learning_rate, dtype)
         # A traced peak of 0 counts as 1, as that of a constant learning rate of 0.
         return rule, 1 - learning_rate / jnp.where(peak == 0, 1, peak) * decay
-
-    def _scheduled(self, name: str, count: Scalar) -> ScalarLike:
-        return scheduled(self.call, name, getattr(self, name), count)
 
 
 # Of moments whose codecs learn, by their names: the parameter before a step and after.
@@ -292,6 +298,8 @@ class OpenedStep:
     shardings: list[NamedSharding | None]
     backend: Backend
     state: OptimizerState
+    # The learning rate and the weight decay of this step.
+    rates: tuple[ScalarLike, ScalarLike]
     # For each dtype that computes.
     scalars: dict[Any, tuple[dict[str, Scalar], Scalar | None]]
     values: list[Any]
@@ -378,10 +386,15 @@ class OpenedStep:
     def take(
         self, grads: list[Array], shardings: list[NamedSharding | None]
     ) -> Bool[Array, ""] | None:
-        """Whether all of these gradients are finite. `None` if that was not asked."""
+        """Whether all of these gradients are finite, and the learning rate and the
+        weight decay. `None` if that was not asked."""
         if not self.transformation.skip_nonfinite:
             return None
-        return sharded.all_finite(_as_typed(grads, shardings), shardings)
+        finite = sharded.all_finite(_as_typed(grads, shardings), shardings)
+        for rate in self.rates:
+            if isinstance(rate, jax.Array):
+                finite = finite & jnp.isfinite(rate)
+        return finite
 
     def _leaf_step(
         self,
