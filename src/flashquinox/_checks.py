@@ -295,6 +295,24 @@ def width_fits(
     )
 
 
+def checksum_fits(
+    call: str, leaf: Leaf, correction: Correction | None, checksum: Any, verify: Any
+) -> None:
+    wanted = verify is not None and correction is not None
+    if (checksum is not None) == wanted:
+        return
+    has, argument = "no checksum", "without `verify_weights`"
+    remedy = "dataclasses.replace(state, checksums=optim.init(model).checksums)"
+    if checksum is not None:
+        has, argument = "a checksum", "with `verify_weights`"
+        remedy = "dataclasses.replace(state, checksums=None)"
+    raise ValueError(
+        f"`{call}`: the state has {has} of the weight at `{leaf.name}`: it was made "
+        f"{argument}, this optimizer with `verify_weights={verify!r}`. Pass the same, "
+        f"or go on with `{remedy}`."
+    )
+
+
 def has_correction(call: str, leaf: Leaf, correction: Any) -> None:
     if correction is None:
         raise ValueError(

@@ -24,12 +24,12 @@ def digest(name: str, x: Shaped[Array | np.ndarray, "*shape"]) -> UInt32[Array, 
     if isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host":
         # One at a time: not all of them may fit on the device.
         on_device = jax.device_put(x, x.sharding.with_memory_kind("device"))
-        return _weighted_sum(on_device, seed).block_until_ready()
-    return _weighted_sum(x, seed)
+        return weighted_sum(on_device, seed).block_until_ready()
+    return weighted_sum(x, seed)
 
 
 @jax.jit
-def _weighted_sum(
+def weighted_sum(
     x: Shaped[Array, "*shape"], seed: UInt32[Array, ""]
 ) -> UInt32[Array, ""]:
     bits = _bits(x)

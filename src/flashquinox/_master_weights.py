@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from . import _checks as checks
+from ._checksums import checksums
 from ._place import compute_like, put_like
 from ._split import Correction, decode_weight, encode_weight
 from ._states import open_states
@@ -101,7 +102,13 @@ def from_master_weights(
         )
     ]
     new_model = opened.rebuild([weight for weight, _ in new])
-    return new_model, opened.with_corrections([correction for _, correction in new])
+    sums = {
+        index: _checksum(call, opened.leaves[index], new[index][0], old)
+        for index, old in enumerate(opened.checksums)
+        if old is not None and masters[index] is not None
+    }
+    corrections = [correction for _, correction in new]
+    return new_model, opened.with_corrections(corrections, sums)
 
 
 def _encode(
@@ -117,6 +124,12 @@ def _encode(
     if new is not None:
         new = put_like(call, leaf.name, new, correction)
     return put_like(call, leaf.name, weight, leaf.value), new
+
+
+def _checksum(call: str, leaf: Leaf, weight: Any, old: Any) -> Any:
+    """The new checksum of a leaf, where the old one is."""
+    (new,) = compute_like(call, leaf.name, lambda x: checksums([x]), [weight], [weight])
+    return put_like(call, leaf.name, new, old)
 
 
 _split = jax.jit(encode_weight, static_argnames=("dtype", "correction_dtype"))

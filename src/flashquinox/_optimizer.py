@@ -5,6 +5,7 @@ from jaxtyping import Array, PyTree, ScalarLike
 
 from . import _argument_checks as arguments, _checks as checks
 from ._backends.dispatch import Backend
+from ._checksums import check_verify_weights, Verify
 from ._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from ._method import Method
 from ._moment_codecs import MomentCodecs
@@ -100,6 +101,7 @@ def optimizer(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
+    verify_weights: Verify = None,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -138,6 +140,12 @@ def optimizer(
         weights are rounded by a threshold that rotates from step to step, instead of to
         nearest: steps that are too small for the weight then arrive in their share of
         the cases.
+    - `verify_weights`: whether each step checks that the weights it gets are those to
+        which their corrections belong, as they are not if something scales the updates
+        of the last step, or changes weights by hand. `"error"` raises, `"warn"` warns
+        from the host; both name the leaf. The state then has a checksum of each weight
+        with a correction, and a step reads these weights twice more. `None` is no
+        check.
     - `backend`: `"auto"` takes the kernels of the platform that a program is compiled
         for, and plain XLA where there is none. `"xla"` takes plain XLA everywhere.
         `"tpu"` makes states for TPUs on any machine, and takes their kernels, which
@@ -172,6 +180,7 @@ def optimizer(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         dither_weights=dither_weights,
+        verify_weights=verify_weights,
         backend=backend,
         shardings=shardings,
     )
@@ -192,6 +201,7 @@ def build_optimizer(
     group_size: Integer | Array,
     skip_nonfinite: bool,
     dither_weights: bool,
+    verify_weights: Verify,
     backend: Backend,
     shardings: PyTree,
 ) -> Optimizer:
@@ -213,6 +223,7 @@ def build_optimizer(
         group_size=checks.group_size(call, group_size),
         skip_nonfinite=arguments.check_flag(call, "skip_nonfinite", skip_nonfinite),
         dither_weights=checks.dither_weights(call, dither_weights, bits),
+        verify_weights=check_verify_weights(call, verify_weights),
         backend=arguments.check_backend(call, backend),
         shardings=checks.shardings(call, shardings),
     )

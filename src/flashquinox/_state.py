@@ -1,7 +1,7 @@
 from typing import NamedTuple
 
 import equinox as eqx
-from jaxtyping import Array, Int32, Integer, PyTree
+from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from ._codec import StoredMoment
 from ._sharding import Shardings
@@ -25,6 +25,9 @@ class OptimizerState(eqx.Module):
         arrays if moments are uncompressed.
     - `corrections`: for each weight that is narrower than its master weight, the
         integer correction: see [`flashquinox.ECCWeight`][].
+    - `checksums`: with `verify_weights`, for each weight with a correction, a number
+        that tells whether it is the weight that the correction belongs to. Otherwise
+        `None`.
     """
 
     steps: StepCount
@@ -33,6 +36,7 @@ class OptimizerState(eqx.Module):
     # How the weights were divided among devices when this was made. Static: no part of
     # a checkpoint.
     shardings: Shardings = eqx.field(static=True, default=())
+    checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None
 
     @property
     def count(self) -> Int32[Array, "*ensemble"]:

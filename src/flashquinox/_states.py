@@ -62,7 +62,7 @@ class OpenedStates:
     - `rebuild`: a function from as many values to such a model.
     - `owners`: the number of the state that has something of a leaf, in `states`; or
         `None` if none has.
-    - `corrections`: from these states.
+    - `corrections`, `checksums`: from these states.
     """
 
     leaves: list[Leaf]
@@ -70,24 +70,35 @@ class OpenedStates:
     states: list[OptimizerState]
     owners: list[int | None]
     corrections: list[Any]
+    checksums: list[Any]
     replace: Callable[[list[Any]], PyTree]
 
-    def with_corrections(self, new: list[Any]) -> PyTree:
-        """What `open_states` got, with a correction from this list for each leaf."""
+    def with_corrections(
+        self, new: list[Any], checksums: dict[int, Any] | None = None
+    ) -> PyTree:
+        """What `open_states` got, with a correction from this list for each leaf, and
+        checksums for the leaves of these numbers if it has some."""
         states = []
         for number, state in enumerate(self.states):
-            mine = {
-                leaf.unwrapped: correction
-                for leaf, owner, correction in zip(
-                    self.leaves, self.owners, new, strict=True
+            mine = [i for i, owner in enumerate(self.owners) if owner == number]
+            edits = {i: new[i] for i in mine}
+            corrections = self._edited(state.corrections, edits)
+            sums = {i: x for i, x in (checksums or {}).items() if i in edits}
+            states.append(
+                dataclasses.replace(
+                    state,
+                    corrections=corrections,
+                    checksums=self._edited(state.checksums, sums),
                 )
-                if owner == number
-            }
-            # In the structure of the state, which may be that of a part of the model.
-            old, rebuild = flatten(state.corrections)
-            corrections = [mine.get(leaf.unwrapped, leaf.value) for leaf in old]
-            states.append(dataclasses.replace(state, corrections=rebuild(corrections)))
+            )
         return self.replace(states)
+
+    def _edited(self, tree: PyTree, edits: dict[int, Any]) -> PyTree:
+        """A tree with other values at leaves of these numbers, in its own structure: it
+        may be that of a part of the model."""
+        values = {self.leaves[i].unwrapped: value for i, value in edits.items()}
+        old, rebuild = flatten(tree)
+        return rebuild([values.get(leaf.unwrapped, leaf.value) for leaf in old])
 
 
 def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
@@ -104,9 +115,11 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
     checks.has_state(call, state, found.values)
     owners: list[int | None] = [None for _ in leaves]
     corrections: list[Any] = [None for _ in leaves]
+    checksums: list[Any] = [None for _ in leaves]
     for number, (path, one) in enumerate(zip(found.paths, found.values, strict=True)):
         name = f"state{path_name(path) if path else ''}"
         own = match(call, f"{name}.corrections", one.corrections, leaves)
+        sums = match(call, f"{name}.checksums", one.checksums, leaves)
         stored = [
             match(call, f"{name}.moments[{key!r}]", moments, leaves)
             for key, moments in one.moments.items()
@@ -116,9 +129,10 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
                 continue
             checks.is_in_no_other_state(call, leaves[index], owners[index])
             owners[index], corrections[index] = number, own[index]
+            checksums[index] = sums[index]
     for leaf, correction in zip(leaves, corrections, strict=True):
         if checks.is_trained(leaf, call):
             checks.correction_fits(call, leaf, correction)
     return OpenedStates(
-        leaves, rebuild, found.values, owners, corrections, found.replace
+        leaves, rebuild, found.values, owners, corrections, checksums, found.replace
     )

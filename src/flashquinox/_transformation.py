@@ -27,6 +27,7 @@ from ._call_checks import (
     check_order,
     check_trains,
 )
+from ._checksums import checksums, verified, Verify
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import StaticBits, Unknown
@@ -57,6 +58,7 @@ class Transformation(eqx.Module):
     group_size: int | Unknown = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
     dither_weights: bool = eqx.field(static=True)
+    verify_weights: Verify = eqx.field(static=True)
     backend: Backend = eqx.field(static=True)
     # As leaves and their structure, which have a hash.
     shardings: tuple[tuple[NamedSharding, ...], Any] = eqx.field(static=True)
@@ -92,7 +94,7 @@ class Transformation(eqx.Module):
             is_traced=_sharding.are_traced(leaves),
         )
         moments = {name: [None for _ in leaves] for name in self.rule.moments}
-        corrections = [None for _ in leaves]
+        corrections: list[Any] = [None for _ in leaves]
         for index, (stored, correction) in zip(trained, made, strict=True):
             checks.groups_are_whole(call, leaves[index], stored, shardings[index])
             corrections[index] = correction
@@ -103,7 +105,23 @@ class Transformation(eqx.Module):
             moments={name: rebuild.state(x) for name, x in moments.items()},
             corrections=rebuild.state(corrections),
             shardings=_sharding.record(leaves, shardings, ()),
+            checksums=self._checksums(leaves, corrections, rebuild),
         )
+
+    def _checksums(
+        self,
+        leaves: list[Leaf],
+        corrections: list[Any],
+        rebuild: Rebuild,
+    ) -> PyTree:
+        if self.verify_weights is None:
+            return None
+        new: list[Any] = [None for _ in leaves]
+        kept = [i for i, correction in enumerate(corrections) if correction is not None]
+        found = checksums([jnp.asarray(leaves[i].value) for i in kept])
+        for index, x in zip(kept, found, strict=True):
+            new[index] = x
+        return rebuild.state(new)
 
     def _zeros(
         self,
@@ -168,8 +186,9 @@ class Transformation(eqx.Module):
                     arrived[index] = jnp.asarray(grad_leaves[index])
             if as_update and index not in arrived:
                 opened.values[index] = no_update(leaf.value)
+        opened = opened.verified()
         take = opened.update(arrived, as_update=as_update)
-        return opened.close(take)
+        return opened.close(take, as_update)
 
     def open(self, call: str, params: PyTree, state: OptimizerState) -> "OpenedStep":
         """Takes a model and its state apart, for one step."""
@@ -222,6 +241,7 @@ class Transformation(eqx.Module):
                     strict=True,
                 )
             ],
+            checksums=match(call, "state.checksums", state.checksums, leaves),
         )
 
     def _new_layout(
@@ -305,6 +325,10 @@ class OpenedStep:
     values: list[Any]
     moments: dict[str, list[Any]]
     corrections: list[Any]
+    # Those of the weights that came.
+    checksums: list[Any]
+    # The numbers of the leaves that are updated.
+    written: set[int] = dataclasses.field(default_factory=set)
 
     def check(self, index: int) -> None:
         """Whether a leaf that is trained and its state go together."""
@@ -315,6 +339,9 @@ class OpenedStep:
         )
         checks.correction_fits(call, leaf, correction)
         checks.width_fits(call, leaf, correction, optim.master_weight_bits)
+        checks.checksum_fits(
+            call, leaf, correction, self.checksums[index], optim.verify_weights
+        )
         checks.state_is_there(call, leaf, stored, correction, sharding)
         checks.groups_are_whole(call, leaf, stored, sharding)
 
@@ -322,7 +349,34 @@ class OpenedStep:
         moments: Any = {name: stored[index] for name, stored in self.moments.items()}
         return LeafState(self.values[index], moments, self.corrections[index])
 
+    def verified(self) -> "OpenedStep":
+        """The same step, which does not begin before its weights are verified: after
+        `check` of all leaves that are trained."""
+        verify = self.transformation.verify_weights
+        kept = [i for i, x in enumerate(self.checksums) if x is not None]
+        if verify is None or not kept:
+            return self
+        on = _sharding.everywhere(self.shardings)
+        count = verified(
+            self.call,
+            verify,
+            self.state.count,
+            [self.leaves[i].name for i in kept],
+            [jnp.asarray(self.leaves[i].value) for i in kept],
+            [self.checksums[i] for i in kept],
+            None if on is None else on.mesh,
+        )
+        return dataclasses.replace(
+            self,
+            state=dataclasses.replace(self.state, steps=StepCount(count)),
+            scalars={
+                dtype: self.transformation._scalars(count, dtype)
+                for dtype in self.scalars
+            },
+        )
+
     def write(self, index: int, new: LeafState) -> None:
+        self.written.add(index)
         self.values[index], self.corrections[index] = new.value, new.correction
         for name, moment in new.moments.items():
             self.moments[name][index] = moment
@@ -458,7 +512,9 @@ class OpenedStep:
             for leaf, step, new in zip(old, steps, updated, strict=True)
         ]
 
-    def close(self, take: Bool[Array, ""] | None) -> tuple[PyTree, OptimizerState]:
+    def close(
+        self, take: Bool[Array, ""] | None, as_update: bool = False
+    ) -> tuple[PyTree, OptimizerState]:
         """The new model, or the updates, and the new state. A step that was not taken
         does not count."""
         old = self.state
@@ -470,7 +526,24 @@ class OpenedStep:
             moments={name: self.rebuild.state(x) for name, x in self.moments.items()},
             corrections=self.rebuild.state(self.corrections),
             shardings=_sharding.record(self.leaves, self.shardings, old.shardings),
+            checksums=self._new_checksums(as_update),
         )
+
+    def _new_checksums(self, as_update: bool) -> PyTree:
+        if self.transformation.verify_weights is None:
+            return None
+        new = list(self.checksums)
+        changed = [i for i in sorted(self.written) if new[i] is not None]
+        held = [self.values[i] for i in changed]
+        if as_update:
+            # As the caller will round them.
+            held = [
+                jnp.asarray(self.leaves[i].value) + update
+                for i, update in zip(changed, held, strict=True)
+            ]
+        for index, x in zip(changed, checksums(held), strict=True):
+            new[index] = x
+        return self.rebuild.state(new)
 
 
 def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list[Array]:

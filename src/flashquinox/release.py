@@ -104,6 +104,7 @@ def release_step(
             checks.layers_are_whole(call, leaf, step.shardings[index])
         if leaf.value.size > 0:
             trained[index] = jnp.asarray(leaf.value)
+    step = step.verified()
     outer = {i: x for i, x in trained.items() if i not in layered.stacked}
     blocks = {i: x for i, x in trained.items() if i in layered.stacked}
     took = []

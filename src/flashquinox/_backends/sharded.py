@@ -153,7 +153,7 @@ def _learn(
             for step, sharding in zip(steps, shardings, strict=True)
             if sharding is not None
         ]
-        fit = _on_parts(fit, mesh, (in_specs, PartitionSpec()), PartitionSpec())
+        fit = on_parts(fit, mesh, (in_specs, PartitionSpec()), PartitionSpec())
     fitted = fit(steps, old)
     learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
     # `fitted` is `old` where no fit is due. Chosen all the same, for GPUs: they make
@@ -174,7 +174,7 @@ def _all_parts_finite(
         finite = _all_finite(grads).astype(jnp.int32)
         return lax.pmin(finite, tuple(_sharding.free_axes(mesh)))
 
-    found = _on_parts(everywhere, mesh, (list(specs),), PartitionSpec())(grads)
+    found = on_parts(everywhere, mesh, (list(specs),), PartitionSpec())(grads)
     return found.astype(bool)
 
 
@@ -193,9 +193,10 @@ def _by_mesh(shardings: list[NamedSharding | None]) -> dict[Any, list[int]]:
     return found
 
 
-def _on_parts(
+def on_parts(
     function: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any
 ) -> Any:
+    """A function that every device of a mesh calls with its parts of the arguments."""
     # What is computed on every device alike cannot be told from what is not.
     return jax.shard_map(
         function,
@@ -269,7 +270,7 @@ def _update_parts(
         _specs(step, sharding) for step, sharding in zip(steps, shardings, strict=True)
     ]
     out_specs = [specs.old for specs in in_specs]
-    return _on_parts(update, shardings[0].mesh, (in_specs,), out_specs)(steps)
+    return on_parts(update, shardings[0].mesh, (in_specs,), out_specs)(steps)
 
 
 def _specs(step: LeafStep, sharding: NamedSharding) -> Any:

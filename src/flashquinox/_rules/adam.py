@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
+from .._checksums import Verify
 from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
 from .._number_checks import check_flag
@@ -107,6 +108,7 @@ def adamw(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
+    verify_weights: Verify = None,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -137,9 +139,9 @@ def adamw(
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
     - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
-        and rounded, what a NaN does, and where they are: see
-        [`flashquinox.optimizer`][].
+        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
+        moments are stored, rounded and checked, what a NaN does, and where they are:
+        see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -164,6 +166,7 @@ def adamw(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         dither_weights=dither_weights,
+        verify_weights=verify_weights,
         backend=backend,
         shardings=shardings,
     )
@@ -183,6 +186,7 @@ def adam(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
+    verify_weights: Verify = None,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -206,9 +210,9 @@ def adam(
         it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
     - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
-        and rounded, what a NaN does, and where they are: see
-        [`flashquinox.optimizer`][].
+        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
+        moments are stored, rounded and checked, what a NaN does, and where they are:
+        see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -233,6 +237,7 @@ def adam(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         dither_weights=dither_weights,
+        verify_weights=verify_weights,
         backend=backend,
         shardings=shardings,
     )

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
+from .._checksums import Verify
 from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
 from .._optimizer import build_optimizer, Optimizer
@@ -79,6 +80,7 @@ def lion(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
+    verify_weights: Verify = None,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -107,9 +109,9 @@ def lion(
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
     - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
-        and rounded, what a NaN does, and where they are: see
-        [`flashquinox.optimizer`][].
+        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
+        moments are stored, rounded and checked, what a NaN does, and where they are:
+        see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -134,6 +136,7 @@ def lion(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         dither_weights=dither_weights,
+        verify_weights=verify_weights,
         backend=backend,
         shardings=shardings,
     )

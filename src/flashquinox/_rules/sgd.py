@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
+from .._checksums import Verify
 from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
 from .._moment_codecs import MomentCodecs
 from .._number_checks import check_flag, check_number, is_zero
@@ -86,6 +87,7 @@ def sgd(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
+    verify_weights: Verify = None,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -109,9 +111,9 @@ def sgd(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
-        and rounded, what a NaN does, and where they are: see
-        [`flashquinox.optimizer`][].
+        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
+        moments are stored, rounded and checked, what a NaN does, and where they are:
+        see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -136,6 +138,7 @@ def sgd(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         dither_weights=dither_weights,
+        verify_weights=verify_weights,
         backend=backend,
         shardings=shardings,
     )
@@ -156,6 +159,7 @@ def sgdw(
     group_size: Integer | Array = GROUP_SIZE,
     skip_nonfinite: bool = False,
     dither_weights: bool = False,
+    verify_weights: Verify = None,
     backend: Backend = "auto",
     shardings: PyTree = None,
 ) -> Optimizer:
@@ -182,9 +186,9 @@ def sgdw(
     - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
         \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
     - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `backend`, `shardings`: how weights and moments are stored
-        and rounded, what a NaN does, and where they are: see
-        [`flashquinox.optimizer`][].
+        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
+        moments are stored, rounded and checked, what a NaN does, and where they are:
+        see [`flashquinox.optimizer`][].
 
     **Returns:**
 
@@ -209,6 +213,7 @@ def sgdw(
         group_size=group_size,
         skip_nonfinite=skip_nonfinite,
         dither_weights=dither_weights,
+        verify_weights=verify_weights,
         backend=backend,
         shardings=shardings,
     )
