@@ -301,6 +301,21 @@ def test_compiles_without_temporaries(chip, variant):
     assert memory.temp_size_in_bytes <= 2**20 + sample
 
 
+def test_clipping_compiles_without_temporaries():
+    """Gradients are not scaled in memory."""
+    params = {"stack": jax.ShapeDtypeStruct((16, 1024, 384), jnp.bfloat16)}
+    optim = _VARIANTS["adamw"]
+    state = jax.eval_shape(optim.init, params)
+    clipping = lambda params, state, grads, bound: optim.step(
+        params, state, grads, max_norm=bound
+    )
+    bound = jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = _compile_function("v5e", clipping, params, state, params, bound)
+    assert "tpu_custom_call" in _text(compiled)
+    # Of gradients of 12 MiB.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
+
+
 @pytest.mark.parametrize("variant", ["adamw", "sgdw"])
 @pytest.mark.parametrize("shape", [(2, 1024, 832), (2, 4096, 64), (640, 576)])
 def test_compiles_what_lies_transposed(shape, variant):

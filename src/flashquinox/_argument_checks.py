@@ -94,6 +94,17 @@ def check_peak(
     return 1.0 if known_number(learning_rate) == 0 else learning_rate
 
 
+def check_max_norm(call: str, max_norm: Any) -> None:
+    if max_norm is None:
+        return
+    check_in_range(call, "max_norm", max_norm, 0.0, math.inf)
+    if known_number(max_norm) == 0:
+        raise ValueError(
+            f"`{call}(max_norm=...)` must not be 0, which leaves nothing of any "
+            "gradient. Pass None for no clipping."
+        )
+
+
 def check_mask(call: str, mask: Any, weight_decay: Any) -> None:
     """Warns of a mask that has no effect."""
     if mask is not None and is_zero(weight_decay):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
+from ._clipping import Factors, scaled
 from ._codec import AbstractMomentCodec, Dither
 from ._rule import AbstractRule
 from ._split import (
@@ -86,6 +87,8 @@ class StepScalars(eqx.Module):
     leaf: LeafScalars
     # Whether to take this step at all. None if that was not asked.
     take: Bool[Array, ""] | None
+    # What gradients are multiplied by. None if they are not clipped.
+    clip: Factors | None
 
     @property
     def dither(self) -> Dither:
@@ -185,7 +188,8 @@ def advance(
     caller will round it.
     """
     master = decode_weight(weight, correction)
-    wide_grad = grad.astype(master.dtype)
+    wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
+    wide_grad = wide_grad.astype(master.dtype)
     shrunk = master
     if scalars.decay is not None:
         if structure.decoupled:

@@ -21,7 +21,7 @@ from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import AUTO_BITS, StaticBits, Unknown
 from ._moment_codecs import MomentCodecs
-from ._number_checks import check_flag, check_in_range
+from ._number_checks import check_flag
 from ._rule import AbstractRule
 from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
@@ -517,8 +517,3 @@ def layers_are_whole(call: str, leaf: Leaf, sharding: NamedSharding | None) -> N
         f"sharded by {sharding.spec}: its layers lie on different devices, but all "
         "devices work on one layer at a time. Shard it along another axis."
     )
-
-
-def clip_norm(call: str, value: Any) -> None:
-    if value is not None:
-        check_in_range(call, "max_norm", value, 0.0, float("inf"))

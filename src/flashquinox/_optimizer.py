@@ -57,7 +57,12 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         return optimizer_text(transformation_of(self))
 
     def step(
-        self, model: Model, state: OptimizerState, grads: PyTree
+        self,
+        model: Model,
+        state: OptimizerState,
+        grads: PyTree,
+        *,
+        max_norm: ScalarLike | None = None,
     ) -> tuple[Model, OptimizerState]:
         """Takes one step.
 
@@ -69,6 +74,11 @@ class Optimizer(optax.GradientTransformationExtraArgs):
             bfloat16, float16, float32 or float64, in the shapes of the weights. `None`
             in place of a leaf, or of a whole subtree, leaves its weights and their
             state untouched.
+        - `max_norm`: the largest Euclidean norm of all gradients together, over all
+            leaves and all devices, in float32. Those of a larger norm are scaled down
+            to it, as by `optax.clip_by_global_norm`; but where they are read, not in
+            memory. A number or a scalar array, which may be traced; `None` is no
+            clipping.
 
         **Returns:**
 
@@ -79,7 +89,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         `TypeError` or `ValueError` if the trees, shapes or dtypes do not fit together,
         or the state is that of another optimizer. The message names the leaf.
         """
-        return transformation_of(self).step(model, state, grads)
+        return transformation_of(self).step(model, state, grads, max_norm)
 
 
 def transformation_of(optim: Optimizer) -> Transformation:

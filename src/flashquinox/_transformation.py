@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
-from ._argument_checks import scheduled
-from ._backends import dispatch, sharded
+from ._argument_checks import check_max_norm, scheduled
+from ._backends import dispatch, reductions, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ._call_checks import (
@@ -28,6 +28,7 @@ from ._call_checks import (
     check_trains,
 )
 from ._checksums import checksums, verified, Verify
+from ._clipping import Clipping
 from ._codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import StaticBits, Unknown
@@ -142,9 +143,14 @@ class Transformation(eqx.Module):
         return moments, jnp.zeros(shape, correction_dtype)
 
     def step(
-        self, model: Model, state: OptimizerState, grads: PyTree
+        self,
+        model: Model,
+        state: OptimizerState,
+        grads: PyTree,
+        max_norm: ScalarLike | None,
     ) -> tuple[Model, OptimizerState]:
-        return self._advance("step", model, state, grads, as_update=False)
+        check_max_norm(f"{self.call}(...).step", max_norm)
+        return self._advance("step", model, state, grads, max_norm, as_update=False)
 
     def update(
         self,
@@ -159,7 +165,7 @@ class Transformation(eqx.Module):
                 f"`{self.call}(...).update(grads, state, params)` got no `params`. The "
                 "weights are part of the computation: pass them as third argument."
             )
-        return self._advance("update", params, state, updates, as_update=True)
+        return self._advance("update", params, state, updates, None, as_update=True)
 
     def _advance(
         self,
@@ -167,6 +173,7 @@ class Transformation(eqx.Module):
         params: PyTree,
         state: OptimizerState,
         grads: PyTree,
+        max_norm: ScalarLike | None,
         as_update: bool,
     ) -> tuple[PyTree, OptimizerState]:
         call = f"{self.call}(...).{method}"
@@ -187,7 +194,7 @@ class Transformation(eqx.Module):
             if as_update and index not in arrived:
                 opened.values[index] = no_update(leaf.value)
         opened = opened.verified()
-        take = opened.update(arrived, as_update=as_update)
+        take = opened.update(arrived, max_norm, as_update=as_update)
         return opened.close(take, as_update)
 
     def open(self, call: str, params: PyTree, state: OptimizerState) -> "OpenedStep":
@@ -382,9 +389,13 @@ class OpenedStep:
             self.moments[name][index] = moment
 
     def update(
-        self, grads: dict[int, Array], as_update: bool = False
+        self,
+        grads: dict[int, Array],
+        max_norm: ScalarLike | None,
+        as_update: bool = False,
     ) -> Bool[Array, ""] | None:
-        """Updates the leaves of these numbers.
+        """Updates the leaves of these numbers, by gradients that are scaled to at most
+        this norm, if one is given.
 
         **Returns:**
 
@@ -394,9 +405,10 @@ class OpenedStep:
         old = [self.read(index) for index in grads]
         divided = [self.shardings[index] for index in grads]
         arrived = _as_typed([*grads.values()], divided)
-        take = self.take(arrived, divided)
+        clip = self.clip(arrived, divided, max_norm)
+        take = self.take(arrived, divided, clip)
         steps = [
-            self._leaf_step(index, leaf, grad, take, as_update=as_update)
+            self._leaf_step(index, leaf, grad, take, clip, as_update=as_update)
             for index, leaf, grad in zip(grads, old, arrived, strict=True)
         ]
         steps = sharded.learn(steps, divided)
@@ -411,7 +423,7 @@ class OpenedStep:
         old = [self.read(number) for number in numbers]
         # No gradient is looked at; the weight stands for it.
         steps = [
-            self._leaf_step(number, leaf, jnp.asarray(leaf.value), take)
+            self._leaf_step(number, leaf, jnp.asarray(leaf.value), take, None)
             for number, leaf in zip(numbers, old, strict=True)
         ]
         steps = sharded.learn(steps, divided)
@@ -425,26 +437,45 @@ class OpenedStep:
         grads: list[Array],
         learned: list[Learned],
         take: Bool[Array, ""] | None,
+        clip: Clipping | None,
     ) -> list[LeafState]:
         """One step of parts of leaves, that need not be those of this object: only what
         does not depend on their values is. `numbers` are those of their leaves."""
         arrived = _as_typed(grads, shardings)
         steps = [
-            self._leaf_step(number, part, grad, take, parameters)
+            self._leaf_step(number, part, grad, take, clip, parameters)
             for number, part, grad, parameters in zip(
                 numbers, old, arrived, learned, strict=True
             )
         ]
         return self._updated(old, steps, shardings)
 
+    def clip(
+        self,
+        grads: list[Array],
+        shardings: list[NamedSharding | None],
+        max_norm: ScalarLike | None,
+    ) -> Clipping | None:
+        """What takes these gradients together to at most this norm."""
+        if max_norm is None or not grads:
+            return None
+        return reductions.clip(_as_typed(grads, shardings), shardings, max_norm)
+
     def take(
-        self, grads: list[Array], shardings: list[NamedSharding | None]
+        self,
+        grads: list[Array],
+        shardings: list[NamedSharding | None],
+        clip: Clipping | None,
     ) -> Bool[Array, ""] | None:
-        """Whether all of these gradients are finite, and the learning rate and the
-        weight decay. `None` if that was not asked."""
+        """Whether all of these gradients are finite, which their norm tells if it is
+        known, and the learning rate and the weight decay. `None` if that was not
+        asked."""
         if not self.transformation.skip_nonfinite:
             return None
-        finite = sharded.all_finite(_as_typed(grads, shardings), shardings)
+        if clip is not None:
+            finite = clip.is_finite
+        else:
+            finite = reductions.all_finite(_as_typed(grads, shardings), shardings)
         for rate in self.rates:
             if isinstance(rate, jax.Array):
                 finite = finite & jnp.isfinite(rate)
@@ -456,11 +487,16 @@ class OpenedStep:
         old: LeafState,
         grad: Array,
         take: Bool[Array, ""] | None,
+        clip: Clipping | None,
         parameters: Learned | None = None,
         as_update: bool = False,
     ) -> LeafStep:
         optim = self.transformation
-        rule_values, decay = self.scalars[compute_dtype(old.value.dtype)]
+        dtype = compute_dtype(old.value.dtype)
+        rule_values, decay = self.scalars[dtype]
+        # A float64 gradient may only fit a float32 weight once it is scaled.
+        wider = jnp.promote_types(dtype, compute_dtype(grad.dtype))
+        factors = None if clip is None else clip.factors_for(wider)
         if parameters is None:
             # Nothing is learned in this step yet.
             parameters = {
@@ -483,6 +519,7 @@ class OpenedStep:
                 count=self.state.count,
                 leaf=LeafScalars(jnp.asarray(number, jnp.uint32), parameters),
                 take=take,
+                clip=factors,
             ),
             grad,
             _tile_state(old),

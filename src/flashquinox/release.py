@@ -15,9 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
+from ._argument_checks import check_max_norm
+from ._clipping import Clipping, scaled
 from ._codec import QuantMoment, StoredMoment
 from ._layered import LayeredLoss, open_layers
 from ._optimizer import Optimizer, transformation_of
+from ._split import compute_dtype
 from ._state import OptimizerState
 from ._transformation import LeafState, Learned, Transformation
 from ._trees import Model
@@ -91,7 +94,7 @@ def release_step(
     among devices.
     """
     call = "release_step"
-    checks.clip_norm(call, max_norm)
+    check_max_norm(call, max_norm)
     transformation = _transformation(call, optim)
     layered = open_layers(call, loss, model, batch, key)
     step = transformation.open(call, model, state)
@@ -109,9 +112,9 @@ def release_step(
     blocks = {i: x for i, x in trained.items() if i in layered.stacked}
     took = []
 
-    def update(grads: dict[int, Array]) -> None:
+    def update(grads: dict[int, Array], max_norm: ScalarLike | None) -> None:
         if grads:
-            took.append(step.update(grads))
+            took.append(step.update(grads, max_norm))
 
     # Forward.
     first = lambda values: _split(layered.prologue(values))
@@ -137,7 +140,7 @@ def release_step(
         for i, x in outer.items()
         if i not in read_first
     }
-    update(_clip(done, max_norm))
+    update(done, max_norm)
     # To be done now, so that these gradients are gone when the blocks begin.
     x_bar, new = lax.optimization_barrier((x_bar, {i: step.read(i) for i in done}))
     for index, leaf in new.items():
@@ -149,7 +152,7 @@ def release_step(
     waiting = {i: x for i, x in blocks.items() if not _layers_are_whole(step.read(i))}
     stacks = {i: _by_layer(step.read(i), layers) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
-    divided = {i: _of_layer(step.shardings[i]) for i in stacks}
+    divided = {i: _of_layer(step.shardings[i]) for i in blocks}
     groups = _groups({i: stack.value.size for i, stack in stacks.items()})
     # A layer is left as it is by a gradient that is not finite. Codecs learn before
     # that is known; but not from a step of which no layer will have a finite one.
@@ -170,8 +173,13 @@ def release_step(
         weights = _slice({i: stack.value for i, stack in stacks.items()}, layer)
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
-        grads = _clip(_apart(grads), max_norm)
-        take = step.take([grads[i] for i in stacks], [divided[i] for i in stacks])
+        grads = _apart(grads)
+        arrived = list(grads.values()), [divided[i] for i in grads]
+        clip = step.clip(*arrived, max_norm)
+        take = step.take(*arrived, clip)
+        if clip is not None:
+            # These are read after all other layers, of which each has its own factors.
+            grads |= {i: _scaled(grads[i], clip) for i in waiting}
         for numbers in groups:
             # Not before the last ones are done with, or all of the layer's state is
             # there twice.
@@ -184,6 +192,7 @@ def release_step(
                 [grads[i] for i in numbers],
                 [learned[i] for i in numbers],
                 take,
+                clip,
             )
             stacks = stacks | {
                 i: _place(_put(stacks[i], part, layer), step.shardings[i])
@@ -204,7 +213,8 @@ def release_step(
     # The rest.
     (grads,) = pull_first(x_bar)
     grads = {i: grads_last[i] + g if i in grads_last else g for i, g in grads.items()}
-    update(_clip(grads, max_norm) | grads_waiting)
+    update(grads, max_norm)
+    update(grads_waiting, None)
     take = None
     if transformation.skip_nonfinite:
         take = jnp.any(jnp.stack(took)) if took else jnp.asarray(True)
@@ -240,34 +250,10 @@ def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int,
     }
 
 
-def _clip(grads: dict[int, Array], max_norm: ScalarLike | None) -> dict[int, Array]:
-    """Scaled down to at most this norm; not finite where they are not."""
-    if max_norm is None or not grads:
-        return grads
-    wide = {i: grad.astype(jnp.float32) for i, grad in grads.items()}
-    # The squares of large numbers are infinite, and those of small ones zero. So the
-    # norm is that of the gradients in another unit, in which the largest is about 1.
-    largest = jnp.stack(
-        [jnp.max(jnp.abs(grad), initial=0.0) for grad in wide.values()]
-    ).max()
-    inverse_unit, unit = _powers_of_two(largest)
-    wide = {i: grad * inverse_unit for i, grad in wide.items()}
-    norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in wide.values()))
-    fits, factor = norm * unit <= max_norm, max_norm / norm
-    return {
-        i: jnp.where(fits, grad, (factor * wide[i]).astype(grad.dtype))
-        for i, grad in grads.items()
-    }
-
-
-def _powers_of_two(x: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The inverse of one that is about x, and that one: products with them are exact.
-    Those of an infinity, or of NaN, are finite."""
-    exponent = lax.bitcast_convert_type(x, jnp.uint32) >> 23
-    # Both are normal numbers.
-    exponent = jnp.clip(exponent, 1, 253)
-    power = lambda biased: lax.bitcast_convert_type(biased << 23, jnp.float32)
-    return power(254 - exponent), power(exponent)
+def _scaled(grad: Array, clip: Clipping) -> Array:
+    """A gradient that is clipped before it is stored."""
+    factors = clip.factors_for(compute_dtype(grad.dtype))
+    return scaled(grad, factors).astype(grad.dtype)
 
 
 #

@@ -11,7 +11,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, PyTree, Scalar
+from jaxtyping import Array, Float32, PyTree, Scalar
 
 from .. import _learning, _sharding
 from .._body import TileState
@@ -31,7 +31,7 @@ def update_leaves(
     Otherwise all parts are gathered, and each device updates all and keeps its own.
     """
     new: dict[int, TileState] = {}
-    for mesh, indices in _by_mesh(shardings).items():
+    for mesh, indices in by_mesh(shardings).items():
         here = [steps[i] for i in indices]
         if mesh is None:
             updated = _update_whole(backend, here)
@@ -50,7 +50,7 @@ def make(
     """What each of these makes for a leaf: moments, and other arrays of its shape. Each
     array is divided like the leaf from the start. `is_traced`: whether leaves are."""
     made: dict[int, PyTree] = {}
-    for mesh, indices in _by_mesh(shardings).items():
+    for mesh, indices in by_mesh(shardings).items():
         make_here = lambda indices=indices: [makers[i]() for i in indices]
         if mesh is None:
             here = make_here()
@@ -72,21 +72,6 @@ def make(
     return [made[i] for i in range(len(makers))]
 
 
-def all_finite(
-    grads: list[Array], shardings: list[NamedSharding | None]
-) -> Bool[Array, ""]:
-    """Whether all gradients are, of all devices: one collective for a mesh."""
-    finite = jnp.asarray(True)
-    for mesh, indices in _by_mesh(shardings).items():
-        here = [grads[i] for i in indices]
-        if mesh is None:
-            finite &= _all_finite(here)
-            continue
-        specs = tuple(sharding.spec for i in indices if (sharding := shardings[i]))
-        finite &= _all_parts_finite(mesh, specs, here)
-    return finite
-
-
 def learn(
     steps: list[LeafStep], shardings: list[NamedSharding | None]
 ) -> list[LeafStep]:
@@ -94,7 +79,7 @@ def learn(
     fitted: of leaves that are divided, to all parts, with one collective for a mesh, of
     twelve numbers per moment."""
     new = list(steps)
-    for mesh, indices in _by_mesh(shardings).items():
+    for mesh, indices in by_mesh(shardings).items():
         chosen = [i for i in indices if _learns(steps[i], shardings[i])]
         if not chosen:
             continue
@@ -166,26 +151,7 @@ def _learn(
     return learned
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _all_parts_finite(
-    mesh: Mesh | AbstractMesh, specs: tuple[PartitionSpec, ...], grads: list[Array]
-) -> Bool[Array, ""]:
-    def everywhere(grads: list[Array]) -> Array:
-        finite = _all_finite(grads).astype(jnp.int32)
-        return lax.pmin(finite, tuple(_sharding.free_axes(mesh)))
-
-    found = on_parts(everywhere, mesh, (list(specs),), PartitionSpec())(grads)
-    return found.astype(bool)
-
-
-def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
-    finite = jnp.asarray(True)
-    for grad in grads:
-        finite = finite & jnp.all(jnp.isfinite(grad))
-    return finite
-
-
-def _by_mesh(shardings: list[NamedSharding | None]) -> dict[Any, list[int]]:
+def by_mesh(shardings: list[NamedSharding | None]) -> dict[Any, list[int]]:
     """The numbers of the leaves on each mesh, and on none."""
     found: dict[Any, list[int]] = {}
     for i, sharding in enumerate(shardings):
