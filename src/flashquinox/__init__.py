@@ -1,5 +1,6 @@
 """Memory-efficient optimizers for JAX and Equinox."""
 
+from . import _serialization as _serialization
 from ._codec import (
     AbstractMomentCodec as AbstractMomentCodec,
     Dither as Dither,

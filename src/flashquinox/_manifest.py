@@ -41,7 +41,7 @@ def make(
         },
         "moments": {
             name: {
-                "codec": _codec_name(moment.codec),
+                "codec": codec_name(moment.codec),
                 "axis": moment.axis,
                 "group_size": moment.group_size,
             }
@@ -259,10 +259,10 @@ def _hint(name: str) -> str:
 
 
 def _codec_of(moment: QuantMoment | None) -> str:
-    return "FullPrecision()" if moment is None else _codec_name(moment.codec)
+    return "FullPrecision()" if moment is None else codec_name(moment.codec)
 
 
-def _codec_name(codec: AbstractMomentCodec) -> str:
+def codec_name(codec: AbstractMomentCodec) -> str:
     fields = (f"{f.name}={getattr(codec, f.name)!r}" for f in dataclasses.fields(codec))
     return f"{type(codec).__qualname__}({', '.join(fields)})"
 
