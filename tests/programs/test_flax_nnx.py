@@ -110,9 +110,8 @@ _inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
 def test_the_state_has_one_structure(tx, dtype, wrt):
     model, optimizer = _make(tx, dtype=dtype, wrt=wrt)
     before, first = nnx.split((model, optimizer)), _loss(model)
-    for _ in range(4):
-        loss = _step(model, optimizer)
-    assert loss < first
+    losses = [_step(model, optimizer) for _ in range(4)]
+    assert losses[-1] < first
     assert _traces.count(tx) == 1
     after = nnx.split((model, optimizer))
     assert before[0] == after[0]
@@ -128,37 +127,31 @@ def test_the_state_has_one_structure(tx, dtype, wrt):
 @pytest.mark.parametrize("loop", ["fori_loop", "while_loop", "scan", "lax.scan"])
 def test_loops(loop, trained):
     model, optimizer = _make()
+    both = model, optimizer
+
+    def advance(carry):
+        _update(*carry)
+        return carry
+
+    def merged(state, _):
+        both = nnx.merge(graphdef, state)
+        return nnx.state(advance(both)), None
+
     if loop == "fori_loop":
-
-        def body(i, carry):
-            _update(*carry)
-            return carry
-
-        nnx.fori_loop(0, 3, body, (model, optimizer))
+        nnx.fori_loop(0, 3, lambda _, carry: advance(carry), both)
     elif loop == "while_loop":
-
-        def body(carry):
-            _update(*carry)
-            return carry
-
-        nnx.while_loop(lambda carry: carry[1].step[...] < 3, body, (model, optimizer))
+        nnx.while_loop(lambda carry: carry[1].step[...] < 3, advance, both)
     elif loop == "scan":
-
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        def many(carry, _):
-            return carry, _update(*carry)
-
-        many((model, optimizer), jnp.arange(3))
+        many = nnx.scan(
+            lambda carry, x: (advance(carry), x),
+            in_axes=(nnx.Carry, 0),
+            out_axes=(nnx.Carry, 0),
+        )
+        many(both, jnp.arange(3))
     else:
-        graphdef, state = nnx.split((model, optimizer))
-
-        def body(state, _):
-            model, optimizer = nnx.merge(graphdef, state)
-            loss = _update(model, optimizer)
-            return nnx.state((model, optimizer)), loss
-
-        state, _ = jax.lax.scan(body, state, None, length=3)
-        nnx.update((model, optimizer), state)
+        graphdef, state = nnx.split(both)
+        state, _ = jax.lax.scan(merged, state, None, length=3)
+        nnx.update(both, state)
     assert int(optimizer.opt_state.count) == 3
     # Other programs: multiplications and additions may be contracted, which a bfloat16
     # unit per step covers.
