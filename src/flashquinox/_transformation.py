@@ -377,7 +377,7 @@ class OpenedStep:
             self,
             state=dataclasses.replace(self.state, steps=StepCount(count)),
             scalars={
-                dtype: self.transformation._scalars(count, dtype)
+                dtype: self.transformation._scalars(self.rates, count, dtype)
                 for dtype in self.scalars
             },
         )
