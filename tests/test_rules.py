@@ -320,7 +320,9 @@ def test_other_rules_are_refused(name):
     ):
         fq.optimizer(Elementwise(function), 1e-3)
     message = str(error.value)
-    assert message.startswith("`optimizer`: `Elementwise.update` is not elementwise: ")
+    assert message.startswith(
+        "`optimizer(rule=...)`: `Elementwise.update` is not elementwise: "
+    )
     assert operation in message and "`scalars`" in message
 
 
@@ -412,7 +414,7 @@ def test_parts_of_a_rule_fit_together(name):
     rule, message = _BROKEN[name]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
         fq.optimizer(rule, 1e-3)
-    assert str(error.value).startswith("`optimizer`: ")
+    assert str(error.value).startswith("`optimizer(rule=...)`: ")
 
 
 @pytest.mark.parametrize(
@@ -425,10 +427,130 @@ def test_parts_of_a_rule_fit_together(name):
 def test_a_rules_own_errors_say_where_they_came_from(result, kind, note):
     with pytest.raises(kind) as error:
         fq.optimizer(Broken(result), 1e-3)
-    assert any("`optimizer`" in x and note in x for x in error.value.__notes__)
+    assert any(
+        "`optimizer(rule=...)`" in x and note in x for x in error.value.__notes__
+    )
 
 
 def test_static_fields_have_a_hash():
     rule = Broken(_fine, in_and_out=[])
-    with pytest.raises(TypeError, match="`optimizer`: Broken's static fields"):
+    with pytest.raises(
+        TypeError, match=r"`optimizer\(rule=...\)`: Broken's static fields"
+    ):
         fq.optimizer(rule, 1e-3)
+
+
+#
+# Codecs and curves
+#
+
+
+class Bent(fq.AbstractCurve):
+    """Linear, but for a function of a test's."""
+
+    function: Callable = eqx.field(static=True)
+    start: float | None = eqx.field(static=True, default=None)
+
+    @property
+    def root(self):
+        return 1
+
+    @property
+    def initial(self):
+        return self.start
+
+    def compress(self, n, parameter):
+        return self.function(n)
+
+    def expand(self, y, parameter):
+        return y
+
+
+class Unscaled(fq.AbstractMomentCodec):
+    """Integers, with no scale; each step is there once to be replaced."""
+
+    reduction: Callable = eqx.field(static=True, default=jnp.max)
+    prepared: Callable = eqx.field(static=True, default=lambda x: x)
+    code_dtype: Any = eqx.field(static=True, default=jnp.int8)
+    decoded: Callable = eqx.field(static=True, default=lambda x: x)
+
+    @property
+    def flattened(self):
+        return False
+
+    def init(self, layout, dtype):
+        zeros = lambda shape, dtype: jnp.zeros(shape, dtype)
+        codes = zeros(layout.shape, jnp.int8)
+        scales = zeros(layout.scale_shape, jnp.uint16)
+        return fq.QuantMoment(codes, scales, layout.axis, layout.group_size, self)
+
+    def prepare(self, moment):
+        return (self.prepared(moment),)
+
+    def statistics(self, prepared):
+        return ((self.reduction, prepared[0]),)
+
+    def fit(self, statistics, factor, dither):
+        one = jnp.ones((), statistics[0].dtype)
+        return statistics[0].astype(jnp.uint16), (one if factor is None else factor,)
+
+    def quantize(self, prepared, quantizer):
+        return (prepared[0] * quantizer[0]).astype(self.code_dtype)
+
+    def dequantizer(self, scales, factor, dtype):
+        wide = scales.astype(dtype)
+        return (wide if factor is None else wide * factor,)
+
+    def dequantize(self, codes, dequantizer, dtype):
+        (scale,) = dequantizer
+        return self.decoded(codes.astype(dtype) * scale)
+
+
+_CODECS = {
+    "curve": (lambda: Bent(lambda n: n / jnp.max(n)), "quantize", "reduce_max"),
+    "curve in order": (lambda: Bent(lambda n: jnp.cumsum(n, -1)), "quantize", "cumsum"),
+    "learned curve": (lambda: Bent(lambda n: n, 1.0), "RationalCurve", "learned"),
+    "centered": (lambda: Unscaled(prepared=lambda x: x - x.mean()), "prepare", "sum"),
+    "position": (
+        lambda: Unscaled(
+            decoded=lambda x: x * lax.broadcasted_iota(x.dtype, x.shape, 0)
+        ),
+        "dequantize",
+        "position",
+    ),
+    "sum of a group": (lambda: Unscaled(jnp.sum), "statistics", "`jnp.max`"),
+    "wide codes": (
+        lambda: Unscaled(code_dtype=jnp.int16),
+        "quantize",
+        "codes as int16",
+    ),
+    "narrow moments": (
+        lambda: Unscaled(decoded=lambda x: x.astype(jnp.bfloat16)),
+        "dequantize",
+        "as bfloat16",
+    ),
+}
+
+
+def _moment_codecs(codec):
+    if isinstance(codec, fq.AbstractCurve):
+        codec = fq.CompandedCodec("signed", codec)
+    return fq.MomentCodecs(codec, fq.FullPrecision())
+
+
+@pytest.mark.parametrize("name", _CODECS)
+def test_codecs_that_are_none_are_refused(name):
+    make, step, message = _CODECS[name]
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
+        fq.lion(1e-3, moments=_moment_codecs(make()))
+    assert str(error.value).startswith("`lion(moments=...)`: ")
+    assert step in str(error.value)
+
+
+def test_other_codecs_are_built():
+    for codec in (Unscaled(), Bent(jnp.sqrt), Curve()):
+        fq.lion(1e-3, moments=_moment_codecs(codec))
+    for name in fq.MomentCodecs.names():
+        named = fq.MomentCodecs.named(name)
+        again = fq.MomentCodecs(named.signed, named.nonnegative)
+        assert fq.adamw(1e-3, moments=again) is not None

@@ -14,6 +14,7 @@ from jaxtyping import Scalar, ScalarLike
 
 from ._backends import platforms
 from ._backends.dispatch import Backend, BACKENDS
+from ._codec_checks import check_codec
 from ._moment_codecs import MomentCodecs
 from ._number_checks import (
     check_flag,
@@ -117,6 +118,8 @@ def check_mask(call: str, mask: Any, weight_decay: Any) -> None:
 
 def check_moments(call: str, moments: Any) -> MomentCodecs:
     if isinstance(moments, MomentCodecs):
+        for codec in (moments.signed, moments.nonnegative):
+            check_codec(call, codec)
         return moments
     known = MomentCodecs.names()
     is_known = lambda name: isinstance(name, str) and name in known

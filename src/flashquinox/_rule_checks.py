@@ -1,22 +1,18 @@
 """Whether a rule is one: found when an optimizer is built, not in a kernel."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._elementwise import NotElementwise, trace, Traced
+from ._elementwise_checks import check_array, check_elementwise, told
 from ._rule import AbstractRule, MomentKind, raw_scalars, rule_structure
 from ._text import shown
 
 
-# Of two tiles. What differs between them depends on the shape, which is a backend's.
-_TILES = (11, 13), (17,)
-
 _REMEDY = (
-    "Backends cut leaves into tiles of different shapes, so results would differ. "
     "Compute each element from the same element of the arguments alone; what is the "
     "same for all elements belongs into `scalars`, and what is not elementwise (norms, "
     "means, random numbers) into a transformation of the gradients."
@@ -26,7 +22,7 @@ _REMEDY = (
 def check_rule(call: str, rule: AbstractRule) -> None:
     """Raises if the parts of a rule do not fit together, or if its update is not
     elementwise."""
-    kind = type(rule).__name__
+    call, kind = f"{call}(rule=...)", type(rule).__name__
     moments = rule.moments
     kinds = get_args(MomentKind)
     named = isinstance(moments, dict) and all(isinstance(x, str) for x in moments)
@@ -77,7 +73,7 @@ def _scalar_names(call: str, rule: AbstractRule) -> list[str]:
                 )
         return dict(found)
 
-    return list(_told(call, method, jax.eval_shape, scalars, one, one))
+    return list(told(call, method, jax.eval_shape, scalars, one, one))
 
 
 def _check_factors(call: str, rule: AbstractRule, scalars: list[str]) -> None:
@@ -103,38 +99,19 @@ def _check_factors(call: str, rule: AbstractRule, scalars: list[str]) -> None:
 
 def _check_update(call: str, rule: AbstractRule, scalars: list[str]) -> None:
     method = f"{type(rule).__name__}.update"
-    found = []
-    for shape in _TILES:
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def arguments(shape: tuple[int, ...]) -> tuple[Any, ...]:
         tile = jax.ShapeDtypeStruct(shape, jnp.float32)
-        one = jax.ShapeDtypeStruct((), jnp.float32)
-        arguments = (
-            tile,
-            tile,
-            {name: tile for name in rule.moments},
-            {name: one for name in scalars},
-        )
+        moments = {name: tile for name in rule.moments}
+        return tile, tile, moments, {name: one for name in scalars}
 
-        def update(*args: Any, shape: Any = shape) -> Any:
-            result = _updated(call, method, rule, scalars, args)
-            _check_result(call, method, rule, result, shape)
-            return result
+    def update(shape: tuple[int, ...], *args: Any) -> Any:
+        result = _updated(call, method, rule, scalars, args)
+        _check_result(call, method, rule, result, shape)
+        return result
 
-        found.append(traced(call, method, update, *arguments))
-    if found[0].signature != found[1].signature:
-        raise ValueError(
-            f"`{call}`: `{method}` is not elementwise: it depends on the shape of what "
-            f"it gets. {_REMEDY}"
-        )
-
-
-def traced(call: str, method: str, function: Callable, *args: Any) -> Traced:
-    """[`flashquinox._elementwise.trace`][], for errors that name the method."""
-    try:
-        return _told(call, method, trace, function, *args)
-    except NotElementwise as reason:
-        raise ValueError(
-            f"`{call}`: `{method}` is not elementwise: {reason}. {_REMEDY}"
-        ) from None
+    check_elementwise(call, method, update, arguments, _REMEDY)
 
 
 def _updated(
@@ -176,46 +153,6 @@ def _check_result(
     named |= {f"the moment {name!r}": x for name, x in moments.items()}
     for name, x in named.items():
         check_array(call, method, name, x, shape, jnp.float32)
-
-
-def check_array(
-    call: str, method: str, name: str, x: Any, shape: tuple[int, ...], dtype: Any
-) -> None:
-    """Raises if what a method returned on a tile has not this shape and dtype."""
-    if not isinstance(x, jax.Array):
-        raise TypeError(
-            f"`{call}`: `{method}` returned {shown(x)} as {name}. Return an array of "
-            "the shape of the gradient: `jnp.full_like(grad, ...)`, say."
-        )
-    if x.shape != shape:
-        raise ValueError(
-            f"`{call}`: `{method}`, of a tile of shape {shape}, returned {name} in "
-            f"shape {x.shape}. Return that of the tile: `jnp.broadcast_to(...)`, say."
-        )
-    if x.dtype != dtype:
-        raise TypeError(
-            f"`{call}`: `{method}`, of a tile of {jnp.dtype(dtype)}, returned {name} "
-            f"as {x.dtype}. Return the dtype of the tile: `.astype(grad.dtype)`, say."
-        )
-
-
-def _told(call: str, method: str, function: Callable, *args: Any) -> Any:
-    """`function(*args)`, whose own errors say where they came from."""
-    try:
-        return function(*args)
-    except NotElementwise:
-        raise
-    except Exception as error:
-        if str(error).startswith(f"`{call}`"):
-            raise
-        note = f"`{call}` found this when it tried `{method}` on a tile of float32."
-        if "_Withheld" in str(error):
-            note += (
-                " Numeric fields are not available in `update`: pass them through "
-                "`scalars`."
-            )
-        error.add_note(note)
-        raise
 
 
 def _names(names: Any) -> str:
