@@ -210,15 +210,15 @@ def test_master_weights_without_effect():
 def test_weights_of_other_dtypes(dtype):
     model = _replace(_model(), jnp.zeros((4, 64), dtype))
     optim = fq.adamw(1e-3)
-    parts = ("`adamw(...).init`", _path, jnp.dtype(dtype).name, "bfloat16")
-    assert_raises(TypeError, lambda: optim.init(model), *parts)
-    state = optim.init(_model())
+    # They may be there, but not have a gradient.
+    state = optim.init(model)
     grads = _grads(_model())
     for method, call in (
         ("step", lambda: optim.step(model, state, grads)),
         ("update", lambda: optim.update(grads, state, model)),
     ):
-        assert_raises(TypeError, call, f"`adamw(...).{method}`", *parts[1:])
+        parts = (_path, jnp.dtype(dtype).name, "bfloat16")
+        assert_raises(TypeError, call, f"`adamw(...).{method}`", *parts)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool])

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from . import _checks as checks
 from ._number_checks import check_flag
 from ._selection import children, Selection, Selectors
+from ._state import OptimizerState
 from ._trees import is_array, Model
 from ._widened import Widened
 
@@ -25,7 +26,10 @@ def cast(
     still: those in which there is nothing but indices into an `equinox.nn.State`, such
     as `equinox.nn.BatchNorm`, and every `equinox.nn.StatefulLayer` with such an index
     of its own, such as `equinox.nn.SpectralNorm`, which stays so with the layer in it.
-    So does what is in `keep`. A `State` is left alone.
+    So does what is in `keep`. An `equinox.nn.State` and a
+    [`flashquinox.OptimizerState`][] are left alone, as are numbers of 8 bits or fewer,
+    such as frozen float8 weights, which have scales elsewhere that would not fit any
+    more (to cast those, use `jax.tree.map`).
 
     **Arguments:**
 
@@ -58,7 +62,7 @@ def cast(
 
     def cast_node(path: tuple[Any, ...], node: Any, kept: bool, wrapped: bool) -> Any:
         chosen = selection.takes(path, node)
-        if isinstance(node, eqx.nn.State | eqx.nn.StateIndex):
+        if isinstance(node, eqx.nn.State | eqx.nn.StateIndex | OptimizerState):
             return node
         if isinstance(node, Widened):
             layer_path = (*path, jtu.GetAttrKey("layer"))
@@ -89,7 +93,8 @@ def cast(
 
 
 def _is_floating(x: Any) -> bool:
-    return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    is_floating = is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    return is_floating and jnp.finfo(x.dtype).bits >= 16
 
 
 def _as_dtype(x: Any, dtype: Any) -> Any:

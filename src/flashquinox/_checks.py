@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from . import _sharding
+from . import _dtypes, _sharding
 from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import AUTO_BITS, StaticBits, Unknown
@@ -26,10 +26,8 @@ from ._rule import AbstractRule
 from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
 from ._text import shown
+from ._trained import is_float_array as is_float_array, TRAINABLE_DTYPES
 from ._trees import Leaf, path_name
-
-
-_TRAINABLE_DTYPES = (*NARROW_DTYPES, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
 
 #
@@ -104,27 +102,6 @@ def floating_dtype(call: str, value: Any) -> Any:
     return dtype
 
 
-def is_float_array(x: Any) -> bool:
-    """Complex arrays included: they are refused with a message, not overlooked."""
-    return eqx.is_inexact_array(x)
-
-
-def is_trained(leaf: Leaf, call: str) -> bool:
-    """Whether a leaf of the model is one that an optimizer trains."""
-    if not is_float_array(leaf.value):
-        return False
-    dtype = jnp.dtype(leaf.value.dtype)
-    if dtype in _TRAINABLE_DTYPES:
-        return True
-    remedy = "Cast it with `flashquinox.cast`, or freeze it by making it no array."
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        remedy = "Store its real and imaginary parts as two arrays."
-    raise TypeError(
-        f"`{call}`: the weight at `{leaf.name}` is {dtype}; weights must be bfloat16, "
-        f"float16, float32 or float64. {remedy}"
-    )
-
-
 def correction_has_effect(call: str, bits: StaticBits, trained: list[Leaf]) -> None:
     if bits in (None, "auto") or not trained:
         return
@@ -172,7 +149,7 @@ def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:
             f"`{call}`: the gradient at `{leaf.name}` has shape {grad.shape}, its "
             f"weight {leaf.value.shape}. Pass gradients of this model."
         )
-    if jnp.dtype(grad.dtype) not in _TRAINABLE_DTYPES:
+    if jnp.dtype(grad.dtype) not in TRAINABLE_DTYPES:
         raise TypeError(
             f"`{call}`: the gradient at `{leaf.name}` is {grad.dtype}; gradients must "
             "be bfloat16, float16, float32 or float64."
@@ -192,6 +169,7 @@ def is_state(call: str, state: Any, rule: AbstractRule | None) -> None:
             "the model comes before the state in `step`, the gradients before it in "
             "`update`."
         )
+    _dtypes.count_fits(call, state)
     if rule is not None and set(state.moments) != set(rule.moments):
         raise ValueError(
             f"`{call}`: this is the state of another optimizer: it has the moments "
@@ -220,6 +198,8 @@ def has_state(call: str, state: Any, found: list[OptimizerState]) -> None:
             "returned, of an optimizer of this library or of a wrapper around one; the "
             "model comes before it."
         )
+    for one in found:
+        _dtypes.count_fits(call, one)
 
 
 def has_one_state(call: str, found: list[OptimizerState]) -> None:
@@ -343,6 +323,7 @@ def _moment_fits(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> N
             f"{where} was stored by {found}, but this optimizer uses {codec}. Make a "
             "new state with `init`, or pass the same `moments=...`."
         )
+    _dtypes.moment_fits(call, leaf, name, moment)
     codes = moment.codes if isinstance(moment, QuantMoment) else moment
     if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
         raise ValueError(
@@ -358,7 +339,10 @@ def _moment_fits(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> N
 
 
 def correction_fits(call: str, leaf: Leaf, correction: Array | None) -> None:
-    if correction is not None and correction.shape != leaf.value.shape:
+    if correction is None:
+        return
+    _dtypes.correction_fits(call, leaf, correction)
+    if correction.shape != leaf.value.shape:
         raise ValueError(
             f"`{call}`: the state's correction at `{leaf.name}` has shape "
             f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of "

@@ -14,9 +14,11 @@ again thousands of times, decide the rest:
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -205,6 +207,16 @@ class QuantMoment(eqx.Module):
 
         Of an ensemble made by `vmap`, decode the members under `jax.vmap` as well.
         """
+        for name, like in zip(
+            ("codes", "scales"), stored_dtypes(self.codec), strict=True
+        ):
+            found = getattr(self, name).dtype
+            if found != like:
+                raise TypeError(
+                    f"`QuantMoment.decode`: the {name} are {found}, and must be {like}."
+                    " They were cast after they were stored: take them from the state "
+                    "as `init` or the previous step returned it."
+                )
         layout = self.layout
         codec = self.codec.with_parameter(self.parameter)
         tile = codec.decode(
@@ -214,6 +226,15 @@ class QuantMoment(eqx.Module):
 
 
 StoredMoment = QuantMoment | Float[Array, "..."]
+
+
+@lru_cache
+def stored_dtypes(codec: AbstractMomentCodec) -> tuple[Any, Any]:
+    """Of codes and scales, also of a codec that is not this library's."""
+    layout = Layout((16,), None if codec.flattened else -1, 16)
+    stored = jax.eval_shape(lambda: codec.init(layout, jnp.float32))
+    assert isinstance(stored, QuantMoment)
+    return stored.codes.dtype, stored.scales.dtype
 
 
 def zeros(

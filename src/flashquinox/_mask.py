@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._text import shown
+from ._trained import is_float_array
 from ._trees import Leaf, match
 
 
@@ -19,7 +20,7 @@ def decayed(call: str, mask: Any, params: PyTree, leaves: list[Leaf]) -> list[bo
     # A mask of the model's structure is a module, and that may be callable too.
     if callable(mask) and not isinstance(mask, eqx.Module):
         try:
-            mask = mask(eqx.filter(params, eqx.is_inexact_array))
+            mask = mask(eqx.filter(params, is_float_array))
         except Exception as error:
             error.add_note(f"In the mask of `{call}`.")
             raise
@@ -36,7 +37,7 @@ def decayed(call: str, mask: Any, params: PyTree, leaves: list[Leaf]) -> list[bo
 
 
 def _is_decayed(call: str, leaf: Leaf, value: Any) -> bool:
-    if value is None or not eqx.is_inexact_array(leaf.value):
+    if value is None or not is_float_array(leaf.value):
         return False
     if isinstance(value, bool | np.bool_):
         return bool(value)

@@ -13,6 +13,7 @@ from ._checksums import checksums
 from ._place import compute_like, put_like
 from ._split import Correction, decode_weight, encode_weight
 from ._states import open_states
+from ._trained import is_trainable
 from ._trees import Leaf, match, Model, State
 
 
@@ -29,7 +30,8 @@ def master_weights(model: Model, state: PyTree) -> Model:
 
     **Returns:**
 
-    A pytree like `model`. Leaves that are not floating-point arrays are left alone.
+    A pytree like `model`. Leaves that are not floating-point arrays are left alone, and
+    so are those that cannot be trained: of 8 bits, and complex ones.
 
     **Raises:**
 
@@ -40,7 +42,7 @@ def master_weights(model: Model, state: PyTree) -> Model:
     return opened.rebuild(
         [
             decode_weight(jnp.asarray(leaf.value), correction)
-            if checks.is_float_array(leaf.value)
+            if is_trainable(leaf.value)
             else leaf.value
             for leaf, correction in zip(opened.leaves, opened.corrections, strict=True)
         ]
@@ -91,11 +93,11 @@ def from_master_weights(
     opened = open_states(call, model, state)
     masters = match(call, "float32_model", float32_model, opened.leaves)
     for leaf, master in zip(opened.leaves, masters, strict=True):
-        if checks.is_float_array(leaf.value) and master is not None:
+        if is_trainable(leaf.value) and master is not None:
             checks.master_fits(call, leaf, master)
     new = [
         _encode(call, leaf, correction, master)
-        if checks.is_float_array(leaf.value) and master is not None
+        if is_trainable(leaf.value) and master is not None
         else (leaf.value, correction)
         for leaf, correction, master in zip(
             opened.leaves, opened.corrections, masters, strict=True

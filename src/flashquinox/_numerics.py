@@ -216,10 +216,10 @@ def _report(
     counts = [jnp.max(one.count) for one in opened.states]
     steps = [_step_size(call, count, learning_rate, update_size) for count in counts]
     trained = []
-    for leaf, owner, correction in zip(
-        opened.leaves, opened.owners, opened.corrections, strict=True
+    for leaf, owner, correction, is_trained in zip(
+        opened.leaves, opened.owners, opened.corrections, opened.trained, strict=True
     ):
-        if checks.is_trained(leaf, call) and leaf.value.size > 0:
+        if is_trained and leaf.value.size > 0:
             checks.is_concrete(call, leaf)
             step = max(steps) if owner is None else steps[owner]
             trained.append((leaf, correction, step))

@@ -73,7 +73,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         - `grads`: a pytree like `model`, as from `eqx.filter_grad`: gradients in
             bfloat16, float16, float32 or float64, in the shapes of the weights. `None`
             in place of a leaf, or of a whole subtree, leaves its weights and their
-            state untouched.
+            state untouched: for what is frozen, `init` may have got `None` too.
         - `max_norm`: the largest Euclidean norm of all gradients together, over all
             leaves and all devices, in float32. Those of a larger norm are scaled down
             to it, as by `optax.clip_by_global_norm`; but where they are read, not in

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from . import _checks as checks
 from ._state import OptimizerState
+from ._trained import is_trainable, with_state
 from ._trees import flatten, Leaf, match, path_name
 
 
@@ -63,6 +64,7 @@ class OpenedStates:
     - `owners`: the number of the state that has something of a leaf, in `states`; or
         `None` if none has.
     - `corrections`, `checksums`: from these states.
+    - `trained`: whether one of these optimizers trains the leaf.
     """
 
     leaves: list[Leaf]
@@ -71,6 +73,7 @@ class OpenedStates:
     owners: list[int | None]
     corrections: list[Any]
     checksums: list[Any]
+    trained: list[bool]
     replace: Callable[[list[Any]], PyTree]
 
     def with_corrections(
@@ -116,23 +119,33 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
     owners: list[int | None] = [None for _ in leaves]
     corrections: list[Any] = [None for _ in leaves]
     checksums: list[Any] = [None for _ in leaves]
+    trained = [False for _ in leaves]
     for number, (path, one) in enumerate(zip(found.paths, found.values, strict=True)):
         name = f"state{path_name(path) if path else ''}"
         own = match(call, f"{name}.corrections", one.corrections, leaves)
         sums = match(call, f"{name}.checksums", one.checksums, leaves)
-        stored = [
-            match(call, f"{name}.moments[{key!r}]", moments, leaves)
+        stored = {
+            key: match(call, f"{name}.moments[{key!r}]", moments, leaves)
             for key, moments in one.moments.items()
-        ]
-        for index, entries in enumerate(zip(own, *stored, strict=True)):
+        }
+        for index, is_mine in enumerate(with_state(leaves, stored, own)):
+            trained[index] |= is_mine
+        for index, entries in enumerate(zip(own, *stored.values(), strict=True)):
             if all(entry is None for entry in entries):
                 continue
             checks.is_in_no_other_state(call, leaves[index], owners[index])
             owners[index], corrections[index] = number, own[index]
             checksums[index] = sums[index]
     for leaf, correction in zip(leaves, corrections, strict=True):
-        if checks.is_trained(leaf, call):
+        if is_trainable(leaf.value):
             checks.correction_fits(call, leaf, correction)
     return OpenedStates(
-        leaves, rebuild, found.values, owners, corrections, checksums, found.replace
+        leaves,
+        rebuild,
+        found.values,
+        owners,
+        corrections,
+        checksums,
+        trained,
+        found.replace,
     )

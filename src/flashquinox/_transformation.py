@@ -19,7 +19,7 @@ from . import _checks as checks, _sharding
 from ._argument_checks import check_max_norm, scheduled
 from ._backends import dispatch, reductions, sharded
 from ._backends.dispatch import Backend, LeafStep
-from ._body import LeafScalars, no_update, StepScalars, StepStructure, TileState
+from ._body import LeafScalars, StepScalars, StepStructure, TileState
 from ._call_checks import (
     check_alive,
     check_grads,
@@ -39,6 +39,7 @@ from ._number_checks import is_zero
 from ._rule import AbstractRule, rule_scalars, rule_structure
 from ._split import compute_dtype, Correction, NARROW_DTYPES
 from ._state import OptimizerState, StepCount
+from ._trained import has_gradient, is_trainable, with_state
 from ._trees import flatten, Leaf, match, Model, Rebuild
 
 
@@ -72,9 +73,7 @@ class Transformation(eqx.Module):
             self.call, self.master_weight_bits, self.group_size
         )
         trained = {
-            index: leaf
-            for index, leaf in enumerate(leaves)
-            if checks.is_trained(leaf, call)
+            index: leaf for index, leaf in enumerate(leaves) if is_trainable(leaf.value)
         }
         check_trains(call, leaves, trained)
         if trained:
@@ -84,7 +83,8 @@ class Transformation(eqx.Module):
         checks.correction_has_effect(
             self.call, self.master_weight_bits, list(trained.values())
         )
-        shardings, _ = self._shardings(call, leaves, recorded=())
+        are_trained = [index in trained for index in range(len(leaves))]
+        shardings, _ = self._shardings(call, leaves, are_trained, recorded=())
         makers = [
             partial(self._zeros, leaf, shardings[index], correction_dtype, group_size)
             for index, leaf in trained.items()
@@ -184,15 +184,15 @@ class Transformation(eqx.Module):
         check_order(call, opened.leaves, grad_leaves)
         arrived = {}
         for index, leaf in enumerate(opened.leaves):
-            if not checks.is_trained(leaf, call):
-                continue
-            if grad_leaves[index] is not None:
-                checks.grad_fits(call, leaf, grad_leaves[index])
+            grad, trained = grad_leaves[index], opened.trained[index]
+            if has_gradient(call, leaf, grad, trained):
+                checks.grad_fits(call, leaf, grad)
                 opened.check(index)
                 if leaf.value.size > 0:
-                    arrived[index] = jnp.asarray(grad_leaves[index])
-            if as_update and index not in arrived:
-                opened.values[index] = no_update(leaf.value)
+                    arrived[index] = jnp.asarray(grad)
+            elif as_update:
+                # As of Optax: no update, and not one of zero.
+                opened.values[index] = None
         opened = opened.verified()
         take = opened.update(arrived, max_norm, as_update=as_update)
         return opened.close(take, as_update)
@@ -204,26 +204,28 @@ class Transformation(eqx.Module):
         checks.is_state(call, state, self.rule)
         checks.is_one_state(call, state)
         check_alive(call, model=params, state=state)
-        shardings, unknown = self._shardings(call, leaves, state.shardings)
+        stored = {
+            name: match(call, f"state.moments[{name!r}]", state.moments[name], leaves)
+            for name in self.rule.moments
+        }
+        corrections = match(call, "state.corrections", state.corrections, leaves)
+        trained = with_state(leaves, stored, corrections)
+        shardings, unknown = self._shardings(call, leaves, trained, state.shardings)
         moments = {
             name: [
                 _sharding.where_the_weight_is(moment, sharding)
-                for sharding, moment in zip(
-                    shardings,
-                    match(
-                        call, f"state.moments[{name!r}]", state.moments[name], leaves
-                    ),
-                    strict=True,
-                )
+                for sharding, moment in zip(shardings, stored[name], strict=True)
             ]
             for name in self.rule.moments
         }
-        rates = self._rates(state.count)
+        count = jnp.asarray(state.count)
+        rates = self._rates(count)
         return OpenedStep(
             call=call,
             transformation=self,
             leaves=leaves,
             rebuild=rebuild,
+            trained=trained,
             decayed=decayed(call, self.mask, params, leaves),
             shardings=shardings,
             # XLA cannot divide a kernel.
@@ -231,22 +233,18 @@ class Transformation(eqx.Module):
             state=state,
             rates=rates,
             scalars={
-                dtype: self._scalars(rates, state.count, dtype)
+                dtype: self._scalars(rates, count, dtype)
                 for dtype in dict.fromkeys(
                     compute_dtype(leaf.value.dtype)
-                    for leaf in leaves
-                    if checks.is_trained(leaf, call)
+                    for leaf, is_trained in zip(leaves, trained, strict=True)
+                    if is_trained
                 )
             },
             values=[leaf.value for leaf in leaves],
             moments=moments,
             corrections=[
                 _sharding.where_the_weight_is(correction, sharding)
-                for correction, sharding in zip(
-                    match(call, "state.corrections", state.corrections, leaves),
-                    shardings,
-                    strict=True,
-                )
+                for correction, sharding in zip(corrections, shardings, strict=True)
             ],
             checksums=match(call, "state.checksums", state.checksums, leaves),
         )
@@ -259,15 +257,23 @@ class Transformation(eqx.Module):
         return self.codecs.layout(shape, group_size, prefer_rows=rows, parts=parts)
 
     def _shardings(
-        self, call: str, leaves: list[Leaf], recorded: _sharding.Shardings
+        self,
+        call: str,
+        leaves: list[Leaf],
+        trained: list[bool],
+        recorded: _sharding.Shardings,
     ) -> _sharding.Found:
-        """For each leaf, how it is divided among devices."""
+        """For each leaf, how it is divided among devices; `None` for those that are not
+        trained."""
         values, structure = self.shardings
         tree = jtu.tree_unflatten(structure, values)
         given = match(call, "shardings", tree, leaves, prefix=True)
         found = _sharding.find_all(
             call,
-            [leaf if checks.is_trained(leaf, call) else None for leaf in leaves],
+            [
+                leaf if is_trained else None
+                for leaf, is_trained in zip(leaves, trained, strict=True)
+            ],
             given,
             recorded,
         )
@@ -287,7 +293,9 @@ class Transformation(eqx.Module):
         """The rule's scalars and the scalar of weight decay, in the precision
         `dtype`."""
         learning_rate = jnp.asarray(rates[0], dtype)
-        rule = rule_scalars(self.rule, count + 1, learning_rate, dtype)
+        # The last count is taken again and again, as by Optax.
+        number = jnp.asarray(optax.safe_increment(count))
+        rule = rule_scalars(self.rule, number, learning_rate, dtype)
         if is_zero(self.weight_decay):
             return rule, None
         decay = jnp.asarray(rates[1], dtype)
@@ -321,6 +329,8 @@ class OpenedStep:
     transformation: Transformation
     leaves: list[Leaf]
     rebuild: Rebuild
+    # Whether there is a state for the leaf.
+    trained: list[bool]
     decayed: list[bool]
     shardings: list[NamedSharding | None]
     backend: Backend
@@ -516,7 +526,7 @@ class OpenedStep:
             StepScalars(
                 rule=rule_values,
                 decay=decay if self.decayed[number] else None,
-                count=self.state.count,
+                count=jnp.asarray(self.state.count),
                 leaf=LeafScalars(jnp.asarray(number, jnp.uint32), parameters),
                 take=take,
                 clip=factors,

@@ -9,6 +9,7 @@ from . import _checks as checks
 from ._selection import chosen_leaves, Selection, Selectors
 from ._split import change_width, CORRECTION_DTYPES
 from ._states import open_states
+from ._trained import is_trainable
 from ._trees import State
 
 
@@ -76,7 +77,7 @@ def _change(
         opened.leaves, opened.owners, opened.corrections, strict=True
     ):
         meant = leaf.path in paths and not (chosen is None and owned and owner is None)
-        taken = meant and checks.is_trained(leaf, call)
+        taken = meant and is_trainable(leaf.value)
         if taken and jnp.finfo(leaf.value.dtype).bits < 32:
             checks.has_correction(call, leaf, correction)
             weight = jnp.asarray(leaf.value)

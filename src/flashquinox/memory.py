@@ -8,7 +8,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,6 +22,7 @@ from ._optimizer import Optimizer, transformation_of
 from ._split import NARROW_DTYPES
 from ._state import OptimizerState
 from ._text import aligned
+from ._trained import TRAINABLE_DTYPES
 from ._trees import flatten, is_array, Leaf, match
 
 
@@ -276,7 +276,7 @@ def memory_plan(
         for i, leaf in enumerate(leaves)
         if is_array(leaf.value)
     }
-    trained = {i: x for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    trained = {i: x for i, x in arrays.items() if x.dtype in TRAINABLE_DTYPES}
     moments = _stored([tree for x in states for tree in x.moments.values()], there)
     corrections = _stored([x.corrections for x in states], there)
     codes = [x.codes if isinstance(x, QuantMoment) else x for x in moments]

@@ -75,7 +75,8 @@ def release_step(
         and each layer, and all of the rest. If no part is updated, the step does not
         count.
     - `loss`: a [`flashquinox.LayeredLoss`][].
-    - `model`: any pytree. Every floating-point array in it is trained.
+    - `model`: any pytree. Every floating-point array in it is trained, but those that
+        `init` got `None` for, or of 8 bits.
     - `state`: `optim.init(model)`, or from the previous step of either kind.
     - `batch`, `key`: passed on to `loss`.
     - `max_norm`: the gradient of each part is scaled down to at most this Euclidean
@@ -100,7 +101,7 @@ def release_step(
     step = transformation.open(call, model, state)
     trained = {}
     for index, leaf in enumerate(step.leaves):
-        if not checks.is_trained(leaf, call):
+        if not step.trained[index]:
             continue
         step.check(index)
         if index in layered.stacked:

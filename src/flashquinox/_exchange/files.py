@@ -17,6 +17,7 @@ from .. import _checks as checks
 from .._split import decode_weight
 from .._states import open_states
 from .._target import is_key, Target
+from .._trained import is_trainable
 from .._trees import dotted_name, flatten, is_array, Leaf, Model
 
 
@@ -96,7 +97,7 @@ def save_safetensors(
     arrays = {}
     for name, leaf in named.items():
         x = leaf.value
-        if state is not None and checks.is_float_array(x):
+        if state is not None and is_trainable(x):
             x = decode_weight(jnp.asarray(x), corrections_of[leaf.path])
         if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
             x = x.astype(dtype)

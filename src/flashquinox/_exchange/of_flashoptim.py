@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from .. import _checks as checks
 from .._codec import QuantMoment, StoredMoment
 from .._codecs.flashoptim import FlashOptimCodec
 from .._layout import Layout
@@ -18,6 +17,7 @@ from .._rule import MomentKind
 from .._split import compute_dtype, NARROW_DTYPES
 from .._state import OptimizerState, StepCount
 from .._states import only
+from .._trained import with_state
 from .._trees import dotted_name, flatten, Leaf, match, Model, State
 from . import moments as exchanged
 from .of_optax import as_count
@@ -116,16 +116,18 @@ def from_flashoptim(
             "`lion`, `sgd` or `sgdw`."
         )
     leaves, rebuild = flatten(model)
-    indices = {
-        dotted_name(leaf.path): index
-        for index, leaf in enumerate(leaves)
-        if checks.is_trained(leaf, call)
-    }
-    read = _parameters(call, optimizer_state, parameters)
     stored = {
         name: match(call, f"state.moments[{name!r}]", of_name, leaves)
         for name, of_name in own.moments.items()
     }
+    corrections = match(call, "state.corrections", own.corrections, leaves)
+    trained = with_state(leaves, stored, corrections)
+    indices = {
+        dotted_name(leaf.path): index
+        for index, leaf in enumerate(leaves)
+        if trained[index]
+    }
+    read = _parameters(call, optimizer_state, parameters)
     masters: list[Any] = [None for _ in leaves]
     new_moments = {name: list(moments) for name, moments in stored.items()}
     for path, name in _pairs(call, list(indices), list(read), paths).items():

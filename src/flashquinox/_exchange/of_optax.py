@@ -309,6 +309,8 @@ def _with_counts(call: str, tree: PyTree, count: Any) -> PyTree:
 
 
 def as_count(call: str, count: Any, like: Any) -> Any:
+    if not _is_traced(count):
+        count = min(int(count), jnp.iinfo(jnp.int32).max)
     return put_like(call, "count", jnp.asarray(count, jnp.int32), like)
 
 
