@@ -112,7 +112,7 @@ def check_mask(call: str, mask: Any, weight_decay: Any) -> None:
         warnings.warn(
             f"`{call}(mask=...)` has no effect: the mask says which weights decay, and "
             "`weight_decay` is 0. Pass `weight_decay=...`, or leave the mask out.",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -41,7 +41,7 @@ def check_trains(call: str, leaves: list[Leaf], trained: Any) -> None:
         f"`{call}`: there is nothing to train: the model has no floating-point arrays "
         f"(at `{example.name}` it has {shown(example.value)}). Python numbers are not "
         "trained: make them arrays.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
