@@ -60,7 +60,7 @@ def check_hyperparameters(
         ("weight_decay", weight_decay),
     ):
         if callable(value):
-            _check_takes_count(call, name, value)
+            check_takes_count(call, name, value)
         else:
             check_in_range(call, name, value, 0.0, math.inf)
     check_rule(call, rule)
@@ -153,7 +153,7 @@ def check_backend(call: str, backend: Any) -> Backend:
 #
 
 
-def _check_takes_count(call: str, name: str, schedule: Callable[..., Any]) -> None:
+def check_takes_count(call: str, name: str, schedule: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(schedule)
     except (TypeError, ValueError):

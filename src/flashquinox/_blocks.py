@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from ._text import shown
 from ._trees import flatten, Leaf
 
 
@@ -20,14 +21,16 @@ def part_of(
 ) -> tuple[list[int], Callable[[list[Any]], PyTree]]:
     """The numbers of the leaves in the part of a model that a function takes, and a
     function from as many values to such a part."""
-    leaves, rebuild = flatten(model)
-    places: list[Any] = [_Place() for _ in leaves]
-    numbers = {id(place): i for i, place in enumerate(places)}
-    chosen, rebuild_part = flatten(choose(rebuild(places)))
     takes = (
         f"`{call}({name}=...)` takes a function from the model to a part of it, or to "
         f"several: `lambda model: model.{name}`, say."
     )
+    if not callable(choose):
+        raise TypeError(f"{takes} It got {shown(choose)}.")
+    leaves, rebuild = flatten(model)
+    places: list[Any] = [_Place() for _ in leaves]
+    numbers = {id(place): i for i, place in enumerate(places)}
+    chosen, rebuild_part = flatten(choose(rebuild(places)))
     if not chosen:
         raise ValueError(f"{takes} What it gave has no leaves.")
     found: list[int] = []

@@ -141,8 +141,8 @@ def correction_dtype(bits: int | Literal["auto"] | None) -> Any:
 def grad_fits(call: str, leaf: Leaf, grad: Any) -> None:
     if not eqx.is_array_like(grad) or not hasattr(grad, "dtype"):
         raise TypeError(
-            f"`{call}`: the gradient at `{leaf.name}` is no array but {grad!r}. Pass "
-            "an array, or None to leave this weight as it is."
+            f"`{call}`: the gradient at `{leaf.name}` is no array but {shown(grad)}. "
+            "Pass an array, or None to leave this weight as it is."
         )
     if grad.shape != leaf.value.shape:
         raise ValueError(
@@ -377,7 +377,7 @@ def shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
         if not isinstance(x, NamedSharding):
             raise TypeError(
                 f"`{call}(shardings=...)` takes a tree of `jax.sharding.NamedSharding`s"
-                f"; got {x!r} at `{path_name(path)}`."
+                f"; got {shown(x)} at `{path_name(path)}`."
             )
     leaves, structure = jtu.tree_flatten(value)
     return tuple(leaves), structure
@@ -459,8 +459,9 @@ def state_is_there(
 def is_layered_loss(call: str, loss: Any, kind: type) -> None:
     if not isinstance(loss, kind):
         raise TypeError(
-            f"`{call}`: the loss is no `flashquinox.{kind.__name__}` but {loss!r}. "
-            "Only of one in parts can the backward pass be taken layer by layer."
+            f"`{call}`: the loss is no `flashquinox.{kind.__name__}` but "
+            f"{shown(loss)}. Only of one in parts can the backward pass be taken layer "
+            "by layer."
         )
 
 
@@ -482,6 +483,17 @@ def block_keeps_shapes(call: str, x: Any, new: Any) -> None:
                 "dtypes that it gets, as the next layer gets what it returns; cast at "
                 "the end of `prologue` and of `block`."
             )
+
+
+def is_random_key(call: str, key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if (is_typed and key.ndim == 0) or dtype == jnp.uint32:
+        return
+    raise TypeError(
+        f"`{call}(key=...)` takes a random key, as `jax.random.key(0)` makes one; got "
+        f"{shown(key)}."
+    )
 
 
 def is_loss(call: str, loss: Any) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from . import _checks as checks
 from ._blocks import part_of
-from ._defaults import GROUP_SIZE
+from ._defaults import GROUP_SIZE, Unknown
+from ._text import shown
 from ._trees import flatten, is_array
 
 
@@ -52,10 +54,18 @@ def fsdp_shardings(
 
     **Raises:**
 
-    `ValueError` if `blocks` gives no part of the model.
+    `ValueError` if `blocks` gives no part of the model, or for a `group_size` that no
+    optimizer takes; `TypeError` if `mesh` is none.
     """
-    leaves, rebuild = flatten(model)
     call = "fsdp_shardings"
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"`{call}(model, mesh)` takes a `jax.sharding.Mesh` or an `AbstractMesh`; "
+            f"got {shown(mesh)}."
+        )
+    size = checks.group_size(call, group_size)
+    assert not isinstance(size, Unknown)
+    leaves, rebuild = flatten(model)
     stacked = (
         set() if blocks is None else set(part_of(call, "blocks", blocks, model)[0])
     )
@@ -63,7 +73,7 @@ def fsdp_shardings(
     def one(x: Any, first: int) -> NamedSharding | None:
         if not is_array(x):
             return None
-        axis = _axis(x.shape, first, mesh.size, group_size)
+        axis = _axis(x.shape, first, mesh.size, size)
         names = mesh.axis_names[0] if len(mesh.axis_names) == 1 else mesh.axis_names
         spec = (names if i == axis else None for i in range(len(x.shape)))
         return NamedSharding(mesh, PartitionSpec(*spec))

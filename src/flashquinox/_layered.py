@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from . import _checks as checks
 from ._blocks import count_layers, part_of
+from ._number_checks import check_function
 from ._trees import flatten, Leaf
 
 
@@ -75,6 +76,10 @@ class LayeredLoss(eqx.Module):
     block: Callable[..., PyTree[Array]]
     epilogue: Callable[..., Float[Array, ""]]
 
+    def __check_init__(self):
+        for name in ("blocks", "prologue", "block", "epilogue"):
+            check_function(type(self).__name__, name, getattr(self, name))
+
     def __call__(
         self, model: PyTree, batch: PyTree, key: Key[Array, ""] | None = None
     ) -> Float[Array, ""]:
@@ -113,9 +118,10 @@ class _Keys(NamedTuple):
     of_epilogue: Any
 
     @staticmethod
-    def split(key: Key[Array, ""] | None, layers: int) -> "_Keys":
+    def split(call: str, key: Key[Array, ""] | None, layers: int) -> "_Keys":
         if key is None:
             return _Keys(None, None, None)
+        checks.is_random_key(call, key)
         keys = jax.random.split(key, layers + 2)
         return _Keys(keys[0], keys[1:-1], keys[-1])
 
@@ -197,5 +203,5 @@ def open_layers(
         stacked=jtu.tree_map(jnp.asarray, stacked),
         layers=layers,
         batch=batch,
-        keys=_Keys.split(key, layers),
+        keys=_Keys.split(call, key, layers),
     )

@@ -26,6 +26,11 @@ def check_flag(call: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_function(call: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"`{call}({name}=...)` takes a function; got {shown(value)}.")
+
+
 def check_constant(call: str, name: str, value: Any) -> None:
     """A number that decides the structure of a program, as it is part of a hash."""
     is_array = isinstance(value, jax.Array | np.ndarray)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from . import _checks as checks
+from ._argument_checks import check_takes_count, scheduled
 from ._number_checks import check_flag, check_number
 from ._split import master_digits
 from ._states import open_states
@@ -237,7 +238,8 @@ def _report(
 
 def _step_size(call: str, count: Any, learning_rate: Any, update_size: Any) -> float:
     if callable(learning_rate):
-        learning_rate = learning_rate(count)
+        check_takes_count(call, "learning_rate", learning_rate)
+        learning_rate = scheduled(call, "learning_rate", learning_rate, count)
     for name, value in (
         ("learning_rate", learning_rate),
         ("update_size", update_size),

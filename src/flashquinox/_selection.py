@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from ._text import function_name, shown
-from ._trees import dotted_name, is_array
+from ._trees import dotted_name, is_array, path_name
 
 
 Selector: TypeAlias = str | type | eqx.Module | Callable[[Any], bool]
@@ -46,10 +48,33 @@ class Selection:
         """Whether one of them chooses this leaf or subtree itself."""
         taken = False
         for i, selector in enumerate(self._selectors):
-            if _takes(selector, path, node):
+            if self._takes_by(selector, path, node):
                 self._used.add(i)
                 taken = True
         return taken
+
+    def _takes_by(self, selector: Any, path: tuple[Any, ...], node: Any) -> bool:
+        if isinstance(selector, str) and not selector:
+            # The path of a model that is a single array.
+            return not path and is_array(node)
+        if isinstance(selector, str):
+            name = dotted_name(path)
+            return name == selector or fnmatch.fnmatchcase(name, selector)
+        if isinstance(selector, type):
+            return isinstance(node, selector)
+        if isinstance(selector, eqx.Module):
+            return node is selector
+        if not is_array(node):
+            return False
+        chosen = selector(node)
+        is_scalar = isinstance(chosen, jax.Array) and chosen.ndim == 0
+        if not isinstance(chosen, bool | np.bool_) and not is_scalar:
+            raise TypeError(
+                f"`{self._call}({self._argument}=...)`: {function_name(selector)} "
+                f"returned {shown(chosen)} for the array at `{path_name(path)}`. It "
+                "must return True or False."
+            )
+        return bool(chosen)
 
     def check_used(self, tree: PyTree) -> None:
         """Raises if a name, or an object, is nowhere in a tree: it is a mistake. So it
@@ -73,17 +98,6 @@ class Selection:
                 f"`{self._call}({self._argument}=...)`: {what}. Its leaves are {some}; "
                 "`*` stands for any part of a name."
             )
-
-
-def _takes(selector: Any, path: tuple[Any, ...], node: Any) -> bool:
-    if isinstance(selector, str):
-        name = dotted_name(path)
-        return name == selector or fnmatch.fnmatchcase(name, selector)
-    if isinstance(selector, type):
-        return isinstance(node, selector)
-    if isinstance(selector, eqx.Module):
-        return node is selector
-    return is_array(node) and bool(selector(node))
 
 
 def children(node: Any) -> tuple[list[tuple[Any, Any]], Callable[..., Any]] | None:

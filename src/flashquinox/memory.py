@@ -21,7 +21,7 @@ from ._fsdp import fsdp_shardings
 from ._optimizer import Optimizer, transformation_of
 from ._split import NARROW_DTYPES
 from ._state import OptimizerState
-from ._text import aligned
+from ._text import aligned, shown
 from ._trained import TRAINABLE_DTYPES
 from ._trees import flatten, is_array, Leaf, match
 
@@ -241,7 +241,7 @@ def memory_plan(
     call = "memory_plan"
     if not hasattr(optim, "init"):
         raise TypeError(
-            f"`{call}`: `optim` is no optimizer but {optim!r}. Pass "
+            f"`{call}`: `optim` is no optimizer but {shown(optim)}. Pass "
             "`flashquinox.adamw(1e-3)`, say, or a transformation of Optax with such an "
             "optimizer in it."
         )
@@ -266,7 +266,7 @@ def memory_plan(
     if not states:
         raise TypeError(
             f"`{call}`: the state of `optim` has no `flashquinox.OptimizerState` in "
-            f"it; got {optim!r}. Pass `flashquinox.adamw(1e-3)`, say, or a "
+            f"it; got {shown(optim)}. Pass `flashquinox.adamw(1e-3)`, say, or a "
             "transformation of Optax with such an optimizer in it."
         )
     # Where `init` would put it all.
@@ -400,7 +400,7 @@ def _as_mesh(call: str, mesh: Any) -> Mesh | AbstractMesh:
             return AbstractMesh((mesh,), ("fsdp",))
     raise TypeError(
         f"`{call}(mesh=...)` takes a `jax.sharding.Mesh`, an `AbstractMesh`, or a "
-        f"number of devices from 1 to {MOST_DEVICES}; got {mesh!r}."
+        f"number of devices from 1 to {MOST_DEVICES}; got {shown(mesh)}."
     )
 
 

@@ -22,6 +22,7 @@ from ._layered import LayeredLoss, open_layers
 from ._optimizer import Optimizer, transformation_of
 from ._split import compute_dtype
 from ._state import OptimizerState
+from ._text import shown
 from ._transformation import LeafState, Learned, Transformation
 from ._trees import Model
 
@@ -97,8 +98,9 @@ def release_step(
     call = "release_step"
     check_max_norm(call, max_norm)
     transformation = _transformation(call, optim)
-    layered = open_layers(call, loss, model, batch, key)
+    checks.is_layered_loss(call, loss, LayeredLoss)
     step = transformation.open(call, model, state)
+    layered = open_layers(call, loss, model, batch, key)
     trained = {}
     for index, leaf in enumerate(step.leaves):
         if not step.trained[index]:
@@ -226,7 +228,7 @@ def _transformation(call: str, optim: Any) -> Transformation:
     if isinstance(optim, Optimizer):
         return transformation_of(optim)
     raise TypeError(
-        f"`{call}`: `optim` is no `flashquinox.Optimizer` but {optim!r}. What "
+        f"`{call}`: `optim` is no `flashquinox.Optimizer` but {shown(optim)}. What "
         "`optax.chain`, `optax.MultiSteps` and other wrappers add, such as clipping by "
         "the global norm and the accumulation of gradients, needs the gradients of all "
         "layers at once, and here there is only one layer's at a time. Pass the "

@@ -736,6 +736,14 @@ MODELS = {
         lambda: fq.cast(_mlp32, _BF16, keep=[]).layers[0].weight.dtype,
         _works(lambda dtype: dtype == _BF16),
     ),
+    "keep a function that returns a string": (
+        lambda: fq.cast(_mlp, _BF16, keep=lambda x: "no"),
+        _type_error("`cast(keep=...)`", "<lambda> returned 'no'", "True or False"),
+    ),
+    "keep the empty string": (
+        lambda: fq.cast(_mlp, _BF16, keep=""),
+        _value_error("`cast(keep=...)`", "'' is nowhere"),
+    ),
     "keep a number": (
         lambda: fq.cast(_mlp, _BF16, keep=3),
         _type_error("`cast(keep=...)`", "patterns", "got 3"),
@@ -1019,6 +1027,14 @@ CALLS = {
 # Other functions of a state
 #
 
+_mesh = jax.sharding.AbstractMesh((2,), ("a",))
+_loss = fq.LayeredLoss(
+    blocks=lambda model: {"w": model["w"]},
+    prologue=lambda model, batch, key: batch,
+    block=lambda block, x, batch, key: x * block["w"],
+    epilogue=lambda model, x, batch, key: jnp.sum(x),
+)
+
 OTHERS = {
     "master_weights(state, model)": (
         lambda: fq.master_weights(_state, _model),
@@ -1073,6 +1089,66 @@ OTHERS = {
     "widen(state, model)": (
         lambda: fq.widen(_state, _model),
         _type_error("`widen`", "OptimizerState"),
+    ),
+    "from_master_weights(None, model, state)": (
+        lambda: fq.from_master_weights(None, _model, _state),
+        _type_error("`from_master_weights`", "is None"),
+    ),
+    "check_numerics of a schedule without arguments": (
+        lambda: fq.check_numerics(_model, _state, lambda: 1e-3),
+        _type_error("`check_numerics(learning_rate=...)`", "<lambda>"),
+    ),
+    "check_numerics of a schedule that returns None": (
+        lambda: fq.check_numerics(_model, _state, lambda c: None),
+        _type_error("`check_numerics(learning_rate=...)`", "returned None"),
+    ),
+    "check_numerics of an optimizer": (
+        lambda: fq.check_numerics(_model, _state, _optim),
+        _type_error("`check_numerics(learning_rate=...)`", "got adamw(learning_rate="),
+    ),
+    "fsdp_shardings(mesh, model)": (
+        lambda: fq.fsdp_shardings(None, _model),
+        _type_error("`fsdp_shardings(model, mesh)`", "{'w'"),
+    ),
+    "fsdp_shardings of another group size": (
+        lambda: fq.fsdp_shardings(_model, _mesh, group_size="32"),
+        _value_error("`fsdp_shardings(group_size=...)`", _size, "'32'"),
+    ),
+    "fsdp_shardings of blocks by name": (
+        lambda: fq.fsdp_shardings(_model, _mesh, blocks="layers"),
+        _type_error("`fsdp_shardings(blocks=...)`", "takes a function", "'layers'"),
+    ),
+    "LayeredLoss of names": (
+        lambda: fq.LayeredLoss("layers", jnp.sum, jnp.sum, jnp.sum),
+        _type_error("`LayeredLoss(blocks=...)`", "takes a function", "'layers'"),
+    ),
+    "release_step of a plain loss": (
+        lambda: fq.release_step(_optim, jnp.sum, _model, _state, jnp.ones(3)),
+        _type_error("`release_step`", "LayeredLoss", "sum"),
+    ),
+    "release_step of a wrapper": (
+        lambda: fq.release_step(
+            optax.chain(_optim), _loss, _model, _state, jnp.ones(3)
+        ),
+        _type_error("`release_step`", "no `flashquinox.Optimizer`", "optax.chain"),
+    ),
+    "release_step(optim, loss, state, model, batch)": (
+        lambda: fq.release_step(_optim, _loss, _state, _model, jnp.ones(3)),
+        _type_error("`release_step`", "the model comes before the state"),
+    ),
+    "release_step of a boolean norm": (
+        lambda: fq.release_step(
+            _optim, _loss, _model, _state, jnp.ones(3), max_norm=True
+        ),
+        _type_error("`release_step(max_norm=...)`", _number),
+    ),
+    "release_step of a number for a key": (
+        lambda: fq.release_step(_optim, _loss, _model, _state, jnp.ones(3), 0),
+        _type_error("`release_step(key=...)`", "jax.random.key(0)", "got 0"),
+    ),
+    "memory_plan of the state": (
+        lambda: fq.memory_plan(_model, _state),
+        _type_error("`memory_plan`", "OptimizerState"),
     ),
     "memory_plan of no optimizer": (
         lambda: fq.memory_plan(_model, 1e-3),
