@@ -235,7 +235,7 @@ def train(
         warmup_steps=settings.steps // 10 + 1,
         decay_steps=settings.steps + 1,
     )
-    optim = fq.adamw(schedule, b2=0.99, weight_decay=0.1)
+    optim = fq.adamw(schedule, b2=0.99, weight_decay=0.1, mask=fq.decay_mask())
 
     def make(key: Key[Array, ""]) -> GPT:
         model = GPT(

@@ -16,6 +16,7 @@ from ._curves import (
     MuLawCurve as MuLawCurve,
     RationalCurve as RationalCurve,
 )
+from ._decay_mask import decay_mask as decay_mask
 from ._fsdp import fsdp_shardings as fsdp_shardings
 from ._layered import LayeredLoss as LayeredLoss
 from ._moment_codecs import MomentCodecs as MomentCodecs
