@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
@@ -34,13 +35,19 @@ def write_json(path: pathlib.Path | None, **record: Any) -> None:
     record = {"command": " ".join([program, *sys.argv[1:]])} | record
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"Wrote {path}.")
 
 
 def run_main(main: Callable[[], None]) -> None:
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python would flush again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def some_of(names: Iterable[str], text: str) -> list[str]:

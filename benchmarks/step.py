@@ -402,6 +402,7 @@ def plot(record: dict[str, Any], directory: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
         figure.savefig(directory / file, dpi=150)
+        print(f"Wrote {directory / file}.")
         plt.close(figure)
 
 

@@ -452,16 +452,24 @@ def main() -> None:
     except CheckpointError as error:
         sys.exit(f"fsdp.py: error: {error}")
     show(result, console)
+    where = f"The checkpoint of step {result.step} is in {settings.checkpoints}."
+    console.print(where, soft_wrap=True)
     if settings.json is not None and jax.process_index() == 0:
         try:
             settings.json.write_text(json.dumps(result._asdict()) + "\n")
         except OSError as error:
             wrong(f"--json: {settings.json}: {error.strerror}")
+        console.print(f"Wrote {settings.json}.", soft_wrap=True)
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python would flush again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -283,7 +283,7 @@ def train(
 
     train_loss, _ = evaluate(model, train_data)
     _, test_accuracy = evaluate(model, test_data)
-    checkpoint = settings.output / f"{optimizer}-{storage}.eqx"
+    checkpoint = checkpoint_path(settings, optimizer, storage)
     with complete_or_absent(checkpoint) as temporary:
         eqx.tree_serialise_leaves(temporary, (model, state))
     return Result(
@@ -313,6 +313,10 @@ def bytes_per_parameter(model: CNN, state: PyTree, of: str = "") -> float:
 
     stored = sum(array.nbytes for array in arrays((model, state)))
     return stored / sum(array.size for array in arrays(model))
+
+
+def checkpoint_path(settings: Settings, optimizer: str, storage: str) -> Path:
+    return settings.output / f"{optimizer}-{storage}.eqx"
 
 
 @contextlib.contextmanager
@@ -610,16 +614,24 @@ def main() -> None:
     console.print(make_table(results))
     for line in compare_checkpoints(results):
         console.print(line, soft_wrap=True)
-    write_json(settings, results, settings.output / "results.json")
-    draw(settings, results, settings.output / "results.png")
-    console.print(f"Written to {settings.output}", soft_wrap=True)
+    figures, picture = (settings.output / f"results.{x}" for x in ("json", "png"))
+    write_json(settings, results, figures)
+    draw(settings, results, picture)
+    models = [checkpoint_path(settings, x.optimizer, x.storage) for x in results]
+    for path in (*models, figures, picture):
+        console.print(f"Wrote {path}.", soft_wrap=True)
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("Interrupted. Every file written so far is complete.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python would flush again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"mnist.py: {error}")

@@ -567,9 +567,10 @@ def test_wrong_blocks(blocks, message):
 _DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 
 
-def test_plan(capsys, tmp_path):
+def test_plan(capsys, tmp_path, monkeypatch):
     """As the documentation has it."""
-    picture = tmp_path / "plan.png"
+    monkeypatch.chdir(tmp_path)
+    picture = Path("memory-plan.png")
     command = "plan --model llama-3.1-8b --devices 8 --optimizer adamw".split()
     main([*command, "--device-memory=16GB", f"--plot={picture}"])
     output, errors = capsys.readouterr()
@@ -595,11 +596,11 @@ def test_plan_as_json(capsys):
 def test_plan_of_a_checkpoint(capsys, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(_GPT2))
-    main(["plan", f"--checkpoint={file}", "--moments=flashoptim", "--devices=8"])
+    main(["plan", f"--config={file}", "--moments=flashoptim", "--devices=8"])
     output, errors = capsys.readouterr()
     assert "124,439,808 parameters" in output and errors == ""
     assert "every step gathers them" in output
-    main(["plan", f"--checkpoint={file}", "--dtype=float32", "--optimizer=lion"])
+    main(["plan", f"--config={file}", "--dtype=float32", "--optimizer=lion"])
     assert "8.000 bytes per parameter" in capsys.readouterr().out
 
 
@@ -616,7 +617,7 @@ def test_help(capsys, command):
     [
         ("", "arguments are required: command"),
         ("draw", "invalid choice: 'draw'"),
-        ("plan", "one of the arguments --model --params --checkpoint is required"),
+        ("plan", "one of the arguments --model --params --config is required"),
         ("plan --model=gpt-5", "takes one of gpt2-124m, "),
         ("plan --model=gpt2-124m --params=1", "not allowed with"),
         ("plan --params=many", "takes 7e9 or 7B, say; got 'many'"),
@@ -653,28 +654,30 @@ def test_help(capsys, command):
         ("plan --params=7B --devices=3000000000", "--devices: takes a whole number"),
         (f"plan --params=7B --devices={'9' * 5000}", "--devices: takes a whole number"),
         ("plan --params=7B --device-memory=80", "takes 80GB or 16GiB, say; got '80'"),
-        ("plan --checkpoint=", "--checkpoint: takes a file; got ''"),
+        ("plan --config=", "--config: takes a file or a directory; got ''"),
         (
-            "plan --checkpoint=deep.json",
-            "--checkpoint: deep.json: its lists are nested",
+            "plan --config=deep.json",
+            "--config: deep.json: its lists are nested",
         ),
         (
-            "plan --checkpoint=names.json",
-            "--checkpoint: names.json: 'model_type' must be a name; got ['llama']",
+            "plan --config=names.json",
+            "--config: names.json: 'model_type' must be a name; got ['llama']",
         ),
-        ("plan --checkpoint=nothing.json", "nothing.json: No such file"),
-        ("plan --checkpoint=broken.json", "broken.json: Expecting value"),
-        ("plan --checkpoint=list.json", "there is no 'model_type'"),
-        ("plan --checkpoint=other.json", "the shapes of a 'mixtral' are not known"),
-        ("plan --checkpoint=short.json", "there is no 'hidden_size', which a 'llama'"),
-        ("plan --checkpoint=large.json", "'n_embd' must be a whole number from 1 to"),
-        ("plan --checkpoint=odd.json", "'n_layer' must be a whole number from 1"),
-        ("plan --checkpoint=flag.json", "'tie_word_embeddings' must be true or false"),
+        ("plan --config=nothing.json", "nothing.json: No such file"),
+        ("plan --config=folder", "--config: folder: there is no config.json in this"),
+        ("plan --config=broken.json", "broken.json: Expecting value"),
+        ("plan --config=list.json", "there is no 'model_type'"),
+        ("plan --config=other.json", "the shapes of a 'mixtral' are not known"),
+        ("plan --config=short.json", "there is no 'hidden_size', which a 'llama'"),
+        ("plan --config=large.json", "'n_embd' must be a whole number from 1 to"),
+        ("plan --config=odd.json", "'n_layer' must be a whole number from 1"),
+        ("plan --config=flag.json", "'tie_word_embeddings' must be true or false"),
     ],
 )
 def test_wrong_command(capsys, tmp_path, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder").mkdir()
     for name, text in {
         "broken": "model",
         "list": "[]",

@@ -1,9 +1,4 @@
-"""Flashquinox on the command line.
-
-    python -m flashquinox plan --model llama-3.1-8b --devices 8 --optimizer adamw
-
-`python -m flashquinox plan --help` has more.
-"""
+"""Flashquinox on the command line: `flashquinox`, or `python -m flashquinox`."""
 
 import argparse
 import dataclasses
@@ -77,11 +72,13 @@ def whole(text: str) -> int:
 def config(text: str) -> Path:
     # `Path` takes nothing for the directory that one is in.
     if not text:
-        raise argparse.ArgumentTypeError(f"takes a file; got {text!r}")
+        raise argparse.ArgumentTypeError(f"takes a file or a directory; got {text!r}")
     return Path(text)
 
 
-def bits(text: str) -> int | None:
+def bits(text: str) -> int | str | None:
+    if text == MASTER_WEIGHT_BITS:
+        return text
     if text not in ("24", "32", "none"):
         raise argparse.ArgumentTypeError(f"takes 24, 32 or none; got {text!r}")
     return None if text == "none" else int(text)
@@ -112,11 +109,19 @@ _PLAN = """Will it fit? Prints what each device holds in training: weights, corr
 moments, scales and gradients, with and without gradient release, beside mixed precision
 with float32 master weights and moments. Allocates nothing, and needs no accelerator."""
 
+_DESCRIPTION = """Flashquinox on the command line.
+
+    %(prog)s plan --model llama-3.1-8b --devices 8 --optimizer adamw
+
+`%(prog)s plan --help` has more.
+"""
+
+# `%(prog)s` is the command itself, `plan` included.
 _EXAMPLES = f"""\
 examples:
-  python -m flashquinox plan --model llama-3.1-8b --devices 8 --optimizer adamw
-  python -m flashquinox plan --params 7e9 --optimizer lion --device-memory 80GB
-  python -m flashquinox plan --checkpoint config.json --devices 16 --plot plan.png
+  %(prog)s --model llama-3.1-8b --devices 8 --optimizer adamw
+  %(prog)s --params 7e9 --optimizer lion --device-memory 80GB
+  %(prog)s --config path/to/model --devices 16 --plot plan.png
 
 models:
   {", ".join(list(architectures.PRESETS)[:4])}
@@ -125,10 +130,18 @@ models:
 """
 
 
+def program() -> str:
+    """This program, as it was called."""
+    called = Path(sys.argv[0]).stem if sys.argv else ""
+    return "flashquinox" if called == "flashquinox" else "python -m flashquinox"
+
+
 def parser() -> Parser:
     # Of plain text on every Python, also where help has colors.
     new = partial(Parser, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top = new(prog="python -m flashquinox", description=__doc__)
+    top = new(prog=program(), description=_DESCRIPTION)
+    version = f"flashquinox {fq.__version__}"
+    top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     plan = commands.add_parser(
         "plan",
@@ -148,10 +161,15 @@ def parser() -> Parser:
         help="so many parameters, in matrices of whole groups: 7e9 or 7B, say",
     )
     model.add_argument(
-        "--checkpoint",
-        metavar="FILE",
+        "--config",
+        metavar="PATH",
         type=config,
-        help="the config.json of a model of Hugging Face's Transformers",
+        help="a model of Hugging Face's Transformers: its directory, or its "
+        "config.json",
+    )
+    # The former name of the same.
+    model.add_argument(
+        "--checkpoint", dest="config", type=config, help=argparse.SUPPRESS
     )
     add = plan.add_argument
     add("--devices", metavar="N", type=whole, default=1, help="how many (1)")
@@ -216,10 +234,20 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
             names = ", ".join(architectures.PRESETS)
             raise ValueError(f"--model: takes one of {names}; got {settings.model!r}")
         return settings.model, architectures.PRESETS[settings.model]
-    if settings.checkpoint is not None:
+    if settings.config is not None:
+        path = settings.config
+        is_directory = path.is_dir()
         try:
-            config = json.loads(settings.checkpoint.read_text(encoding="utf-8"))
-            return str(settings.checkpoint), architectures.from_config(config)
+            file = path / "config.json" if is_directory else path
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return str(path), architectures.from_config(config)
+        except FileNotFoundError as error:
+            reason = error.strerror
+            if is_directory:
+                reason = (
+                    "there is no config.json in this directory. Pass the directory of "
+                    "a model that has one, or the file itself."
+                )
         except OSError as error:
             reason = error.strerror
         except RecursionError:
@@ -227,7 +255,7 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
         # Of `json` and of `from_config`; also what is no text.
         except ValueError as error:
             reason = str(error)
-        raise ValueError(f"--checkpoint: {settings.checkpoint}: {reason}")
+        raise ValueError(f"--config: {path}: {reason}")
     # Whole groups, and the same on each device.
     rows = math.ceil(settings.params / settings.group_size / settings.devices)
     shape = rows * settings.devices, settings.group_size
@@ -276,8 +304,10 @@ def run_plan(settings: argparse.Namespace) -> None:
             draw(plan, title, settings.plot, settings.device_memory)
         except OSError as error:
             raise ValueError(f"--plot: {settings.plot}: {error.strerror}") from error
+    written = [] if settings.plot is None else [str(settings.plot)]
     if settings.json:
-        print(json.dumps({"title": title} | as_json(plan), indent=1))
+        found = {"title": title} | as_json(plan) | {"written": written}
+        print(json.dumps(found, indent=1))
         return
     print(f"{title}: {plan.parameters:,} parameters\n")
     print(plan.table(settings.device_memory))
@@ -287,6 +317,8 @@ def run_plan(settings: argparse.Namespace) -> None:
             f"Of {straddling} weights, no device has whole groups: every step gathers "
             "them."
         )
+    for path in written:
+        print(f"Wrote {path}.")
 
 
 def as_json(plan: fq.MemoryPlan) -> dict[str, Any]:
@@ -312,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     if sys.stdout is None:
-        print("python -m flashquinox: error: the output is closed", file=sys.stderr)
+        print(f"{program()}: error: the output is closed", file=sys.stderr)
         sys.exit(1)
     try:
         try:
@@ -332,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # If a pipe is closed, whoever read has seen enough.
         if not isinstance(error, BrokenPipeError):
-            print(f"python -m flashquinox: error: {error.strerror}", file=sys.stderr)
+            print(f"{program()}: error: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 
