@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ _CALLS = {
 }
 
 
-def _main(*arguments: str) -> int:
+def _main(*arguments: str) -> Any:
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     return exit.value.code

@@ -174,7 +174,10 @@ def optimizer(
     **Raises:**
 
     `ValueError` or `TypeError` for arguments out of range; arrays that are traced are
-    not checked.
+    not checked. Likewise for a rule or a codec that is not elementwise, and for one
+    whose parts do not fit together. `ImportError` for `backend="gpu"` or `"tpu"` where
+    JAX has not what those kernels are made with; `"auto"` then takes plain XLA, with
+    one warning.
     """
     return build_optimizer(
         "optimizer",

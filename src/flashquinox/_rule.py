@@ -121,8 +121,8 @@ class AbstractRule(eqx.Module):
         scalars: dict[str, Scalar],
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
         """Is called for every tile of every leaf, possibly inside a kernel: elementwise
-        arithmetic only. Numeric fields of `self` are not available here; pass them
-        through `scalars`.
+        arithmetic only, which [`flashquinox.optimizer`][] checks. Numeric fields of
+        `self` are not available here; pass them through `scalars`.
 
         **Arguments:**
 
