@@ -103,6 +103,9 @@ def _take(weight, rows):
     return _whole(weight).at[rows].get(out_sharding=P(*jax.typeof(rows).sharding.spec))
 
 
+# Without the type checker that the tests put around every function.
+_unchecked = inspect.unwrap(fq.release_step)
+
 _loss = fq.LayeredLoss(lambda model: model["blocks"], _prologue, _block, _epilogue)
 
 
@@ -407,12 +410,106 @@ def test_clipping_hides_nothing_that_is_not_finite(factor):
 
 
 #
-# Wrong arguments
+# Groups of weights
 #
 
 
-# Without the type checker that the tests put around every function.
-_unchecked = inspect.unwrap(fq.release_step)
+def _label(path, x):
+    name = path[-1].key
+    return "frozen" if name == "bias" else "vector" if x.ndim < 3 else "matrix"
+
+
+def _labels(params):
+    return jtu.tree_map_with_path(_label, params)
+
+
+def _group(tree, labels, label):
+    """What `optax.partition` passes on to one of its optimizers."""
+    return jtu.tree_map(
+        lambda name, x: x if name == label else optax.MaskedNode(), labels, tree
+    )
+
+
+def _ordinary_groups(optim, model, state, batch):
+    """A step of each group by its own optimizer."""
+    value, grads = eqx.filter_value_and_grad(_loss)(model, batch, None)
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    labels = _labels(params)
+    inner, new = dict(state.inner_states), params
+    for label, one in optim.items():
+        own = (_group(params, labels, label), inner[label].inner_state)
+        trained, own = one.step(*own, _group(grads, labels, label))
+        inner[label] = inner[label]._replace(inner_state=own)
+        new = jtu.tree_map(
+            lambda x, y: x if isinstance(y, optax.MaskedNode) else y, new, trained
+        )
+    return eqx.combine(new, rest), state._replace(inner_states=inner), value
+
+
+def test_groups(plain_processor):
+    assert plain_processor.submit(_train_groups).result() == []
+
+
+def _train_groups() -> list[str]:
+    optim = {
+        "matrix": fq.lion(1e-2),
+        "vector": fq.sgd(optax.linear_schedule(1e-2, 0, 9), 0.9, skip_nonfinite=True),
+    }
+    partition = optax.partition(optim | {"frozen": optax.set_to_zero()}, _labels)
+    model = first = _model(odd=True)
+    state = partition.init(eqx.filter(model, eqx.is_inexact_array))
+    ordinary = eqx.filter_jit(_ordinary_groups)
+    release = eqx.filter_jit(fq.release_step)
+    different = []
+    for seed in range(2):
+        batch = _batch(seed)
+        expected = ordinary(optim, model, state, batch)
+        model, state, value = release(optim, _loss, model, state, batch)
+        different += _differences((model, state, value), expected)
+    assert _differences(model["bias"], first["bias"]) == []
+    assert _differences(model["token"], first["token"]) != []
+    # Only the group that asked for it is left as it is.
+    bad = _batch() | {"factor": jnp.asarray(jnp.nan, jnp.bfloat16)}
+    new, state, _ = release(optim, _loss, model, state, bad)
+    assert _differences(new["token"], model["token"]) == []
+    weight = lambda model: model["blocks"]["weight"]
+    assert _differences(weight(new), weight(model)) != []
+    return different
+
+
+@pytest.mark.parametrize(
+    "optim, wrap, error, match",
+    [
+        (
+            {"a": fq.lion(1e-2), "b": optax.sgd(1e-2)},
+            lambda optim: optax.partition(optim, lambda x: "a"),
+            TypeError,
+            r"`optim\['b'\]` is no `flashquinox.Optimizer`",
+        ),
+        (
+            {"a": fq.lion(1e-2)},
+            lambda optim: optim["a"],
+            TypeError,
+            r"state of `optax.partition`; got a OptimizerState",
+        ),
+        (
+            {"a": fq.lion(1e-2)},
+            lambda optim: optax.partition({"b": fq.lion(1e-2)}, lambda x: "b"),
+            ValueError,
+            r"the labels \['a'\].* for \['b'\]",
+        ),
+    ],
+)
+def test_groups_that_do_not_fit(optim, wrap, error, match):
+    model = _model()
+    state = wrap(optim).init(model)
+    with pytest.raises(error, match=match):
+        _unchecked(optim, _loss, model, state, _batch())
+
+
+#
+# Wrong arguments
+#
 
 
 def _wrong_loss(**parts):

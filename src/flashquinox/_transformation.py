@@ -194,7 +194,9 @@ class Transformation(eqx.Module):
                 # As of Optax: no update, and not one of zero.
                 opened.values[index] = None
         opened = opened.verified()
-        take = opened.update(arrived, max_norm, as_update=as_update)
+        there = [opened.shardings[index] for index in arrived]
+        clip = opened.clip([*arrived.values()], there, max_norm)
+        take = opened.update(arrived, clip, as_update=as_update)
         return opened.close(take, as_update)
 
     def open(self, call: str, params: PyTree, state: OptimizerState) -> "OpenedStep":
@@ -401,11 +403,10 @@ class OpenedStep:
     def update(
         self,
         grads: dict[int, Array],
-        max_norm: ScalarLike | None,
+        clip: Clipping | None,
         as_update: bool = False,
     ) -> Bool[Array, ""] | None:
-        """Updates the leaves of these numbers, by gradients that are scaled to at most
-        this norm, if one is given.
+        """Updates the leaves of these numbers.
 
         **Returns:**
 
@@ -415,7 +416,6 @@ class OpenedStep:
         old = [self.read(index) for index in grads]
         divided = [self.shardings[index] for index in grads]
         arrived = _as_typed([*grads.values()], divided)
-        clip = self.clip(arrived, divided, max_norm)
         take = self.take(arrived, divided, clip)
         steps = [
             self._leaf_step(index, leaf, grad, take, clip, as_update=as_update)

@@ -2,7 +2,7 @@
 gradient is gone before the next one is computed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -12,31 +12,30 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Key, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
 from ._argument_checks import check_max_norm
 from ._clipping import Clipping, scaled
 from ._codec import QuantMoment, StoredMoment
+from ._groups import check_optimizers, open_groups
 from ._layered import LayeredLoss, open_layers
-from ._optimizer import Optimizer, transformation_of
+from ._optimizer import Optimizer
 from ._split import compute_dtype
-from ._state import OptimizerState
-from ._text import shown
-from ._transformation import LeafState, Learned, Transformation
+from ._transformation import LeafState, Learned
 from ._trees import Model
 
 
 def release_step(
-    optim: Optimizer,
+    optim: Optimizer | Mapping[Any, Optimizer],
     loss: LayeredLoss,
     model: Model,
-    state: OptimizerState,
+    state: PyTree,
     batch: PyTree,
     key: Key[Array, ""] | None = None,
     *,
     max_norm: ScalarLike | None = None,
-) -> tuple[Model, OptimizerState, Float[Array, ""]]:
+) -> tuple[Model, PyTree, Float[Array, ""]]:
     r"""Takes one step, with the gradient of one layer at a time.
 
     The forward pass keeps what each layer gets, $x_0, \dots, x_{L-1}$. The backward
@@ -70,15 +69,18 @@ def release_step(
 
     **Arguments:**
 
-    - `optim`: a [`flashquinox.Optimizer`][], with its schedules and its mask. With
+    - `optim`: a [`flashquinox.Optimizer`][], with its schedules and its mask; or a
+        dictionary of several, each of which trains a group of the weights: the one that
+        `optax.partition` got. What `optax.set_to_zero` freezes there is left out. With
         `skip_nonfinite`, a part with a NaN or an infinity in its gradient is left as it
         is, and all others are updated: what only the epilogue reads is such a part,
         and each layer, and all of the rest. If no part is updated, the step does not
-        count.
+        count, for a group of weights each.
     - `loss`: a [`flashquinox.LayeredLoss`][].
     - `model`: any pytree. Every floating-point array in it is trained, but those that
-        `init` got `None` for, or of 8 bits.
-    - `state`: `optim.init(model)`, or from the previous step of either kind.
+        `init` got `None` for, or of 8 bits, or that are frozen by `optax.set_to_zero`.
+    - `state`: `optim.init(model)`, or from the previous step of either kind; for a
+        dictionary, `optax.partition(optim, labels).init(model)`.
     - `batch`, `key`: passed on to `loss`.
     - `max_norm`: the gradient of each part is scaled down to at most this Euclidean
         norm over all its leaves, in float32. `None` is no clipping.
@@ -90,34 +92,28 @@ def release_step(
 
     **Raises:**
 
-    `TypeError` if `optim` is wrapped by Optax: clipping by the global norm and the
+    `TypeError` if an optimizer is wrapped by Optax: clipping by the global norm and the
     accumulation of gradients need all gradients at once. `TypeError` or `ValueError` if
     model, state and loss do not fit together, or the layers of a stack are divided
     among devices.
     """
     call = "release_step"
     check_max_norm(call, max_norm)
-    transformation = _transformation(call, optim)
+    check_optimizers(call, optim)
     checks.is_layered_loss(call, loss, LayeredLoss)
-    step = transformation.open(call, model, state)
+    step = open_groups(call, optim, model, state)
     layered = open_layers(call, loss, model, batch, key)
     trained = {}
-    for index, leaf in enumerate(step.leaves):
-        if not step.trained[index]:
-            continue
+    for index in step.places:
+        leaf = step.leaves[index]
         step.check(index)
         if index in layered.stacked:
-            checks.layers_are_whole(call, leaf, step.shardings[index])
+            checks.layers_are_whole(call, leaf, step.sharding(index))
         if leaf.value.size > 0:
             trained[index] = jnp.asarray(leaf.value)
     step = step.verified()
     outer = {i: x for i, x in trained.items() if i not in layered.stacked}
     blocks = {i: x for i, x in trained.items() if i in layered.stacked}
-    took = []
-
-    def update(grads: dict[int, Array], max_norm: ScalarLike | None) -> None:
-        if grads:
-            took.append(step.update(grads, max_norm))
 
     # Forward.
     first = lambda values: _split(layered.prologue(values))
@@ -143,7 +139,7 @@ def release_step(
         for i, x in outer.items()
         if i not in read_first
     }
-    update(done, max_norm)
+    step.update(done, max_norm)
     # To be done now, so that these gradients are gone when the blocks begin.
     x_bar, new = lax.optimization_barrier((x_bar, {i: step.read(i) for i in done}))
     for index, leaf in new.items():
@@ -155,15 +151,16 @@ def release_step(
     waiting = {i: x for i, x in blocks.items() if not _layers_are_whole(step.read(i))}
     stacks = {i: _by_layer(step.read(i), layers) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
-    divided = {i: _of_layer(step.shardings[i]) for i in blocks}
+    divided = {i: _of_layer(step.sharding(i)) for i in blocks}
     groups = _groups({i: stack.value.size for i, stack in stacks.items()})
+
     # A layer is left as it is by a gradient that is not finite. Codecs learn before
     # that is known; but not from a step of which no layer will have a finite one.
-    take = None
-    if transformation.skip_nonfinite:
+    def is_finite() -> Bool[Array, ""]:
         finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(x_bar)]
-        take = jnp.all(jnp.stack(finite))
-    learned = dict(zip(stacks, step.learn(list(stacks), take), strict=True))
+        return jnp.all(jnp.stack(finite))
+
+    learned = step.learn(list(stacks), is_finite)
 
     def backward(carry, inputs):
         stacks, x_bar = carry
@@ -177,9 +174,8 @@ def release_step(
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
         grads = _apart(grads)
-        arrived = list(grads.values()), [divided[i] for i in grads]
-        clip = step.clip(*arrived, max_norm)
-        take = step.take(*arrived, clip)
+        clip = step.clip(grads, divided, max_norm)
+        takes = step.takes(grads, divided, clip)
         if clip is not None:
             # These are read after all other layers, of which each has its own factors.
             grads |= {i: _scaled(grads[i], clip) for i in waiting}
@@ -189,52 +185,36 @@ def release_step(
             some = {i: stacks[i] for i in numbers}
             stacks, some = lax.optimization_barrier((stacks, some))
             new = step.update_parts(
-                numbers,
-                [_slice(some[i], layer) for i in numbers],
-                [divided[i] for i in numbers],
-                [grads[i] for i in numbers],
-                [learned[i] for i in numbers],
-                take,
+                {i: _slice(some[i], layer) for i in numbers},
+                divided,
+                grads,
+                learned,
+                takes,
                 clip,
             )
             stacks = stacks | {
-                i: _place(_put(stacks[i], part, layer), step.shardings[i])
-                for i, part in zip(numbers, new, strict=True)
+                i: _place(_put(stacks[i], part, layer), step.sharding(i))
+                for i, part in new.items()
             }
-        return (stacks, x_bar), ({i: grads[i] for i in waiting}, take)
+        return (stacks, x_bar), ({i: grads[i] for i in waiting}, takes)
 
     inputs = (jnp.arange(layers), waiting, static, layered.keys.of_blocks, kept)
     (stacks, x_bar), (grads_waiting, takes) = lax.scan(
         backward, (stacks, x_bar), inputs, reverse=True
     )
     for index, stack in stacks.items():
-        whole = _whole(_place(stack, step.shardings[index]), learned[index])
+        whole = _whole(_place(stack, step.sharding(index)), learned[index])
         step.write(index, whole)
-    if stacks and takes is not None:
-        took.append(jnp.any(takes))
+    for group in {step.places[index][0] for index in stacks}:
+        take = takes[group]
+        step.count(group, None if take is None else jnp.any(take))
 
     # The rest.
     (grads,) = pull_first(x_bar)
     grads = {i: grads_last[i] + g if i in grads_last else g for i, g in grads.items()}
-    update(grads, max_norm)
-    update(grads_waiting, None)
-    take = None
-    if transformation.skip_nonfinite:
-        take = jnp.any(jnp.stack(took)) if took else jnp.asarray(True)
-    return *step.close(take), value
-
-
-def _transformation(call: str, optim: Any) -> Transformation:
-    if isinstance(optim, Optimizer):
-        return transformation_of(optim)
-    raise TypeError(
-        f"`{call}`: `optim` is no `flashquinox.Optimizer` but {shown(optim)}. What "
-        "`optax.chain`, `optax.MultiSteps` and other wrappers add, such as clipping by "
-        "the global norm and the accumulation of gradients, needs the gradients of all "
-        "layers at once, and here there is only one layer's at a time. Pass the "
-        f"optimizer itself, and `{call}(max_norm=...)` to clip each layer's; or take "
-        "an ordinary step."
-    )
+    step.update(grads, max_norm)
+    step.update(grads_waiting, None)
+    return *step.close(), value
 
 
 def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
