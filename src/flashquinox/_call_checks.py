@@ -21,8 +21,16 @@ _ORDER = (
 
 
 def check_model(call: str, model: Any) -> None:
+    check_given(call, model)
+    check_not_state(call, model)
+
+
+def check_given(call: str, model: Any) -> None:
     if model is None:
         raise TypeError(f"`{call}`: the model is None. Pass a tree of arrays.")
+
+
+def check_not_state(call: str, model: Any) -> None:
     if isinstance(model, OptimizerState):
         raise TypeError(
             f"`{call}`: a `flashquinox.OptimizerState` came where the model belongs: "
@@ -38,9 +46,9 @@ def check_trains(call: str, leaves: list[Leaf], trained: Any) -> None:
         return
     example = present[0]
     warnings.warn(
-        f"`{call}`: there is nothing to train: the model has no floating-point arrays "
-        f"(at `{example.name}` it has {shown(example.value)}). Python numbers are not "
-        "trained: make them arrays.",
+        f"`{call}`: there is nothing to train: the model has no arrays of bfloat16, "
+        f"float16, float32 or float64 (at `{example.name}` it has "
+        f"{shown(example.value)}). Make such arrays of what is to be trained.",
         stacklevel=5,
     )
 

@@ -20,7 +20,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from . import __version__, _manifest as manifests
+from ._call_checks import check_not_state
 from ._manifest import CheckpointError as CheckpointError
+from ._path_checks import check_path, check_step
 from ._place import no_mesh
 from ._trees import is_array
 
@@ -88,6 +90,7 @@ class Checkpoints:
         [`flashquinox.checkpoint.CheckpointError`][] if `directory` is a file.
         `ValueError` if `max_to_keep` or `keep_period` is no whole number from 1.
         """
+        check_path("Checkpoints", "directory", directory)
         self._max_to_keep = _from_one("max_to_keep", max_to_keep, "None to keep all")
         self._keep_period = _from_one(
             "keep_period", keep_period, "None for no such steps"
@@ -134,13 +137,15 @@ class Checkpoints:
         saved. `ValueError` after `close`. `TypeError` if an array has no value, or none
         that can be stored.
         """
-        call, step = "Checkpoints.save", operator.index(step)
+        call = "Checkpoints.save"
+        step = check_step(call, step)
         if self._closed:
             raise ValueError(
                 f"`{call}(step={step})` came after `close`, or after the end of the "
                 "`with` block, which closes. Save before that, or open the directory "
                 f"again: `Checkpoints({self._directory.path!r})`."
             )
+        check_not_state(call, model)
         leaves, _ = named_leaves.flatten(call, model, state)
         arrays = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         for name, x in arrays.items():
@@ -261,7 +266,8 @@ class Checkpoints:
 
         `CheckpointError` if there is no such checkpoint, or what `wait` raises.
         """
-        call, step = "Checkpoints.delete", operator.index(step)
+        call = "Checkpoints.delete"
+        step = check_step(call, step)
         with self._mutex:
             self.wait()
             self._directory.check_deletable(call, step)
@@ -371,10 +377,10 @@ class Checkpoints:
             self._warn_of_later(call, latest)
             return latest
         folders = self._directory.folders()
-        if step is not None and operator.index(step) in folders:
-            missing = self._directory.missing(operator.index(step))
+        if step is not None and (number := check_step(call, step)) in folders:
+            missing = self._directory.missing(number)
             if missing is None:
-                return operator.index(step)
+                return number
             wrong = f"that of step {step} is not complete: it has no `{missing}`"
             if latest is None:
                 raise CheckpointError(

@@ -21,6 +21,8 @@ import optax
 import pytest
 
 import flashquinox as fq
+from flashquinox import exchange
+from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 
 pytestmark = pytest.mark.usefixtures("without_typechecker")
@@ -676,6 +678,28 @@ MODELS = {
         lambda: _optim.init(eqx.nn.Linear),
         _warns("`adamw(...).init`", "nothing to train"),
     ),
+    "NumPy bfloat16": (
+        lambda: _optim.step(
+            jtu.tree_map(np.asarray, _model), _state, jtu.tree_map(np.asarray, _grads)
+        ),
+        _works(_stepped),
+    ),
+    "float8 beside bfloat16": (
+        lambda: _optim.init(_with(_model, b=jnp.ones(5, jnp.float8_e4m3fn))),
+        _works(lambda state: state.moments["mu"]["b"] is None),
+    ),
+    "float8 alone": (
+        lambda: _optim.init({"w": jnp.ones((4, 64), jnp.float8_e4m3fn)}),
+        _warns("`adamw(...).init`", "nothing to train", "float8_e4m3fn[4,64]"),
+    ),
+    "complex alone": (
+        lambda: _optim.init({"w": jnp.ones(3, jnp.complex64)}),
+        _warns("`adamw(...).init`", "nothing to train", "complex64[3]"),
+    ),
+    "shapes": (
+        lambda: _optim.init(jax.eval_shape(lambda: _model)),
+        _warns("`adamw(...).init`", "nothing to train", "ShapeDtypeStruct"),
+    ),
     "NumPy": (
         lambda: _optim.init(jtu.tree_map(lambda x: np.ones(x.shape, "f"), _model)),
         _works(lambda state: state.moments["mu"]["w"].codes.shape == (4, 64)),
@@ -915,6 +939,22 @@ CALLS = {
         lambda: _optim.step(_model, _state, _with(_grads, b=None))[0]["b"],
         _works(lambda b: bool(jnp.all(b == 1))),
     ),
+    "of a Python number": (
+        lambda: _optim.step(
+            _with(_model, p=0.5),
+            _optim.init(_with(_model, p=0.5)),
+            _with(_grads, p=jnp.ones(())),
+        ),
+        _type_error(_step_call, "`['p']`", "float, is not trained"),
+    ),
+    "of integers": (
+        lambda: _optim.step(
+            _with(_model, n=jnp.arange(3)),
+            _optim.init(_with(_model, n=jnp.arange(3))),
+            _with(_grads, n=jnp.ones(3)),
+        ),
+        _type_error(_step_call, "`['n']`", "int32, is not trained"),
+    ),
     "NaN": (
         lambda: _optim.step(_model, _state, jtu.tree_map(lambda x: x * np.nan, _grads)),
         _works(lambda result: bool(jnp.all(jnp.isnan(result[0]["w"])))),
@@ -996,6 +1036,16 @@ CALLS = {
     "state of bfloat16 weights, weights of float32": (
         lambda: _optim.step(fq.cast(_model, jnp.float32), _state, _grads),
         _value_error(_step_call, "float32", "int8 correction", "`init`"),
+    ),
+    "state that is cast": (
+        lambda: _optim.step(
+            _model, jtu.tree_map(lambda x: x.astype(jnp.float32), _state), _grads
+        ),
+        _type_error(_step_call, "float32", "must be int32", "`init`"),
+    ),
+    "state of None": (
+        lambda: _optim.step(_model, jtu.tree_map(lambda x: None, _state), _grads),
+        _type_error(_step_call, "None", "int32", "`init`"),
     ),
     "state of an ensemble": (
         lambda: _optim.step(_model, _vmapped_init(), _grads),
@@ -1156,6 +1206,89 @@ OTHERS = {
     ),
 }
 
+FILES = {
+    "save_safetensors(model, path)": (
+        lambda: exchange.save_safetensors(_model, "model"),
+        _type_error("`save_safetensors(path, ...)`", "takes a path", "{'w'"),
+    ),
+    "save_safetensors(path, state, model)": (
+        lambda: exchange.save_safetensors("model", _state, _model),
+        _type_error("`save_safetensors`", "OptimizerState"),
+    ),
+    "save_safetensors of None": (
+        lambda: exchange.save_safetensors("model", None),
+        _type_error("`save_safetensors`", "is None"),
+    ),
+    "save_safetensors to a folder": (
+        lambda: exchange.save_safetensors(".", _model),
+        Raises(IsADirectoryError, ("`save_safetensors`", "is a folder")),
+    ),
+    "save_safetensors into no folder": (
+        lambda: exchange.save_safetensors("/nonexistent/x", _model),
+        Raises(FileNotFoundError, ("`save_safetensors`", "no folder /nonexistent")),
+    ),
+    "save_safetensors as integers": (
+        lambda: exchange.save_safetensors("model", _model, dtype=jnp.int8),
+        _type_error("`save_safetensors(dtype=...)`", "'int8'"),
+    ),
+    "load_safetensors(model, path)": (
+        lambda: exchange.load_safetensors(_model, "model"),
+        _type_error("`load_safetensors(path, ...)`", "takes a path", "{'w'"),
+    ),
+    "load_safetensors of a folder": (
+        lambda: exchange.load_safetensors(".", _model),
+        Raises(IsADirectoryError, ("`load_safetensors`", "is a folder")),
+    ),
+    "load_safetensors of nothing": (
+        lambda: exchange.load_safetensors("/nonexistent/x", _model),
+        Raises(FileNotFoundError, ("`load_safetensors`", "no file /nonexistent/x")),
+    ),
+    "load_safetensors of a text": (
+        lambda: exchange.load_safetensors(__file__, _model),
+        _value_error("`load_safetensors`", "damaged, or no safetensors file"),
+    ),
+    "from_optax(state, optax_state)": (
+        lambda: exchange.from_optax(_state, optax.adamw(1e-3).init(_model)),
+        _value_error("`from_optax`", "no `OptimizerState` in `state`"),
+    ),
+    "to_optax(optax_state, state)": (
+        lambda: exchange.to_optax(optax.adamw(1e-3).init(_model), _state),
+        _value_error("`to_optax`", "no `OptimizerState` in `state`"),
+    ),
+    "from_optax of another optimizer": (
+        lambda: exchange.from_optax(optax.sgd(0.1).init(_model), _state),
+        _value_error("`from_optax`", "no `ScaleByAdamState`"),
+    ),
+    "Checkpoints(None)": (
+        lambda: Checkpoints(None),
+        _type_error("`Checkpoints(directory, ...)`", "takes a path", "None"),
+    ),
+    "Checkpoints of a file": (
+        lambda: Checkpoints(__file__),
+        Raises(CheckpointError, ("is a file", "Pass a directory")),
+    ),
+    "Checkpoints that keep none": (
+        lambda: Checkpoints("x", max_to_keep=0),
+        _value_error("`Checkpoints(max_to_keep=...)`", "from 1", "got 0"),
+    ),
+    "Checkpoints.restore of nothing": (
+        lambda: Checkpoints("/nonexistent/x").restore(_model, _state),
+        Raises(CheckpointError, ("`Checkpoints.restore`", "there is no checkpoint")),
+    ),
+    "Checkpoints.save(model, state, step)": (
+        lambda: Checkpoints("x").save(_model, _state, 1),
+        _type_error("`Checkpoints.save(step=...)`", "an integer", "{'w'"),
+    ),
+    "Checkpoints.save(True, model, state)": (
+        lambda: Checkpoints("x").save(True, _model, _state),
+        _type_error("`Checkpoints.save(step=...)`", "an integer", "True"),
+    ),
+    "Checkpoints.save(step, state, model)": (
+        lambda: Checkpoints("x").save(1, _state, _model),
+        _type_error("`Checkpoints.save`", "the model comes before the state"),
+    ),
+}
+
 _TABLE = {
     f"{kind}: {name}": row
     for kind, rows in {
@@ -1165,12 +1298,14 @@ _TABLE = {
         "models": MODELS,
         "calls": CALLS,
         "others": OTHERS,
+        "files": FILES,
     }.items()
     for name, row in rows.items()
 }
 
 
 @pytest.mark.parametrize("name", _TABLE)
-def test_outcome(name):
+def test_outcome(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     call, outcome = _TABLE[name]
     outcome.check(call)

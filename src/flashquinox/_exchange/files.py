@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from .. import _checks as checks
+from .._call_checks import check_given
+from .._path_checks import check_is_file, check_path
 from .._split import decode_weight
 from .._states import open_states
 from .._target import is_key, Target
@@ -81,6 +83,8 @@ def save_safetensors(
     package = _package(call)
     if dtype is not None:
         dtype = checks.floating_dtype(f"{call}(dtype=...)", dtype)
+    check_path(call, "path", path)
+    check_given(call, model)
     if jax.process_index() == 0:
         _check_path(call, os.fspath(path))
     if state is None:
@@ -145,11 +149,14 @@ def load_safetensors(path: str | os.PathLike[str], like: Model) -> Model:
 
     `ValueError` if the file is damaged, or does not have these arrays, in these shapes
     and dtypes, and no others: the message lists what differs, and nothing is read.
-    `FileNotFoundError` if there is no such file; `ImportError` without the package
-    `safetensors`.
+    `FileNotFoundError` or `IsADirectoryError` if there is no such file; `ImportError`
+    without the package `safetensors`.
     """
     call = "load_safetensors"
     package = _package(call)
+    check_path(call, "path", path)
+    check_given(call, like)
+    check_is_file(call, path)
     leaves, rebuild = flatten(like)
     named = _named(call, leaves)
     targets = {
