@@ -853,20 +853,29 @@ def test_without_orbax(monkeypatch):
 #
 
 
-_FORMAT_1 = Path(__file__).parent / "data" / "checkpoint-format-1"
+_DATA = Path(__file__).parent / "data"
+# Each was written by the library of its time, with these arguments: the first one; one
+# of the first day, with moments as in the paper; one when there were curves to choose;
+# and one when manifests began to list files.
+_WRITTEN = {
+    "checkpoint-format-1": dict(master_weight_bits=24, moments="flashquinox"),
+    "checkpoint-format-1-paper": dict(master_weight_bits=32, moments="flashoptim"),
+    "checkpoint-format-1-curves": dict(
+        master_weight_bits=24, moments=("learned", "sqrt")
+    ),
+    "checkpoint-format-1-files": dict(master_weight_bits=24, moments="flashquinox"),
+}
 
 
-def _of_format_1():
+def _written(name):
     """What is stored in the repository: bits that follow from the order of the leaves
     alone."""
-    optim = fq.adamw(
-        1e-2,
-        **dict(master_weight_bits=24, moments="flashquinox", group_size=32),
-        backend="xla",
-    )
+    optim = fq.adamw(1e-2, **_WRITTEN[name], group_size=32, backend="xla")
     model = {"w": jnp.zeros((4, 64), jnp.bfloat16), "b": jnp.zeros(3)}
-    key = jax.random.PRNGKey(0)
-    state = (optim.init(model), key, np.zeros(2, np.int64), jnp.zeros((0, 2)))
+    state = optim.init(model)
+    if name == "checkpoint-format-1":
+        key = jax.random.PRNGKey(0)
+        state = (state, key, np.zeros(2, np.int64), jnp.zeros((0, 2)))
     leaves, structure = jtu.tree_flatten((model, state))
     for number, x in enumerate(leaves):
         bits = (np.arange(x.nbytes) * 89 + number) % 251
@@ -875,22 +884,26 @@ def _of_format_1():
     return structure.unflatten(leaves)
 
 
-def test_format_1(tmp_path):
-    stored = _of_format_1()
+@pytest.mark.parametrize("name", _WRITTEN)
+def test_what_was_ever_written(name, tmp_path):
+    stored = _written(name)
     like = jtu.tree_map(
         lambda x: (np if isinstance(x, np.ndarray) else jnp).zeros_like(x), stored
     )
-    shutil.copytree(_FORMAT_1, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(_DATA / name, tmp_path, dirs_exist_ok=True)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.all_steps() == [1]
         assert tree_identical(checkpoints.restore(*like), stored)
+        # Complete ones only: of before manifests listed files, by what must be there.
+        (tmp_path / "1" / "arrays" / "manifest.ocdbt").unlink()
+        assert checkpoints.all_steps() == []
 
 
-def write_format_1(directory):
-    """`python -m tests.test_checkpoint write_format_1 DIRECTORY` wrote it, once. A
-    checkpoint of a later format goes beside it."""
+def write(name, directory):
+    """`python -m tests.test_checkpoint write NAME DIRECTORY` wrote them, once. One of a
+    later format goes beside them."""
     with Checkpoints(directory) as checkpoints:
-        checkpoints.save(1, *_of_format_1())
+        checkpoints.save(1, *_written(name))
 
 
 #

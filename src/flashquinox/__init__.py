@@ -20,6 +20,7 @@ from ._decay_mask import decay_mask as decay_mask
 from ._fsdp import fsdp_shardings as fsdp_shardings
 from ._layered import LayeredLoss as LayeredLoss
 from ._moment_codecs import MomentCodecs as MomentCodecs
+from ._moments import map_moments as map_moments
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._rule import AbstractRule as AbstractRule
 from ._rules.adam import Adam as Adam, adam as adam, adamw as adamw

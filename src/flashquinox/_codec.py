@@ -224,6 +224,36 @@ class QuantMoment(eqx.Module):
         )
         return layout.untile(tile)
 
+    def encode(self, values: Float[Array | np.ndarray, "*shape"]) -> "QuantMoment":
+        """A moment of these numbers, stored as this one is: by the same codec, in the
+        same groups, on the same devices. Codes and scales are rounded to nearest, so
+        that equal numbers give equal bits. Of this moment, nothing but its form counts.
+
+        A first moment of 0 is stored as 0. A second moment has no code for 0 in a group
+        with other numbers: 0 becomes the lowest code of the group, at least 15 powers
+        of two below the largest. See [`flashquinox.map_moments`][] for moments of a
+        whole state.
+
+        **Arguments:**
+
+        - `values`: floating-point numbers of the shape of `codes`: finite, and at least
+            0 where `codes` are unsigned, as those of averages of squares are.
+
+        **Returns:**
+
+        The new moment.
+
+        **Raises:**
+
+        `TypeError` for other dtypes; `ValueError` for other shapes, and for numbers
+        that cannot be stored (where values are traced, an error when they are
+        computed). Of an ensemble made by `vmap`, encode the members under `jax.vmap`.
+        """
+        # That needs this class.
+        from ._moments import encode
+
+        return encode(self, values)
+
 
 StoredMoment = QuantMoment | Float[Array, "..."]
 

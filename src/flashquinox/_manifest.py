@@ -255,6 +255,11 @@ def _hint(name: str) -> str:
             "checkpoint, for the same model; or pass a state of `None` to restore the "
             "weights alone."
         )
+    if name.startswith("state"):
+        return (
+            " Pass a state like the one that was saved; or `None` to restore the "
+            "weights alone."
+        )
     return " Pass a model and a state like those that were saved."
 
 

@@ -103,7 +103,7 @@ def match(
 
     `ValueError` with the first path that only one of the two trees has.
     """
-    given = flatten(_without_masked(tree))[0]
+    given = flatten(without_masked(tree))[0]
     entries = {leaf.unwrapped: leaf.value for leaf in given}
     unused = set(entries)
     values = []
@@ -134,7 +134,8 @@ def match(
     return values
 
 
-def _without_masked(tree: PyTree) -> PyTree:
+def without_masked(tree: PyTree) -> PyTree:
+    """A tree with `None` in place of each `optax.MaskedNode`."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     return jtu.tree_map(
         lambda x: None if is_masked(x) else x,

@@ -28,6 +28,9 @@ _KNOWN = {ARRAYS, MANIFEST, _ORBAX_FILE, "commit_success.txt"}
 _DELETED = ".deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
+# Of addresses: what Orbax and tensorstore both know.
+_SCHEMES = ("gs://", "s3://")
+
 # Orbax looks for its files by `glob`, and tensorstore takes `\` for `/`.
 _MISREAD = "*?[" + ("\\" if os.sep == "/" else "")
 
@@ -191,6 +194,16 @@ def _checked(directory: str | os.PathLike[str]) -> str:
                 '"checkpoints".'
             )
         path = os.path.abspath(os.path.expanduser(path))
+    if not _is_local(path) and not path.startswith(_SCHEMES):
+        raise CheckpointError(
+            f"`{call}`: this is the address of a store that Orbax does not know. Pass "
+            f"a path, or an address that begins with {' or '.join(_SCHEMES)}."
+        )
+    if "\0" in path or not _is_text(path):
+        raise CheckpointError(
+            f"`{call}`: the path has characters in it that file systems, or Orbax, "
+            "cannot take. Use a directory without."
+        )
     misread = [c for c in path if c in _MISREAD]
     if misread:
         raise CheckpointError(
@@ -199,7 +212,7 @@ def _checked(directory: str | os.PathLike[str]) -> str:
         )
     if not _is_local(path):
         return path.rstrip("/")
-    if os.path.exists(path) and not os.path.isdir(path):
+    if os.path.lexists(path) and not os.path.isdir(path):
         raise CheckpointError(
             f"`{call}` is a file. Pass a directory: it holds one folder for each step."
         )
@@ -217,6 +230,15 @@ def _is_of_another(listed: dict[str, Any], present: Iterable[str]) -> bool:
     there is none that it does not list."""
     names = (name for name in present if name.startswith(f"{ARRAYS}/"))
     return any(n not in listed and "/." not in n for n in names)
+
+
+def _is_text(path: str) -> bool:
+    """Whether it can be written in UTF-8: not if Python read it from other bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_local(path: str) -> bool:

@@ -15,7 +15,11 @@ except ImportError:
     fcntl = None
 
 
-def lock(call: str, directory: str, timeout: float = 600.0) -> Callable[[], None]:
+# Seconds.
+_TIMEOUT = 600.0
+
+
+def lock(call: str, directory: str) -> Callable[[], None]:
     """Waits until no other writer has the directory, and takes it. The lock ends with
     the process, however that ends. Where there are none, as in stores by address, this
     does nothing.
@@ -32,7 +36,7 @@ def lock(call: str, directory: str, timeout: float = 600.0) -> Callable[[], None
         # What is wrong will be said when files are written.
         return lambda: None
     unlock = functools.partial(fcntl.flock, file, fcntl.LOCK_UN)
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + _TIMEOUT
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +46,7 @@ def lock(call: str, directory: str, timeout: float = 600.0) -> Callable[[], None
                 os.close(file)
                 raise CheckpointError(
                     f"`{call}`: another `Checkpoints` has been writing to {directory} "
-                    f"for {timeout:.0f} seconds, in this process or another one. End "
+                    f"for {_TIMEOUT:.0f} seconds, in this process or another one. End "
                     "that, or use another directory."
                 ) from None
             time.sleep(0.02)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Float32, Integer, PyTree
 
 from .. import _manifest as manifests
 from .._codec import QuantMoment
@@ -46,23 +46,21 @@ class Wanted:
             origins = sources(call, where, arrays, self._likes)
             of_interest = {name: x for name, x in arrays.items() if is_of_model(name)}
         likes = {
-            origin.name: self._likes[name]
-            if origin.correction is None
-            else as_stored(self._likes[name], arrays[origin.name])
+            origin.name: as_stored(self._likes[name], arrays[origin.name])
+            if origin.widened
+            else self._likes[name]
             for name, origin in origins.items()
         }
         regrouped = manifests.check(
             call, where, of_interest, contents["moments"], likes, self._moments
         )
         shardings, stored = {}, {}
-        for name, (weight, correction) in origins.items():
+        for name, origin in origins.items():
             target = self._targets[name]
-            shardings[weight] = target.sharding_of_read(correction is not None)
-            stored[weight] = jax.ShapeDtypeStruct(target.shape, target.dtype)
-            for part in (weight, correction) if correction is not None else ():
-                shardings[part] = shardings[weight]
-                dtype = jnp.dtype(arrays[part]["dtype"])
-                stored[part] = jax.ShapeDtypeStruct(target.shape, dtype)
+            for part in filter(None, (origin.name, origin.correction)):
+                shardings[part] = target.sharding_of_read(automatic=origin.widened)
+                dtype = arrays[part]["dtype"] if origin.widened else target.dtype
+                stored[part] = jax.ShapeDtypeStruct(target.shape, jnp.dtype(dtype))
         for name in regrouped:
             codes, scales = parts(name)
             shardings[codes] = self._targets[codes].sharding_of_read(automatic=True)
@@ -90,11 +88,12 @@ class Wanted:
                     read[codes], read[scales], groups, like, parameter
                 )
         new = {}
-        for name, (weight, correction) in plan.origins.items():
-            x, like = read[weight], self._likes[name]
-            if correction is not None:
-                pair = [x, read[correction]]
-                x = compute_like(self._call, name, _decode, pair, [like, like])
+        for name, origin in plan.origins.items():
+            x, like = read[origin.name], self._likes[name]
+            if origin.widened:
+                correction = [read[origin.correction]] if origin.correction else []
+                pair, likes = [x, *correction], [like, *(like for _ in correction)]
+                x = compute_like(self._call, name, _decode, pair, likes)
             new[name] = self._targets[name].put(x)
         return self._rebuild([new.get(x.name, x.value) for x in self._leaves])
 
@@ -122,4 +121,8 @@ class Plan:
         return next((name for name in found if found[name] != self.digests[name]), None)
 
 
-_decode = jax.jit(decode_weight)
+@jax.jit
+def _decode(
+    weight: Float[Array, "*shape"], correction: Integer[Array, "*shape"] | None = None
+) -> Float32[Array, "*shape"]:
+    return decode_weight(weight, correction)

@@ -14,7 +14,9 @@ class Source(NamedTuple):
     """The names of the arrays that a leaf is restored from."""
 
     name: str
-    # That makes a float32 master weight of a narrower one.
+    # Whether a narrower weight becomes a float32 master weight; and if it has one, its
+    # correction.
+    widened: bool = False
     correction: str | None = None
 
 
@@ -41,7 +43,10 @@ def sources(
         if name not in arrays:
             candidates = others.get(_without_wraps(name), [])
             source = candidates[0] if len(candidates) == 1 else name
-        found[name] = Source(source, _correction(call, where, arrays, source, like))
+        found[name] = Source(source)
+        if _is_widened(arrays.get(source), like):
+            correction = _correction(call, where, arrays, source)
+            found[name] = Source(source, True, correction)
     return found
 
 
@@ -54,13 +59,14 @@ def as_stored(like: Any, description: dict[str, Any]) -> Any:
     return jax.ShapeDtypeStruct(np.shape(like), description["dtype"])
 
 
-def _correction(
-    call: str, where: str, arrays: dict[str, Any], name: str, like: Any
-) -> str | None:
-    stored = arrays.get(name)
+def _is_widened(stored: dict[str, Any] | None, like: Any) -> bool:
     narrow = ("bfloat16", "float16")
-    if stored is None or stored["dtype"] not in narrow or str(like.dtype) != "float32":
-        return None
+    wide = str(like.dtype) == "float32"
+    return wide and stored is not None and stored["dtype"] in narrow
+
+
+def _correction(call: str, where: str, arrays: dict[str, Any], name: str) -> str | None:
+    stored = arrays[name]
     corrections = [other for other in arrays if re.search(r"\bcorrections\b", other)]
     path = name.removeprefix("model")
     own = [other for other in corrections if other.endswith(f".corrections{path}")]

@@ -75,6 +75,7 @@ def save_safetensors(
     **Raises:**
 
     `FileNotFoundError` or `IsADirectoryError` if there can be no file at `path`;
+    `OSError` if it cannot be written, as on a full disk: a file that was there is left;
     `TypeError` if an array has no value, or a dtype that these files do not have;
     `ValueError` if two leaves have the same path, or the state is not one of this
     model; `ImportError` without the package `safetensors`.
@@ -112,8 +113,14 @@ def save_safetensors(
             )
         arrays[name] = _to_host(x)
     if jax.process_index() == 0:
-        with _complete_or_absent(os.fspath(path)) as temporary:
-            package.numpy.save_file(arrays, temporary)
+        try:
+            with _complete_or_absent(os.fspath(path)) as temporary:
+                package.numpy.save_file(arrays, temporary)
+        except (OSError, package.SafetensorError) as error:
+            raise OSError(
+                f"`{call}`: {os.fspath(path)} could not be written ({error}). If there "
+                "was such a file, it is as it was."
+            ) from error
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{call}: {path}")
 
