@@ -1,6 +1,8 @@
 """Moments edited as numbers: encoded as they were stored, and training goes on as it
 does in Optax."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -234,7 +236,7 @@ def test_reset_neurons_train_as_in_optax(trained):
             )
             for key in ("mu", "nu")
         }
-        theirs = reference.init(weights)
+        theirs: Any = reference.init(weights)
         theirs = (theirs[0]._replace(count=state.count, **now), *theirs[1:])
         grads = _grads(model, 99)
         step = eqx.filter_jit(optim.step)
