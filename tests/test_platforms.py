@@ -54,6 +54,33 @@ def test_import_and_step_without(part):
     assert done.stdout.split() == expected
 
 
+_FIRST_STEPS = """
+import sys, jax, jax.numpy as jnp, flashquinox as fq
+assert not any(name.startswith("jax.experimental.pallas") for name in sys.modules)
+params = {"w": jnp.ones((64, 64))}
+optim = fq.sgd(1e-2)
+state, traces = optim.init(params), []
+
+def step(params, state):
+    traces.append(params)
+    return optim.step(params, state, params)
+
+step = jax.jit(step)
+for _ in range(2):
+    params, state = step(params, state)
+print(len(traces))
+"""
+
+
+def test_the_first_step_is_traced_once():
+    """Kernels are not imported while it is."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_STEPS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
+
+
 _DEVICES = {"gpu": ("NVIDIA H100 80GB HBM3", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
 
 

@@ -141,6 +141,8 @@ def check_backend(call: str, backend: Any) -> Backend:
     if isinstance(backend, str) and backend in BACKENDS:
         if backend in ("gpu", "tpu"):
             platforms.require(call, backend)
+        elif backend == "auto":
+            platforms.load()
         return backend
     names = ", ".join(repr(name) for name in BACKENDS)
     raise ValueError(

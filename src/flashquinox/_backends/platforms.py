@@ -1,7 +1,10 @@
 """For which platform a program is traced, and whether its kernels are there.
 
-Kernels are imported when they are first used: they need parts of JAX that are
-experimental, which other versions of it may not have.
+Kernels are imported when the first optimizer is built that may take them, and not with
+this library: they need parts of JAX that are experimental, which other versions of it
+may not have. Nor are they imported later, in the middle of a program that is traced:
+Pallas adds settings to those by which JAX finds what it has compiled, and everything
+would be compiled twice.
 """
 
 import functools
@@ -28,6 +31,13 @@ def kernels(name: Kernels, warn: bool = True) -> ModuleType | None:
     if backend is None and warn:
         _warn_of_plain_xla(name, reason)
     return backend
+
+
+def load() -> None:
+    """Imports what there is. Asks for no device: an optimizer may be built before
+    `jax.distributed.initialize`."""
+    for name in _NEEDED:
+        _imported(name)
 
 
 def require(call: str, name: Kernels) -> None:
