@@ -122,16 +122,14 @@ def _rnn_loss(model, state, key, dtype):
 class _Block(eqx.Module):
     norms: list[eqx.nn.LayerNorm]
     attention: eqx.nn.MultiheadAttention
-    mlp: eqx.nn.MLP
+    linear: eqx.nn.Linear
     dropout: eqx.nn.Dropout
 
     def __init__(self, size, key):
         keys = jr.split(key)
         self.norms = [eqx.nn.LayerNorm(size), eqx.nn.LayerNorm(size)]
         self.attention = eqx.nn.MultiheadAttention(2, size, key=keys[0])
-        self.mlp = eqx.nn.MLP(
-            size, size, 2 * size, 1, activation=jax.nn.gelu, key=keys[1]
-        )
+        self.linear = eqx.nn.Linear(size, size, key=keys[1])
         self.dropout = eqx.nn.Dropout(0.1)
 
     def __call__(self, x, key):
@@ -139,7 +137,7 @@ class _Block(eqx.Module):
         y = jax.vmap(self.norms[0])(x)
         x = x + self.dropout(self.attention(y, y, y), key=keys[0])
         y = jax.vmap(self.norms[1])(x)
-        return x + self.dropout(jax.vmap(self.mlp)(y), key=keys[1])
+        return x + self.dropout(jax.nn.gelu(jax.vmap(self.linear)(y)), key=keys[1])
 
 
 class _Bert(eqx.Module):
