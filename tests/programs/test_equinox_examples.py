@@ -122,7 +122,6 @@ def test_learns_as_with_optax(name, narrow):
     expected = _losses_of_optax(name)
     learned = expected[0] - expected[-1]
     difference = np.max(np.abs(np.subtract(losses, expected))) / learned
-    print(name, narrow, expected[0], expected[-1], difference)
     assert learned > 0.05 * expected[0]
     # Logits in bfloat16, and moments of 8 bits.
     assert difference <= 0.1
