@@ -52,7 +52,7 @@ def test_numpyro():
 
 @pytest.mark.parametrize("name", _OURS)
 def test_optimistix(name):
-    """The minimum of a quadratic function of a pytree, with a whole group of moments."""
+    """The minimum of a quadratic function of a pytree, with whole groups of moments."""
     optx = pytest.importorskip("optimistix", exc_type=ImportError)
     target = {"a": jr.normal(jr.key(0), (8, 32)), "b": jnp.ones(3)}
     start = jax.tree.map(jnp.zeros_like, target)
