@@ -1,3 +1,5 @@
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -125,12 +127,55 @@ def test_inject_hyperparams_with_a_schedule():
     assert _close(found, expected)
 
 
-def test_inject_hyperparams_of_bfloat16():
-    # 0.999 rounds to 1 in bfloat16, in which Optax keeps the numbers of bfloat16
-    # weights.
-    optim = optax.inject_hyperparams(fq.adamw)(learning_rate=1e-2)
-    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
-        optim.init(weights(*_names))
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd", "sgdw"])
+def test_inject_hyperparams_of_bfloat16(name):
+    """Defaults are no part of the state, in which 0.999 would be 1. What is passed is
+    rounded to the dtype of the weights, but for arrays of another one."""
+    make = getattr(fq, name)
+    params, grads = weights(*_names), weights(*_names, seed=1)
+    for given, rate in (
+        (1e-2, float(jnp.bfloat16(1e-2))),
+        (jnp.asarray(1e-2, jnp.float32), 1e-2),
+    ):
+        optim = optax.inject_hyperparams(make)(learning_rate=given)
+        state = optim.init(params)
+        assert set(state.hyperparams) == {"learning_rate"}
+        found, state = optim.update(grads, state, params)
+        plain = make(rate)
+        expected, expected_state = plain.update(grads, plain.init(params), params)
+        assert _close(found, expected)
+        assert _same_moments(state.inner_state, expected_state)
+
+
+def _same_moments(state, expected):
+    # Of two programs, of which one has a number as a constant.
+    codes = (jtu.tree_leaves(x.moments) for x in (state, expected))
+    return all(
+        np.mean(np.asarray(x) != np.asarray(y)) < 0.01
+        for x, y in zip(*codes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rate", ["b1", "b2"])
+def test_decay_rates_of_bfloat16(rate):
+    """Any of them is too far from what it was."""
+    optim = optax.inject_hyperparams(fq.adamw)(learning_rate=1e-2, **{rate: 0.9})
+    for init in (optim.init, jax.jit(optim.init)):
+        with pytest.raises(
+            ValueError, match=rf"{rate}=.*hyperparam_dtype=jnp\.float32"
+        ):
+            init(weights(*_names))
+    optim = optax.inject_hyperparams(fq.adamw)(
+        learning_rate=1e-2, **{rate: jnp.asarray(0.9, jnp.float32)}
+    )
+    optim.init(weights(*_names))
+
+
+def test_defaults_are_what_they_look_like():
+    parameters = inspect.signature(fq.adamw).parameters
+    shown = {name: repr(parameters[name].default) for name in ("b1", "b2", "eps")}
+    assert shown == {"b1": "0.9", "b2": "0.999", "eps": "1e-08"}
+    assert parameters["nesterov"].default is False
 
 
 def test_masked():

@@ -19,6 +19,7 @@ from ._curves import (
 from ._decay_mask import decay_mask as decay_mask
 from ._fsdp import fsdp_shardings as fsdp_shardings
 from ._layered import LayeredLoss as LayeredLoss
+from ._map_params import map_params as map_params
 from ._moment_codecs import MomentCodecs as MomentCodecs
 from ._moments import map_moments as map_moments
 from ._optimizer import Optimizer as Optimizer, optimizer as optimizer

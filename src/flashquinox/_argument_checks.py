@@ -25,6 +25,7 @@ from ._number_checks import (
 )
 from ._rule import AbstractRule
 from ._rule_checks import check_rule
+from ._split import NARROW_DTYPES
 from ._text import function_name, shown
 
 
@@ -55,6 +56,8 @@ def check_hyperparameters(
                 "have. Its names are those of fields."
             )
         check_in_range(call, name, getattr(rule, name), low, high)
+        if high <= 1:
+            _check_exact(call, name, getattr(rule, name))
     for name, value in (
         ("learning_rate", learning_rate),
         ("weight_decay", weight_decay),
@@ -64,6 +67,16 @@ def check_hyperparameters(
         else:
             check_in_range(call, name, value, 0.0, math.inf)
     check_rule(call, rule)
+
+
+def _check_exact(call: str, name: str, value: Any) -> None:
+    """Of a decay rate, what counts is how far it is from 1."""
+    if isinstance(value, jax.Array) and value.dtype in NARROW_DTYPES:
+        raise ValueError(
+            f"`{call}({name}=...)` arrived as {value.dtype}, in which 0.9 is 0.898 and "
+            "0.999 is 1: with `optax.inject_hyperparams`, pass "
+            "`hyperparam_dtype=jnp.float32`, or leave it out."
+        )
 
 
 def check_peak(
@@ -112,7 +125,7 @@ def check_mask(call: str, mask: Any, weight_decay: Any) -> None:
         warnings.warn(
             f"`{call}(mask=...)` has no effect: the mask says which weights decay, and "
             "`weight_decay` is 0. Pass `weight_decay=...`, or leave the mask out.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

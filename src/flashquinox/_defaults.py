@@ -1,13 +1,18 @@
 """Defaults that more than one file needs."""
 
 import enum
-from typing import Literal, TypeAlias
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Array
 
 
 Integer: TypeAlias = int | np.integer
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 # As the argument `master_weight_bits`.
 Bits: TypeAlias = Integer | Array | Literal["auto"] | None
 
@@ -31,3 +36,43 @@ class Unknown(enum.Enum):
 
 # `master_weight_bits` as the engine has it.
 StaticBits: TypeAlias = int | Literal["auto"] | Unknown | None
+
+
+class _Default:
+    """A number that is the default of an argument."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def with_static_defaults(
+    function: Callable[_Parameters, _Result],
+) -> Callable[_Parameters, _Result]:
+    """A function whose defaults `optax.inject_hyperparams` leaves alone: it looks them
+    up in the signature, and makes arrays of what it knows as numbers. In the dtype of
+    bfloat16 weights, 0.999 would be 1.
+    """
+    signature = inspect.signature(function)
+
+    def hidden(parameter: inspect.Parameter) -> inspect.Parameter:
+        # Booleans and NumPy's integers stay what they are.
+        if type(parameter.default) not in (int, float):
+            return parameter
+        return parameter.replace(default=_Default(parameter.default))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(
+            *map(_value, args), **{name: _value(x) for name, x in kwargs.items()}
+        )
+
+    parameters = map(hidden, signature.parameters.values())
+    call.__signature__ = signature.replace(parameters=list(parameters))  # pyright: ignore
+    return call
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, _Default) else argument

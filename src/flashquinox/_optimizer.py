@@ -6,7 +6,13 @@ from jaxtyping import Array, PyTree, ScalarLike
 from . import _argument_checks as arguments, _checks as checks
 from ._backends.dispatch import Backend
 from ._checksums import check_verify_weights, Verify
-from ._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from ._defaults import (
+    Bits,
+    GROUP_SIZE,
+    Integer,
+    MASTER_WEIGHT_BITS,
+    with_static_defaults,
+)
 from ._method import Method
 from ._moment_codecs import MomentCodecs
 from ._optimizer_text import optimizer_text
@@ -97,6 +103,7 @@ def transformation_of(optim: Optimizer) -> Transformation:
     return cast(Any, optim.update).module
 
 
+@with_static_defaults
 def optimizer(
     rule: AbstractRule,
     learning_rate: ScalarOrSchedule,

@@ -4,7 +4,13 @@ from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._checksums import Verify
-from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from .._defaults import (
+    Bits,
+    GROUP_SIZE,
+    Integer,
+    MASTER_WEIGHT_BITS,
+    with_static_defaults,
+)
 from .._moment_codecs import MomentCodecs
 from .._number_checks import check_flag
 from .._optimizer import build_optimizer, Optimizer
@@ -92,6 +98,7 @@ def _bias_correction(decay: ScalarLike, count: Scalar) -> Scalar:
     return -jnp.expm1(count * jnp.log1p(jnp.asarray(decay - 1, count.dtype)))
 
 
+@with_static_defaults
 def adamw(
     learning_rate: ScalarOrSchedule,
     b1: ScalarLike = 0.9,
@@ -172,6 +179,7 @@ def adamw(
     )
 
 
+@with_static_defaults
 def adam(
     learning_rate: ScalarOrSchedule,
     b1: ScalarLike = 0.9,

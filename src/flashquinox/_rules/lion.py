@@ -3,7 +3,13 @@ from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._checksums import Verify
-from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from .._defaults import (
+    Bits,
+    GROUP_SIZE,
+    Integer,
+    MASTER_WEIGHT_BITS,
+    with_static_defaults,
+)
 from .._moment_codecs import MomentCodecs
 from .._optimizer import build_optimizer, Optimizer
 from .._rule import AbstractRule, MomentKind
@@ -66,6 +72,7 @@ class Lion(AbstractRule):
         return scalars["step"] * jnp.sign(direction), {"mu": mu}
 
 
+@with_static_defaults
 def lion(
     learning_rate: ScalarOrSchedule,
     b1: ScalarLike = 0.9,

@@ -5,7 +5,13 @@ from jaxtyping import Array, Float, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._checksums import Verify
-from .._defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
+from .._defaults import (
+    Bits,
+    GROUP_SIZE,
+    Integer,
+    MASTER_WEIGHT_BITS,
+    with_static_defaults,
+)
 from .._moment_codecs import MomentCodecs
 from .._number_checks import check_flag, check_number, is_zero
 from .._optimizer import build_optimizer, Optimizer
@@ -74,6 +80,7 @@ class SGD(AbstractRule):
         return scalars["step"] * direction, {"trace": trace}
 
 
+@with_static_defaults
 def sgd(
     learning_rate: ScalarOrSchedule,
     momentum: ScalarLike | None = None,
@@ -144,6 +151,7 @@ def sgd(
     )
 
 
+@with_static_defaults
 def sgdw(
     learning_rate: ScalarOrSchedule,
     momentum: ScalarLike | None = None,
