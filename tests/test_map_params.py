@@ -118,5 +118,5 @@ def test_state_goes_where_the_weights_are():
 
 def test_specs_of_another_structure():
     optim = fq.adamw(1e-3)
-    with pytest.raises(ValueError, match="'b'|keys"):
+    with pytest.raises(ValueError, match=r"'b'|keys"):
         fq.map_params(optim, lambda _, s: s, optim.init(_params), {"w": "spec"})

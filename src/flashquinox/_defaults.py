@@ -64,10 +64,9 @@ def with_static_defaults(
         return parameter.replace(default=_Default(parameter.default))
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(
-            *map(_value, args), **{name: _value(x) for name, x in kwargs.items()}
-        )
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        known: Any = {name: _value(x) for name, x in kwargs.items()}
+        return function(*map(_value, args), **known)  # pyright: ignore
 
     parameters = map(hidden, signature.parameters.values())
     call.__signature__ = signature.replace(parameters=list(parameters))  # pyright: ignore
