@@ -14,6 +14,7 @@ from ._number_checks import check_flag
 from ._selection import children, Selection, Selectors
 from ._state import OptimizerState
 from ._trees import is_array, Model
+from ._variables import is_statistic, with_values_of
 from ._widened import Widened
 
 
@@ -26,10 +27,10 @@ def cast(
     still: those in which there is nothing but indices into an `equinox.nn.State`, such
     as `equinox.nn.BatchNorm`, and every `equinox.nn.StatefulLayer` with such an index
     of its own, such as `equinox.nn.SpectralNorm`, which stays so with the layer in it.
-    So does what is in `keep`. An `equinox.nn.State` and a
-    [`flashquinox.OptimizerState`][] are left alone, as are numbers of 8 bits or fewer,
-    such as frozen float8 weights, which have scales elsewhere that would not fit any
-    more (to cast those, use `jax.tree.map`).
+    So do the `BatchStat`s of Flax NNX, and what is in `keep`. An `equinox.nn.State` and
+    a [`flashquinox.OptimizerState`][] are left alone, as are numbers of 8 bits or
+    fewer, such as frozen float8 weights, which have scales elsewhere that would not fit
+    any more (to cast those, use `jax.tree.map`).
 
     **Arguments:**
 
@@ -69,7 +70,9 @@ def cast(
             layer = cast_node(layer_path, node.layer, kept or narrow, True)
             return Widened(layer, dtype) if narrow and not wrapped else layer
         parts = children(node)
-        kept = kept or chosen or (narrow and _has_statistics(node))
+        kept = (
+            kept or chosen or (narrow and (is_statistic(node) or _has_statistics(node)))
+        )
         if parts is None:
             if not _is_floating(node):
                 return node
@@ -89,7 +92,7 @@ def cast(
 
     new = cast_node((), model, False, False)
     selection.check_used(model)
-    return new
+    return with_values_of(model, new)
 
 
 def _is_floating(x: Any) -> bool:
@@ -115,6 +118,8 @@ def _has_statistics(x: Any) -> bool:
     it normalizes beside it, and so looks like a model that counts its calls, but says
     that it is a stateful layer.
     """
+    if is_statistic(x):
+        return True
     if not isinstance(x, eqx.Module) or isinstance(x, eqx.nn.StateIndex):
         return False
     # Beside them, activation functions, numbers and modules without arrays are nothing.

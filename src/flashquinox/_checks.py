@@ -195,8 +195,8 @@ def has_state(call: str, state: Any, found: list[OptimizerState]) -> None:
         raise TypeError(
             f"`{call}`: there is no `flashquinox.OptimizerState` in the state, which "
             f"is a {type(state).__name__}. Pass what `init` or the previous step "
-            "returned, of an optimizer of this library or of a wrapper around one; the "
-            "model comes before it."
+            "returned, of an optimizer of this library or of a wrapper around one (the "
+            "`nnx.Optimizer` itself, not its `nnx.state`); the model comes before it."
         )
     for one in found:
         _dtypes.count_fits(call, one)

@@ -3,6 +3,7 @@ states of wrappers, such as those of `optax.chain` and `optax.partition`."""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
@@ -12,6 +13,7 @@ from . import _checks as checks
 from ._state import OptimizerState
 from ._trained import is_trainable, with_state
 from ._trees import flatten, Leaf, match, path_name
+from ._variables import has_variables
 
 
 class Found(NamedTuple):
@@ -116,16 +118,18 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
     leaves, rebuild = flatten(model)
     found = find(state)
     checks.has_state(call, state, found.values)
+    # Flax has no `None` for what a filter leaves out: it is not there.
+    of_leaves = partial(match, call, leaves=leaves, partial=has_variables(rebuild.tree))
     owners: list[int | None] = [None for _ in leaves]
     corrections: list[Any] = [None for _ in leaves]
     checksums: list[Any] = [None for _ in leaves]
     trained = [False for _ in leaves]
     for number, (path, one) in enumerate(zip(found.paths, found.values, strict=True)):
         name = f"state{path_name(path) if path else ''}"
-        own = match(call, f"{name}.corrections", one.corrections, leaves)
-        sums = match(call, f"{name}.checksums", one.checksums, leaves)
+        own = of_leaves(f"{name}.corrections", one.corrections)
+        sums = of_leaves(f"{name}.checksums", one.checksums)
         stored = {
-            key: match(call, f"{name}.moments[{key!r}]", moments, leaves)
+            key: of_leaves(f"{name}.moments[{key!r}]", moments)
             for key, moments in one.moments.items()
         }
         for index, is_mine in enumerate(with_state(leaves, stored, own)):

@@ -1,7 +1,7 @@
 """Pytrees that should look like the model, leaf by leaf and with their paths."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -11,7 +11,13 @@ import optax
 from jaxtyping import PyTree
 
 from ._codec import QuantMoment
-from ._variables import around_leaves, is_variable, like, without_variables
+from ._variables import (
+    around_leaves,
+    is_variable,
+    like,
+    take_apart,
+    without_variables,
+)
 from ._widened import Widened
 
 
@@ -57,15 +63,17 @@ def dotted_name(path: tuple[Any, ...]) -> str:
 class Rebuild:
     """A function from as many values as a tree has leaves to such a tree.
 
-    `state` makes of moments or corrections a tree that belongs into a state: Flax's
-    `Variable`s are in it around single arrays.
+    `tree` is the tree that has these leaves, and `put_together` makes what was given of
+    it: a module of Flax NNX is taken apart. `state` makes of moments or corrections a
+    tree that belongs into a state: Flax's `Variable`s are in it around single arrays.
     """
 
     tree: PyTree
     treedef: Any
+    put_together: Callable[[PyTree], PyTree]
 
     def __call__(self, values: list[Any]) -> PyTree:
-        return self.treedef.unflatten(values)
+        return self.put_together(self.treedef.unflatten(values))
 
     def state(self, values: list[Any]) -> PyTree:
         bare = without_variables(self.tree)
@@ -79,23 +87,30 @@ class Rebuild:
 def flatten(tree: PyTree) -> tuple[list[Leaf], Rebuild]:
     """The leaves of a tree in order, and a function from as many values to such a
     tree."""
+    tree, put_together = take_apart(tree)
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     wraps = set(_wraps((), tree))
     named = [
         Leaf(path, without_variables(value), _unwrapped(wraps, path))
         for path, value in leaves
     ]
-    return named, Rebuild(tree, treedef)
+    return named, Rebuild(tree, treedef, put_together)
 
 
 def match(
-    call: str, name: str, tree: PyTree, leaves: list[Leaf], prefix: bool = False
+    call: str,
+    name: str,
+    tree: PyTree,
+    leaves: list[Leaf],
+    prefix: bool = False,
+    partial: bool = False,
 ) -> list[Any]:
     """The entries of a tree, one for each leaf of the model, in the model's order.
 
     `None` in place of a subtree stands for `None` in all of it, as does the
     `optax.MaskedNode` by which Optax leaves out what another optimizer trains; with
-    `prefix`, so does any other value. Whether a layer is wrapped in a `Widened` makes
+    `prefix`, so does any other value. With `partial`, the tree may lack leaves, for
+    which there is `None`. Whether a layer is wrapped in a `Widened` makes
     no difference, in either tree: a float32 model has none where its bfloat16 copy
     does. Nor do Flax's `Variable`s.
 
@@ -109,7 +124,7 @@ def match(
     values = []
     for leaf in leaves:
         found = _find(entries, leaf.unwrapped, prefix)
-        if found is None and prefix and leaf.value is None:
+        if found is None and (partial or (prefix and leaf.value is None)):
             # What is said of a part of the model that is not there has no effect.
             values.append(None)
             continue

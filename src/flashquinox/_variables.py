@@ -9,6 +9,7 @@ Flax is never imported here: where there is none, no object is a `Variable`.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.tree_util as jtu
@@ -16,9 +17,55 @@ from jaxtyping import PyTree
 
 
 def is_variable(x: Any) -> bool:
+    return _is("Variable", x)
+
+
+def is_statistic(x: Any) -> bool:
+    """Whether this is a `Variable` for what is no weight, but a running average."""
+    return _is("BatchStat", x)
+
+
+def _is(name: str, x: Any) -> bool:
     # Missing while Flax is being imported.
-    variable = getattr(sys.modules.get("flax.nnx"), "Variable", None)
-    return variable is not None and isinstance(x, variable)
+    kind = getattr(sys.modules.get("flax.nnx"), name, None)
+    return kind is not None and isinstance(x, kind)
+
+
+def has_variables(tree: PyTree) -> bool:
+    return any(map(is_variable, jtu.tree_leaves(tree, is_leaf=is_variable)))
+
+
+def take_apart(model: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """A module of NNX as a tree of its `Variable`s, and a function from such a tree to
+    such a module. Of a `Variable` that is in several places, such as tied weights, the
+    tree has one, where JAX would see several. Any other tree is left as it is."""
+    if not _is("Module", model):
+        return model, lambda tree: tree
+    nnx = sys.modules["flax.nnx"]
+    graph, tree = nnx.split(model)
+    return tree, lambda tree: nnx.merge(graph, tree)
+
+
+def with_values_of(model: PyTree, other: PyTree) -> PyTree:
+    """A module like this one, with the values of another; or just the other, if this is
+    no module of NNX. Weights that are tied here may have come apart there: the widest
+    is taken."""
+    if not _is("Module", model):
+        return other
+    leaves, others = (jtu.tree_leaves(x, is_leaf=is_variable) for x in (model, other))
+    widest = {}
+    for leaf, new in zip(leaves, others, strict=True):
+        if id(leaf) not in widest or _bytes(new) > _bytes(widest[id(leaf)]):
+            widest[id(leaf)] = new
+    tree, put_together = take_apart(model)
+    return put_together(
+        jtu.tree_map(lambda x: widest[id(x)], tree, is_leaf=is_variable)
+    )
+
+
+def _bytes(variable: Any) -> int:
+    value = without_variables(variable)
+    return value.dtype.itemsize if hasattr(value, "dtype") else 0
 
 
 def without_variables(tree: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ from ._selection import chosen_leaves, Selection, Selectors
 from ._split import change_width, CORRECTION_DTYPES
 from ._states import open_states
 from ._trained import is_trainable
-from ._trees import State
+from ._trees import dotted_name, State
 
 
 def widen(model: PyTree, state: State, leaves: Selectors = None) -> State:
@@ -69,14 +69,15 @@ def _change(
 ) -> PyTree:
     opened = open_states(call, model, state)
     selection = Selection(call, "leaves", "*" if chosen is None else chosen)
-    paths = chosen_leaves(model, selection)
+    names = {dotted_name(path) for path in chosen_leaves(model, selection)}
     # What another optimizer trains, or none, is only meant where it is named.
     owned = any(owner is not None for owner in opened.owners)
     new: list[Any] = []
     for leaf, owner, correction in zip(
         opened.leaves, opened.owners, opened.corrections, strict=True
     ):
-        meant = leaf.path in paths and not (chosen is None and owned and owner is None)
+        named = dotted_name(leaf.path) in names
+        meant = named and not (chosen is None and owned and owner is None)
         taken = meant and is_trainable(leaf.value)
         if taken and jnp.finfo(leaf.value.dtype).bits < 32:
             checks.has_correction(call, leaf, correction)

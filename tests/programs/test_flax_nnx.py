@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import flashquinox as fq
+import flashquinox.checkpoint as fq_checkpoint
 
 from ..helpers import tree_identical
 
@@ -238,3 +239,107 @@ def test_without_an_nnx_optimizer():
     grads = jtu.tree_map(jnp.ones_like, params)
     stepped, _ = _lion.step(bare, nnx.as_pure(state), grads)
     assert jtu.tree_structure(stepped) == jtu.tree_structure(bare)
+
+
+class _Tied(nnx.Module):
+    """An embedding that is the last layer, too; and running statistics."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(40, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.last = nnx.Linear(16, 40, use_bias=False, rngs=rngs)
+        self.last.kernel = self.embed.embedding
+
+    def __call__(self, tokens):
+        x = self.drop(self.norm(self.embed(tokens)))
+        return self.embed.attend(x)
+
+
+@pytest.fixture(scope="module")
+def tied():
+    model = fq.cast(_Tied(nnx.Rngs(0)), jnp.bfloat16)
+    # Twice: a wrapper around this library's optimizer, too.
+    tx = optax.chain(optax.clip_by_global_norm(1.0), _lion)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: jnp.mean(model(jnp.arange(4)).astype(jnp.float32) ** 2)
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        step(model, optimizer)
+        step(model, optimizer)
+    return model, optimizer
+
+
+def _is_tied(model):
+    return model.last.kernel is model.embed.embedding
+
+
+def test_cast(tied):
+    model, _ = tied
+    assert _is_tied(model)
+    assert model.embed.embedding.dtype == model.norm.scale.dtype == jnp.bfloat16
+    # A running average would stand still.
+    assert model.norm.mean.dtype == model.norm.var.dtype == jnp.float32
+    kept = fq.cast(_Tied(nnx.Rngs(0)), jnp.bfloat16, keep=[nnx.BatchNorm, "embed.*"])
+    assert kept.norm.scale.dtype == kept.last.kernel.dtype == jnp.float32
+    assert _is_tied(kept)
+
+
+def test_master_weights(tied):
+    model, optimizer = tied
+    whole = fq.master_weights(model, optimizer)
+    assert _is_tied(whole)
+    found = whole.last.kernel[...]
+    assert found.dtype == jnp.float32
+    assert tree_identical(found.astype(jnp.bfloat16), model.last.kernel[...])
+    assert not tree_identical(found, model.last.kernel[...].astype(jnp.float32))
+    # Of the weights alone, and by the state alone.
+    params = nnx.state(model, nnx.Param)
+    weights = fq.master_weights(params, optimizer.opt_state)
+    assert tree_identical(nnx.state(whole, nnx.Param), weights)
+    # There and back.
+    edited = jtu.tree_map(lambda x: x * 2, weights)
+    new_params, new = fq.from_master_weights(edited, params, optimizer)
+    assert isinstance(new, nnx.Optimizer)
+    assert jtu.tree_structure(new) == jtu.tree_structure(optimizer)
+    again = fq.master_weights(new_params, new)
+    difference = again["embed"]["embedding"][...] - 2 * found
+    assert np.all(np.abs(difference) <= 2**-16 * np.abs(2 * found))
+
+
+def test_precision_of_an_nnx_optimizer(tied):
+    model, optimizer = tied
+    report = fq.check_numerics(model, optimizer, learning_rate=1e-2)
+    assert len(report.leaves) == 5
+    wide = fq.widen(model, optimizer, "embed.embedding")
+    assert jtu.tree_structure(wide) == jtu.tree_structure(optimizer)
+    corrections = wide.opt_state[1].corrections
+    assert corrections["embed"]["embedding"].dtype == jnp.int16
+    assert corrections["norm"]["bias"].dtype == jnp.int8
+    with pytest.raises(TypeError, match=r"the `nnx\.Optimizer` itself"):
+        fq.master_weights(model, nnx.state(optimizer))
+
+
+def test_checkpoints(tied, tmp_path):
+    model, optimizer = tied
+
+    def make():
+        model = fq.cast(_Tied(nnx.Rngs(1)), jnp.bfloat16)
+        return model, nnx.Optimizer(model, optimizer.tx, wrt=nnx.Param)
+
+    with fq_checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, model, optimizer)
+        restored = checkpoints.restore(*make())
+        shapes = checkpoints.restore(*nnx.eval_shape(make))
+        alone, _ = checkpoints.restore(_Tied(nnx.Rngs(1)), None)
+    for found in (restored, shapes):
+        assert _is_tied(found[0])
+        for kind in (nnx.Param, nnx.BatchStat, nnx.OptState):
+            expected = nnx.state((model, optimizer), kind)
+            assert tree_identical(nnx.state(found, kind), expected)
+    whole = fq.master_weights(model, optimizer)
+    assert tree_identical(nnx.state(alone, nnx.Param), nnx.state(whole, nnx.Param))

@@ -1,5 +1,6 @@
 """The leaves of a model and a state, by the names that they have in a checkpoint."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from .._digest import digest
 from .._manifest import CheckpointError
 from .._target import is_key
 from .._trees import flatten as flatten_moments
+from .._variables import take_apart
 
 
 class NamedLeaf(NamedTuple):
@@ -25,8 +27,14 @@ class NamedLeaf(NamedTuple):
 def flatten(call: str, model: PyTree, state: PyTree) -> tuple[list[NamedLeaf], Any]:
     """All leaves of the two trees, and a function from as many values to two such
     trees."""
+    model, put_together = take_apart(model)
     leaves, treedef = jtu.tree_flatten_with_path((model, state))
-    named = [NamedLeaf(_name(path), value) for path, value in leaves]
+    moments = {path for path, _ in _quant_moments(model, state)}
+    # An array of a moment may be in a `Variable` of Flax, which the name leaves out.
+    named = [
+        NamedLeaf(_name(path[:-1] if path[:-2] in moments else path), value)
+        for path, value in leaves
+    ]
     names = [leaf.name for leaf in named]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -34,17 +42,26 @@ def flatten(call: str, model: PyTree, state: PyTree) -> tuple[list[NamedLeaf], A
             f"`{call}`: two leaves are called `{twice}`. Give their containers keys "
             "that print differently."
         )
-    return named, treedef.unflatten
+
+    def rebuild(values: list[Any]) -> tuple[PyTree, PyTree]:
+        new_model, new_state = treedef.unflatten(values)
+        return put_together(new_model), new_state
+
+    return named, rebuild
 
 
 def quant_moments(model: PyTree, state: PyTree) -> dict[str, QuantMoment]:
     """The moments in the two trees, wherever they are."""
+    return {_name(path): moment for path, moment in _quant_moments(model, state)}
+
+
+def _quant_moments(
+    model: PyTree, state: PyTree
+) -> Iterator[tuple[tuple[Any, ...], QuantMoment]]:
     leaves, _ = flatten_moments((model, state))
-    return {
-        _name(leaf.path): leaf.value
-        for leaf in leaves
-        if isinstance(leaf.value, QuantMoment)
-    }
+    for leaf in leaves:
+        if isinstance(leaf.value, QuantMoment):
+            yield leaf.path, leaf.value
 
 
 def _name(path: tuple[Any, ...]) -> str:
