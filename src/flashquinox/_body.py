@@ -188,16 +188,7 @@ def advance(
     caller will round it.
     """
     master = decode_weight(weight, correction)
-    wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
-    wide_grad = wide_grad.astype(master.dtype)
-    shrunk = master
-    if scalars.decay is not None:
-        if structure.decoupled:
-            shrunk = scalars.decay * master
-        else:
-            wide_grad = wide_grad + scalars.decay * master
-    update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
-    new_master = shrunk + update
+    new_master, moments = move(structure, scalars, grad, master, moments)
     if keep_unmoved:
         # Arithmetic flushes subnormals to zero and loses the sign of -0.
         new_master = jnp.where(new_master == master, master, new_master)
@@ -210,6 +201,27 @@ def advance(
         update, held = _difference(new_master, new_weight, weight)
         return update, encode_correction(new_master, held, correction_dtype), moments
     return new_weight, new_correction, moments
+
+
+def move(
+    structure: StepStructure,
+    scalars: StepScalars,
+    grad: Float[Array, "*tile"],
+    master: Float[Array, "*tile"],
+    moments: dict[str, Float[Array, "*tile"]],
+) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
+    """The arithmetic of a step, without any rounding: the new master weight and the new
+    moments."""
+    wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
+    wide_grad = wide_grad.astype(master.dtype)
+    shrunk = master
+    if scalars.decay is not None:
+        if structure.decoupled:
+            shrunk = scalars.decay * master
+        else:
+            wide_grad = wide_grad + scalars.decay * master
+    update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
+    return shrunk + update, moments
 
 
 def _difference(

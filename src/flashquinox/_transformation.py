@@ -2,7 +2,7 @@
 take a step."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar, ScalarLike
 
 from . import _checks as checks, _sharding
 from ._argument_checks import check_max_norm, scheduled
-from ._backends import dispatch, reductions, sharded
+from ._backends import differentiable, dispatch, reductions, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, StepScalars, StepStructure, TileState
 from ._call_checks import (
@@ -422,7 +422,8 @@ class OpenedStep:
             for index, leaf, grad in zip(grads, old, arrived, strict=True)
         ]
         steps = sharded.learn(steps, divided)
-        for index, leaf in zip(grads, self._updated(old, steps, divided), strict=True):
+        updated = self._updated([*grads], old, steps, divided)
+        for index, leaf in zip(grads, updated, strict=True):
             self.write(index, leaf)
         return take
 
@@ -458,7 +459,7 @@ class OpenedStep:
                 numbers, old, arrived, learned, strict=True
             )
         ]
-        return self._updated(old, steps, shardings)
+        return self._updated(numbers, old, steps, shardings)
 
     def clip(
         self,
@@ -537,11 +538,15 @@ class OpenedStep:
 
     def _updated(
         self,
+        numbers: Sequence[int],
         old: list[LeafState],
         steps: list[LeafStep],
         shardings: list[NamedSharding | None],
     ) -> list[LeafState]:
-        updated = sharded.update_leaves(self.backend, steps, shardings)
+        names = [self.leaves[number].name for number in numbers]
+        updated = differentiable.update_leaves(
+            self.call, self.backend, names, steps, shardings
+        )
         return [
             LeafState(
                 new.weight,

@@ -83,7 +83,8 @@ def learn(
         chosen = [i for i in indices if _learns(steps[i], shardings[i])]
         if not chosen:
             continue
-        here = [steps[i] for i in chosen]
+        # What is fitted does not depend on anything that could be differentiated.
+        here = lax.stop_gradient([steps[i] for i in chosen])
         divided = tuple(shardings[i] for i in chosen)
         learned = _learn(mesh, divided, here)
         for i, parameters in zip(chosen, learned, strict=True):
