@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -136,6 +137,9 @@ class _Walk:
                 return arg
         if name.startswith("random_") or name in _RANDOM:
             return Crossed(f"`{name}` makes random numbers")
+        is_foreign = eqn.primitive is not getattr(lax, f"{name}_p", eqn.primitive)
+        if is_foreign:
+            return Crossed(f"`{name}` is a primitive that is not JAX's own")
         if name in _ELEMENTWISE or Replaceable.of(eqn.primitive) is not None:
             self.signature.append((name, *_numbers(eqn)))
             return _elementwise(eqn, args)

@@ -231,7 +231,7 @@ class Arithmetic:
             results = primitive.bind(*arrays, **params)
             return results if primitive.multiple_results else [results]
 
-        rule = rules.get(primitive.name)
+        rule = rules.get(primitive)
         if rule is not None:
             op = Operation(self, eqn, lambda: default()[0])
             value = rule(op, *operands)

@@ -270,20 +270,20 @@ COMPOSITIONS = {
     "polynomial": _polynomial,
 }
 RULES_OF_FLOATS = {
-    "div": _divide,
-    "sqrt": _take_root,
-    "sign": _take_sign,
-    "round": _round,
-    "mul": _multiply,
-    "add": _add,
+    lax.div_p: _divide,
+    lax.sqrt_p: _take_root,
+    lax.sign_p: _take_sign,
+    lax.round_p: _round,
+    lax.mul_p: _multiply,
+    lax.add_p: _add,
 }
 RULES_OF_BITS = {
-    "shift_right_logical": _shift,
-    "and": _mask,
-    "sub": _subtract,
-    "xor": _exclusive_or,
-    "bitcast_convert_type": _bitcast,
-    "convert_element_type": _convert,
+    lax.shift_right_logical_p: _shift,
+    lax.and_p: _mask,
+    lax.sub_p: _subtract,
+    lax.xor_p: _exclusive_or,
+    lax.bitcast_convert_type_p: _bitcast,
+    lax.convert_element_type_p: _convert,
 }
 
 
