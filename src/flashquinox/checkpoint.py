@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import Any, overload, SupportsIndex
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from ._call_checks import check_not_state
 from ._manifest import CheckpointError as CheckpointError
 from ._path_checks import check_path, check_step
 from ._place import no_mesh
-from ._trees import is_array
+from ._trees import is_array, Model, State
 
 
 try:
@@ -170,6 +170,16 @@ class Checkpoints:
                 target=self._finish, args=(step, finish, release), name="checkpoint"
             )
             self._thread.start()
+
+    @overload
+    def restore(
+        self, model: Model, state: None = None, step: SupportsIndex | None = None
+    ) -> tuple[Model, None]: ...
+
+    @overload
+    def restore(
+        self, model: Model, state: State, step: SupportsIndex | None = None
+    ) -> tuple[Model, State]: ...
 
     def restore(
         self, model: PyTree, state: PyTree = None, step: SupportsIndex | None = None

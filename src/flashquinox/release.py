@@ -23,19 +23,19 @@ from ._layered import LayeredLoss, open_layers
 from ._optimizer import Optimizer
 from ._split import compute_dtype
 from ._transformation import LeafState, Learned
-from ._trees import Model
+from ._trees import Model, State
 
 
 def release_step(
     optim: Optimizer | Mapping[Any, Optimizer],
     loss: LayeredLoss,
     model: Model,
-    state: PyTree,
+    state: State,
     batch: PyTree,
     key: Key[Array, ""] | None = None,
     *,
     max_norm: ScalarLike | None = None,
-) -> tuple[Model, PyTree, Float[Array, ""]]:
+) -> tuple[Model, State, Float[Array, ""]]:
     r"""Takes one step, with the gradient of one layer at a time.
 
     The forward pass keeps what each layer gets, $x_0, \dots, x_{L-1}$. The backward

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 import flashquinox as fq
 from flashquinox import exchange
+from flashquinox.checkpoint import Checkpoints
 
 
 class Net(eqx.Module):
@@ -26,6 +27,8 @@ def train(net: Net, grads: Net) -> tuple[Net, fq.OptimizerState]:
     state = optim.init(net)
     assert_type(state, fq.OptimizerState)
     assert_type(optim.step(net, state, grads), tuple[Net, fq.OptimizerState])
+    clipped = optim.step(net, state, grads, max_norm=1.0)
+    assert_type(clipped, tuple[Net, fq.OptimizerState])
     updates, state = optim.update(grads, state, net)
     assert_type(updates, Net)
     assert_type(state, fq.OptimizerState)
@@ -52,6 +55,11 @@ def masters(net: Net, state: fq.OptimizerState, wrapped: tuple[str, int]) -> Non
     assert_type(fq.ensure_precision(net, state, 1e-3), fq.OptimizerState)
     assert_type(exchange.from_optax((), state), fq.OptimizerState)
     assert_type(exchange.load_safetensors("model.safetensors", net), Net)
+
+
+def restored(saved: Checkpoints, net: Net, state: fq.OptimizerState) -> None:
+    assert_type(saved.restore(net, state), tuple[Net, fq.OptimizerState])
+    assert_type(saved.restore(net), tuple[Net, None])
 
 
 def released(net: Net, state: fq.OptimizerState, loss: fq.LayeredLoss) -> None:
