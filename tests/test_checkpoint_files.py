@@ -511,3 +511,19 @@ def test_corrections_that_could_be_those_of_several_weights(tmp_path):
         # Without corrections, there is nothing to add.
         checkpoints.save(2, model, ())
         assert tree_identical(checkpoints.restore(wide)[0], wide)
+
+
+def test_checksums_that_were_not_saved(tmp_path):
+    model = {"w": jnp.full((2, 32), 3, jnp.bfloat16), "b": jnp.ones(3)}
+    plain, verified = (
+        fq.adamw(1e-3, verify_weights=value) for value in (None, "error")
+    )
+    states = [optim.init(model) for optim in (plain, verified)]
+    zeros = jtu.tree_map(jnp.zeros_like, model)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, saved in enumerate(states):
+            checkpoints.save(step, model, (saved,))
+            # They are those of the weights that are restored.
+            for optim, expected in zip((plain, verified), states, strict=True):
+                found = checkpoints.restore(zeros, (optim.init(zeros),))
+                assert tree_identical(found, (model, (expected,)))

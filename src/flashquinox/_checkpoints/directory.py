@@ -214,7 +214,8 @@ def _checked(directory: str | os.PathLike[str]) -> str:
         return path.rstrip("/")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise CheckpointError(
-            f"`{call}` is a file. Pass a directory: it holds one folder for each step."
+            f"`{call}` is a file, or a link to nothing. Pass a directory: it holds one "
+            "folder for each step."
         )
     try:
         os.makedirs(path, exist_ok=True)

@@ -1,6 +1,6 @@
 """The leaves of a model and a state, by the names that they have in a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +72,22 @@ def _name(path: tuple[Any, ...]) -> str:
 def parts(moment: str) -> tuple[str, str]:
     """The names of the codes and the scales of a moment."""
     return f"{moment}.codes", f"{moment}.scales"
+
+
+def checksums_of(names: Iterable[str]) -> dict[str, str]:
+    """Which of these arrays are checksums of weights, in the state of an optimizer, and
+    of which weight each is."""
+    known = set(names)
+    found = {}
+    for name in names:
+        head, dot, path = name.partition(".checksums")
+        if (
+            dot
+            and f"{head}.corrections{path}" in known
+            and not head.startswith("model")
+        ):
+            found[name] = f"model{path}"
+    return found
 
 
 def check_storable(call: str, name: str, x: Any) -> None:

@@ -1,6 +1,7 @@
 """What is read of a checkpoint to fill a model and a state, and what is made of it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,13 +10,14 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Integer, PyTree
 
 from .. import _manifest as manifests
+from .._checksums import checksums
 from .._codec import QuantMoment
 from .._place import compute_like, no_mesh
 from .._regroup import regroup
 from .._split import decode_weight
 from .._target import Target
 from .._trees import is_array
-from .leaves import digests, flatten, parts, quant_moments
+from .leaves import checksums_of, digests, flatten, parts, quant_moments
 from .weights import as_stored, is_of_model, Source, sources
 
 
@@ -40,8 +42,14 @@ class Wanted:
         `CheckpointError` if that does not fit.
         """
         arrays, call = contents["arrays"], self._call
-        origins = {name: Source(name) for name in self._likes}
-        of_interest = arrays
+        summed = {
+            name: weight
+            for name, weight in checksums_of(self._likes).items()
+            if name not in arrays and weight in self._likes
+        }
+        origins = {name: Source(name) for name in self._likes if name not in summed}
+        unwanted = checksums_of(arrays).keys() - self._likes.keys()
+        of_interest = {name: x for name, x in arrays.items() if name not in unwanted}
         if self._alone:
             origins = sources(call, where, arrays, self._likes)
             of_interest = {name: x for name, x in arrays.items() if is_of_model(name)}
@@ -74,7 +82,7 @@ class Wanted:
             if name in regrouped
         }
         expected = {name: arrays[name]["digest"] for name in stored}
-        return Plan(shardings, stored, expected, origins, groups)
+        return Plan(shardings, stored, expected, origins, groups, summed)
 
     def fill(self, plan: "Plan", read: dict[str, Any]) -> tuple[PyTree, PyTree]:
         """The model and the state, of the arrays that were read."""
@@ -95,6 +103,11 @@ class Wanted:
                 pair, likes = [x, *correction], [like, *(like for _ in correction)]
                 x = compute_like(self._call, name, _decode, pair, likes)
             new[name] = self._targets[name].put(x)
+        for name, weight in plan.summed.items():
+            x = new[weight]
+            summed = _checksum(self._likes[name].ndim)
+            x = compute_like(self._call, name, summed, [x], [self._likes[weight]])
+            new[name] = self._targets[name].put(x)
         return self._rebuild([new.get(x.name, x.value) for x in self._leaves])
 
 
@@ -106,6 +119,7 @@ class Plan:
     - `origins`: from which of them each leaf comes.
     - `groups`: the axis and the size of the stored groups of moments that must be
         encoded again.
+    - `summed`: of which weight each checksum is that the checkpoint does not have.
     """
 
     shardings: dict[str, Sharding | None]
@@ -113,12 +127,21 @@ class Plan:
     digests: dict[str, int]
     origins: dict[str, Source]
     groups: dict[str, tuple[int | None, int]]
+    summed: dict[str, str]
 
     def altered(self, read: dict[str, Any]) -> str | None:
         """An array that is not as it was saved, if there is one."""
         with no_mesh():
             found = digests(read)
         return next((name for name in found if found[name] != self.digests[name]), None)
+
+
+def _checksum(members: int) -> Callable[[Any], Any]:
+    """A function from a weight to its checksum; of an ensemble, of each member."""
+    function = lambda x: checksums([x])[0]
+    for _ in range(members):
+        function = jax.vmap(function)
+    return function
 
 
 @jax.jit
