@@ -634,6 +634,10 @@ MASKS = {
         ),
         _works(lambda state: state.count == 0),
     ),
+    "with the decay of the default": (
+        lambda: repr(fq.adamw(1e-3, mask={"w": True, "b": False})),
+        _works(lambda text: "weight_decay=0.0001, mask={'w': True" in text),
+    ),
     "without decay": (
         lambda: fq.adam(1e-3, mask={"w": True, "b": False}),
         _warns("`adam(mask=...)` has no effect", "`weight_decay` is 0"),
@@ -1059,7 +1063,22 @@ CALLS = {
         lambda: jax.jit(_optim.step)(_mlp, _mlp_state, _mlp_grads),
         Elsewhere(TypeError, "Error interpreting argument to"),
     ),
+    # Corrections do not say of which narrow dtype they are; `verify_weights=True`
+    # notices.
+    "weights cast from bfloat16 to float16": (
+        lambda: _optim.step(fq.cast(_model, jnp.float16), _state, _grads)[0]["w"].dtype,
+        _works(lambda dtype: dtype == jnp.float16),
+    ),
     # Wrappers.
+    # In one step, nothing tells; `verify_weights=True` notices it in the next.
+    "a factor after the optimizer": (
+        lambda: (
+            (chain := optax.chain(_optim, optax.scale(0.5)))
+            .update(_grads, chain.init(_model), _model)[0]["w"]
+            .shape
+        ),
+        _works(lambda shape: shape == (4, 64)),
+    ),
     "several optimizers": (
         lambda: optax.multi_transform(
             {"a": fq.adamw(1e-3), "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}
@@ -1206,7 +1225,26 @@ OTHERS = {
     ),
 }
 
+
+def _reloaded(like):
+    """Into other trees than those that Equinox wrote."""
+    eqx.tree_serialise_leaves("saved.eqx", (_model, _state))
+    return eqx.tree_deserialise_leaves("saved.eqx", like)
+
+
 FILES = {
+    "Equinox's file of another model": (
+        lambda: _reloaded((_LARGE, _optim.init(_LARGE))),
+        Elsewhere(RuntimeError, "changed shape"),
+    ),
+    "Equinox's file into the state of lion": (
+        lambda: _reloaded((_model, fq.lion(1e-3).init(_model))),
+        Elsewhere(RuntimeError, "changed dtype"),
+    ),
+    "Equinox's file into corrections of 32 bits": (
+        lambda: _reloaded((_model, fq.adamw(1e-3, master_weight_bits=32).init(_model))),
+        Elsewhere(RuntimeError, "changed dtype"),
+    ),
     "save_safetensors(model, path)": (
         lambda: exchange.save_safetensors(_model, "model"),
         _type_error("`save_safetensors(path, ...)`", "takes a path", "{'w'"),
