@@ -110,6 +110,15 @@ def test_state_goes_where_the_weights_are():
         ):
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
         assert where.corrections == shardings
+        # So does Optax's own function, if it is told where a weight's part begins.
+        whole = optax.tree.map_params(
+            optim,
+            lambda _, sharding: sharding,
+            state,
+            shardings,
+            is_leaf=lambda x: isinstance(x, fq.QuantMoment),
+        )
+        assert whole.corrections == shardings
     assert where.shardings == () and moved.moments["mu"]["w"].codes.sharding.spec
     for x, y in zip(*map(jtu.tree_leaves, (moved, expected)), strict=True):
         if x.shape == y.shape:

@@ -171,6 +171,8 @@ def record(
     program that is traced, what it kept: states of a loop have one structure."""
     if are_traced(leaves) and old:
         return old
+    if not leaves:
+        return _OfNothing()
     return tuple(
         (
             leaf.unwrapped,
@@ -182,6 +184,20 @@ def record(
         for leaf, sharding in zip(leaves, shardings, strict=True)
         if sharding is not None
     )
+
+
+class _OfNothing(tuple[Any, ...]):
+    """What the state of no weights keeps. `optax.tree.map_params` makes such a state,
+    and compares it with those of a model, however that is divided."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(())
 
 
 def are_traced(leaves: Sequence[Leaf]) -> bool:
