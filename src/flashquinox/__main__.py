@@ -167,10 +167,6 @@ def parser() -> Parser:
         help="a model of Hugging Face's Transformers: its directory, or its "
         "config.json",
     )
-    # The former name of the same.
-    model.add_argument(
-        "--checkpoint", dest="config", type=config, help=argparse.SUPPRESS
-    )
     add = plan.add_argument
     add("--devices", metavar="N", type=whole, default=1, help="how many (1)")
     add(
