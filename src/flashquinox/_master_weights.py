@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from . import _checks as checks
 from ._call_checks import check_model
@@ -42,7 +42,7 @@ def master_weights(model: Model, state: PyTree) -> Model:
     opened = open_states("master_weights", model, state)
     return opened.rebuild(
         [
-            decode_weight(jnp.asarray(leaf.value), correction)
+            _decoded(jnp.asarray(leaf.value), correction)
             if is_trainable(leaf.value)
             else leaf.value
             for leaf, correction in zip(opened.leaves, opened.corrections, strict=True)
@@ -137,3 +137,16 @@ def _checksum(call: str, leaf: Leaf, weight: Any, old: Any) -> Any:
 
 
 _split = jax.jit(encode_weight, static_argnames=("dtype", "correction_dtype"))
+
+
+@jax.custom_jvp
+def _decoded(weight: Array, correction: Correction | None) -> Array:
+    return decode_weight(weight, correction)
+
+
+@_decoded.defjvp
+def _decoded_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """A master weight moves as its weight does. Arithmetic on bits has no derivative:
+    it would be 0, without a word."""
+    master = _decoded(*primals)
+    return master, tangents[0].astype(master.dtype)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import flashquinox as fq
+from flashquinox.checkpoint import Checkpoints
 
 from ..helpers import assert_raises, tree_identical, weights
 
@@ -115,6 +116,37 @@ def test_cast_leaves_quantized_weights_and_states_alone():
     both = fq.cast((model, optax.chain(optim).init(model)), jnp.float16)
     assert both[0]["b"].dtype == jnp.float16
     assert tree_identical(both[1], (state,))
+
+
+def test_release_and_checkpoints(tmp_path):
+    wide = lambda x: x.astype(jnp.float32)
+    loss = fq.LayeredLoss(
+        blocks=lambda model: model["blocks"],
+        prologue=lambda model, batch, key: batch * model["scale"],
+        block=lambda layer, x, batch, key: x * wide(layer["w"] + layer["f"]),
+        epilogue=lambda model, x, batch, key: jnp.sum(x * batch),
+    )
+    half = jnp.full((2, 32), 0.5, jnp.bfloat16)
+    model = {"blocks": {"w": half, "f": half}, "scale": jnp.ones(32)}
+    optim = fq.adamw(1e-2)
+    state = optim.init(model | {"blocks": {"w": half, "f": None}})
+    step = jax.jit(lambda *args: fq.release_step(optim, loss, *args))
+    new, new_state, _ = step(model, state, jnp.ones(32))
+    assert tree_identical(new["blocks"]["f"], half)
+    assert jnp.all(new["blocks"]["w"] != half)
+    quantized = new | {"base": jnp.ones((4, 64), jnp.float8_e4m3fn)}
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, quantized, new_state)
+        checkpoints.wait()
+        found = checkpoints.restore(quantized, new_state)
+    assert tree_identical(found, (quantized, new_state))
+
+
+def test_derivative_of_master_weights():
+    params = weights("matrix")
+    state = fq.adamw(1e-2).init(params)
+    total = lambda params: jnp.sum(fq.master_weights(params, state)["matrix"])
+    assert jnp.all(jax.grad(total)(params)["matrix"] == 1)
 
 
 def test_numpy_weights_are_trained():
