@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 
@@ -83,7 +85,35 @@ def like(variable: Any, tree: PyTree) -> PyTree:
     if this is `None`."""
     if variable is None:
         return tree
-    return jtu.tree_map(variable.replace, tree)
+    shape = jnp.shape(without_variables(variable))
+
+    def one(x: Any) -> Any:
+        metadata = {
+            name: _axes_of(x.shape, shape, axes)
+            for name, axes in variable.get_metadata().items()
+            if name in _SHARDINGS and axes is not None
+        }
+        return variable.replace(x, **metadata)
+
+    return jtu.tree_map(one, tree)
+
+
+# The metadata that name axes of a mesh, or stand for them, for each axis of an array.
+_SHARDINGS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
+
+
+def _axes_of(
+    shape: tuple[int, ...], weight: tuple[int, ...], axes: Any
+) -> tuple[Any, ...] | None:
+    """The names of axes of an array that is stored for a weight. Scales have the axes
+    of the weight, one of them shorter; other arrays that differ are not divided."""
+    if shape == weight:
+        return axes
+    if len(shape) != len(weight) or not isinstance(axes, tuple | PartitionSpec):
+        return None
+    return tuple(
+        name if length > 1 else None for name, length in zip(axes, shape, strict=False)
+    )
 
 
 def around_leaves(tree: PyTree, is_leaf: Any) -> list[Any]:
