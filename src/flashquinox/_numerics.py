@@ -111,8 +111,8 @@ def check_numerics(
 
     - `model`: the model, outside of `jit`.
     - `state`: its optimizer state, or the state of a wrapper, such as `optax.chain` or
-        `optax.partition`, with one or more inside. Weights that none of these optimizers
-        trains are not in the report.
+        `optax.partition`, with one or more inside. Weights that none of these
+        optimizers trains are not in the report.
     - `learning_rate`: $\alpha$: a number, or an Optax schedule, which is asked for the
         next step's, by the count of the state that has the weight.
     - `update_size`: the typical $|u|$. Adam's and Lion's are at most about 1, the
