@@ -320,6 +320,24 @@ def test_a_full_disk(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_a_file_that_cannot_be_written(tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    path = tmp_path / "model.safetensors"
+    fq.exchange.save_safetensors(path, {"w": jnp.ones(3)})
+
+    def fail(arrays, name):
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match=r"`save_safetensors`: .* could not be written"):
+        fq.exchange.save_safetensors(path, {"w": jnp.zeros(3)})
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    found = fq.exchange.load_safetensors(path, {"w": jnp.zeros(3)})
+    assert tree_identical(found, {"w": jnp.ones(3)})
+
+
 #
 # Several managers
 #
