@@ -266,3 +266,11 @@ def test_largest_norms_that_are_none(value, error):
     state = optim.init(grads)
     with pytest.raises(error, match=r"`sgd\(\.\.\.\)\.step\(max_norm=\.\.\.\)`"):
         optim.step(grads, state, grads, max_norm=value)
+
+
+def test_updates_are_not_clipped():
+    optim, grads = _sgd(), _grads()
+    state = optim.init(grads)
+    optim.update(grads, state, grads, value=1.0, max_norm=None)
+    with pytest.raises(TypeError, match=r"update` does not clip.*clip_by_global_norm"):
+        optim.update(grads, state, grads, max_norm=1.0)

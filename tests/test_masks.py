@@ -150,6 +150,7 @@ def test_dictionaries():
         "mlp": {"w": matrix, "b": vector, "lora_b": matrix, "bias_in": vector},
         "h.0.ln_2.weight": vector,
         "h.0.attn.c_attn.weight": matrix,
+        "lora": {"A": matrix, "B": matrix},
         "step": jnp.asarray(3),
         "flag": True,
     }
@@ -160,6 +161,7 @@ def test_dictionaries():
         "mlp": {"w": True, "b": False, "lora_b": True, "bias_in": False},
         "h.0.ln_2.weight": False,
         "h.0.attn.c_attn.weight": True,
+        "lora": {"A": True, "B": True},
         "step": False,
         "flag": False,
     }
@@ -313,7 +315,7 @@ def test_masks_are_values():
     assert "exclude=['*.bias'" in repr(make())
 
 
-@pytest.mark.parametrize("wrap", ["step", "optax", "partition"])
+@pytest.mark.parametrize("wrap", ["step", "optax", "partition", "inject"])
 def test_optimizers_take_masks(wrap):
     make = lambda key: [eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=key)]
     model = eqx.filter_vmap(make)(jr.split(_key, 3))
@@ -327,6 +329,10 @@ def test_optimizers_take_masks(wrap):
     if wrap == "partition":
         labels = jtu.tree_map(lambda x: "a", params)
         optim = optax.partition({"a": optim, "b": optim}, lambda _: labels)
+    if wrap == "inject":
+        # Which takes functions for schedules: `_Signature` hides this one.
+        optim = optax.inject_hyperparams(fq.adamw)(1e-2, moments="float32", **options)
+        assert set(optim.init(params).hyperparams) == {"learning_rate", "weight_decay"}
     if wrap == "step":
         new, _ = jax.jit(optim.step)(params, optim.init(params), grads)
     else:

@@ -211,8 +211,9 @@ def _shifts_or_scales(name: str) -> bool:
     words = _words(name)
     if not words:
         return False
+    # But for `B`, which is a matrix beside another one called `A`.
     return (
-        words[0] == "b"
+        (words[0] == "b" and name != "B")
         or words == ["g"]
         or any(x in _SHIFTS_AND_SCALES or x.endswith("bias") for x in words)
     )

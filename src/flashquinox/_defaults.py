@@ -38,14 +38,26 @@ class Unknown(enum.Enum):
 StaticBits: TypeAlias = int | Literal["auto"] | Unknown | None
 
 
-class _Default:
-    """A number that is the default of an argument."""
+class _Static:
+    """An argument that `optax.inject_hyperparams` leaves alone."""
 
-    def __init__(self, value: float):
+    def __init__(self, value: Any):
         self.value = value
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+class _Signature(inspect.Signature):
+    """That of a function with a mask. `optax.inject_hyperparams`, which binds arguments
+    to it, takes every function for a schedule: the mask of a step count is False, or
+    True, for all weights."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        if callable(bound.arguments.get("mask")):
+            bound.arguments["mask"] = _Static(bound.arguments["mask"])
+        return bound
 
 
 def with_static_defaults(
@@ -53,7 +65,7 @@ def with_static_defaults(
 ) -> Callable[_Parameters, _Result]:
     """A function whose defaults `optax.inject_hyperparams` leaves alone: it looks them
     up in the signature, and makes arrays of what it knows as numbers. In the dtype of
-    bfloat16 weights, 0.999 would be 1.
+    bfloat16 weights, 0.999 would be 1. So it does with masks.
     """
     signature = inspect.signature(function)
 
@@ -61,17 +73,19 @@ def with_static_defaults(
         # Booleans and NumPy's integers stay what they are.
         if type(parameter.default) not in (int, float):
             return parameter
-        return parameter.replace(default=_Default(parameter.default))
+        return parameter.replace(default=_Static(parameter.default))
 
     @functools.wraps(function)
     def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         known: Any = {name: _value(x) for name, x in kwargs.items()}
         return function(*map(_value, args), **known)  # pyright: ignore
 
-    parameters = map(hidden, signature.parameters.values())
-    call.__signature__ = signature.replace(parameters=list(parameters))  # pyright: ignore
+    call.__signature__ = _Signature(  # pyright: ignore
+        [hidden(parameter) for parameter in signature.parameters.values()],
+        return_annotation=signature.return_annotation,
+    )
     return call
 
 
 def _value(argument: Any) -> Any:
-    return argument.value if isinstance(argument, _Default) else argument
+    return argument.value if isinstance(argument, _Static) else argument

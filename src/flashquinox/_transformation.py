@@ -159,7 +159,13 @@ class Transformation(eqx.Module):
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, OptimizerState]:
-        del extra_args
+        if extra_args.get("max_norm") is not None:
+            # Others are those of other transformations.
+            raise TypeError(
+                f"`{self.call}(...).update` does not clip: `max_norm` is an argument "
+                "of `step`. Put `optax.clip_by_global_norm` before the optimizer, in "
+                "`optax.chain`."
+            )
         if params is None:
             raise ValueError(
                 f"`{self.call}(...).update(grads, state, params)` got no `params`. The "
