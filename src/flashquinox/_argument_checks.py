@@ -79,6 +79,15 @@ def _check_exact(call: str, name: str, value: Any) -> None:
         )
 
 
+def check_decoupling(call: str, decoupled: Any, decouple_lr: Any) -> None:
+    is_decoupled = check_flag(call, "decoupled", decoupled)
+    if check_flag(call, "decouple_lr", decouple_lr) and not is_decoupled:
+        raise ValueError(
+            f"`{call}(decouple_lr=True)` only has a meaning with `decoupled=True`: L2 "
+            "regularization goes into the gradient."
+        )
+
+
 def check_peak(
     call: str, learning_rate: Any, decouple_lr: Any, peak_learning_rate: Any
 ) -> Any:

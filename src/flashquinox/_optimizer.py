@@ -228,6 +228,7 @@ def build_optimizer(
     """`optimizer`, for errors that name `call` as the user wrote it."""
     arguments.check_hyperparameters(call, rule, learning_rate, weight_decay)
     arguments.check_mask(call, mask, weight_decay)
+    arguments.check_decoupling(call, decoupled, decouple_lr)
     peak = arguments.check_peak(call, learning_rate, decouple_lr, peak_learning_rate)
     bits = checks.master_weight_bits(call, master_weight_bits)
     transformation = Transformation(
@@ -235,7 +236,7 @@ def build_optimizer(
         rule=rule,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        decoupled=arguments.check_flag(call, "decoupled", decoupled),
+        decoupled=bool(decoupled),
         peak_learning_rate=peak,
         mask=mask,
         master_weight_bits=bits,

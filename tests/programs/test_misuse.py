@@ -464,6 +464,10 @@ ARGUMENTS = {
         lambda: fq.adamw(1e-3, peak_learning_rate=1e-3),
         _value_error("`adamw(peak_learning_rate=...)`", "decouple_lr=True"),
     ),
+    "decouple_lr of L2 regularization": (
+        lambda: fq.optimizer(fq.Adam(), 1e-3, decoupled=False, decouple_lr=True),
+        _value_error("`optimizer(decouple_lr=True)`", "decoupled=True"),
+    ),
     # Rules.
     "rule class": (
         lambda: fq.optimizer(fq.Adam, 1e-3),
