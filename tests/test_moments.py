@@ -147,6 +147,24 @@ def test_what_cannot_be_encoded():
         jax.block_until_ready(jax.jit(lambda x: moment.encode(x))(-ones))
 
 
+@pytest.mark.parametrize(
+    "moments, large, names",
+    # Those of `flashoptim` are float16.
+    [("flashquinox", 2e38, ["mu"]), ("flashoptim", 1e12, ["mu", "nu"])],
+)
+def test_too_large_for_the_scales(moments, large, names):
+    state = fq.adamw(1e-3, moments=moments).init(_model())
+    for name in names:
+        moment = state.moments[name]["w"]
+        values = jnp.full(moment.codes.shape, large)
+        with pytest.raises(ValueError, match="too large for the scales"):
+            moment.encode(values)
+        with pytest.raises(Exception, match="too large for the scales"):
+            jax.block_until_ready(eqx.filter_jit(lambda m, v: m.encode(v))(moment, values))
+    with pytest.raises(ValueError, match=r"`map_moments`: .*too large for the scales"):
+        fq.map_moments(lambda m: m + large, state)
+
+
 def test_map_moments(trained):
     _, _, state = trained
     unchanged = fq.map_moments(lambda m: m, state)

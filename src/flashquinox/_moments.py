@@ -80,7 +80,7 @@ def map_moments(
         for name in (name for name in moments if name in chosen):
             leaves, rebuild = flatten(moments[name])
             given = [other(number, name, moments[name]) for other in others]
-            moments[name] = rebuild(
+            moments[name] = rebuild.like_before(
                 [
                     leaf.value
                     if leaf.value is None
@@ -101,8 +101,7 @@ def map_moments(
 def encode(like: QuantMoment, values: Any) -> QuantMoment:
     """What `QuantMoment.encode` says."""
     call, name = "QuantMoment.encode", "`values`"
-    values = _storable(call, name, values, like)
-    new = store(call, name, values, like)
+    new = _stored(call, name, values, like)
     assert isinstance(new, QuantMoment)
     return new
 
@@ -119,7 +118,31 @@ def _changed(
     if new is numbers:
         return stored
     what = f"what the function returned for `{name}`"
-    return store(call, what, _storable(call, what, new, stored), stored)
+    return _stored(call, what, new, stored)
+
+
+def _stored(call: str, name: str, values: Any, like: StoredMoment) -> StoredMoment:
+    values = _storable(call, name, values, like)
+    new = store(call, name, values, like)
+    if not isinstance(new, QuantMoment):
+        return new
+    # Scales end before float32 does.
+    given, found = _largest(values), _largest(_numbers(call, name, new))
+    message = (
+        f"`{call}`: {name} has numbers that are too large for the scales of "
+        f"{type(new.codec).__name__}."
+    )
+    traced = isinstance(given, jax.core.Tracer) or isinstance(found, jax.core.Tracer)
+    if not traced:
+        given, found = float(given), float(found)
+    wrong = ~jnp.isfinite(found) | ((given > 1) & (found < given / 2))
+    if traced:
+        return eqx.tree_at(
+            lambda x: x.codes, new, replace_fn=lambda x: eqx.error_if(x, wrong, message)
+        )
+    if wrong:
+        raise ValueError(message)
+    return new
 
 
 def _numbers(call: str, name: str, stored: Any) -> Any:
@@ -165,6 +188,11 @@ def _storable(call: str, name: str, values: Any, like: StoredMoment) -> Any:
     if wrong:
         raise ValueError(message)
     return values
+
+
+@jax.jit
+def _largest(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return jnp.max(jnp.abs(x), initial=0)
 
 
 @partial(jax.jit, static_argnames="signed")

@@ -75,6 +75,17 @@ class Rebuild:
     def __call__(self, values: list[Any]) -> PyTree:
         return self.put_together(self.treedef.unflatten(values))
 
+    def like_before(self, values: list[Any]) -> PyTree:
+        """Such a tree, of values that look like the leaves: with the `Variable`s around
+        arrays that were inside of these."""
+        before = jtu.tree_leaves(self.tree, is_leaf=_is_leaf)
+        return self(
+            [
+                jtu.tree_structure(old).unflatten(jtu.tree_leaves(new))
+                for old, new in zip(before, values, strict=True)
+            ]
+        )
+
     def state(self, values: list[Any]) -> PyTree:
         bare = without_variables(self.tree)
         if bare is self.tree:

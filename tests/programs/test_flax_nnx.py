@@ -324,6 +324,17 @@ def test_precision_of_an_nnx_optimizer(tied):
         fq.master_weights(model, nnx.state(optimizer))
 
 
+def test_map_moments(trained):
+    model, optimizer = _copy(trained)
+    same = fq.map_moments(lambda m: m, optimizer)
+    _goes_on_like(trained, model, same)
+    model, optimizer = _copy(trained)
+    reset = fq.map_moments(lambda m: 0 * m, optimizer)
+    assert jtu.tree_structure(reset) == jtu.tree_structure(optimizer)
+    fq.map_moments(lambda m: np.testing.assert_array_equal(m, 0) or m, reset)
+    _update(model, reset)
+
+
 def test_checkpoints(tied, tmp_path):
     model, optimizer = tied
 
