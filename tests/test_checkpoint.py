@@ -668,6 +668,9 @@ def test_what_cannot_be_saved(tmp_path):
             assert part in str(info.value)
         with pytest.raises(TypeError, match="outside of `jit`"):
             jax.jit(lambda x: checkpoints.save(0, {"x": x}, ()))(jnp.zeros(2))
+        for optim in (fq.adamw(1e-3), optax.adam(1e-3)):
+            with pytest.raises(TypeError, match="where its state belongs"):
+                checkpoints.save(0, {"x": jnp.zeros(2)}, optim)
         assert checkpoints.all_steps() == []
 
 

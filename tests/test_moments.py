@@ -160,7 +160,9 @@ def test_too_large_for_the_scales(moments, large, names):
         with pytest.raises(ValueError, match="too large for the scales"):
             moment.encode(values)
         with pytest.raises(Exception, match="too large for the scales"):
-            jax.block_until_ready(eqx.filter_jit(lambda m, v: m.encode(v))(moment, values))
+            jax.block_until_ready(
+                eqx.filter_jit(lambda m, v: m.encode(v))(moment, values)
+            )
     with pytest.raises(ValueError, match=r"`map_moments`: .*too large for the scales"):
         fq.map_moments(lambda m: m + large, state)
 
@@ -219,6 +221,7 @@ def test_errors_of_map_moments():
     for arguments, names, kind, part in (
         (((),), None, TypeError, "OptimizerState"),
         ((state, {"w": 1.0}), None, ValueError, "nothing at `['b']`"),
+        ((state, {"w": 1.0}), None, ValueError, "or a state of the same kind"),
         ((state, fq.lion(1e-3).init(model)), None, ValueError, "no moment 'nu'"),
         ((state,), "v", ValueError, "'mu', 'nu'"),
     ):

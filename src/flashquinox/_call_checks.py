@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.tree_util as jtu
+import optax
 from jaxtyping import PyTree
 
 from ._state import OptimizerState
@@ -35,6 +36,14 @@ def check_not_state(call: str, model: Any) -> None:
         raise TypeError(
             f"`{call}`: a `flashquinox.OptimizerState` came where the model belongs: "
             f"{_ORDER}"
+        )
+
+
+def check_not_optimizer(call: str, state: Any) -> None:
+    if isinstance(state, optax.GradientTransformation):
+        raise TypeError(
+            f"`{call}`: an optimizer came where its state belongs, which holds no "
+            "arrays. Pass what `init` or the last step returned."
         )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from ._codec import QuantMoment
 from ._variables import (
     around_leaves,
+    has_variables,
     is_variable,
     like,
     take_apart,
@@ -143,7 +144,7 @@ def match(
             raise ValueError(
                 f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
                 f"a leaf. Pass a `{name}` of the structure of the model"
-                + _structure_hint(name)
+                + _structure_hint(name, tree)
             )
         unused.discard(found)
         values.append(entries[found])
@@ -155,7 +156,7 @@ def match(
             raise ValueError(
                 f"`{call}`: `{name}` has a leaf at `{leaf.name}`, where the "
                 f"model has none. Pass a `{name}` of the structure of the model"
-                + _structure_hint(name)
+                + _structure_hint(name, tree)
             )
     return values
 
@@ -211,13 +212,20 @@ def _is_below(path: tuple[Any, ...], ancestors: set[tuple[Any, ...]]) -> bool:
     return any(path[:length] in ancestors for length in range(len(path)))
 
 
-def _structure_hint(name: str) -> str:
+def _structure_hint(name: str, tree: PyTree) -> str:
+    if has_variables(tree) and name.startswith(("grads", "state")):
+        return (
+            ". Of a module of Flax NNX, pass what is trained, `nnx.state(model, "
+            "nnx.Param)`, here and to `init`; or let an `nnx.Optimizer` do so."
+        )
     if name == "grads":
         return ", with `None` for what is frozen, as `eqx.filter_grad` gives."
     if name == "float32_model":
         return ", with `None` for what shall stay as it is."
     if name in ("mask", "shardings"):
         return ", or a prefix of it."
+    if name.startswith("rest["):
+        return ", a prefix of it, or a state of the same kind."
     return ": the state that this optimizer's `init` gave for this model."
 
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from . import __version__, _manifest as manifests
-from ._call_checks import check_not_state
+from ._call_checks import check_not_optimizer, check_not_state
 from ._manifest import CheckpointError as CheckpointError
 from ._path_checks import check_path, check_step
 from ._place import no_mesh
@@ -146,6 +146,7 @@ class Checkpoints:
                 f"again: `Checkpoints({self._directory.path!r})`."
             )
         check_not_state(call, model)
+        check_not_optimizer(call, state)
         leaves, _ = named_leaves.flatten(call, model, state)
         arrays = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         for name, x in arrays.items():
@@ -231,6 +232,8 @@ class Checkpoints:
         Nothing is changed.
         """
         call = "Checkpoints.restore"
+        check_not_state(call, model)
+        check_not_optimizer(call, state)
         wanted = Wanted(call, model, state)
         with self._mutex:
             step = self._choose(call, step)

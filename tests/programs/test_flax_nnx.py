@@ -241,6 +241,15 @@ def test_without_an_nnx_optimizer():
     assert jtu.tree_structure(stepped) == jtu.tree_structure(bare)
 
 
+def test_whole_modules_in_place_of_their_weights(tied):
+    # What has no gradient, such as running averages, is in the module.
+    model, _ = tied
+    grads = jtu.tree_map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for made_for in (model, nnx.state(model, nnx.Param)):
+        with pytest.raises(ValueError, match=r"pass what is trained, `nnx\.state"):
+            _lion.step(model, _lion.init(made_for), grads)
+
+
 class _Tied(nnx.Module):
     """An embedding that is the last layer, too; and running statistics."""
 
