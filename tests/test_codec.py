@@ -626,7 +626,9 @@ def test_flashoptim_against_numpy(kind, shape, jit):
         assert np.array_equal(stored.scales, scales)
         # Whatever the codes, what is decoded from them.
         stored = eqx.tree_at(
-            lambda q: q.codes, stored, jnp.asarray(codes).reshape(shape)
+            lambda q: q.codes,
+            stored,
+            jnp.asarray(codes.astype(stored.codes.dtype)).reshape(shape),
         )
         decode = eqx.filter_jit(lambda s: s.decode()) if jit else lambda s: s.decode()
         assert np.array_equal(np.ravel(decode(stored)), decoded)

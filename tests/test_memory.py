@@ -523,11 +523,6 @@ _STRUCT = jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
             ValueError,
             r"at `\['x'\]`, of shape \(6, 64\), cannot be sharded",
         ),
-        (
-            ({"x": jax.ShapeDtypeStruct((64,), jnp.complex64)}, fq.adamw(1e-3)),
-            TypeError,
-            "is complex64",
-        ),
     ],
 )
 def test_wrong_arguments(arguments, error, message):

@@ -542,10 +542,10 @@ def test_optax_schedules():
     case = Case("adamw", _float32)
     w = case.weights("matrix")
     optim, reference = case.optimizer(schedule), case.reference(schedule)
-    state, reference_state = optim.init(w), reference.init(w)
     expected = w
     # Optax's own arithmetic promotes.
     with jax.numpy_dtype_promotion("standard"):
+        state, reference_state = optim.init(w), reference.init(w)
         for count in range(6):
             grads = case.weights("matrix", seed=1 + count)
             w, state = optim.step(w, state, grads)

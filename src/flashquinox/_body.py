@@ -243,7 +243,8 @@ def _difference(
     update = jnp.where(add(update) == new, update, nearest)
     # Also where both are infinite, and their difference is not a number.
     update = jnp.where(wide_new == wide_old, no_update(old), update)
-    return update, add(update)
+    # Some devices flush a subnormal weight to zero where nothing is added to it.
+    return update, jnp.where(update == 0, old, add(update))
 
 
 def no_update(weight: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

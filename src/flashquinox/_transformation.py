@@ -511,9 +511,11 @@ class OpenedStep:
         optim = self.transformation
         dtype = compute_dtype(old.value.dtype)
         rule_values, decay = self.scalars[dtype]
-        # A float64 gradient may only fit a float32 weight once it is scaled.
-        wider = jnp.promote_types(dtype, compute_dtype(grad.dtype))
-        factors = None if clip is None else clip.factors_for(wider)
+        factors = None
+        if clip is not None:
+            # A float64 gradient may only fit a float32 weight once it is scaled.
+            dtypes = jnp.dtype(dtype), jnp.dtype(compute_dtype(grad.dtype))
+            factors = clip.factors_for(max(dtypes, key=lambda x: x.itemsize))
         if parameters is None:
             # Nothing is learned in this step yet.
             parameters = {
