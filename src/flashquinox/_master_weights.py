@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from . import _checks as checks
-from ._call_checks import check_model
+from ._call_checks import check_not_state
 from ._checksums import checksums
 from ._place import compute_like, put_like
 from ._split import Correction, decode_weight, encode_weight
@@ -91,7 +91,7 @@ def from_master_weights(
     message names the leaf.
     """
     call = "from_master_weights"
-    check_model(call, float32_model)
+    check_not_state(call, float32_model)
     opened = open_states(call, model, state)
     masters = match(call, "float32_model", float32_model, opened.leaves)
     for leaf, master in zip(opened.leaves, masters, strict=True):
