@@ -171,6 +171,26 @@ def weights(
 
 
 #
+# A rule of a user
+#
+
+
+class HeavyBall(fq.AbstractRule):
+    momentum: float | jax.Array = 0.9
+
+    @property
+    def moments(self):
+        return {"trace": "signed"}
+
+    def scalars(self, count, learning_rate):
+        return {"momentum": self.momentum, "step": -learning_rate}
+
+    def update(self, grad, weight, moments, scalars):
+        trace = scalars["momentum"] * moments["trace"] + grad
+        return scalars["step"] * trace, {"trace": trace}
+
+
+#
 # Bits
 #
 

@@ -17,6 +17,7 @@ from .helpers import (
     Case,
     exact_step,
     float64,
+    HeavyBall,
     OPTIMIZERS,
     parametrize_cases,
     SHAPES,
@@ -753,21 +754,6 @@ def test_jit_of_init():
 #
 # A rule of one's own
 #
-
-
-class HeavyBall(fq.AbstractRule):
-    momentum: float | jax.Array = 0.9
-
-    @property
-    def moments(self):
-        return {"trace": "signed"}
-
-    def scalars(self, count, learning_rate):
-        return {"momentum": self.momentum, "step": -learning_rate}
-
-    def update(self, grad, weight, moments, scalars):
-        trace = scalars["momentum"] * moments["trace"] + grad
-        return scalars["step"] * trace, {"trace": trace}
 
 
 @pytest.mark.parametrize("momentum", [0.9, jnp.asarray(0.9, jnp.float32)])

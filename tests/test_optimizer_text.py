@@ -10,20 +10,7 @@ import pytest
 
 import flashquinox as fq
 
-
-class _HeavyBall(fq.AbstractRule):
-    momentum: float = 0.9
-
-    @property
-    def moments(self):
-        return {"trace": "signed"}
-
-    def scalars(self, count, learning_rate):
-        return {"momentum": self.momentum, "step": -learning_rate}
-
-    def update(self, grad, weight, moments, scalars):
-        trace = scalars["momentum"] * moments["trace"] + grad
-        return scalars["step"] * trace, {"trace": trace}
+from .helpers import HeavyBall
 
 
 def _polynomial(power, count):
@@ -63,8 +50,8 @@ _CASES = {
             0.5, np.float32(0.75), master_weight_bits=None, dither_weights=True
         )
     ),
-    "optimizer(_HeavyBall(momentum=0.5), learning_rate=0.01, weight_decay=0.0, "
-    "decoupled=False)": lambda: fq.optimizer(_HeavyBall(0.5), 1e-2, decoupled=False),
+    "optimizer(HeavyBall(momentum=0.5), learning_rate=0.01, weight_decay=0.0, "
+    "decoupled=False)": lambda: fq.optimizer(HeavyBall(0.5), 1e-2, decoupled=False),
 }
 
 

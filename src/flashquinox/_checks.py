@@ -26,7 +26,7 @@ from ._rule import AbstractRule
 from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
 from ._text import shown
-from ._trained import is_float_array as is_float_array, TRAINABLE_DTYPES
+from ._trained import is_float_array, TRAINABLE_DTYPES
 from ._trees import Leaf, path_name
 
 
