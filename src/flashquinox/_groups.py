@@ -18,7 +18,7 @@ from ._state import OptimizerState
 from ._states import find
 from ._text import shown
 from ._transformation import LeafState, Learned, OpenedStep, Transformation
-from ._trees import flatten, Leaf
+from ._trees import flatten, is_within, Leaf
 
 
 # For each group, whether its gradients were finite. `None` if that was not asked.
@@ -175,7 +175,7 @@ def open_groups(call: str, optim: Any, model: PyTree, state: PyTree) -> GroupedS
     groups, places = [], {}
     for group, transformation in enumerate(transformations):
         # The numbers of leaves are those of what `optax.partition` passes on.
-        hidden = lambda leaf, group=group: _is_under(leaf.unwrapped, masked[group])
+        hidden = lambda leaf, group=group: is_within(leaf.unwrapped, masked[group])
         own = rebuild(
             [optax.MaskedNode() if hidden(leaf) else leaf.value for leaf in leaves]
         )
@@ -259,7 +259,3 @@ def _masked(state: OptimizerState) -> set[tuple[Any, ...]]:
 
 # A leaf, unlike `optax.MaskedNode`.
 _MASKED = object()
-
-
-def _is_under(path: tuple[Any, ...], masked: set[tuple[Any, ...]]) -> bool:
-    return any(path[:length] in masked for length in range(len(path) + 1))

@@ -150,7 +150,7 @@ def match(
         values.append(entries[found])
     if prefix:
         absent = {leaf.unwrapped for leaf in leaves if leaf.value is None}
-        unused = {path for path in unused if not _is_below(path, absent)}
+        unused = {path for path in unused if not is_within(path, absent)}
     for leaf in given:
         if leaf.unwrapped in unused and leaf.value is not None:
             raise ValueError(
@@ -208,8 +208,9 @@ def _find(
     return None
 
 
-def _is_below(path: tuple[Any, ...], ancestors: set[tuple[Any, ...]]) -> bool:
-    return any(path[:length] in ancestors for length in range(len(path)))
+def is_within(path: tuple[Any, ...], subtrees: set[tuple[Any, ...]]) -> bool:
+    """Whether a path is one of these, or leads into the subtree at one of them."""
+    return any(path[:length] in subtrees for length in range(len(path) + 1))
 
 
 def _structure_hint(name: str, tree: PyTree) -> str:
