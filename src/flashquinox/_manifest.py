@@ -31,6 +31,8 @@ def make(
 ) -> dict[str, Any]:
     """The manifest of these arrays, by their names: for JSON."""
     contents = {
+        # Also outside, for whoever cannot read these contents; here, the digest has it.
+        "flashquinox_version": library_version,
         "arrays": {
             name: {
                 "shape": list(x.shape),
@@ -103,7 +105,8 @@ def contents(
             f"{FORMAT_VERSION}. Install the version of flashquinox that wrote it."
         )
     found = manifest.get("contents")
-    if manifest.get("sha256") != _sha256(found):
+    writer = manifest.get("flashquinox_version")
+    if manifest.get("sha256") != _sha256(found) or _written_by(found, writer) != writer:
         raise CheckpointError(
             f"`{call}`: {where} is damaged: its manifest is altered. {remedy}"
         )
@@ -114,6 +117,12 @@ def contents(
             f"{remedy}"
         )
     return found
+
+
+def _written_by(contents: Any, otherwise: Any) -> Any:
+    """The version of the library that contents say; not all do."""
+    known = isinstance(contents, dict)
+    return contents.get("flashquinox_version", otherwise) if known else otherwise
 
 
 def _wrong_in(contents: Any) -> str | None:

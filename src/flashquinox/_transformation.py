@@ -301,9 +301,9 @@ class Transformation(eqx.Module):
         """The rule's scalars and the scalar of weight decay, in the precision
         `dtype`."""
         learning_rate = jnp.asarray(rates[0], dtype)
-        # The last count is taken again and again, as by Optax. It is not written as the
-        # count of the next state is: what XLA shares, a GPU keeps in a kernel of its own
-        # and a copy, 3% of the time of a step of 4096 x 4096 weights (H100).
+        # The last count is taken again and again, as by Optax. It is computed apart
+        # from the count of the next state. A GPU computes what both share in a kernel
+        # of its own, after a copy: 3% of a step of 4096 x 4096 weights (H100).
         number = jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
         rule = rule_scalars(self.rule, number, learning_rate, dtype)
         if is_zero(self.weight_decay):
