@@ -94,6 +94,13 @@ def test_gradients_of_any_size(dtype, exponent):
     _assert_close(found, jtu.tree_map(lambda x: factor * float64(x), grads), 2**-11)
 
 
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e37])
+def test_tiny_norms(size):
+    """Each factor alone is a number that is not flushed to zero."""
+    grads = {"w": jnp.full((8, 8), size, jnp.float32)}
+    _assert_close(_clipped(grads, 1e-30), {"w": np.full((8, 8), 1e-30 / 8)}, 2**-20)
+
+
 def test_gradients_of_mixed_sizes():
     """Each size of number has its own sum, and all of them count."""
     for exponents in ([44, 46], [-44, -46], [44, -46, 46], [120, -120], [0, -120]):

@@ -76,11 +76,12 @@ def clipping(sums: Float[Array, "3"], max_norm: ScalarLike) -> Clipping:
     is_zero = total == 0
     root = jnp.sqrt(jnp.where(is_zero, 1.0, total))
     norm = jnp.where(is_zero, 0.0, root)
-    factor = bound / root
-    product = factor / its_unit
+    product = bound / root / its_unit
     fits, is_normal = norm * its_unit <= bound, product >= jnp.finfo(dtype).tiny
+    # Half of the root in each, or one of them would be too small for a number, too.
+    half = 1 / jnp.sqrt(root)
     factors = (
-        jnp.where(fits, 1.0, jnp.where(is_normal, product, 1 / its_unit)),
-        jnp.where(fits | is_normal, 1.0, factor),
+        jnp.where(fits, 1.0, jnp.where(is_normal, product, half / its_unit)),
+        jnp.where(fits | is_normal, 1.0, half * bound),
     )
     return Clipping(factors, lax.is_finite(norm) & ~jnp.isnan(bound))
