@@ -5,16 +5,19 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.core
+import jax.tree_util as jtu
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Scalar, ScalarLike
 
 from ._backends import platforms
 from ._backends.dispatch import Backend, BACKENDS
 from ._codec_checks import check_codec
+from ._defaults import StaticBits, Unknown
 from ._moment_codecs import MomentCodecs
 from ._number_checks import (
     check_flag,
@@ -25,8 +28,9 @@ from ._number_checks import (
 )
 from ._rule import AbstractRule
 from ._rule_checks import check_rule
-from ._split import NARROW_DTYPES
+from ._split import CORRECTION_DTYPES, NARROW_DTYPES
 from ._text import function_name, shown
+from ._trees import path_name
 
 
 #
@@ -170,6 +174,70 @@ def check_backend(call: str, backend: Any) -> Backend:
     raise ValueError(
         f"`{call}(backend=...)` must be one of {names}; got {shown(backend)}."
     )
+
+
+#
+# How weights and moments are stored, and where
+#
+
+
+def check_master_weight_bits(call: str, value: Any) -> StaticBits:
+    """The argument of this name, as a Python number if it is a known one."""
+    bits = _known_integer(value)
+    if bits is None or bits is Unknown.TRACED:
+        return bits
+    if isinstance(bits, int | str) and bits in (*CORRECTION_DTYPES, "auto"):
+        return cast(StaticBits, bits)
+    raise ValueError(
+        f"`{call}(master_weight_bits=...)` must be 'auto', 24, 32 or None; got "
+        f"{shown(value)}."
+    )
+
+
+def check_dither_weights(call: str, value: Any, bits: StaticBits) -> bool:
+    if check_flag(call, "dither_weights", value) and bits is not None:
+        raise ValueError(
+            f"`{call}(dither_weights=True)` has no effect on weights with a "
+            "correction, which lose no steps to begin with: pass "
+            "`master_weight_bits=None` too, or leave it out."
+        )
+    return bool(value)
+
+
+def check_group_size(call: str, value: Any) -> int | Unknown:
+    """The argument of this name as a Python number, if it is known."""
+    size = _known_integer(value)
+    if size is Unknown.TRACED or (isinstance(size, int) and size in range(16, 129, 16)):
+        return size
+    raise ValueError(
+        f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128, as an "
+        f"integer; got {shown(value)}."
+    )
+
+
+def check_shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
+    """The argument of this name, as its leaves and their structure."""
+    for path, x in jtu.tree_leaves_with_path(value):
+        if not isinstance(x, NamedSharding):
+            raise TypeError(
+                f"`{call}(shardings=...)` takes a tree of `jax.sharding.NamedSharding`s"
+                f"; got {shown(x)} at `{path_name(path)}`."
+            )
+    leaves, structure = jtu.tree_flatten(value)
+    return tuple(leaves), structure
+
+
+def _known_integer(value: Any) -> Any:
+    """An integer as a Python number. A float is none, but for a JAX array, in which
+    `optax.inject_hyperparams` keeps every number."""
+    if isinstance(value, jax.core.Tracer):
+        return Unknown.TRACED
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        number = value.item()
+        return int(number) if number in range(256) else number
+    return value
 
 
 #

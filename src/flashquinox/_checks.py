@@ -1,11 +1,12 @@
-"""Everything a caller can get wrong, found before anything is computed.
+"""Leaves, states and devices that do not fit, found before anything is computed.
 
-Each message says which call it was, which leaf, what came, and what to do.
+Each message says which call it was, which leaf, what came, and what to do. Arguments
+are checked in `_argument_checks.py`, what came in the wrong place in `_call_checks.py`.
 """
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast, Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -21,65 +22,12 @@ from ._codec import QuantMoment, StoredMoment
 from ._codecs.full_precision import FullPrecision
 from ._defaults import AUTO_BITS, StaticBits, Unknown
 from ._moment_codecs import MomentCodecs
-from ._number_checks import check_flag
 from ._rule import AbstractRule
 from ._split import compute_dtype, Correction, CORRECTION_DTYPES, NARROW_DTYPES
 from ._state import OptimizerState
 from ._text import shown
 from ._trained import is_float_array, TRAINABLE_DTYPES
 from ._trees import Leaf, path_name
-
-
-#
-# Arguments
-#
-
-
-def master_weight_bits(call: str, value: Any) -> StaticBits:
-    """The argument of this name, as a Python number if it is a known one."""
-    bits = _known_integer(value)
-    if bits is None or bits is Unknown.TRACED:
-        return bits
-    if isinstance(bits, int | str) and bits in (*CORRECTION_DTYPES, "auto"):
-        return cast(StaticBits, bits)
-    raise ValueError(
-        f"`{call}(master_weight_bits=...)` must be 'auto', 24, 32 or None; got "
-        f"{shown(value)}."
-    )
-
-
-def dither_weights(call: str, value: Any, bits: StaticBits) -> bool:
-    if check_flag(call, "dither_weights", value) and bits is not None:
-        raise ValueError(
-            f"`{call}(dither_weights=True)` has no effect on weights with a "
-            "correction, which lose no steps to begin with: pass "
-            "`master_weight_bits=None` too, or leave it out."
-        )
-    return bool(value)
-
-
-def group_size(call: str, value: Any) -> int | Unknown:
-    """The argument of this name as a Python number, if it is known."""
-    size = _known_integer(value)
-    if size is Unknown.TRACED or (isinstance(size, int) and size in range(16, 129, 16)):
-        return size
-    raise ValueError(
-        f"`{call}(group_size=...)` must be a multiple of 16 from 16 to 128, as an "
-        f"integer; got {shown(value)}."
-    )
-
-
-def _known_integer(value: Any) -> Any:
-    """An integer as a Python number. A float is none, but for a JAX array, in which
-    `optax.inject_hyperparams` keeps every number."""
-    if isinstance(value, jax.core.Tracer):
-        return Unknown.TRACED
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
-        number = value.item()
-        return int(number) if number in range(256) else number
-    return value
 
 
 #
@@ -369,18 +317,6 @@ def master_fits(call: str, leaf: Leaf, master: Any) -> None:
 #
 # Devices
 #
-
-
-def shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
-    """The argument of this name, as its leaves and their structure."""
-    for path, x in jtu.tree_leaves_with_path(value):
-        if not isinstance(x, NamedSharding):
-            raise TypeError(
-                f"`{call}(shardings=...)` takes a tree of `jax.sharding.NamedSharding`s"
-                f"; got {shown(x)} at `{path_name(path)}`."
-            )
-    leaves, structure = jtu.tree_flatten(value)
-    return tuple(leaves), structure
 
 
 def is_known_how_divided(call: str, unknown: list[Leaf]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from . import _checks as checks
+from ._argument_checks import check_group_size
 from ._blocks import part_of
 from ._defaults import GROUP_SIZE, Unknown
 from ._text import shown
@@ -63,7 +63,7 @@ def fsdp_shardings(
             f"`{call}(model, mesh)` takes a `jax.sharding.Mesh` or an `AbstractMesh`; "
             f"got {shown(mesh)}."
         )
-    size = checks.group_size(call, group_size)
+    size = check_group_size(call, group_size)
     assert not isinstance(size, Unknown)
     leaves, rebuild = flatten(model)
     stacked = (

@@ -3,7 +3,7 @@ from typing import Any, cast, TYPE_CHECKING
 import optax
 from jaxtyping import Array, PyTree, ScalarLike
 
-from . import _argument_checks as arguments, _checks as checks
+from . import _argument_checks as arguments
 from ._backends.dispatch import Backend
 from ._checksums import check_verify_weights, Verify
 from ._defaults import (
@@ -230,7 +230,7 @@ def build_optimizer(
     arguments.check_mask(call, mask, weight_decay)
     arguments.check_decoupling(call, decoupled, decouple_lr)
     peak = arguments.check_peak(call, learning_rate, decouple_lr, peak_learning_rate)
-    bits = checks.master_weight_bits(call, master_weight_bits)
+    bits = arguments.check_master_weight_bits(call, master_weight_bits)
     transformation = Transformation(
         call=call,
         rule=rule,
@@ -241,12 +241,12 @@ def build_optimizer(
         mask=mask,
         master_weight_bits=bits,
         codecs=arguments.check_moments(call, moments),
-        group_size=checks.group_size(call, group_size),
+        group_size=arguments.check_group_size(call, group_size),
         skip_nonfinite=arguments.check_flag(call, "skip_nonfinite", skip_nonfinite),
-        dither_weights=checks.dither_weights(call, dither_weights, bits),
+        dither_weights=arguments.check_dither_weights(call, dither_weights, bits),
         verify_weights=check_verify_weights(call, verify_weights),
         backend=arguments.check_backend(call, backend),
-        shardings=checks.shardings(call, shardings),
+        shardings=arguments.check_shardings(call, shardings),
     )
     # Optax's types know no state that is not made of arrays.
     init, update = Method(transformation, "init"), Method(transformation, "update")
