@@ -102,12 +102,22 @@ STORAGES = [
     for dtype, bits in _WIDTHS
     for moments in ("flashquinox", "flashoptim", "float32")
 ]
-# What the optimizers beside AdamW are tested with: every dtype, width and codec once.
-_FEW_STORAGES = [
+# Every dtype, width and codec.
+_FEW = [
     Storage(jnp.bfloat16, 24, "flashquinox"),
     Storage(jnp.bfloat16, 32, "float32"),
     Storage(jnp.float16, 24, "flashoptim"),
     Storage(jnp.float32, None, "float32"),
+]
+# Every pair of a dtype, a width and a codec.
+_PAIRS = [
+    *_FEW,
+    Storage(jnp.bfloat16, None, "flashoptim"),
+    Storage(jnp.float16, 24, "float32"),
+    Storage(jnp.float16, 32, "flashquinox"),
+    Storage(jnp.float16, 32, "flashoptim"),
+    Storage(jnp.float32, None, "flashquinox"),
+    Storage(jnp.float32, None, "flashoptim"),
 ]
 
 SHAPES = {
@@ -147,16 +157,35 @@ def _id(case: Case) -> str:
     return f"{case.name}-{jnp.dtype(dtype).name}-{bits}-{moments}"
 
 
-CASES = [
-    Case(name, storage)
-    for name in OPTIMIZERS
-    for storage in (STORAGES if name == "adamw" else _FEW_STORAGES)
-]
+CASES = [Case(name, storage) for name in OPTIMIZERS for storage in STORAGES]
+# Every optimizer with the storage of the defaults, and every rule with every dtype.
+_QUICK = {
+    "adamw": _PAIRS,
+    "adamw-nesterov": [_FEW[0], _FEW[1]],
+    "adam": [_FEW[0], _FEW[2]],
+    "lion": _FEW,
+    "sgd": [_FEW[0], _FEW[3]],
+    "sgd-momentum": [_FEW[0], _FEW[1]],
+    "sgd-nesterov": [_FEW[0], _FEW[2]],
+    "sgdw": [_FEW[0], _FEW[3]],
+}
 
 
-def parametrize_cases(select: Callable[[Case], bool] = lambda case: True):
-    cases = [case for case in CASES if select(case)]
-    return pytest.mark.parametrize("case", cases, ids=_id)
+def is_quick(case: Case) -> bool:
+    return case.storage in _QUICK[case.name]
+
+
+def parametrize_cases(
+    select: Callable[[Case], bool] = lambda case: True,
+    quick: Callable[[Case], bool] = is_quick,
+):
+    """Over the table. What is not `quick` runs with `-m slow`."""
+    cases = [
+        pytest.param(case, id=_id(case), marks=() if quick(case) else pytest.mark.slow)
+        for case in CASES
+        if select(case)
+    ]
+    return pytest.mark.parametrize("case", cases)
 
 
 def weights(
