@@ -129,8 +129,27 @@ def test_axis_counts_from_the_end(axis):
         Layout((3, 4), axis, 32)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES.values(), (70, 40), (2, 40, 3)], ids=str)
-@pytest.mark.parametrize("moments", fq.MomentCodecs.names())
+_PADDED = [*SHAPES.values(), (70, 40), (2, 40, 3)]
+# Codecs that flatten, and those that do not, with leaves of every kind; the rest once.
+_QUICK = {
+    "flashquinox": [(), (0,), (37,), (70, 40), (2, 40, 3)],
+    "flashoptim": [(), (37,), (2, 40, 3)],
+}
+
+
+@pytest.mark.parametrize(
+    "shape, moments",
+    [
+        pytest.param(
+            shape,
+            name,
+            marks=() if shape in _QUICK.get(name, [(70, 40)]) else pytest.mark.slow,
+        )
+        for shape in _PADDED
+        for name in fq.MomentCodecs.names()
+    ],
+    ids=str,
+)
 def test_padding_never_leaks(shape, moments):
     """A partial group is stored as it would be alone."""
     codecs = fq.MomentCodecs.named(moments)
