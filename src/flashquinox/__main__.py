@@ -234,12 +234,13 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
         path = settings.config
         is_directory = path.is_dir()
         try:
-            file = path / "config.json" if is_directory else path
-            config = json.loads(file.read_text(encoding="utf-8"))
-            return str(path), architectures.from_config(config)
+            path = path / "config.json" if is_directory else path
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return str(settings.config), architectures.from_config(config)
         except FileNotFoundError as error:
             reason = error.strerror
             if is_directory:
+                path = settings.config
                 reason = (
                     "there is no config.json in this directory. Pass the directory of "
                     "a model that has one, or the file itself."

@@ -92,9 +92,15 @@ def check_order(call: str, leaves: list[Leaf], grads: list[Any]) -> None:
 
 
 def check_alive(call: str, **trees: PyTree) -> None:
-    """Arrays that were donated have no values any more."""
+    """Arrays that were donated have no values any more, and shapes never had any."""
     for name, tree in trees.items():
         for path, x in jtu.tree_leaves_with_path(tree):
+            if isinstance(x, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"`{call}`: there is no array at `{path_name(path)}` of `{name}` but "
+                    f"{shown(x)}. Pass arrays; to see the shapes of what this "
+                    "gives, call it by `jax.eval_shape`."
+                )
             if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
                 continue
             if x.is_deleted():

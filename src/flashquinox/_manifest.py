@@ -269,7 +269,10 @@ def _hint(name: str) -> str:
             " Pass a state like the one that was saved; or `None` to restore the "
             "weights alone."
         )
-    return " Pass a model and a state like those that were saved."
+    return (
+        " Pass a model and a state like those that were saved; or pass a state of "
+        "`None` to restore the weights alone, also into float32."
+    )
 
 
 def _codec_of(moment: QuantMoment | None) -> str:

@@ -975,6 +975,18 @@ CALLS = {
         lambda: _optim.step(_model, _donated_state(), _grads),
         Raises(RuntimeError, (_step_call, "of `state`", "donated", "mu")),
     ),
+    "donated, in what looks into states": (
+        lambda: fq.master_weights(_donated(), _state),
+        Raises(RuntimeError, ("`master_weights`", "`['b']` of `model`", "donated")),
+    ),
+    "a state of shapes": (
+        lambda: _optim.step(_model, jax.eval_shape(lambda: _state), _grads),
+        _type_error(_step_call, "count", "`state`", "ShapeDtypeStruct", "eval_shape"),
+    ),
+    "a model of shapes": (
+        lambda: _optim.update(_grads, _state, jax.eval_shape(lambda: _model)),
+        _type_error("`adamw(...).update`", "`['b']` of `model`", "ShapeDtypeStruct"),
+    ),
     "donated gradients": (
         lambda: _optim.step(_model, _state, _donated()),
         Raises(RuntimeError, (_step_call, "`['b']` of `grads`", "donated")),
