@@ -97,8 +97,8 @@ def check_alive(call: str, **trees: PyTree) -> None:
         for path, x in jtu.tree_leaves_with_path(tree):
             if isinstance(x, jax.ShapeDtypeStruct):
                 raise TypeError(
-                    f"`{call}`: there is no array at `{path_name(path)}` of `{name}` but "
-                    f"{shown(x)}. Pass arrays; to see the shapes of what this "
+                    f"`{call}`: there is no array at `{path_name(path)}` of `{name}` "
+                    f"but {shown(x)}. Pass arrays; to see the shapes of what this "
                     "gives, call it by `jax.eval_shape`."
                 )
             if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
