@@ -4,17 +4,15 @@ Each of these functions is an operation of its own in what JAX traces, so that a
 recognizes it by identity. A function of a user's may have the same name.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
-import jax
-import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
+
+from . import _compat as compat
 
 
 _QUIET_NAN = np.uint32(0x7FC0_0000)
@@ -24,31 +22,19 @@ class Replaceable:
     """An elementwise function as an operation. Where no backend replaces it, it is the
     function itself."""
 
-    _known: ClassVar[dict[jex.Primitive, "Replaceable"]] = {}
+    _known: ClassVar[dict[compat.Primitive, "Replaceable"]] = {}
 
     def __init__(self, function: Callable[..., Array]):
         self.function = function
-        self._primitive = jex.Primitive(f"flashquinox{function.__name__}")
-        compiled = jax.jit(function)
-        self._primitive.def_impl(compiled)
-        self._primitive.def_abstract_eval(
-            lambda *avals: jax.make_jaxpr(compiled)(*avals).out_avals[0]
-        )
-        ad.primitive_jvps[self._primitive] = lambda primals, tangents: jax.jvp(
-            function, primals, tuple(map(ad.instantiate_zeros, tangents))
-        )
-        is_unary = len(inspect.signature(function).parameters) == 1
-        batched = batching.defvectorized if is_unary else batching.defbroadcasting
-        batched(self._primitive)
-        lowered = mlir.lower_fun(function, multiple_results=False)
-        mlir.register_lowering(self._primitive, lowered)
+        name = f"flashquinox{getattr(function, '__name__', '')}"
+        self._primitive = compat.operation(name, function)
         self._known[self._primitive] = self
 
     def __call__(self, *args: Array) -> Array:
         return self._primitive.bind(*jnp.broadcast_arrays(*args))
 
     @classmethod
-    def of(cls, primitive: jex.Primitive) -> "Replaceable | None":
+    def of(cls, primitive: compat.Primitive) -> "Replaceable | None":
         """The function whose operation this is."""
         return cls._known.get(primitive)
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.core
-import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from . import _jaxprs as jaxprs
+from . import _compat as compat
 from ._arithmetic import Replaceable
 
 
@@ -65,7 +64,7 @@ def trace(function: Callable, *args: Any) -> Traced:
     traced, out = jax.make_jaxpr(function, return_shape=True)(*args)
     sorts = [Sort.ELEMENTS if x.shape else Sort.UNIFORM for x in jtu.tree_leaves(args)]
     walk = _Walk()
-    for found in walk.call(jaxprs.Function.of(traced), sorts):
+    for found in walk.call(compat.Function.of(traced), sorts):
         if isinstance(found, Crossed):
             raise NotElementwise(found.reason)
         if found == Sort.VARIED:
@@ -77,13 +76,13 @@ class _Walk:
     def __init__(self) -> None:
         self.signature: list[Any] = []
 
-    def call(self, function: jaxprs.Function, args: Sequence[Found]) -> list[Found]:
+    def call(self, function: compat.Function, args: Sequence[Found]) -> list[Found]:
         jaxpr = function.jaxpr
         known = [*map(self._constant, function.consts), *args]
         found = dict(zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True))
 
         def read(atom: Any) -> Found:
-            if isinstance(atom, jex.Literal):
+            if isinstance(atom, compat.Literal):
                 return self._constant(atom.val)
             return found[atom]
 
@@ -106,16 +105,16 @@ class _Walk:
         name = eqn.primitive.name
         if "callback" in name or eqn.effects:
             raise NotElementwise(f"`{name}` has effects beside its results")
-        called = jaxprs.called(eqn)
+        called = compat.called(eqn)
         if called is not None:
             return self.call(called, args)
         match name:
             case "cond":
-                return self._branch(jaxprs.Branches.of(eqn, args))
+                return self._branch(compat.Branches.of(eqn, args))
             case "while":
-                return self._repeat(jaxprs.While.of(eqn, args))
+                return self._repeat(compat.While.of(eqn, args))
             case "scan":
-                return self._scan(jaxprs.Scan.of(eqn, args), len(eqn.outvars))
+                return self._scan(compat.Scan.of(eqn, args), len(eqn.outvars))
         if name in _PAIRWISE and len(args) == len(eqn.outvars):
             return args
         result = self._result(eqn, args)
@@ -152,11 +151,11 @@ class _Walk:
             return Sort.UNIFORM
         return None
 
-    def _branch(self, cond: jaxprs.Branches) -> list[Found]:
+    def _branch(self, cond: compat.Branches) -> list[Found]:
         found = [self.call(branch, cond.operands) for branch in cond.branches]
         return [_joined("cond", x, cond.index) for x in zip(*found, strict=True)]
 
-    def _repeat(self, loop: jaxprs.While) -> list[Found]:
+    def _repeat(self, loop: compat.While) -> list[Found]:
         def turn(carry: list[Found]) -> list[Found]:
             return self.call(loop.body, [*loop.body_consts, *carry])
 
@@ -164,7 +163,7 @@ class _Walk:
         (again,) = self.call(loop.condition, [*loop.condition_consts, *carry])
         return [_joined("while", [x], again) for x in carry]
 
-    def _scan(self, loop: jaxprs.Scan, results: int) -> list[Found]:
+    def _scan(self, loop: compat.Scan, results: int) -> list[Found]:
         if Sort.ELEMENTS in loop.xs:
             return [Crossed("`scan` goes through its elements")] * results
         carried = len(loop.carry)

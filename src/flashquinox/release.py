@@ -10,11 +10,10 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Key, PyTree, Scalar, ScalarLike
 
-from . import _checks as checks, _sharding
+from . import _checks as checks, _compat as compat, _sharding
 from ._argument_checks import check_max_norm
 from ._clipping import Clipping, scaled
 from ._codec import QuantMoment, StoredMoment
@@ -225,9 +224,7 @@ def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
 def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int, Array]:
     """Those of the values that the result of a function depends on. A gradient for the
     others would be zeros in memory."""
-    closed = jax.make_jaxpr(function)(values)
-    everything = [True] * len(closed.jaxpr.outvars)
-    _, read = partial_eval.dce_jaxpr(closed.jaxpr, everything)
+    read = compat.inputs_read(function, values)
     return {
         i: x for (i, x), used in zip(sorted(values.items()), read, strict=True) if used
     }

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from .. import _jaxprs as jaxprs
+from .. import _compat as compat
 from .._arithmetic import (
     byte_times,
     canonical_pattern,
@@ -77,21 +76,21 @@ class Arithmetic:
             lambda *leaves: function(*jtu.tree_unflatten(structure, leaves)),
             return_shape=True,
         )(*shapes)
-        traced = jaxprs.Function.of(traced)
+        traced = compat.Function.of(traced)
         outs = self._call(traced, [Value.of(x) for x in leaves])
         return jtu.tree_unflatten(
             jtu.tree_structure(out_shape),
             [out.array if out.words is None else out.words for out in outs],
         )
 
-    def _call(self, function: jaxprs.Function, args: Sequence[Value]) -> list[Value]:
+    def _call(self, function: compat.Function, args: Sequence[Value]) -> list[Value]:
         jaxpr = function.jaxpr
         known = [*map(Value.of_constant, function.consts), *args]
         inputs = zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True)
         values = dict(inputs)
 
         def read(atom: Any) -> Value:
-            return Value(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+            return Value(atom.val) if isinstance(atom, compat.Literal) else values[atom]
 
         for eqn in jaxpr.eqns:
             results = self._results(eqn, [read(atom) for atom in eqn.invars])
@@ -99,7 +98,7 @@ class Arithmetic:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _arrays(
-        self, function: jaxprs.Function, consts: Sequence[Value], *args: Array
+        self, function: compat.Function, consts: Sequence[Value], *args: Array
     ) -> list[Array]:
         """The same of arrays, as a function that is traced needs it."""
         results = self._call(function, [*consts, *map(Value, args)])
@@ -119,16 +118,16 @@ class Arithmetic:
         composition = operations.COMPOSITIONS.get(eqn.primitive.name)
         if composition is not None:
             return self._composed(composition, eqn, operands)
-        called = jaxprs.called(eqn)
+        called = compat.called(eqn)
         if called is not None:
             return self._call(called, operands)
         match eqn.primitive.name:
             case "cond":
-                return self._branch(jaxprs.Branches.of(eqn, operands))
+                return self._branch(compat.Branches.of(eqn, operands))
             case "while":
-                return self._repeat(jaxprs.While.of(eqn, operands))
+                return self._repeat(compat.While.of(eqn, operands))
             case "scan":
-                return self._scan(jaxprs.Scan.of(eqn, operands))
+                return self._scan(compat.Scan.of(eqn, operands))
         return self._apply(eqn, operands)
 
     def _composed(
@@ -136,7 +135,7 @@ class Arithmetic:
     ) -> list[Value]:
         """An operation that is a function of others."""
         traced = jax.make_jaxpr(function)(*(atom.aval for atom in eqn.invars))
-        return self._call(jaxprs.Function.of(traced), operands)
+        return self._call(compat.Function.of(traced), operands)
 
     def _replaced(
         self, function: Replaceable, operands: Sequence[Value]
@@ -154,7 +153,7 @@ class Arithmetic:
             return Value(self.rounded_root(operands[0].array))
         return None
 
-    def _branch(self, cond: jaxprs.Branches) -> list[Value]:
+    def _branch(self, cond: compat.Branches) -> list[Value]:
         branches = [
             functools.partial(self._arrays, branch, ()) for branch in cond.branches
         ]
@@ -166,7 +165,7 @@ class Arithmetic:
             results = lax.switch(index, branches, *operands)
         return [Value(x) for x in results]
 
-    def _repeat(self, loop: jaxprs.While) -> list[Value]:
+    def _repeat(self, loop: compat.While) -> list[Value]:
         condition, body = loop.condition, loop.body
         results = lax.while_loop(
             lambda carry: self._arrays(condition, loop.condition_consts, *carry)[0],
@@ -175,7 +174,7 @@ class Arithmetic:
         )
         return [Value(x) for x in results]
 
-    def _scan(self, loop: jaxprs.Scan) -> list[Value]:
+    def _scan(self, loop: compat.Scan) -> list[Value]:
         if loop.length <= _MOST_TURNS:
             return self._write_out(loop)
         carried = len(loop.carry)
@@ -190,7 +189,7 @@ class Arithmetic:
         carry, ys = lax.scan(turn, carry, xs, loop.length, loop.reverse)
         return [Value(x) for x in [*carry, *ys]]
 
-    def _write_out(self, loop: jaxprs.Scan) -> list[Value]:
+    def _write_out(self, loop: compat.Scan) -> list[Value]:
         """Of a loop over constants, these are numbers then, which kernels can take."""
         carry, found = loop.carry, []
         turns = range(loop.length)

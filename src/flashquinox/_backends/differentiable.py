@@ -7,18 +7,17 @@ where it is used.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from .. import _compat as compat
 from .._body import move, TileState
 from .._codecs.full_precision import FullPrecision
 from .._split import NARROW_DTYPES
@@ -151,22 +150,10 @@ def _zero(x: Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-# What stands for a tangent that must not be used: computing with it, or pulling a
-# cotangent back through it, raises.
-_refuse_p = jax.extend.core.Primitive("flashquinox_no_derivative")
-
-
-def _refuse(*args: Any, message: str, **kwargs: Any) -> Any:
+def _refuse(*args: Any, message: str, **kwargs: Any) -> NoReturn:
     del args, kwargs
     raise TypeError(message)
 
 
-def _batch(args: Any, axes: Any, *, message: str) -> Any:
-    return _refuse_p.bind(*args, message=message), axes[0]
-
-
-_refuse_p.def_impl(_refuse)
-_refuse_p.def_abstract_eval(lambda x, *, message: x)
-ad.deflinear2(_refuse_p, _refuse)
-batching.primitive_batchers[_refuse_p] = _batch
-mlir.register_lowering(_refuse_p, _refuse)
+# What stands for a tangent that must not be used.
+_refuse_p = compat.refusal("flashquinox_no_derivative", _refuse)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.extend.core as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -23,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Scalar
 
+from .. import _compat as compat
 from .._body import LeafScalars, StepScalars, StepStructure, TileState, update_tile
 from .._layout import Layout
 from ._gpu_arithmetic import ARITHMETIC
@@ -168,7 +168,7 @@ def _traced_update(
     )
     scalars = jtu.tree_map(lambda x: shape_of(x, x.shape), scalars)
     traced = _update_tile.trace(structure, view.axis, interpret, scalars, *tile)
-    function = jex.jaxpr_as_fun(traced.jaxpr)
+    function = compat.as_function(traced.jaxpr)
     out_structure = jtu.tree_structure(traced.out_info)
     return lambda *args: jtu.tree_unflatten(
         out_structure, function(*jtu.tree_leaves(args))

@@ -11,9 +11,11 @@ import functools
 import importlib
 import warnings
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
+
+from .. import _compat as compat
 
 
 Kernels = Literal["gpu", "tpu"]
@@ -74,10 +76,9 @@ def is_gpu() -> bool:
     """Whether this program is traced for a GPU that there are kernels for. It must be
     known: by the default device, or by that of an abstract mesh.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
+    device = compat.traced_device()
+    if isinstance(device, jax.sharding.AbstractDevice):
         return device.platform in ("gpu", "cuda")
-    device = _default_device()
     capability = getattr(device, "compute_capability", "")
     # Of other makers, it is a name.
     known = device.platform == "gpu" and capability.replace(".", "").isdigit()
@@ -86,14 +87,4 @@ def is_gpu() -> bool:
 
 def is_tpu() -> bool:
     """Whether this program is traced for a TPU, as far as that is known."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = _default_device()
-    return device.platform == "tpu"
-
-
-def _default_device() -> Any:
-    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore
-    if isinstance(device, str):
-        return jax.local_devices(backend=device)[0]
-    return device
+    return compat.traced_device().platform == "tpu"

@@ -1,0 +1,63 @@
+"""What JAX does not promise is used in one file, and may be missing where it says so."""
+
+import ast
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.interpreters import partial_eval
+
+import flashquinox
+from flashquinox import _compat as compat
+
+
+_SOURCES = Path(flashquinox.__file__).parent
+_NOT_PROMISED = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
+
+
+def _imported(path: Path) -> set[str]:
+    """The modules, and what is imported from them, of a file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+def _is_promised(name: str) -> bool:
+    return not any(name == x or name.startswith(f"{x}.") for x in _NOT_PROMISED)
+
+
+def test_one_file_has_all_that_is_not_promised():
+    paths = sorted(_SOURCES.rglob("*.py"))
+    users = {
+        str(path.relative_to(_SOURCES)): wrong
+        for path in paths
+        if (wrong := {name for name in _imported(path) if not _is_promised(name)})
+    }
+    assert set(users) == {"_compat.py"}, users
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_inputs_read(is_there, monkeypatch):
+    if not is_there:
+        monkeypatch.delattr(partial_eval, "dce_jaxpr")
+    function = lambda values: values["a"] * 2
+    values = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    assert compat.inputs_read(function, values) == [True, not is_there]
+
+
+def test_traced_device():
+    first = jax.local_devices()[0]
+    assert compat.traced_device() == first
+    with jax.default_device(jax.devices()[3]):
+        assert compat.traced_device() == jax.devices()[3]
+    kind = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert compat.traced_device() == kind
