@@ -1,4 +1,4 @@
-"""What JAX does not promise is used in one file, and may be missing where it says so."""
+"""What JAX does not promise is used in one file, and may be missing where that says."""
 
 import ast
 from pathlib import Path
