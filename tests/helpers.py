@@ -278,27 +278,37 @@ def roundtrip(
     """A moment, times a factor, as it is stored at step `count`; and decoded again."""
     moment, count = jnp.asarray(moment), jnp.asarray(count)
     factor = None if factor is None else jnp.asarray(factor, moment.dtype)
+    stored, decoded = _roundtrip(codec, layout, moment, count, factor)
+    traced = isinstance(decoded, jax.core.Tracer)
+    return stored, decoded if traced else np.asarray(decoded)
+
+
+@eqx.filter_jit
+def _roundtrip(codec, layout, moment, count, factor):
     codes, scales = codec.encode(
         layout.tile(moment), layout.tile_axis, fq.Dither.at(count, 0), factor
     )
     codes = layout.untile(codes)
     stored = codec.init(layout, moment.dtype)
     if not isinstance(stored, fq.QuantMoment):
-        return codes, np.asarray(codes)
+        return codes, codes
     assert scales is not None
     assert codes.dtype == stored.codes.dtype and codes.shape == stored.codes.shape
     assert scales.dtype == stored.scales.dtype and scales.shape == stored.scales.shape
     stored = eqx.tree_at(lambda s: (s.codes, s.scales), stored, (codes, scales))
-    if isinstance(codes, jax.core.Tracer):
-        return stored, stored.decode()
-    return stored, np.asarray(stored.decode())
+    return stored, stored.decode()
 
 
 def of_elements(layout: Layout, groups: ArrayLike) -> np.ndarray:
     """What each group has, for each of its elements."""
+    return np.asarray(_of_elements(layout, jnp.asarray(groups)))
+
+
+@eqx.filter_jit
+def _of_elements(layout, groups):
     tile = layout.tile(jnp.zeros(layout.shape))
-    groups = jnp.expand_dims(jnp.asarray(groups), layout.tile_axis)
-    return np.asarray(layout.untile(jnp.broadcast_to(groups, tile.shape)))
+    groups = jnp.expand_dims(groups, layout.tile_axis)
+    return layout.untile(jnp.broadcast_to(groups, tile.shape))
 
 
 def assert_code_of(
@@ -392,8 +402,13 @@ def _companded(stored: fq.QuantMoment, codes: np.ndarray) -> np.ndarray:
 
 def _decode_codes(stored: fq.QuantMoment, codes: np.ndarray) -> Array:
     """What codes between the codes would stand for."""
+    return _decode_jitted(stored, jnp.asarray(codes, jnp.float32))
+
+
+@eqx.filter_jit
+def _decode_jitted(stored: fq.QuantMoment, codes: Array) -> Array:
     layout = stored.layout
-    tile = layout.tile(jnp.asarray(codes, jnp.float32))
+    tile = layout.tile(codes)
     decoded = stored.codec.decode(tile, stored.scales, layout.tile_axis, jnp.float32)
     return layout.untile(decoded)
 
@@ -401,13 +416,14 @@ def _decode_codes(stored: fq.QuantMoment, codes: np.ndarray) -> Array:
 def grid(scales: Array) -> tuple[np.ndarray, np.ndarray]:
     """The bits of code 0 and the step to code 1, for each group of a
     `FittedLogCodec`."""
+    zero, one = np.moveaxis(np.asarray(_first_bits(scales)).astype(np.int64), -1, 0)
+    return zero, one - zero
 
-    def bits(code: int) -> np.ndarray:
-        codes = jnp.full((*scales.shape, 1), code, jnp.uint8)
-        decoded = fq.FittedLogCodec().decode(codes, scales, -1, jnp.float32)
-        return np.asarray(bits_of(decoded)).astype(np.int64)[..., 0]
 
-    return bits(0), bits(1) - bits(0)
+@jax.jit
+def _first_bits(scales: Array) -> Array:
+    codes = jnp.broadcast_to(jnp.arange(2, dtype=jnp.uint8), (*scales.shape, 2))
+    return bits_of(fq.FittedLogCodec().decode(codes, scales, -1, jnp.float32))
 
 
 def real_bits(x: np.ndarray) -> np.ndarray:
