@@ -1,0 +1,144 @@
+"""What the documentation shows is executed: the programs of a page one after the other,
+as a reader would."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+
+_ROOT = Path(__file__).parents[1]
+_FENCED = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+
+
+def _programs(page: str) -> list[str]:
+    text = (_ROOT / page).read_text()
+    return [match[2] for match in _FENCED.finditer(text)]
+
+
+_PAGES = [
+    page
+    for path in [_ROOT / "README.md", *sorted((_ROOT / "docs").rglob("*.md"))]
+    if _programs(page := str(path.relative_to(_ROOT)))
+]
+
+# What a page takes for granted, before the program of this number.
+_BEFORE = {
+    ("README.md", 1): "import optax",
+    ("docs/api/codecs.md", 0): "import flashquinox as fq",
+    (
+        "docs/checkpoints.md",
+        2,
+    ): "train_step = lambda model, state: (model, advance(state))",
+    ("docs/equinox.md", 0): """
+import equinox as eqx
+import flashquinox as fq
+import jax
+import jax.numpy as jnp
+
+model = fq.cast(eqx.nn.MLP(64, 10, 64, 1, key=jax.random.key(0)), jnp.bfloat16)
+
+
+def loss_fn(model, x, y):
+    return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+
+batch = jnp.ones((4, 64), jnp.bfloat16), jnp.ones((4, 10), jnp.bfloat16)
+""",
+    (
+        "docs/equinox.md",
+        1,
+    ): "model, opt_state, _ = train_step(model, opt_state, *batch)",
+    ("docs/equinox.md", 2): """
+model, opt_state, _ = train_step(batch, model, opt_state)
+
+import haliax as hax
+
+Position, Embed, Mlp = hax.make_axes(position=4, embed=32, mlp=64)
+keys = jax.random.split(jax.random.key(0))
+model = {
+    "norm": hax.nn.LayerNorm.init(Embed),
+    "block": {"up": hax.nn.Linear.init(Embed, Mlp, key=keys[0])},
+    "head": hax.nn.Linear.init(Mlp, Embed.alias("out"), key=keys[1]),
+}
+
+
+def loss_fn(model, batch, key):
+    del key
+    x = model["block"]["up"](model["norm"](batch))
+    return hax.mean(model["head"](x).astype(jnp.float32)).array
+
+
+batch = hax.ones((Position, Embed))
+""",
+    ("docs/sharding.md", 0): """
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+
+model = eqx.nn.MLP(64, 64, 64, 1, key=jr.key(0))
+
+
+def loss_fn(model, batch):
+    return jnp.mean(jax.vmap(model)(batch) ** 2)
+""",
+    ("docs/sharding.md", 1): """
+model, state, _ = train_step(jnp.ones((8, 64)), model, state)
+replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+""",
+    ("docs/sharding.md", 3): """
+state = optim.init(eqx.nn.MLP(64, 64, 64, 1, key=jr.key(0)))
+model = eqx.nn.MLP(64, 64, 64, 1, key=jr.key(0))
+other = optim.init(eqx.filter_shard(model, replicated))
+""",
+}
+# What a page leaves to its readers, after its last program.
+_AFTER = {
+    "docs/equinox.md": "train_step(model, state, batch, jax.random.key(0))",
+    "docs/sharding.md": "assert jax.tree.structure(moved) == jax.tree.structure(other)",
+}
+# For a machine with PyTorch and a checkpoint of FlashOptim; and with Haliax, which does
+# not import beside every version of JAX.
+_ONLY_COMPILED = {("docs/exchange.md", number) for number in (6, 7)}
+_WITH_HALIAX = ("docs/equinox.md", 2)
+# Nothing that other tests do not do, and many programs to compile.
+_SLOW = ("docs/checkpoints.md", "docs/flax.md", "docs/optax.md", "docs/release.md")
+
+
+def test_first_page_is_that_of_the_repository():
+    (shown,) = _programs("docs/index.md")
+    assert _programs("README.md")[0].startswith(shown)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page in _SLOW else ())
+        for page in _PAGES
+        if page != "docs/index.md"
+    ],
+)
+def test_programs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "program", "advance": _advance}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for number, program in enumerate(_programs(page)):
+            if (page, number) in _ONLY_COMPILED:
+                compile(program, f"{page}:{number}", "exec")
+                continue
+            if (page, number) == _WITH_HALIAX:
+                pytest.importorskip("haliax", exc_type=ImportError)
+            _run(_BEFORE.get((page, number), ""), f"before {page}:{number}", names)
+            _run(program, f"{page}:{number}", names)
+        _run(_AFTER.get(page, ""), f"after {page}", names)
+
+
+def _run(source: str, name: str, names: dict) -> None:
+    exec(compile(source, name, "exec"), names)
+
+
+def _advance(state):
+    import equinox as eqx
+
+    return eqx.tree_at(lambda s: s.steps.count, state, replace_fn=lambda x: x + 1)
