@@ -499,7 +499,14 @@ _WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", _WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        # It is a part of the last.
+        pytest.param(x, marks=pytest.mark.slow) if x == "MultiSteps" else x
+        for x in _WRAPPERS
+    ],
+)
 def test_states_within_states(wrapper):
     """On both sides, and with every count of steps."""
     wrap, params = _WRAPPERS[wrapper], _arrays(_mlp())
