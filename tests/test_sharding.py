@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import re
 import warnings
 
@@ -23,7 +25,6 @@ _SHAPES = {
     "matrix": (256, 512),
     "stack": (4, 64, 128),
     "bias": (512,),
-    "vector": (8192,),
     # Partial groups.
     "ragged": (256, 40),
     "scalar": (),
@@ -32,7 +33,6 @@ _FSDP = {
     "matrix": P("data"),
     "stack": P(None, "data"),
     "bias": P("data"),
-    "vector": P("data"),
     "ragged": P("data"),
 }
 _TENSOR = {
@@ -44,10 +44,9 @@ _BOTH = {
     "matrix": P("data", "model"),
     "stack": P(None, "model", None),
     "bias": P(("model", "data")),
-    "vector": P(("data", "model")),
     "ragged": P(("model", "data"), None),
 }
-_LAYERS = {"stack": P("data"), "vector": P("model")}
+_LAYERS = {"stack": P("data")}
 _LAYOUTS = {
     "fsdp": _FSDP,
     "tensor": _TENSOR,
@@ -63,36 +62,48 @@ _COLLECTIVES = re.compile(
 _parametrize_types = pytest.mark.parametrize("types", _TYPES)
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
 
+# Of one optimizer, and of all leaves or of two: what is compiled for one test is there
+# for the others.
+_optim = fq.adamw(1e-2, weight_decay=0.1)
+_step = jax.jit(_optim.step)
+_PAIR = ("matrix", "bias")
+
 
 def _mesh(types: str, shape=(4, 2)):
     kinds = (_TYPES[types],) * len(shape)
     return jax.make_mesh(shape, ("data", "model"), axis_types=kinds)
 
 
-def _shardings(mesh, specs):
-    return {name: NamedSharding(mesh, specs.get(name, P())) for name in _SHAPES}
+def _shardings(mesh, specs, names=tuple(_SHAPES)):
+    return {name: NamedSharding(mesh, specs.get(name, P())) for name in names}
 
 
-def _model(seed: int = 0, dtype=jnp.bfloat16, shapes=_SHAPES):
+def _model(seed: int = 0, dtype=jnp.bfloat16, shapes=_SHAPES, names=None):
     rng = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32).astype(dtype)
-        for name, shape in shapes.items()
-    }
+    # Not compiled.
+    array = lambda shape: 0.1 * rng.standard_normal(shape).astype(np.float32)
+    model = {name: jnp.asarray(array(s).astype(dtype)) for name, s in shapes.items()}
+    return {name: model[name] for name in names or shapes}
 
 
-def _on_one_device(tree):
-    return jtu.tree_map(jnp.asarray, jax.device_get(tree))
+def _put(tree, where):
+    # By way of the host, nothing is compiled.
+    return jax.device_put(jax.device_get(tree), where)
 
 
-def _train(optim, model, state, steps, shardings=None):
-    step = jax.jit(optim.step, donate_argnums=(0, 1))
+def _train(step, model, state, steps, shardings=None):
     for i in range(steps):
-        grads = _model(i + 1)
+        grads = _model(i + 1, model["matrix"].dtype, names=model)
         if shardings is not None:
-            grads = jax.device_put(grads, shardings)
+            grads = _put(grads, shardings)
         model, state = step(model, state, grads)
     return model, state
+
+
+@functools.cache
+def _on_one_device(steps, names=tuple(_SHAPES)):
+    model = _model(names=names)
+    return _train(_step, model, _optim.init(model), steps)
 
 
 def _assert_equal(found, expected):
@@ -107,19 +118,49 @@ def _assert_equal(found, expected):
 #
 
 
-@_parametrize_types
-@pytest.mark.parametrize("layout", _LAYOUTS)
+_QUICK = [
+    ("fsdp", "auto"),
+    ("tensor", "auto"),
+    ("2-D", "explicit"),
+    ("layers", "explicit"),
+]
+
+
+@pytest.mark.parametrize(
+    "layout, types",
+    [
+        pytest.param(*x, marks=() if x in _QUICK else pytest.mark.slow)
+        for x in itertools.product(_LAYOUTS, _TYPES)
+    ],
+)
 def test_trains_as_on_one_device(layout, types):
-    """No groups here lie in two parts, so that the state is that of one device too."""
+    """No groups here lie in two parts, so that the state is that of one device too.
+
+    Devices do not communicate, nor is there anything of the size of a leaf that is
+    divided; and all is in place.
+    """
     shardings = _shardings(_mesh(types), _LAYOUTS[layout])
-    optim = fq.adamw(1e-2, weight_decay=0.1)
-    model = jax.device_put(_model(), shardings)
-    state = optim.init(model)
-    expected = _train(optim, _model(), optim.init(_model()), 20)
+    model = _put(_model(), shardings)
+    state = _optim.init(model)
+    in_place = jax.jit(_optim.step, donate_argnums=(0, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = _train(optim, model, state, 20, shardings)
-    _assert_equal(found, expected)
+        compiled = in_place.lower(model, state, model).compile()
+        text = compiled.as_text() or ""
+        assert not _COLLECTIVES.search(text)
+        for name in ("matrix", "stack", "ragged"):
+            if any(shardings[name].spec):
+                assert f"[{','.join(map(str, _SHAPES[name]))}]" not in text
+        memory = compiled.memory_analysis()
+        kept = sum(
+            x.addressable_shards[0].data.nbytes for x in jtu.tree_leaves((model, state))
+        )
+        assert memory.alias_size_in_bytes >= kept
+        # The backend of CPUs has temporaries of what each device has.
+        parts = sum(x.addressable_shards[0].data.size for x in model.values())
+        assert memory.temp_size_in_bytes <= 20 * parts
+        found = _train(in_place, model, state, 6, shardings)
+    _assert_equal(found, _on_one_device(6))
     _is_divided(found, shardings)
 
 
@@ -145,30 +186,34 @@ def _is_divided(found, shardings):
     ids=lambda case: case.name,
 )
 def test_optimizers(case):
-    shardings = _shardings(_mesh("auto"), _BOTH)
+    names = ("matrix", "ragged")
+    shardings = _shardings(_mesh("auto"), _BOTH, names)
     optim = case.optimizer(1e-2)
-    first = _model(dtype=case.storage.dtype)
-    model = jax.device_put(first, shardings)
-    state = optim.init(model)
-    expected = _train(optim, _model(dtype=case.storage.dtype), optim.init(first), 3)
-    _assert_equal(_train(optim, model, state, 3, shardings), expected)
+    first = _model(dtype=case.storage.dtype, names=names)
+    model = _put(first, shardings)
+    step = jax.jit(optim.step)
+    expected = _train(step, first, optim.init(first), 3)
+    found = _train(step, model, optim.init(model), 3, shardings)
+    _assert_equal(found, expected)
 
 
 @pytest.mark.parametrize(
     "backend, types, layout",
-    [("tpu", "auto", "fsdp"), ("gpu", "auto", "fsdp"), ("gpu", "explicit", "2-D")],
+    [
+        ("tpu", "auto", "fsdp"),
+        ("gpu", "explicit", "2-D"),
+        pytest.param("gpu", "auto", "fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels(backend, types, layout):
     """Interpreted, each device its own."""
-    names = ("matrix", "bias")
-    shapes = {"matrix": (128, 256), "bias": (512,)}
-    shardings = _shardings(_mesh(types), _LAYOUTS[layout])
-    shardings = {name: shardings[name] for name in names}
+    shapes = {"matrix": (128, 256)}
+    shardings = _shardings(_mesh(types), _LAYOUTS[layout], shapes)
     optim = fq.adamw(1e-2, backend=backend)
     model, grads = _model(0, shapes=shapes), _model(1, shapes=shapes)
     step = jax.jit(optim.step)
     expected = step(model, optim.init(model), grads)
-    model = jax.device_put(model, shardings)
+    model = _put(model, shardings)
     _assert_equal(step(model, optim.init(model), grads), expected)
 
 
@@ -177,65 +222,38 @@ def test_kernels(backend, types, layout):
 #
 
 
-@_parametrize_types
-@pytest.mark.parametrize("layout", _LAYOUTS)
-def test_devices_do_not_communicate(layout, types):
-    """Nor is there anything of the size of a leaf that is divided; and all is in
-    place."""
-    shardings = _shardings(_mesh(types), _LAYOUTS[layout])
-    optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(), shardings)
-    state = optim.init(model)
-    step = jax.jit(optim.step, donate_argnums=(0, 1))
-    compiled = step.lower(model, state, model).compile()
-    text = compiled.as_text() or ""
-    assert not _COLLECTIVES.search(text)
-    for name in ("matrix", "stack", "ragged"):
-        if any(shardings[name].spec):
-            assert f"[{','.join(map(str, _SHAPES[name]))}]" not in text
-    memory = compiled.memory_analysis()
-    kept = sum(
-        x.addressable_shards[0].data.nbytes for x in jtu.tree_leaves((model, state))
-    )
-    assert memory.alias_size_in_bytes >= kept
-    # The backend of CPUs has temporaries of what each device has.
-    parts = sum(x.addressable_shards[0].data.size for x in model.values())
-    assert memory.temp_size_in_bytes <= 20 * parts
-
-
 def test_a_gradient_of_another_sharding():
     """It is moved, and nothing else."""
+    names = ("matrix",)
     for types in _TYPES:
-        shardings = _shardings(_mesh(types), _FSDP)
-        optim = fq.adamw(1e-2)
-        model = jax.device_put(_model(), shardings)
-        state = optim.init(model)
-        grads = jax.device_put(_model(1), _shardings(_mesh(types), _TENSOR))
-        moved = jax.device_put(grads, shardings)
-        for step in (optim.step, jax.jit(optim.step)):
+        shardings = _shardings(_mesh(types), _FSDP, names)
+        model = _put(_model(names=names), shardings)
+        state = _optim.init(model)
+        elsewhere = _shardings(_mesh(types), _TENSOR, names)
+        grads = _put(_model(1, names=names), elsewhere)
+        moved = _put(grads, shardings)
+        for step in (_optim.step, _step):
             found, expected = (step(model, state, x) for x in (grads, moved))
             _assert_equal(found, expected)
 
 
 @_parametrize_types
 def test_skip_nonfinite_is_one_collective(types):
-    shardings = _shardings(_mesh(types), _FSDP)
-    optim = fq.adamw(1e-2, skip_nonfinite=True)
-    model = jax.device_put(_model(), shardings)
+    shardings = _shardings(_mesh(types), _FSDP, _PAIR)
+    optim = fq.adamw(1e-2, weight_decay=0.1, skip_nonfinite=True)
+    model = _put(_model(names=_PAIR), shardings)
     state = optim.init(model)
     step = jax.jit(optim.step)
     text = step.lower(model, state, model).compile().as_text()
     # Of arrays, or of tuples of them.
     assert len(re.findall(r"[ )]all-reduce(?:-start)?\(", text)) == 1
     assert len(set(_COLLECTIVES.findall(text))) == 1
-    grads = _model(1)
-    grads["matrix"] = grads["matrix"].at[200, 3].set(jnp.nan)
-    unchanged = step(model, state, jax.device_put(grads, shardings))
+    grads = _model(1, names=_PAIR)
+    bad = grads | {"matrix": grads["matrix"].at[200, 3].set(jnp.nan)}
+    unchanged = step(model, state, _put(bad, shardings))
     _assert_equal(unchanged, (model, state))
-    _assert_equal(
-        step(model, state, jax.device_put(_model(1), shardings)),
-        jax.jit(fq.adamw(1e-2).step)(model, state, _model(1)),
-    )
+    found = step(model, state, _put(grads, shardings))
+    _assert_equal(found, _on_one_device(1, _PAIR))
 
 
 #
@@ -247,12 +265,19 @@ def test_groups_lie_along_an_axis_that_parts_hold_whole():
     model = {"wide": jnp.zeros((96, 64), jnp.bfloat16)}
     for spec, axis in ((P("data"), -1), (P(None, "data"), -2), (P(), -1)):
         sharding = NamedSharding(_mesh("auto"), spec)
-        state = fq.adamw(1e-2).init(jax.device_put(model, sharding))
+        state = fq.adamw(1e-2).init(_put(model, sharding))
         assert state.moments["mu"]["wide"].axis == axis
 
 
-@_parametrize_types
-@pytest.mark.parametrize("moments", ["flashquinox", "flashoptim"])
+@pytest.mark.parametrize(
+    "moments, types",
+    [
+        ("flashquinox", "auto"),
+        ("flashoptim", "explicit"),
+        pytest.param("flashquinox", "explicit", marks=pytest.mark.slow),
+        pytest.param("flashoptim", "auto", marks=pytest.mark.slow),
+    ],
+)
 def test_groups_in_two_parts(moments, types):
     """No axis will do, or the codec flattens: it says so, and is right."""
     shapes = {"matrix": (96, 48)}
@@ -261,11 +286,11 @@ def test_groups_in_two_parts(moments, types):
     model, grads = _model(0, shapes=shapes), _model(1, shapes=shapes)
     step = jax.jit(optim.step)
     expected = step(model, optim.init(model), grads)
-    model = jax.device_put(model, sharding)
+    model = _put(model, sharding)
     with pytest.warns(UserWarning, match=r"\['matrix'\].*gathers it"):
         state = optim.init(model)
     with pytest.warns(UserWarning, match=r"\['matrix'\].*gathers it"):
-        found = step(model, state, jax.device_put(grads, sharding))
+        found = step(model, state, _put(grads, sharding))
     _assert_equal(found, expected)
     assert found[0]["matrix"].sharding.is_equivalent_to(sharding, 2)
 
@@ -278,10 +303,10 @@ def test_groups_in_two_parts(moments, types):
 @_parametrize_types
 def test_init_in_jit_that_is_told(types):
     """With and without a mesh that is set."""
-    mesh = _mesh(types)
-    shardings = _shardings(mesh, _FSDP)
+    mesh, names = _mesh(types), ("matrix",)
+    shardings = _shardings(mesh, _FSDP, names)
     optim = fq.adamw(1e-2, shardings=shardings)
-    model = jax.device_put(_model(), shardings)
+    model = _put(_model(names=names), shardings)
     expected = optim.init(model)
     _is_divided((model, expected), shardings)
     for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
@@ -295,20 +320,20 @@ def test_init_in_jit_that_is_told(types):
 @_parametrize_types
 def test_state_that_is_nowhere(types):
     """It goes where the weights are, if that is known."""
-    shardings = _shardings(_mesh(types), _FSDP)
-    optim = fq.adamw(1e-2)
-    model, state = optim.step(_model(), optim.init(_model()), _model(1))
+    names = ("matrix",)
+    shardings = _shardings(_mesh(types), _FSDP, names)
+    first, second = (_model(i, names=names) for i in (1, 2))
+    model = _model(names=names)
+    model, state = _optim.step(model, _optim.init(model), first)
     # Compiled as a whole, scalars of the step may be rounded differently.
-    compiled = jax.jit(optim.step)
-    expected, of_compiled = (x(model, state, _model(2)) for x in (optim.step, compiled))
-    model = jax.device_put(model, shardings)
-    grads = jax.device_put(_model(2), shardings)
-    found = optim.step(model, state, grads)
+    expected, of_compiled = (x(model, state, second) for x in (_optim.step, _step))
+    model, grads = _put((model, second), (shardings, shardings))
+    found = _optim.step(model, state, grads)
     _assert_equal(found, expected)
     _is_divided(found, shardings)
     if types == "explicit":
         for where in (lambda x: x, jax.device_get):
-            _assert_equal(compiled(model, where(state), grads), of_compiled)
+            _assert_equal(_step(model, where(state), grads), of_compiled)
 
 
 _UNKNOWN = (
@@ -318,50 +343,56 @@ _UNKNOWN = (
 
 def test_init_in_jit():
     shardings = _shardings(_mesh("auto"), _FSDP)
-    optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(), shardings)
+    model = _put(_model(), shardings)
     with pytest.warns(UserWarning, match=_UNKNOWN.format("init")) as warned:
-        state = jax.jit(optim.init)(model)
+        state = jax.jit(_optim.init)(model)
     assert len(warned) == 1
     assert state.shardings == ()
-    _assert_equal(state, optim.init(_model()))
+    _assert_equal(state, _optim.init(_model()))
     told = fq.adamw(1e-2, shardings=shardings)
     state = jax.jit(told.init)(model)
-    _assert_equal(state, optim.init(model))
+    _assert_equal(state, _optim.init(model))
     _is_divided((model, state), shardings)
     with jax.set_mesh(_mesh("explicit")):
         shardings = _shardings(_mesh("explicit"), _FSDP)
-        model = jax.device_put(_model(), shardings)
-        make = jax.jit(lambda model: (model, optim.init(model)))
+        model = _put(_model(), shardings)
+        make = jax.jit(lambda model: (model, _optim.init(model)))
         _is_divided(make(model), shardings)
 
 
 @pytest.mark.parametrize(
-    "layout, backend", [("replicated", "auto"), ("2-D", "auto"), ("2-D", "gpu")]
+    "layout, backend, names",
+    [
+        ("replicated", "auto", _PAIR),
+        ("2-D", "auto", ("matrix", "stack", "bias")),
+        ("2-D", "gpu", _PAIR),
+    ],
 )
-def test_state_that_knows_nothing(layout, backend):
+def test_state_that_knows_nothing(layout, backend, names):
     """XLA divides the step: without kernels, with the same results, and without
     collectives where parts hold whole groups."""
-    shardings = _shardings(_mesh("auto"), _LAYOUTS[layout])
-    optim = fq.adamw(1e-2, backend=backend)
-    names = ("matrix", "stack", "bias")
-    model, grads = ({name: _model(i)[name] for name in names} for i in (0, 1))
-    shardings = {name: shardings[name] for name in names}
-    state = optim.init(model)
-    expected = jax.jit(fq.adamw(1e-2).step)(model, state, grads)
-    model, grads = jax.device_put((model, grads), (shardings, shardings))
-    made = optim.init(model)
-    unknowing = dataclasses.replace(made, shardings=())
+    shardings = _shardings(_mesh("auto"), _LAYOUTS[layout], names)
+    optim = fq.adamw(1e-2, weight_decay=0.1, backend=backend)
+    model, grads = (_model(i, names=names) for i in (0, 1))
+    model, grads = _put((model, grads), (shardings, shardings))
+    unknowing = dataclasses.replace(optim.init(model), shardings=())
     with pytest.warns(UserWarning, match=_UNKNOWN.format("step")) as warned:
         compiled = jax.jit(optim.step).lower(model, unknowing, grads).compile()
     assert len(warned) == 1
     text = compiled.as_text() or ""
     assert not _COLLECTIVES.search(text)
     found = compiled(model, unknowing, grads)
-    _assert_equal(found, expected)
+    _assert_equal(found, _on_one_device(1, names))
     _is_divided(found, shardings)
-    # Outside, all is seen.
-    _, state = optim.step(model, unknowing, grads)
+
+
+def test_state_that_knew_nothing():
+    """Outside of `jit`, all is seen."""
+    names = ("matrix",)
+    shardings = _shardings(_mesh("auto"), _BOTH, names)
+    model = _put(_model(names=names), shardings)
+    made = _optim.init(model)
+    _, state = _optim.step(model, dataclasses.replace(made, shardings=()), model)
     assert state.shardings == made.shardings
 
 
@@ -369,7 +400,7 @@ def test_mesh_of_both_types():
     """What is known in part is refused."""
     types = AxisType.Auto, AxisType.Explicit
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
-    model = {"w": jax.device_put(jnp.zeros((64, 64)), NamedSharding(mesh, P("data")))}
+    model = {"w": _put(jnp.zeros((64, 64)), NamedSharding(mesh, P("data")))}
     optim = fq.adamw(1e-2)
     with pytest.raises(
         ValueError, match=r"\.init`.*\['w'\].*`Explicit` divide it, mod"
@@ -382,21 +413,19 @@ def test_mesh_of_both_types():
 def test_states_of_other_divisions():
     """Differ in what they know of it, and so in their structure: a state takes that on
     with the field."""
-    shardings = _shardings(_mesh("auto"), _FSDP)
-    optim = fq.adamw(1e-2)
-    here = optim.init(_model())
-    there = optim.init(jax.device_put(_model(), shardings))
+    shardings = _shardings(_mesh("auto"), _FSDP, _PAIR)
+    here = _optim.init(_model(names=_PAIR))
+    there = _optim.init(jax.device_put(_model(names=_PAIR), shardings))
     assert jtu.tree_structure(here) != jtu.tree_structure(there)
     here = dataclasses.replace(here, shardings=there.shardings)
     moved = jtu.tree_map(lambda x, like: jax.device_put(x, like.sharding), here, there)
     _assert_equal(moved, there)
     where = jtu.tree_map(lambda x: x.sharding, there)
-    _is_divided((jax.device_put(_model(), shardings), moved), shardings)
+    _is_divided((jax.device_put(_model(names=_PAIR), shardings), moved), shardings)
     _assert_equal(jax.device_put(here, where), there)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_filter_shard_after_init(compiled):
+def test_filter_shard_after_init():
     """Model and state go to every device together, as in Equinox's example of data
     parallelism."""
     mesh = _mesh("auto")
@@ -412,33 +441,32 @@ def test_filter_shard_after_init(compiled):
         model = eqx.apply_updates(model, updates)
         return eqx.filter_shard((model, state), everywhere)
 
-    expected = jax.jit(step)(model, state, grads)
+    compiled = jax.jit(step)
+    expected = compiled(model, state, grads)
     model, state, grads = eqx.filter_shard((model, state, grads), everywhere)
-    if compiled:
-        with pytest.warns(UserWarning, match=r"update`.*\['bias'\]` and 1 more is on"):
-            found = jax.jit(step)(model, state, grads)
-        _assert_equal(found, expected)
-    else:
-        found = step(model, state, grads)
-        assert len(found[1].shardings) == 2
-    for x in jtu.tree_leaves(found):
+    with pytest.warns(UserWarning, match=r"update`.*\['bias'\]` and 1 more is on"):
+        found = compiled(model, state, grads)
+    _assert_equal(found, expected)
+    eager = step(model, state, grads)
+    assert len(eager[1].shardings) == 2
+    for x in jtu.tree_leaves((found, eager)):
         assert x.sharding.is_equivalent_to(everywhere, x.ndim)
 
 
 def test_another_mesh_than_the_states():
-    optim = fq.adamw(1e-2)
-    state = optim.init(jax.device_put(_model(), _shardings(_mesh("auto"), _FSDP)))
-    shardings = _shardings(_mesh("auto", (2, 4)), _FSDP)
-    model = jax.device_put(_model(), shardings)
+    shardings = _shardings(_mesh("auto"), _FSDP, _PAIR)
+    state = _optim.init(_put(_model(names=_PAIR), shardings))
+    shardings = _shardings(_mesh("auto", (2, 4)), _FSDP, _PAIR)
+    model = _put(_model(names=_PAIR), shardings)
     with pytest.raises(ValueError, match=r"data=2, model=4.*data=4, model=2"):
-        jax.jit(optim.step)(model, state, model)
+        jax.jit(_optim.step)(model, state, model)
     with pytest.raises(ValueError, match=r"state at.*device_put"):
-        optim.step(model, state, model)
+        _optim.step(model, state, model)
 
 
 def test_wrong_shardings():
     mesh = _mesh("auto")
-    model = jax.device_put(_model(), _shardings(mesh, _FSDP))
+    model = _put(_model(), _shardings(mesh, _FSDP))
     with pytest.raises(TypeError, match=r"shardings=.*NamedSharding.*\['matrix'\]"):
         fq.adamw(1e-2, shardings={"matrix": P("data")})
     other = fq.adamw(1e-2, shardings=_shardings(mesh, _TENSOR))
@@ -456,42 +484,33 @@ def test_wrong_shardings():
 
 def test_one_device_in_a_process_with_many():
     """Asks for nothing."""
-    optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(), jax.devices()[3])
-    state = jax.jit(optim.init)(model)
+    model = _put(_model(names=("matrix",)), jax.devices()[3])
+    state = jax.jit(_optim.init)(model)
     assert state.shardings == ()
-    new, state = jax.jit(optim.step)(model, state, model)
+    new, state = _step(model, state, model)
     assert new["matrix"].devices() == {jax.devices()[3]}
 
 
 def test_some_leaves_nowhere_in_particular():
     """Arrays that were not put anywhere go wherever the program goes."""
     shardings = _shardings(_mesh("auto"), _FSDP)
-    optim = fq.adamw(1e-2)
-    model = _model()
-    expected = _train(optim, _model(), optim.init(model), 3)
-    model["matrix"] = jax.device_put(model["matrix"], shardings["matrix"])
-    model, state = _train(optim, model, optim.init(model), 3)
-    _assert_equal((model, state), expected)
+    model = _model(names=_PAIR)
+    model["matrix"] = _put(model["matrix"], shardings["matrix"])
+    found = _train(_step, model, _optim.init(model), 3)
+    _assert_equal(found, _on_one_device(3, _PAIR))
 
 
 def test_numpy_and_back():
-    shardings = _shardings(_mesh("auto"), _FSDP)
-    optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(), shardings)
-    state = optim.init(model)
-    expected = _train(optim, _model(), optim.init(_model()), 4)
-    model, state = jax.device_get(_train(optim, model, state, 2, shardings))
-    where = jtu.tree_map(
-        lambda x: x.sharding,
-        (model0 := optim.init(jax.device_put(_model(), shardings))),
-    )
-    del model0
-    model, state = jax.device_put(model, shardings), jax.device_put(state, where)
-    step = jax.jit(optim.step)
+    shardings = _shardings(_mesh("auto"), _FSDP, _PAIR)
+    model = _put(_model(names=_PAIR), shardings)
+    state = _optim.init(model)
+    where = jtu.tree_map(lambda x: x.sharding, state)
+    model, state = jax.device_get(_train(_step, model, state, 2, shardings))
+    model, state = _put(model, shardings), _put(state, where)
     for i in (2, 3):
-        model, state = step(model, state, jax.device_put(_model(i + 1), shardings))
-    _assert_equal((model, state), expected)
+        grads = _put(_model(i + 1, names=_PAIR), shardings)
+        model, state = _step(model, state, grads)
+    _assert_equal((model, state), _on_one_device(4, _PAIR))
 
 
 #
@@ -511,7 +530,7 @@ def test_by_hand():
         (P("data", "model"), {"data"}, P("data")),
     ):
         sharding = NamedSharding(mesh, spec)
-        placed = jax.device_put(model, sharding)
+        placed = _put(model, sharding)
         state = optim.init(placed)
         specs = jtu.tree_map(lambda x, s=by_hand: s if x.ndim else P(), (placed, state))
         step = jax.shard_map(
@@ -522,35 +541,40 @@ def test_by_hand():
             axis_names=axes,
             check_vma=False,
         )
-        found = jax.jit(step)(placed, state, jax.device_put(grads, sharding))
+        found = jax.jit(step)(placed, state, _put(grads, sharding))
         _assert_equal(found, expected)
         assert found[0]["matrix"].sharding.is_equivalent_to(sharding, 2)
 
 
 @_parametrize_types
 def test_filter_jit_and_scan(types):
-    shardings = _shardings(_mesh(types), _BOTH)
-    optim = fq.adamw(1e-2)
-    model = jax.device_put(_model(), shardings)
-    state = optim.init(model)
-    grads = [jax.device_put(_model(i + 1), shardings) for i in range(3)]
-    expected = _train(optim, _model(), optim.init(_model()), 3)
+    shardings = _shardings(_mesh(types), _BOTH, _PAIR)
+    model = _put(_model(names=_PAIR), shardings)
+    state = _optim.init(model)
+    grads = [_put(_model(i + 1, names=_PAIR), shardings) for i in range(3)]
 
     @eqx.filter_jit(donate="all")
     def train(model, state):
         stacked = jtu.tree_map(lambda *x: jnp.stack(x), *grads)
-        step = lambda carry, grad: (optim.step(*carry, grad), None)
+        step = lambda carry, grad: (_optim.step(*carry, grad), None)
         return jax.lax.scan(step, (model, state), stacked)[0]
 
-    _assert_equal(train(model, state), expected)
+    _assert_equal(train(model, state), _on_one_device(3, _PAIR))
 
 
-@_parametrize_types
-@pytest.mark.parametrize("wrap", ["nothing", "MultiSteps"])
+@pytest.mark.parametrize(
+    "wrap, types",
+    [
+        ("nothing", "auto"),
+        ("MultiSteps", "explicit"),
+        pytest.param("nothing", "explicit", marks=pytest.mark.slow),
+        pytest.param("MultiSteps", "auto", marks=pytest.mark.slow),
+    ],
+)
 def test_updates(wrap, types):
     """Bit for bit: these compute nothing over all devices."""
-    mesh = _mesh(types)
-    shardings = _shardings(mesh, _BOTH)
+    mesh, names = _mesh(types), ("matrix",)
+    shardings = _shardings(mesh, _BOTH, names)
     optim = fq.adamw(1e-2)
     if wrap == "MultiSteps":
         optim = optax.MultiSteps(optim, every_k_schedule=2)
@@ -563,24 +587,27 @@ def test_updates(wrap, types):
 
     def train(model, state, where):
         for i in range(4):
-            grads = jax.device_put(_model(i + 1), where)
+            grads = _put(_model(i + 1, names=names), where)
             model, state = step(model, state, grads)
         return model, state
 
-    expected = train(_model(), optim.init(_model()), None)
-    model = jax.device_put(_model(), shardings)
+    model = _model(names=names)
+    expected = train(model, optim.init(model), None)
+    model = _put(model, shardings)
     with jax.set_mesh(mesh):
         _assert_equal(train(model, optim.init(model), shardings), expected)
 
 
-@_parametrize_types
+@pytest.mark.parametrize(
+    "types", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
+)
 def test_optax(types):
     """Clipping by the global norm and accumulation of gradients."""
     mesh = _mesh(types)
-    shardings = _shardings(mesh, _FSDP)
+    shardings = _shardings(mesh, _FSDP, _PAIR)
     chain = optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-2))
     optim = optax.MultiSteps(chain, every_k_schedule=2)
-    model = jax.device_put(_model(), shardings)
+    model = _put(_model(names=_PAIR), shardings)
 
     @jax.jit
     def step(model, state, grads):
@@ -592,11 +619,11 @@ def test_optax(types):
     with jax.set_mesh(mesh):
         state = optim.init(model)
         for i in range(4):
-            grads = jax.device_put(_model(i + 1), shardings)
+            grads = _put(_model(i + 1, names=_PAIR), shardings)
             model, state = step(model, state, grads)
-    expected, state = _model(), optim.init(_model())
+    expected, state = _model(names=_PAIR), optim.init(_model(names=_PAIR))
     for i in range(4):
-        expected, state = step(expected, state, _model(i + 1))
+        expected, state = step(expected, state, _model(i + 1, names=_PAIR))
     for name, weight in model.items():
         assert weight.sharding.is_equivalent_to(shardings[name], weight.ndim)
         # Sums of squares in another order: a unit of bfloat16, seldom.
@@ -607,28 +634,36 @@ def test_optax(types):
 
 def test_serialisation(tmp_path):
     """Equinox's, into a state made on the mesh."""
-    shardings = _shardings(_mesh("auto"), _FSDP)
-    optim = fq.adamw(1e-2)
-    like = jax.device_put(_model(), shardings)
-    like = like, optim.init(like)
-    model, state = _train(optim, *jtu.tree_map(jnp.copy, like), 2, shardings)
+    shardings = _shardings(_mesh("auto"), _FSDP, _PAIR)
+    like = _put(_model(names=_PAIR), shardings)
+    like = like, _optim.init(like)
+    model, state = _train(_step, *like, 2, shardings)
     eqx.tree_serialise_leaves(tmp_path / "checkpoint.eqx", (model, state))
     read = eqx.tree_deserialise_leaves(tmp_path / "checkpoint.eqx", like)
     _assert_equal(read, (model, state))
 
 
-def test_decode_and_master_weights():
-    for types in _TYPES:
-        mesh = _mesh(types)
-        shardings = _shardings(mesh, _BOTH)
-        optim = fq.adamw(1e-2)
-        expected = optim.step(_model(), optim.init(_model()), _model(1))
-        model = jax.device_put(_model(), shardings)
-        found = optim.step(
-            model, optim.init(model), jax.device_put(_model(1), shardings)
-        )
-        _assert_equal(fq.master_weights(*found), fq.master_weights(*expected))
-        with jax.set_mesh(mesh):
-            for name in ("matrix", "stack", "ragged"):
-                moments = (x[1].moments["nu"][name] for x in (found, expected))
-                _assert_equal(*(x.decode() for x in moments))
+@_parametrize_types
+def test_decode_and_master_weights(types):
+    mesh = _mesh(types)
+    shardings = _shardings(mesh, _BOTH)
+    expected = _on_one_device(6)
+    model = _put(expected[0], shardings)
+    like = _optim.init(model)
+    where = jtu.tree_map(lambda x: x.sharding, like)
+    state = dataclasses.replace(expected[1], shardings=like.shardings)
+    found = model, _put(state, where)
+    masters = jax.jit(fq.master_weights)
+    _assert_equal(masters(*found), masters(*expected))
+    decode = jax.jit(
+        lambda moments: {
+            name: moments[name].decode() for name in ("matrix", "stack", "ragged")
+        }
+    )
+    decoded, expected = (decode(x[1].moments["nu"]) for x in (found, expected))
+    _assert_equal(decoded, expected)
+    with jax.set_mesh(mesh):
+        _assert_equal(decode(found[1].moments["nu"]), expected)
+        if types == "explicit":
+            stack = found[1].moments["nu"]["stack"]
+            _assert_equal(stack.decode(), expected["stack"])
