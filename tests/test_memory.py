@@ -132,9 +132,10 @@ def _unrolled():
     shapes: Any = architectures.gpt2(2, 256, vocabulary=512, positions=64)
     stacked = shapes.pop("blocks")
     # To have less to compile.
-    for name in ("attention_out", "attention_out.bias", "mlp_norm", "mlp_norm.bias"):
-        del stacked[name]
-    take = lambda i: {name: shape[1:] for name, shape in stacked.items()}
+    for name in ("position", "norm.bias"):
+        del shapes[name]
+    names = ("query_key_value", "query_key_value.bias")
+    take = lambda i: {name: stacked[name][1:] for name in names}
     return shapes | {"layers": [take(i) for i in range(2)], "head": (9, 17)}
 
 
@@ -142,8 +143,9 @@ def _stacked():
     shapes = architectures.llama(
         4, 256, hidden=512, heads=4, key_heads=2, vocabulary=1024
     )
-    for name in ("value", "out", "gate", "mlp_norm"):
+    for name in ("key", "value", "out", "gate", "up", "mlp_norm"):
         del shapes["blocks"][name]
+    del shapes["head"]
     return shapes
 
 
@@ -160,10 +162,13 @@ def _cpu_mesh():
 
 def _made(optim, model, devices: int, group_size: int = 32):
     """Arrays, where they would be in training."""
-    arrays = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), model)
+    # Not compiled.
+    arrays = jtu.tree_map(lambda x: np.zeros(x.shape, x.dtype), model)
     if devices > 1:
         shardings = fq.fsdp_shardings(model, _cpu_mesh(), group_size=group_size)
         arrays = jax.device_put(arrays, shardings)
+    else:
+        arrays = jtu.tree_map(jnp.asarray, arrays)
     return arrays, optim.init(arrays)
 
 
@@ -193,11 +198,12 @@ _OPTIMIZERS = {
     "optimizer, name, devices",
     [
         ("adamw", "unrolled", 1),
-        ("adamw", "stacked", 8),
         ("adamw, 32 bits, groups of 64", "stacked", 8),
-        ("lion, no correction", "unrolled", 8),
+        ("lion, no correction", "stacked", 1),
         ("sgd", "unrolled", 8),
         ("sgdw, learned", "stacked", 8),
+        pytest.param("adamw", "stacked", 8, marks=pytest.mark.slow),
+        pytest.param("lion, no correction", "unrolled", 8, marks=pytest.mark.slow),
     ],
 )
 def test_is_what_a_compiled_step_takes(optimizer, name, devices):
@@ -245,8 +251,9 @@ def test_is_what_a_step_on_tpus_takes():
     shapes = architectures.llama(
         8, 512, hidden=2048, heads=4, key_heads=2, vocabulary=8192, tied_head=True
     )
-    for name in ("query", "key", "value", "out", "gate", "mlp_norm"):
-        del shapes["blocks"][name]
+    # To have less to compile; vectors are less than what the sum is known to.
+    del shapes["norm"]
+    shapes["blocks"] = {"down": shapes["blocks"]["down"]}
     model = architectures.structs(shapes, jnp.bfloat16)
     shardings = fq.fsdp_shardings(model, mesh, blocks=architectures.blocks)
     optim = fq.adamw(1e-3, backend="tpu", shardings=shardings)
@@ -481,7 +488,7 @@ def test_on_a_mesh_that_is_set(kind):
 
 
 def test_modules():
-    make = lambda key: fq.cast(eqx.nn.MLP(64, 10, 256, 2, key=key), jnp.bfloat16)
+    make = lambda key: fq.cast(eqx.nn.MLP(64, 10, 256, 1, key=key), jnp.bfloat16)
     key = jax.random.key(0)
     optim = fq.adamw(1e-3)
     plan = fq.memory_plan(eqx.filter_eval_shape(make, key), optim)
