@@ -88,7 +88,14 @@ def _replaced(tree, function):
 
 
 def _zeros(tree):
-    return _replaced(tree, jnp.zeros_like)
+    # Not compiled.
+    def zeros(x):
+        new = np.zeros(x.shape, x.dtype)
+        if isinstance(x, np.ndarray):
+            return new
+        return jax.device_put(new, x.sharding if x.committed else None)
+
+    return _replaced(tree, zeros)
 
 
 def _assert_restores(checkpoints, model, state, step=None):
@@ -422,7 +429,7 @@ def test_relative_directory(tmp_path, monkeypatch):
     [
         ({}, {"backend": "tpu"}),
         ({"backend": "tpu"}, {}),
-        ({}, {"group_size": 64}),
+        pytest.param({}, {"group_size": 64}, marks=pytest.mark.slow),
         ({"moments": "flashoptim"}, {"moments": "flashoptim", "group_size": 64}),
     ],
 )
@@ -750,7 +757,8 @@ def test_manifests(change, parts, saved, tmp_path):
         _raises(lambda: checkpoints.restore(model, state), f"{tmp_path}/3", *parts)
 
 
-def test_damage(saved, tmp_path, capfd):
+@pytest.mark.parametrize("flips", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_damage(flips, saved, tmp_path, capfd):
     directory, model, state = saved
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "3", tmp_path / "1")
@@ -780,7 +788,7 @@ def test_damage(saved, tmp_path, capfd):
             data = path.read_bytes()
             kind = "/".join(path.relative_to(tmp_path / "3").parts[:2])
             seen = found.setdefault(kind, [])
-            for position in rng.sample(range(8 * len(data)), 8):
+            for position in rng.sample(range(8 * len(data)), flips):
                 flipped = bytearray(data)
                 flipped[position // 8] ^= 1 << position % 8
                 path.write_bytes(flipped)
@@ -959,7 +967,8 @@ def meshes(directory):
         spec = P("x", "y") if spec is None else spec
 
         def put(x):
-            return jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 2 else P()))
+            there = NamedSharding(mesh, spec if x.ndim == 2 else P())
+            return jax.device_put(np.asarray(x), there)
 
         return _replaced(tree, put)
 
@@ -1050,7 +1059,7 @@ def meshes(directory):
 
         def put(x):
             spec = P(None, "y") if x.shape[-1:] == (96,) else P()
-            return jax.device_put(x, NamedSharding(backwards, spec))
+            return jax.device_put(np.asarray(x), NamedSharding(backwards, spec))
 
         there, like_there = _replaced((model, state), put), _replaced(like, put)
         checkpoints.save(50, *there)
@@ -1059,10 +1068,11 @@ def meshes(directory):
         assert_like(found, (there[0], like_there), expected)
 
 
-def test_kill(tmp_path):
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_kill(times, tmp_path):
     rng = random.Random(0)
     latest = 0
-    for _ in range(4):
+    for _ in range(times):
         process = _start("save_until_killed", tmp_path)
         # Said when its first checkpoint is complete. Orbax may warn before that it
         # removes what was left of the one that was killed.
@@ -1099,37 +1109,37 @@ _STEPS, _PERIOD, _KILLED = 12, 3, 8
 
 
 def test_two_processes(tmp_path):
-    weights = {}
-    for run, deaths in (("uninterrupted", [False]), ("killed", [True, False])):
-        for dies in deaths:
-            with socket.socket() as probe:
-                probe.bind(("localhost", 0))
-                port = probe.getsockname()[1]
-            processes = [
-                _start("train", tmp_path / run, port, index, dies, devices=4)
-                for index in range(2)
-            ]
-            if dies:
-                assert processes[1].wait(timeout=300) == -signal.SIGKILL
-                processes[0].kill()
-                processes[0].wait()
-                for process in processes:
-                    process.stdout.close()
-                continue
-            for process in processes:
-                output, _ = process.communicate(timeout=300)
-                assert process.returncode == 0, output
-        weights[run] = [
-            dict(np.load(tmp_path / run / f"weights-{index}.npz")) for index in range(2)
+    for dies in (True, False):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        processes = [
+            _start("train", tmp_path, port, index, dies, devices=4)
+            for index in range(2)
         ]
-        resumed = (tmp_path / run / "resumed").read_text()
-        assert resumed == ("0" if run == "uninterrupted" else str(_KILLED // 3 * 3))
-    assert tree_identical(weights["killed"], weights["uninterrupted"])
-    assert any(x.size for x in weights["killed"][0].values())
+        if dies:
+            assert processes[1].wait(timeout=300) == -signal.SIGKILL
+            processes[0].kill()
+            processes[0].wait()
+            for process in processes:
+                process.stdout.close()
+            continue
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    assert (tmp_path / "killed" / "resumed").read_text() == str(_KILLED // 3 * 3)
+    assert (tmp_path / "uninterrupted" / "resumed").read_text() == "0"
+    killed, uninterrupted = (
+        [dict(np.load(tmp_path / run / f"weights-{i}.npz")) for i in range(2)]
+        for run in ("killed", "uninterrupted")
+    )
+    assert tree_identical(killed, uninterrupted)
+    assert any(x.size for x in killed[0].values())
 
 
 def train(directory, port, index, dies):
-    """One of two processes that train on a mesh of all their devices."""
+    """One of two processes that train on a mesh of all their devices: until one dies;
+    or from there to the end, and once more without a break."""
     directory, index = Path(directory), int(index)
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     assert len(jax.devices()) == 8 and jax.process_count() == 2
@@ -1140,7 +1150,7 @@ def train(directory, port, index, dies):
         sharding = NamedSharding(mesh, P("x", "y") if x.ndim == 2 else P())
         return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
-    optim = fq.adamw(1e-2, skip_nonfinite=True)
+    optim = fq.lion(1e-2, skip_nonfinite=True)
 
     @eqx.filter_jit(donate="all")
     def step(model, state):
@@ -1155,7 +1165,13 @@ def train(directory, port, index, dies):
             model, state, jtu.tree_map(grad, eqx.filter(model, eqx.is_array))
         )
 
-    model = _replaced(_model(), place)
+    for run in ["killed"] if dies == "True" else ["killed", "uninterrupted"]:
+        _train_and_save(
+            directory / run, index, optim, step, _replaced(_model(), place), dies
+        )
+
+
+def _train_and_save(directory, index, optim, step, model, dies):
     state = optim.init(model)
     # An array that each process has for itself, and a NumPy array.
     state = (state, jnp.arange(3), np.zeros(2))
