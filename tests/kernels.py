@@ -48,8 +48,8 @@ def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
     # Rows of very different size, for moments to use the range of their codes.
     size = lambda shape: np.exp2(rng.uniform(-20, 0, (*shape[:-1], 1)))
     return {
-        name: jnp.asarray(rng.standard_normal(shape) * size(shape), jnp.float32).astype(
-            dtype
+        name: jnp.asarray(
+            (rng.standard_normal(shape) * size(shape)).astype(np.float32).astype(dtype)
         )
         for name, shape in shapes.items()
     }

@@ -1,5 +1,5 @@
-"""The TPU kernels: interpreted, against plain XLA; and compiled, by the real compiler,
-for every generation. No TPU is needed."""
+"""The TPU kernels: interpreted and simulated, against plain XLA; and compiled, by the
+real compiler, for every generation. No TPU is needed."""
 
 import functools as ft
 import math
@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
@@ -25,9 +26,13 @@ from .kernels import arrays, assert_same, compiling_for, run, run_ensemble
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
 
-# Groups that fill a chunk and some that do not, lanes that do not fill a register,
-# several chunks in a block, and leading axes.
-_SHAPES = {"matrix": (64, 128), "stack": (2, 96, 200)}
+# Lanes that fill a register and some that do not, and leading axes.
+_SHAPES = {"matrix": (64, 128), "stack": (2, 64, 200)}
+_STACK = {"stack": _SHAPES["stack"]}
+# One group in each lane.
+_GROUP = {"leaf": (32, 200)}
+# Few lanes, several chunks in a block of which the last is not full, several leading
+# axes, several blocks, and groups along columns.
 _ODD_SHAPES = {
     "narrow": (32, 5),
     "high": (1056, 130),
@@ -41,13 +46,53 @@ def _supported(case: Case) -> bool:
     return case.storage.dtype != jnp.float16 and case.storage.moments != "flashoptim"
 
 
-@parametrize_cases(_supported)
+# Every storage, with some rule.
+_QUICK = [
+    Case("adamw", _ours),
+    Case("adamw", Storage(jnp.bfloat16, 32, "float32")),
+    Case("adamw-nesterov", Storage(jnp.bfloat16, None, "flashquinox")),
+    Case("adam", Storage(jnp.float32, None, "float32")),
+    Case("lion", Storage(jnp.bfloat16, 32, "flashquinox")),
+    Case("lion", Storage(jnp.bfloat16, None, "float32")),
+    Case("sgd", Storage(jnp.float32, None, "float32")),
+    Case("sgd-momentum", Storage(jnp.bfloat16, 24, "float32")),
+    Case("sgd-nesterov", Storage(jnp.float32, None, "flashquinox")),
+    Case("sgdw", _ours),
+]
+
+
+@parametrize_cases(_supported, quick=_QUICK.__contains__)
 def test_interpreted_kernel_is_plain_xla(case):
     dtype = case.storage.dtype
-    shapes = _SHAPES if case.name == "adamw" else {"stack": _SHAPES["stack"]}
-    grads = [arrays(shapes, dtype, seed) for seed in (1, 2, 3)]
+    grads = [arrays(_STACK, dtype, seed) for seed in (1, 2, 3)]
     make = ft.partial(case.optimizer, 1e-2)
-    run("tpu", make, arrays(shapes, dtype, 0), grads)
+    run("tpu", make, arrays(_STACK, dtype, 0), grads)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd-momentum", "sgdw"])
+def test_simulated_kernel_is_plain_xla(name, capfd):
+    """With memory as it is on a TPU: NaN before it is written, and copied while another
+    block is computed; and no two accesses race."""
+    # Two blocks, of two chunks each.
+    shapes = {"stack": (2, 64, 256)}
+    blocks = set()
+
+    def record(token, block, core):
+        blocks.add(tuple(map(int, block)))
+        return token
+
+    simulator = pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        grid_point_recorder=record,
+    )
+    with pltpu.force_tpu_interpret_mode(simulator):
+        make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+        grads = [arrays(shapes, jnp.bfloat16, 1)]
+        run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
+    assert blocks == {(0, 0, 0), (1, 0, 0)}
+    # Where JAX does not raise, it prints.
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def test_groups_run_along_rows():
@@ -58,26 +103,53 @@ def test_groups_run_along_rows():
     assert len(moments) == 4 and all(moment.axis == -2 for moment in moments)
 
 
-@pytest.mark.parametrize("shape", _ODD_SHAPES)
-def test_odd_shapes(shape):
-    shapes = {"leaf": _ODD_SHAPES[shape]}
-    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2)
-    run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        *(("lion", shape) for shape in _ODD_SHAPES if shape != "high"),
+        pytest.param("lion", "high", marks=pytest.mark.slow),
+        *(pytest.param("adamw", x, marks=pytest.mark.slow) for x in _ODD_SHAPES),
+    ],
+)
+def test_odd_shapes(name, shape):
+    _assert_odd_shape(name, _ODD_SHAPES[shape])
+
+
+def test_several_chunks_in_a_block(monkeypatch):
+    """Of few groups, of which there are fewer in the last one."""
+    monkeypatch.setattr(tpu, "_groups", lambda structure: 2)
+    _assert_odd_shape("lion", (160, 130))
+
+
+def _assert_odd_shape(name: str, shape: tuple[int, ...]) -> None:
+    grads = [arrays({"leaf": shape}, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    run("tpu", make, arrays({"leaf": shape}, jnp.bfloat16, 0), grads)
 
 
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
 )
 @parametrize_cases(
-    lambda case: (
-        _supported(case)
-        and (case.name == "adamw" or (case.name, case.storage) == ("lion", _ours))
-    )
+    lambda case: _supported(case) and case.name in ("adamw", "lion"),
+    quick=lambda case: case in (Case("adamw", _ours), _QUICK[4]),
 )
 def test_only_words(case):
     """Of TPUs that have no instructions for bytes, such as v4."""
-    shapes = _SHAPES if case.name == "adamw" else _ODD_SHAPES
+    shapes = _GROUP if case.name == "adamw" else {"narrow": _ODD_SHAPES["narrow"]}
+    _assert_only_words(case, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
+)
+@pytest.mark.parametrize("shape", _ODD_SHAPES)
+def test_only_words_of_odd_shapes(shape):
+    _assert_only_words(Case("lion", _ours), {"leaf": _ODD_SHAPES[shape]})
+
+
+def _assert_only_words(case: Case, shapes) -> None:
     grads = [arrays(shapes, case.storage.dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     with compiling_for("TPU v4", "tpu"):
@@ -85,20 +157,29 @@ def test_only_words(case):
         run("tpu", make, arrays(shapes, case.storage.dtype, 0), grads)
 
 
-@pytest.mark.parametrize("group_size", [64, 128])
-def test_other_groups(group_size):
+@pytest.mark.parametrize("name, group_size", [("adamw", 64), ("lion", 128)])
+def test_other_groups(name, group_size):
     shapes = {"leaf": (256, 64)}
     grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
-    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, group_size=group_size)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2, group_size=group_size)
     run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
-@pytest.mark.parametrize("bits", [24, 32, None])
-def test_updates(bits):
-    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+@pytest.mark.parametrize(
+    "name, bits",
+    [
+        ("lion", 24),
+        ("lion", 32),
+        ("adamw", None),
+        pytest.param("adamw", 24, marks=pytest.mark.slow),
+        pytest.param("adamw", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_updates(name, bits):
+    grads = [arrays(_GROUP, jnp.bfloat16, seed) for seed in (1, 2)]
     storage = Storage(jnp.bfloat16, bits, "flashquinox")
-    make = ft.partial(Case("adamw", storage).optimizer, 1e-2)
-    run("tpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads, method="update")
+    make = ft.partial(Case(name, storage).optimizer, 1e-2)
+    run("tpu", make, arrays(_GROUP, jnp.bfloat16, 0), grads, method="update")
 
 
 def test_a_rule_of_the_user():
@@ -120,18 +201,19 @@ def test_a_rule_of_the_user():
             update = scalars["step"] * (first / size + 0.1 * jnp.sign(grad))
             return update, {"second": second, "first": first}
 
-    grads = [arrays(_SHAPES, jnp.float32, seed) for seed in (1, 2)]
+    grads = [arrays(_GROUP, jnp.float32, seed) for seed in (1, 2)]
     make = ft.partial(fq.optimizer, Normalized(), 1e-2)
-    run("tpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads)
+    run("tpu", make, arrays(_GROUP, jnp.bfloat16, 0), grads)
 
 
 @pytest.mark.parametrize("method", ["step", "update"])
 def test_nonfinite_steps_are_skipped(method):
-    bad = arrays(_SHAPES, jnp.bfloat16, 2)
-    bad["matrix"] = bad["matrix"].at[3, 4].set(jnp.nan)
-    grads = [arrays(_SHAPES, jnp.bfloat16, 1), bad, arrays(_SHAPES, jnp.bfloat16, 3)]
-    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, skip_nonfinite=True)
-    run("tpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads, method=method)
+    shapes = {"first": (32, 128), "second": (32, 128)}
+    good, bad, again = (arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3))
+    bad["second"] = bad["second"].at[3, 4].set(jnp.nan)
+    make = ft.partial(Case("lion", _ours).optimizer, 1e-2, skip_nonfinite=True)
+    params = arrays(shapes, jnp.bfloat16, 0)
+    run("tpu", make, params, [good, bad, again], method=method)
 
 
 def test_damage_shows():
@@ -139,12 +221,13 @@ def test_damage_shows():
     grads = arrays({"leaf": (64, 128)}, jnp.bfloat16, 1)
     grads["leaf"] = grads["leaf"].at[40, 4].set(jnp.nan)
     optim = fq.adamw(1e-2, backend="tpu")
-    new, state = jax.jit(optim.step)(params, optim.init(params), grads)
+    step = jax.jit(optim.step)
+    new, state = step(params, optim.init(params), grads)
     found = np.isnan(np.asarray(new["leaf"], np.float32))
     assert found[40, 4] and found.sum() == 1
     # And stays.
     grads = arrays({"leaf": (64, 128)}, jnp.bfloat16, 2)
-    new, _ = jax.jit(optim.step)(new, state, grads)
+    new, _ = step(new, state, grads)
     assert np.isnan(np.asarray(new["leaf"], np.float32))[40, 4]
 
 
@@ -158,7 +241,9 @@ def test_what_the_kernel_cannot_take_goes_through_xla():
     params = arrays({**shapes, "lanes": (5, 64)}, jnp.bfloat16, 0)
     params["half"] = jnp.ones((64, 64), jnp.float16)
     grads = jtu.tree_map(jnp.ones_like, params)
-    kernel, plain = (fq.adamw(1e-2, backend=backend) for backend in ("tpu", "xla"))
+    kernel, plain = (
+        fq.sgd(1e-2, momentum=0.9, backend=backend) for backend in ("tpu", "xla")
+    )
     state = kernel.init(params)
     ours, reference = (
         jax.jit(optim.step)(params, state, grads) for optim in (kernel, plain)
@@ -277,18 +362,29 @@ _VARIANTS = {
 }
 
 
-# The storage of a leaf is the same code on all generations: once is enough.
+# A few groups, and chunks that are full: as of the matrices of Llama, below.
+_SMALL, _FULL = (64, 128, 384), (2, 1024, 384)
 _COMPILED = [
-    (chip, variant)
+    ("v4", "adamw", _SMALL),
+    ("v5p", "sgdw", _SMALL),
+    ("v6e", "lion", _SMALL),
+    ("tpu7x", "adamw", _SMALL),
+    *(("v5e", variant, _SMALL) for variant in _VARIANTS),
+]
+_MORE_COMPILED = [
+    (chip, variant, _FULL)
     for variant in _VARIANTS
     for chip in (_TOPOLOGIES if variant in ("adamw", "lion", "sgdw") else ("v5e",))
 ]
 
 
-@pytest.mark.parametrize("chip, variant", _COMPILED)
-def test_compiles_without_temporaries(chip, variant):
+@pytest.mark.parametrize(
+    "chip, variant, shape",
+    [*_COMPILED, *(pytest.param(*x, marks=pytest.mark.slow) for x in _MORE_COMPILED)],
+)
+def test_compiles_without_temporaries(chip, variant, shape):
     optim = _VARIANTS[variant]
-    params = {"stack": jax.ShapeDtypeStruct((2, 1024, 384), jnp.bfloat16)}
+    params = {"stack": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     compiled = _compile(chip, optim, params, params)
     assert "tpu_custom_call" in _text(compiled)
     memory = compiled.memory_analysis()
@@ -303,7 +399,7 @@ def test_compiles_without_temporaries(chip, variant):
 
 def test_clipping_compiles_without_temporaries():
     """Gradients are not scaled in memory."""
-    params = {"stack": jax.ShapeDtypeStruct((16, 1024, 384), jnp.bfloat16)}
+    params = {"stack": jax.ShapeDtypeStruct((128, 128, 384), jnp.bfloat16)}
     optim = _VARIANTS["adamw"]
     state = jax.eval_shape(optim.init, params)
     clipping = lambda params, state, grads, bound: optim.step(
@@ -316,8 +412,18 @@ def test_clipping_compiles_without_temporaries():
     assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
 
 
-@pytest.mark.parametrize("variant", ["adamw", "sgdw"])
-@pytest.mark.parametrize("shape", [(2, 1024, 832), (2, 4096, 64), (640, 576)])
+@pytest.mark.parametrize(
+    "shape, variant",
+    [
+        ((2, 4096, 64), "adamw"),
+        ((8, 1024, 160), "sgdw"),
+        pytest.param((2, 4096, 64), "sgdw", marks=pytest.mark.slow),
+        pytest.param((2, 1024, 832), "adamw", marks=pytest.mark.slow),
+        pytest.param((2, 1024, 832), "sgdw", marks=pytest.mark.slow),
+        pytest.param((640, 576), "adamw", marks=pytest.mark.slow),
+        pytest.param((640, 576), "sgdw", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_what_lies_transposed(shape, variant):
     """Columns that are no multiple of 128 are the rows in memory. Scales are copied,
     but no array with an entry for each element."""
@@ -328,7 +434,14 @@ def test_compiles_what_lies_transposed(shape, variant):
     assert compiled.memory_analysis().temp_size_in_bytes < math.prod(shape)
 
 
-@pytest.mark.parametrize("chip", _TOPOLOGIES)
+@pytest.mark.parametrize(
+    "chip",
+    [
+        "v4",
+        "v5e",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("v5p", "v6e", "tpu7x")),
+    ],
+)
 def test_compiles_other_dtypes_and_updates(chip):
     shape = jax.ShapeDtypeStruct((96, 200), jnp.float32)
     optim = fq.adamw(1e-3, master_weight_bits=None, backend="tpu")
@@ -371,10 +484,21 @@ def _llama(layers: int, width: int, hidden: int, keys: int, vocabulary: int):
     }
 
 
+def test_the_largest_matrices_of_llama_3_1_8b_compile():
+    whole = _llama(32, 4096, 14336, 1024, 128256)
+    layers = {name: whole["layers"][name] for name in ("down", "mlp_norm")}
+    _assert_compiles_without_temporaries({"norm": whole["norm"], "layers": layers})
+
+
+@pytest.mark.slow
 def test_llama_3_1_8b_compiles():
     params = _llama(32, 4096, 14336, 1024, 128256)
+    assert sum(math.prod(x.shape) for x in jtu.tree_leaves(params)) == 8_030_261_248
+    _assert_compiles_without_temporaries(params)
+
+
+def _assert_compiles_without_temporaries(params) -> None:
     count = sum(math.prod(x.shape) for x in jtu.tree_leaves(params))
-    assert count == 8_030_261_248
     compiled = _compile("v5p", fq.adamw(1e-3, backend="tpu"), params, params)
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 10e6
@@ -387,41 +511,49 @@ def test_llama_3_1_8b_compiles():
 # Gradients that are gone before the next ones come
 #
 
-_WIDTH, _LAYERS = 2048, 8
-_LAYER = 2 * _WIDTH**2
-
 
 def test_unrolled_layers_release_their_gradients():
     """XLA updates each as soon as its gradient is there."""
-    weights = jax.ShapeDtypeStruct((_WIDTH, _WIDTH), jnp.bfloat16)
-    params = {str(i): weights for i in range(_LAYERS)}
+    width, layers = 2048, 8
+    weights = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
+    params = {str(i): weights for i in range(layers)}
     optim = fq.adamw(1e-3, backend="tpu")
 
     def loss(params, x):
-        for i in range(_LAYERS):
+        for i in range(layers):
             x = jax.nn.relu(x @ params[str(i)])
         return jnp.mean(x.astype(jnp.float32))
 
     def step(params, state, x):
         return optim.step(params, state, jax.grad(loss)(params, x))
 
-    x = jax.ShapeDtypeStruct((8, _WIDTH), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
     state = jax.eval_shape(optim.init, params)
     memory = _compile_function("v5e", step, params, state, x).memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * _LAYER
+    assert memory.temp_size_in_bytes < 2 * 2 * width**2
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd-momentum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("adamw", marks=pytest.mark.slow),
+        pytest.param("lion", marks=pytest.mark.slow),
+        "sgd-momentum",
+    ],
+)
 def test_stacked_layers_release_their_gradients(name):
     """Where they are asked to."""
-    shape = (_LAYERS, _WIDTH, _WIDTH)
+    # Few groups, of which kernels are compiled soon; and more than VMEM has room for.
+    layers, width, hidden = 32, 96, 2**14
+    layer = 2 * width * hidden
+    shape = (layers, width, hidden)
     params = {"blocks": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     optim = Case(name, _ours).optimizer(1e-3, backend="tpu")
     state = jax.eval_shape(optim.init, params)
     loss = fq.LayeredLoss(
         blocks=lambda params: params["blocks"],
         prologue=lambda params, x, key: x,
-        block=lambda block, x, batch, key: jax.nn.relu(x @ block),
+        block=lambda block, x, batch, key: jax.nn.relu(x @ block) @ block.T,
         epilogue=lambda params, x, batch, key: jnp.mean(x.astype(jnp.float32)),
     )
 
@@ -431,10 +563,10 @@ def test_stacked_layers_release_their_gradients(name):
     def release(params, state, x):
         return fq.release_step(optim, loss, params, state, x)[:2]
 
-    x = jax.ShapeDtypeStruct((8, _WIDTH), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
     compiled = _compile_function("v5e", release, params, state, x)
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * _LAYER
+    assert memory.temp_size_in_bytes < 2 * layer
     assert memory.alias_size_in_bytes >= _bytes((params, state)) - 4096
     memory = _compile_function("v5e", ordinary, params, state, x).memory_analysis()
-    assert memory.temp_size_in_bytes >= _LAYERS * _LAYER
+    assert memory.temp_size_in_bytes >= layers * layer
