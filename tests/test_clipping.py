@@ -179,16 +179,18 @@ def test_before_l2_regularization():
 def test_kernels(backend):
     shapes = {"matrix": (32, 128), "other": (32, 128)}
     params, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
-    state = fq.adamw(1e-2, backend=backend).init(params)
+    kernel, plain = (
+        jax.jit(fq.lion(1e-2, backend=name).step) for name in (backend, "xla")
+    )
+    state = fq.lion(1e-2, backend=backend).init(params)
     most = _norm(grads) / 8
     found, plain = (
-        jax.jit(fq.adamw(1e-2, backend=name).step)(params, state, grads, max_norm=most)
-        for name in (backend, "xla")
+        step(params, state, grads, max_norm=most) for step in (kernel, plain)
     )
     assert_same(found, plain, params, state, grads)
     # The clipped gradients have bfloat16's exponents, and so keep their bits.
     eighth = jtu.tree_map(lambda x: x / 8, grads)
-    expected = jax.jit(fq.adamw(1e-2, backend=backend).step)(params, state, eighth)
+    expected = kernel(params, state, eighth)
     assert_same(found, expected, params, state, grads)
 
 

@@ -140,8 +140,17 @@ def test_wrong_kinds():
 _SHAPES = {"stack": (2, 32, 200)}
 
 
-@pytest.mark.parametrize("name", ["fourth_root", "log", "learned"])
-@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    "backend, name",
+    [
+        ("tpu", "fourth_root"),
+        ("tpu", "log"),
+        ("gpu", "log"),
+        ("gpu", "learned"),
+        pytest.param("tpu", "learned", marks=pytest.mark.slow),
+        pytest.param("gpu", "fourth_root", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_are_plain_xla(backend, name):
     """Of all operations that curves are made of."""
     grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]

@@ -35,16 +35,41 @@ _ENSEMBLE = {"matrix": (3, 64, 128), "other": (3, 96, 64), "vector": (3, 40)}
 _ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}
 
 
-@parametrize_cases()
+# Every rule, and every storage with some rule.
+_QUICK = [
+    Case("adamw", _ours),
+    Case("adamw", Storage(jnp.float16, 24, "flashoptim")),
+    Case("adamw-nesterov", Storage(jnp.bfloat16, 32, "float32")),
+    Case("adam", Storage(jnp.float32, None, "float32")),
+    Case("lion", Storage(jnp.bfloat16, 32, "flashquinox")),
+    Case("lion", Storage(jnp.bfloat16, None, "flashoptim")),
+    Case("lion", Storage(jnp.float16, 24, "flashquinox")),
+    Case("lion", Storage(jnp.float32, None, "flashoptim")),
+    Case("sgd", Storage(jnp.float16, 32, "float32")),
+    Case("sgd-momentum", Storage(jnp.bfloat16, 24, "flashoptim")),
+    Case("sgd-momentum", Storage(jnp.bfloat16, None, "flashquinox")),
+    Case("sgd-momentum", Storage(jnp.float16, 32, "flashoptim")),
+    Case("sgd-nesterov", Storage(jnp.bfloat16, 24, "float32")),
+    Case("sgd-nesterov", Storage(jnp.float32, None, "flashquinox")),
+    Case("sgdw", Storage(jnp.bfloat16, None, "float32")),
+    Case("sgdw", Storage(jnp.float16, 32, "flashquinox")),
+    Case("sgdw", Storage(jnp.bfloat16, 32, "flashoptim")),
+    Case("sgdw", Storage(jnp.float16, 24, "float32")),
+]
+
+
+@parametrize_cases(quick=_QUICK.__contains__)
 def test_interpreted_kernel_is_plain_xla(case):
     dtype = case.storage.dtype
-    shapes = _SHAPES if case.name == "adamw" else {"matrix": _SHAPES["matrix"]}
+    shapes = _SHAPES if case == _QUICK[0] else {"matrix": _SHAPES["matrix"]}
     grads = [arrays(shapes, dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     run("gpu", make, arrays(shapes, dtype, 0), grads)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("adamw", marks=pytest.mark.slow), "lion"]
+)
 def test_groups_along_rows(name):
     """Of a state that was made for a TPU."""
     grads = [arrays(_ROW_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
@@ -52,30 +77,40 @@ def test_groups_along_rows(name):
     run("gpu", make, arrays(_ROW_SHAPES, jnp.bfloat16, 0), grads, groups_of="tpu")
 
 
-@pytest.mark.parametrize("bits", [24, None])
-def test_updates(bits):
-    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+@pytest.mark.parametrize(
+    "name, bits",
+    [
+        ("sgdw", 24),
+        ("adamw", None),
+        pytest.param("adamw", 24, marks=pytest.mark.slow),
+    ],
+)
+def test_updates(name, bits):
+    shapes = {name: _SHAPES[name] for name in ("matrix", "vector")}
+    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
     storage = Storage(jnp.bfloat16, bits, "flashquinox")
-    make = ft.partial(Case("adamw", storage).optimizer, 1e-2)
-    params = arrays(_SHAPES, jnp.bfloat16, 0)
+    make = ft.partial(Case(name, storage).optimizer, 1e-2)
+    params = arrays(shapes, jnp.bfloat16, 0)
     run("gpu", make, params, grads, method="update")
 
 
-@pytest.mark.parametrize("group_size", [16, 48, 128])
-def test_other_groups(group_size):
+@pytest.mark.parametrize(
+    "name, group_size", [("lion", 16), ("lion", 48), ("adamw", 128)]
+)
+def test_other_groups(name, group_size):
     """Also where the kernel has no tile of them."""
     shapes = {"leaf": (9, 384)}
     grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
-    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, group_size=group_size)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2, group_size=group_size)
     run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
 def test_nonfinite_steps_are_skipped():
-    bad = arrays(_SHAPES, jnp.bfloat16, 2)
+    shapes = {name: _SHAPES[name] for name in ("matrix", "vector")}
+    good, bad, again = (arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3))
     bad["vector"] = bad["vector"].at[3].set(jnp.nan)
-    grads = [arrays(_SHAPES, jnp.bfloat16, 1), bad, arrays(_SHAPES, jnp.bfloat16, 3)]
-    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, skip_nonfinite=True)
-    run("gpu", make, arrays(_SHAPES, jnp.bfloat16, 0), grads)
+    make = ft.partial(Case("lion", _ours).optimizer, 1e-2, skip_nonfinite=True)
+    run("gpu", make, arrays(shapes, jnp.bfloat16, 0), [good, bad, again])
 
 
 def test_leaves_with_and_without_decay():
@@ -83,7 +118,7 @@ def test_leaves_with_and_without_decay():
     params = arrays({name: (64, 64) for name in "abcd"}, jnp.bfloat16, 0)
     mask = {"a": True, "b": False, "c": True, "d": False}
     grads = [arrays({name: (64, 64) for name in "abcd"}, jnp.bfloat16, 1)]
-    make = ft.partial(fq.adamw, 1e-2, weight_decay=0.1, mask=mask)
+    make = ft.partial(fq.lion, 1e-2, weight_decay=0.1, mask=mask)
     run("gpu", make, params, grads)
 
 
@@ -130,7 +165,10 @@ def _shapes(dtype, **shapes):
     return {name: jax.ShapeDtypeStruct(x, dtype) for name, x in shapes.items()}
 
 
-@parametrize_cases(lambda case: case.name == "adamw" or case.storage == _ours)
+@parametrize_cases(
+    lambda case: case.name == "adamw" or case.storage == _ours,
+    quick=lambda case: case.name != "adamw" or case.storage.moments == "flashquinox",
+)
 def test_lowers_for_cuda(case):
     """Every way to store a leaf, and every rule: what is lowered for them is apart."""
     params = _shapes(case.storage.dtype, matrix=(70, 64))

@@ -299,7 +299,7 @@ def test_a_model_with_kept_layers_trains():
     state = optim.init(model)
     with jax.numpy_dtype_promotion("standard"):
         grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(3, jnp.bfloat16))))(model)
-    new, _ = optim.step(model, state, grads)
+    new, _ = eqx.filter_jit(optim.step)(model, state, grads)
     assert _dtypes(new) == _dtypes(model)
     assert not tree_identical(new.layers[2].weight, model.layers[2].weight)
 
@@ -419,7 +419,7 @@ def test_widths_may_differ_in_a_model():
     """Each leaf goes on as in an optimizer of its own width, in one step of all."""
     shapes = {"a": (32, 64), "b": (32, 64), "c": (32, 64)}
     model, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
-    narrow, wide = fq.adamw(1e-2), fq.adamw(1e-2, master_weight_bits=32)
+    narrow, wide = fq.lion(1e-2), fq.lion(1e-2, master_weight_bits=32)
     mixed = fq.widen(model, narrow.init(model), ["b"])
     results = [
         jax.jit(optim.step)(model, state, grads)
@@ -447,7 +447,7 @@ def test_kernels_of_mixed_widths_are_plain_xla(backend):
     grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
 
     def make(**kwargs):
-        optim = fq.adamw(1e-2, **kwargs)
+        optim = fq.lion(1e-2, **kwargs)
         init = lambda model: fq.widen(model, optim.init(model), "b")
         return _WithInit(init, optim.step)
 
@@ -557,9 +557,9 @@ def test_kernels_dither_weights(backend, method):
     shapes = {"a": (32, 128), "b": (64, 128)}
     params = arrays(shapes, jnp.bfloat16, 0)
     grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(fq.adamw, 1e-2, master_weight_bits=None, dither_weights=True)
+    make = ft.partial(fq.lion, 1e-2, master_weight_bits=None, dither_weights=True)
     run(backend, make, params, grads, method=method)
-    plain = fq.adamw(1e-2, master_weight_bits=None)
+    plain = fq.lion(1e-2, master_weight_bits=None)
     dithered, nearest = (
         optim.step(params, optim.init(params), grads[0])[0]["a"]
         for optim in (make(), plain)
