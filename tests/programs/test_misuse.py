@@ -219,6 +219,10 @@ ARGUMENTS = {
         _value_error("`sgd(momentum=...)`", "less than 1"),
     ),
     "b1 vector": (lambda: fq.adamw(1e-3, np.ones(2)), _type_error("`adamw(b1=...)`")),
+    "Optax's eps_root, by position": (
+        lambda: fq.adamw(1e-3, 0.9, 0.999, 1e-8, 0.0),
+        Elsewhere(TypeError, "positional arguments"),
+    ),
     "b1 tuple": (
         lambda: fq.adamw(1e-3, (0.9, 0.99)),
         _type_error("`adamw(b1=...)`", _number, "(0.9, 0.99)"),
