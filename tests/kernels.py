@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+import pytest
 import scipy.stats
+from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
@@ -41,6 +43,12 @@ def compiling_for(kind: str, platform: str, cores: int = 1):
     device = AbstractDevice(kind, cores, platform)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """TPUs to compile for. The compiler is there on Linux."""
+    pytest.importorskip("libtpu")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:

@@ -15,14 +15,13 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
 from flashquinox import _architectures as architectures
 from flashquinox.__main__ import main
 
-from .kernels import compiling_for
+from .kernels import compiling_for, tpu_devices
 
 
 def _count(shapes) -> int:
@@ -244,9 +243,7 @@ def test_is_what_init_makes(make, devices):
 
 
 def test_is_what_a_step_on_tpus_takes():
-    chips = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x2"
-    ).devices
+    chips = tpu_devices("v5e:2x2")
     mesh = Mesh(np.asarray(chips), ("fsdp",))
     shapes = architectures.llama(
         8, 512, hidden=2048, heads=4, key_heads=2, vocabulary=8192, tied_head=True

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
@@ -21,7 +20,7 @@ from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
 from .helpers import Case, parametrize_cases, Storage
-from .kernels import arrays, assert_same, compiling_for, run, run_ensemble
+from .kernels import arrays, assert_same, compiling_for, run, run_ensemble, tpu_devices
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -310,9 +309,7 @@ _TOPOLOGIES = {
 
 @ft.cache
 def _device(chip: str):
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=_TOPOLOGIES[chip]
-    ).devices[0]
+    return tpu_devices(_TOPOLOGIES[chip])[0]
 
 
 def _compile(chip: str, optim: fq.Optimizer, params, grads, method: str = "step"):
