@@ -95,7 +95,10 @@ _WAYS = {
 }
 # The others take minutes to compile.
 _QUICK = {
-    *((name, True) for name in ("classification", "recurrent", "norms", "frozen")),
+    *(
+        (name, True)
+        for name in ("classification", "recurrent", "bert", "norms", "frozen")
+    ),
     ("frozen", False),
 }
 
