@@ -30,8 +30,8 @@ _SHAPES = {"matrix": (64, 128), "stack": (2, 64, 200)}
 _STACK = {"stack": _SHAPES["stack"]}
 # One group in each lane.
 _GROUP = {"leaf": (32, 200)}
-# Few lanes, several chunks in a block of which the last is not full, several leading
-# axes, several blocks, and groups along columns.
+# Few lanes, rows that are no whole chunks, several leading axes, many lanes, and groups
+# along columns.
 _ODD_SHAPES = {
     "narrow": (32, 5),
     "high": (1056, 130),
@@ -115,9 +115,10 @@ def test_odd_shapes(name, shape):
 
 
 def test_several_chunks_in_a_block(monkeypatch):
-    """Of few groups, of which there are fewer in the last one."""
+    """Along both axes, of few groups each: three times two, of which the last are not
+    full. Of many matrices, for it to be worth it."""
     monkeypatch.setattr(tpu, "_groups", lambda structure: 2)
-    _assert_odd_shape("lion", (160, 130))
+    _assert_odd_shape("lion", (8, 160, 130))
 
 
 def _assert_odd_shape(name: str, shape: tuple[int, ...]) -> None:
