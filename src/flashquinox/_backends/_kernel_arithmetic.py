@@ -88,10 +88,10 @@ class Arithmetic:
         known = [*map(Value.of_constant, function.consts), *args]
         inputs = zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True)
         values = dict(inputs)
-
-        def read(atom: Any) -> Value:
-            return Value(atom.val) if isinstance(atom, compat.Literal) else values[atom]
-
+        # No `def`: of one, tests that check types would make a function at each call.
+        read = lambda atom: (
+            Value(atom.val) if isinstance(atom, compat.Literal) else values[atom]
+        )
         for eqn in jaxpr.eqns:
             results = self._results(eqn, [read(atom) for atom in eqn.invars])
             values.update(zip(eqn.outvars, results, strict=True))
@@ -210,30 +210,32 @@ class Arithmetic:
         ]
 
     def _apply(self, eqn: Any, operands: list[Value]) -> list[Value]:
-        primitive = eqn.primitive
         rules = operations.RULES_OF_BITS
         if eqn.outvars:
             aval = eqn.outvars[0].aval
             if aval.dtype == jnp.float32 and aval.ndim > 0:
                 rules = operations.RULES_OF_FLOATS | rules
 
-        def default() -> list[Any]:
-            arrays = [operand.array for operand in operands]
-            params = primitive.get_bind_params(eqn.params)
-            if any(np.ndim(x) > 0 for x in arrays):
-                if not any(isinstance(x, jax.Array) for x in arrays):
-                    # Of constants, of which kernels take no arrays.
-                    with jax.ensure_compile_time_eval():
-                        results = primitive.bind(*arrays, **params)
-                    return [np.asarray(x)[()] for x in jtu.tree_leaves(results)]
-                arrays = map(operations.filled, arrays)
-            results = primitive.bind(*arrays, **params)
-            return results if primitive.multiple_results else [results]
-
-        rule = rules.get(primitive)
+        rule = rules.get(eqn.primitive)
         if rule is not None:
-            op = Operation(self, eqn, lambda: default()[0])
+            op = Operation(self, eqn, lambda: _bound(eqn, operands)[0])
             value = rule(op, *operands)
             if value is not None:
                 return [value]
-        return [Value(x) for x in default()]
+        return [Value(x) for x in _bound(eqn, operands)]
+
+
+def _bound(eqn: Any, operands: Sequence[Value]) -> list[Any]:
+    """The operation as it is, of arrays."""
+    primitive = eqn.primitive
+    arrays = [operand.array for operand in operands]
+    params = primitive.get_bind_params(eqn.params)
+    if any(np.ndim(x) > 0 for x in arrays):
+        if not any(isinstance(x, jax.Array) for x in arrays):
+            # Of constants, of which kernels take no arrays.
+            with jax.ensure_compile_time_eval():
+                results = primitive.bind(*arrays, **params)
+            return [np.asarray(x)[()] for x in jtu.tree_leaves(results)]
+        arrays = map(operations.filled, arrays)
+    results = primitive.bind(*arrays, **params)
+    return results if primitive.multiple_results else [results]
