@@ -194,7 +194,10 @@ def weights(
     """Weights, or gradients, of these names in `SHAPES`; all if none is named."""
     rng = np.random.default_rng(seed)
     return {
-        name: jnp.asarray(rng.standard_normal(SHAPES[name]), jnp.float32).astype(dtype)
+        # By NumPy, which compiles nothing.
+        name: jnp.asarray(
+            np.asarray(rng.standard_normal(SHAPES[name]), np.float32).astype(dtype)
+        )
         for name in (names or SHAPES)
     }
 

@@ -26,11 +26,16 @@ def _promotion():
         yield
 
 
+def _normal(shape, dtype, scale=1.0):
+    numbers = scale * np.random.default_rng(0).standard_normal(shape)
+    return jnp.asarray(numbers.astype(np.float32).astype(dtype))
+
+
 def _params():
     return {
-        "bfloat16": jr.normal(jr.key(0), (4, 32)).astype(jnp.bfloat16),
-        "float16": 1e-3 * jr.normal(jr.key(1), (7,)).astype(jnp.float16),
-        "float32": jr.normal(jr.key(2), (3,)),
+        "bfloat16": _normal((4, 32), jnp.bfloat16),
+        "float16": _normal((7,), jnp.float16, 1e-3),
+        "float32": _normal((3,), jnp.float32),
         "frozen": jnp.ones((5,), jnp.bfloat16),
     }
 
@@ -131,7 +136,7 @@ def test_what_comes_after_is_seen(wrap):
 
 
 def test_lookahead_is_seen():
-    params = {"w": jr.normal(jr.key(0), (4, 32)).astype(jnp.bfloat16)}
+    params = {"w": _normal((4, 32), jnp.bfloat16)}
     optim = optax.lookahead(fq.sgd(1e-2, verify_weights="error"), 2, 0.5)
     both = optax.LookaheadParams.init_synced(params)
     state = optim.init(both)
@@ -159,7 +164,7 @@ def test_an_edit_raises(jit):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_every_bit_and_every_place_counts(dtype):
-    x = jr.normal(jr.key(0), (6, 5)).astype(dtype)
+    x = _normal((6, 5), dtype)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
     (original,) = checksums([x])
     flips = [bits.at[2, 3].set(bits[2, 3] ^ np.uint16(1 << i)) for i in range(16)]
@@ -221,7 +226,7 @@ def test_states_of_the_other_kind_are_refused():
 
 def test_ensembles():
     optim = fq.sgd(1e-2, verify_weights="error")
-    params = {"w": jr.normal(jr.key(0), (3, 4, 32)).astype(jnp.bfloat16)}
+    params = {"w": _normal((3, 4, 32), jnp.bfloat16)}
     state = jax.vmap(optim.init)(params)
     step = eqx.filter_jit(jax.vmap(optim.step))
     params, state = step(params, state, params)
@@ -234,7 +239,7 @@ def test_ensembles():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh(kind):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
-    params = {"w": jr.normal(jr.key(0), (4, 64)).astype(jnp.bfloat16)}
+    params = {"w": _normal((4, 64), jnp.bfloat16)}
     optim = fq.sgd(1e-2, verify_weights="error")
     alone = optim.init(params)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -253,7 +258,7 @@ def test_on_a_mesh(kind):
 
 
 def test_gradient_release():
-    weights = jr.normal(jr.key(0), (3, 16, 16)).astype(jnp.bfloat16)
+    weights = _normal((3, 16, 16), jnp.bfloat16)
     model = {"blocks": {"w": weights}, "head": weights[0]}
     loss = fq.LayeredLoss(
         lambda model: model["blocks"],

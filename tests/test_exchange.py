@@ -564,8 +564,15 @@ def test_count_of_sgd():
         assert int(exchange.from_optax(optax_state, target).count) == count
 
 
-@_types
-@pytest.mark.parametrize("moments", ["flashquinox", "learned", "flashoptim"])
+@pytest.mark.parametrize(
+    "kind, moments",
+    [
+        (AxisType.Auto, "flashquinox"),
+        (AxisType.Explicit, "learned"),
+        (AxisType.Auto, "flashoptim"),
+        pytest.param(AxisType.Explicit, "flashquinox", marks=pytest.mark.slow),
+    ],
+)
 def test_optax_on_many_devices(kind, moments):
     mesh, theirs = _mesh(kind), optax.adamw(1e-2)
     _, on_one = _run(theirs, _tree(0))

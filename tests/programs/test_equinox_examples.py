@@ -95,10 +95,7 @@ _WAYS = {
 }
 # The others take minutes to compile.
 _QUICK = {
-    *(
-        (name, True)
-        for name in ("classification", "recurrent", "bert", "norms", "frozen")
-    ),
+    *((name, True) for name in ("classification", "recurrent", "bert", "norms")),
     ("frozen", False),
 }
 
