@@ -26,7 +26,6 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 
 
 Primitive: TypeAlias = jex.Primitive
-Literal: TypeAlias = jex.Literal
 
 
 #
@@ -114,6 +113,29 @@ class Function(NamedTuple):
         if hasattr(jaxpr, "consts"):
             return Function(jaxpr.jaxpr, jaxpr.consts)
         return Function(jaxpr, ())
+
+
+def evaluate(
+    function: Function,
+    args: Sequence[Any],
+    constant: Callable[[Any], Any],
+    literal: Callable[[Any], Any],
+    apply: Callable[[Any, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """What a traced function gives, of values of any kind: `constant` makes them of
+    arrays that it closes over, `literal` of numbers in it, and `apply(operation,
+    operands)` gives the results of an operation."""
+    jaxpr = function.jaxpr
+    known = [*map(constant, function.consts), *args]
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True))
+    # No `def`: of one, tests that check types would make a function at each call.
+    read = lambda atom: (
+        literal(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+    )
+    for eqn in jaxpr.eqns:
+        results = apply(eqn, [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def called(eqn: Any) -> Function | None:

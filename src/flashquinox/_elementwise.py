@@ -77,19 +77,8 @@ class _Walk:
         self.signature: list[Any] = []
 
     def call(self, function: compat.Function, args: Sequence[Found]) -> list[Found]:
-        jaxpr = function.jaxpr
-        known = [*map(self._constant, function.consts), *args]
-        found = dict(zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True))
-
-        def read(atom: Any) -> Found:
-            if isinstance(atom, compat.Literal):
-                return self._constant(atom.val)
-            return found[atom]
-
-        for eqn in jaxpr.eqns:
-            results = self._results(eqn, [read(atom) for atom in eqn.invars])
-            found.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        constant = self._constant
+        return compat.evaluate(function, args, constant, constant, self._results)
 
     def _constant(self, value: Any) -> Found:
         if isinstance(value, jax.core.Tracer):

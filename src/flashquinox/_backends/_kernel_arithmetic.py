@@ -84,18 +84,7 @@ class Arithmetic:
         )
 
     def _call(self, function: compat.Function, args: Sequence[Value]) -> list[Value]:
-        jaxpr = function.jaxpr
-        known = [*map(Value.of_constant, function.consts), *args]
-        inputs = zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True)
-        values = dict(inputs)
-        # No `def`: of one, tests that check types would make a function at each call.
-        read = lambda atom: (
-            Value(atom.val) if isinstance(atom, compat.Literal) else values[atom]
-        )
-        for eqn in jaxpr.eqns:
-            results = self._results(eqn, [read(atom) for atom in eqn.invars])
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return compat.evaluate(function, args, Value.of_constant, Value, self._results)
 
     def _arrays(
         self, function: compat.Function, consts: Sequence[Value], *args: Array
