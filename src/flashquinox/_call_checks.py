@@ -91,7 +91,7 @@ def check_order(call: str, leaves: list[Leaf], grads: list[Any]) -> None:
             )
 
 
-def check_alive(call: str, **trees: PyTree) -> None:
+def check_has_values(call: str, **trees: PyTree) -> None:
     """Arrays that were donated have no values any more, and shapes never had any."""
     for name, tree in trees.items():
         for path, x in jtu.tree_leaves_with_path(tree):

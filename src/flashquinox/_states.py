@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from . import _checks as checks
-from ._call_checks import check_alive
+from ._call_checks import check_has_values
 from ._state import OptimizerState
 from ._trained import is_trainable, with_state
 from ._trees import flatten, Leaf, match, path_name
@@ -119,7 +119,7 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
     leaves, rebuild = flatten(model)
     found = find(state)
     checks.has_state(call, state, found.values)
-    check_alive(call, model=model, state=state)
+    check_has_values(call, model=model, state=state)
     # Flax has no `None` for what a filter leaves out: it is not there.
     of_leaves = partial(match, call, leaves=leaves, partial=has_variables(rebuild.tree))
     owners: list[int | None] = [None for _ in leaves]

@@ -21,7 +21,7 @@ from ._backends import differentiable, dispatch, reductions, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, StepScalars, StepStructure, TileState
 from ._call_checks import (
-    check_alive,
+    check_has_values,
     check_grads,
     check_model,
     check_order,
@@ -185,7 +185,7 @@ class Transformation(eqx.Module):
         call = f"{self.call}(...).{method}"
         opened = self.open(call, params, state)
         check_grads(call, grads, params)
-        check_alive(call, grads=grads)
+        check_has_values(call, grads=grads)
         grad_leaves = match(call, "grads", grads, opened.leaves)
         check_order(call, opened.leaves, grad_leaves)
         arrived = {}
@@ -211,7 +211,7 @@ class Transformation(eqx.Module):
         leaves, rebuild = flatten(params)
         checks.is_state(call, state, self.rule)
         checks.is_one_state(call, state)
-        check_alive(call, model=params, state=state)
+        check_has_values(call, model=params, state=state)
         stored = {
             name: match(call, f"state.moments[{name!r}]", state.moments[name], leaves)
             for name in self.rule.moments
