@@ -175,17 +175,26 @@ def is_quick(case: Case) -> bool:
     return case.storage in _QUICK[case.name]
 
 
+def slow(*values: Any, unless: bool = False, id: str | None = None):
+    """A case that runs with `-m slow`, `unless` it is to run always."""
+    return pytest.param(*values, marks=() if unless else pytest.mark.slow, id=id)
+
+
 def parametrize_cases(
     select: Callable[[Case], bool] = lambda case: True,
     quick: Callable[[Case], bool] = is_quick,
 ):
     """Over the table. What is not `quick` runs with `-m slow`."""
     cases = [
-        pytest.param(case, id=_id(case), marks=() if quick(case) else pytest.mark.slow)
-        for case in CASES
-        if select(case)
+        slow(case, unless=quick(case), id=_id(case)) for case in CASES if select(case)
     ]
     return pytest.mark.parametrize("case", cases)
+
+
+def array_of(numbers: ArrayLike, dtype: DTypeLike) -> Array:
+    """Numbers that are rounded to float32, then to a dtype: by NumPy, which compiles
+    nothing."""
+    return jnp.asarray(np.asarray(numbers, np.float32).astype(dtype))
 
 
 def weights(
@@ -194,12 +203,21 @@ def weights(
     """Weights, or gradients, of these names in `SHAPES`; all if none is named."""
     rng = np.random.default_rng(seed)
     return {
-        # By NumPy, which compiles nothing.
-        name: jnp.asarray(
-            np.asarray(rng.standard_normal(SHAPES[name]), np.float32).astype(dtype)
-        )
+        name: array_of(rng.standard_normal(SHAPES[name]), dtype)
         for name in (names or SHAPES)
     }
+
+
+#
+# Other libraries
+#
+
+
+def have_what_haliax_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Haliax asks JAX for a function that is gone since 0.11. Of what is not symbolic,
+    it says yes."""
+    if not hasattr(jax.core, "is_constant_dim"):
+        monkeypatch.setattr(jax.core, "is_constant_dim", lambda _: True, raising=False)
 
 
 #

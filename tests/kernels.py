@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
 
-from .helpers import float64
+from .helpers import array_of, float64
 
 
 Arrays: TypeAlias = dict[str, jax.Array]
@@ -56,9 +56,7 @@ def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
     # Rows of very different size, for moments to use the range of their codes.
     size = lambda shape: np.exp2(rng.uniform(-20, 0, (*shape[:-1], 1)))
     return {
-        name: jnp.asarray(
-            (rng.standard_normal(shape) * size(shape)).astype(np.float32).astype(dtype)
-        )
+        name: array_of(rng.standard_normal(shape) * size(shape), dtype)
         for name, shape in shapes.items()
     }
 

@@ -36,6 +36,7 @@ from .helpers import (
     assert_code_of,
     float64,
     parametrize_cases,
+    slow,
     tree_identical,
     weights,
 )
@@ -429,7 +430,7 @@ def test_relative_directory(tmp_path, monkeypatch):
     [
         ({}, {"backend": "tpu"}),
         ({"backend": "tpu"}, {}),
-        pytest.param({}, {"group_size": 64}, marks=pytest.mark.slow),
+        slow({}, {"group_size": 64}),
         ({"moments": "flashoptim"}, {"moments": "flashoptim", "group_size": 64}),
     ],
 )
@@ -757,7 +758,7 @@ def test_manifests(change, parts, saved, tmp_path):
         _raises(lambda: checkpoints.restore(model, state), f"{tmp_path}/3", *parts)
 
 
-@pytest.mark.parametrize("flips", [4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [4, slow(16)])
 def test_damage(flips, saved, tmp_path, capfd):
     directory, model, state = saved
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
@@ -1068,7 +1069,7 @@ def meshes(directory):
         assert_like(found, (there[0], like_there), expected)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, slow(8)])
 def test_kill(times, tmp_path):
     rng = random.Random(0)
     latest = 0

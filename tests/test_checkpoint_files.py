@@ -26,7 +26,7 @@ from flashquinox import _manifest
 from flashquinox._checkpoints import lock as locks
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
-from .helpers import tree_identical
+from .helpers import slow, tree_identical
 
 
 _OPTIM = fq.adamw(1e-2)
@@ -124,8 +124,8 @@ def test_other_directories(tmp_path, monkeypatch):
     [
         "one at a time",
         "random",
-        pytest.param("as listed", marks=pytest.mark.slow),
-        pytest.param("backwards", marks=pytest.mark.slow),
+        slow("as listed"),
+        slow("backwards"),
     ],
 )
 def test_half_a_step_is_not_listed(order, copy):

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import flashquinox as fq
 from flashquinox._checksums import check_verify_weights, checksums
 
-from .helpers import tree_identical
+from .helpers import array_of, tree_identical
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,7 @@ def _promotion():
 
 
 def _normal(shape, dtype, scale=1.0):
-    numbers = scale * np.random.default_rng(0).standard_normal(shape)
-    return jnp.asarray(numbers.astype(np.float32).astype(dtype))
+    return array_of(scale * np.random.default_rng(0).standard_normal(shape), dtype)
 
 
 def _params():

@@ -21,7 +21,7 @@ from flashquinox._layout import Layout
 from flashquinox._scales import decode_scale
 from flashquinox.checkpoint import Checkpoints
 
-from .helpers import assert_code_of, EAGER, float64, roundtrip, tree_identical
+from .helpers import assert_code_of, EAGER, float64, roundtrip, slow, tree_identical
 from .kernels import arrays, assert_same, run
 
 
@@ -147,8 +147,8 @@ _SHAPES = {"stack": (2, 32, 200)}
         ("tpu", "log"),
         ("gpu", "log"),
         ("gpu", "learned"),
-        pytest.param("tpu", "learned", marks=pytest.mark.slow),
-        pytest.param("gpu", "fourth_root", marks=pytest.mark.slow),
+        slow("tpu", "learned"),
+        slow("gpu", "fourth_root"),
     ],
 )
 def test_kernels_are_plain_xla(backend, name):
@@ -223,7 +223,7 @@ _PARAMETERS = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
 
 
 @_kinds
-@pytest.mark.parametrize("spread", [0, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("spread", [0, slow(2), 8])
 def test_learned_is_as_good_as_any_fixed(kind, spread):
     """Of its family, found by a search; on moments of one size and of many."""
     rng = np.random.default_rng(0)

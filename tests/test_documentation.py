@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from .helpers import have_what_haliax_needs, slow
+
 
 _ROOT = Path(__file__).parents[1]
 _FENCED = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -114,7 +116,7 @@ def test_first_page_is_that_of_the_repository():
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page in _SLOW else ())
+        slow(page, unless=page not in _SLOW)
         for page in _PAGES
         if page != "docs/index.md"
     ],
@@ -129,6 +131,7 @@ def test_programs(page, tmp_path, monkeypatch):
                 continue
             if (page, number) == _WITH_HALIAX:
                 pytest.importorskip("haliax", exc_type=ImportError)
+                have_what_haliax_needs(monkeypatch)
             _run(_BEFORE.get((page, number), ""), f"before {page}:{number}", names)
             _run(program, f"{page}:{number}", names)
         _run(_AFTER.get(page, ""), f"after {page}", names)

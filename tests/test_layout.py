@@ -11,7 +11,7 @@ import flashquinox as fq
 from flashquinox._codec import Dither
 from flashquinox._layout import choose_layout, Layout
 
-from .helpers import of_elements, SHAPES, tree_identical
+from .helpers import of_elements, SHAPES, slow, tree_identical
 
 
 _shapes = st.lists(st.integers(0, 70), max_size=4).filter(
@@ -140,11 +140,7 @@ _QUICK = {
 @pytest.mark.parametrize(
     "shape, moments",
     [
-        pytest.param(
-            shape,
-            name,
-            marks=() if shape in _QUICK.get(name, [(70, 40)]) else pytest.mark.slow,
-        )
+        slow(shape, name, unless=shape in _QUICK.get(name, [(70, 40)]))
         for shape in _PADDED
         for name in fq.MomentCodecs.names()
     ],

@@ -1,7 +1,6 @@
 """Which weights decay, in the layers and by the names of each framework."""
 
 import functools as ft
-import sys
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +16,8 @@ from flax import nnx
 from jaxtyping import Array
 
 import flashquinox as fq
+
+from .helpers import have_what_haliax_needs
 
 
 def _decayed(params, mask=None, without=()) -> set[str]:
@@ -253,12 +254,7 @@ def test_flax_nnx(what):
 
 
 def test_haliax(monkeypatch):
-    # Haliax looks for it, but newer versions of JAX have none.
-    monkeypatch.setattr("jax._src.tree_util.BuiltInKeyEntry", object, raising=False)
-    # Another test may have tried without: what is left of that is no whole module.
-    if "haliax" not in sys.modules:
-        for name in [name for name in sys.modules if name.startswith("haliax.")]:
-            del sys.modules[name]
+    have_what_haliax_needs(monkeypatch)
     hax = pytest.importorskip("haliax", exc_type=ImportError)
     width, hidden, layers = hax.Axis("width", 4), hax.Axis("hidden", 8), 3
 

@@ -21,6 +21,7 @@ import flashquinox as fq
 from flashquinox import _architectures as architectures
 from flashquinox.__main__ import main
 
+from .helpers import slow
 from .kernels import compiling_for, tpu_devices
 
 
@@ -201,8 +202,8 @@ _OPTIMIZERS = {
         ("lion, no correction", "stacked", 1),
         ("sgd", "unrolled", 8),
         ("sgdw, learned", "stacked", 8),
-        pytest.param("adamw", "stacked", 8, marks=pytest.mark.slow),
-        pytest.param("lion, no correction", "unrolled", 8, marks=pytest.mark.slow),
+        slow("adamw", "stacked", 8),
+        slow("lion, no correction", "unrolled", 8),
     ],
 )
 def test_is_what_a_compiled_step_takes(optimizer, name, devices):

@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 
 import flashquinox as fq
 
-from .helpers import OPTIMIZERS, tree_identical, weights
+from .helpers import OPTIMIZERS, slow, tree_identical, weights
 
 
 _names = ("matrix", "bias")
@@ -90,14 +90,10 @@ def test_multi_steps():
     assert int(optax.tree.get(state.inner_opt_state, "count")) == 2
 
 
-def _slow_unless(quick, *arguments):
-    return pytest.param(*arguments, marks=() if quick else pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     "name, dtype",
     [
-        _slow_unless(i % 2 == j, name, dtype)
+        slow(name, dtype, unless=i % 2 == j)
         for i, name in enumerate(OPTIMIZERS)
         for j, dtype in enumerate([jnp.bfloat16, jnp.float32])
     ],
@@ -143,7 +139,7 @@ def test_inject_hyperparams_with_a_schedule():
 @pytest.mark.parametrize(
     "name",
     [
-        _slow_unless(n in ("adamw", "sgd"), n)
+        slow(n, unless=n in ("adamw", "sgd"))
         for n in ("adamw", "adam", "lion", "sgd", "sgdw")
     ],
 )
@@ -265,7 +261,7 @@ def test_tree_map_params():
 @pytest.mark.parametrize(
     "name, jit",
     [
-        _slow_unless(name == "adamw" or jit is jax.jit, name, jit)
+        slow(name, jit, unless=name == "adamw" or jit is jax.jit)
         for name in ("adamw", "lion", "sgd-momentum")
         for jit in (jax.jit, eqx.filter_jit)
     ],

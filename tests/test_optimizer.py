@@ -22,6 +22,7 @@ from .helpers import (
     OPTIMIZERS,
     parametrize_cases,
     SHAPES,
+    slow,
     Storage,
     tree_identical,
     weights,
@@ -686,7 +687,7 @@ def test_float64(name):
         "flashoptim",
         "learned",
         *(
-            pytest.param(name, marks=pytest.mark.slow)
+            slow(name)
             for name in fq.MomentCodecs.names()
             if name not in ("flashquinox", "flashoptim", "learned")
         ),

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
 
-from .helpers import assert_code_of, Case, EAGER, float64, Storage
+from .helpers import array_of, assert_code_of, Case, EAGER, float64, slow, Storage
 
 
 _LAYERS = 3
@@ -42,9 +42,7 @@ def _model(dtype=jnp.bfloat16, layers: int = _LAYERS, odd: bool = False, without
 
 def _all_of_model(dtype, layers: int, odd: bool):
     rng = np.random.default_rng(0)
-    numbers = lambda shape: 0.3 * rng.standard_normal(shape).astype(np.float32)
-    # Not compiled.
-    array = lambda *shape: jnp.asarray(numbers(shape).astype(dtype))
+    array = lambda *shape: array_of(0.3 * rng.standard_normal(shape), dtype)
     # Of the prologue and the epilogue; of the epilogue.
     model: dict[str, Any] = {"token": array(96, _WIDTH), "bias": array(96)}
     model["blocks"] = {
@@ -207,7 +205,7 @@ def _case_id(value) -> str:
 
 @pytest.mark.parametrize(
     "case, odd",
-    [*_CASES, *(pytest.param(*x, marks=pytest.mark.slow) for x in _SLOW_CASES)],
+    [*_CASES, *(slow(*x) for x in _SLOW_CASES)],
     ids=_case_id,
 )
 def test_is_the_ordinary_step(case, odd, plain_processor):

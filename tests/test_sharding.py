@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
 
-from .helpers import Case, Storage
+from .helpers import array_of, Case, slow, Storage
 
 
 _SHAPES = {
@@ -62,6 +62,15 @@ _COLLECTIVES = re.compile(
 _parametrize_types = pytest.mark.parametrize("types", _TYPES)
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
 
+
+def _parametrize_pairs(name, quick, values=None):
+    """Over all pairs of a value and a type of axes; those that are not `quick`, by
+    `-m slow`."""
+    pairs = itertools.product(values or [value for value, _ in quick], _TYPES)
+    cases = [slow(*pair, unless=pair in quick) for pair in pairs]
+    return pytest.mark.parametrize(f"{name}, types", cases)
+
+
 # Of one optimizer, and of all leaves or of two: what is compiled for one test is there
 # for the others.
 _optim = fq.adamw(1e-2, weight_decay=0.1)
@@ -80,9 +89,10 @@ def _shardings(mesh, specs, names=tuple(_SHAPES)):
 
 def _model(seed: int = 0, dtype=jnp.bfloat16, shapes=_SHAPES, names=None):
     rng = np.random.default_rng(seed)
-    # Not compiled.
-    array = lambda shape: 0.1 * rng.standard_normal(shape).astype(np.float32)
-    model = {name: jnp.asarray(array(s).astype(dtype)) for name, s in shapes.items()}
+    model = {
+        name: array_of(0.1 * rng.standard_normal(shape), dtype)
+        for name, shape in shapes.items()
+    }
     return {name: model[name] for name in names or shapes}
 
 
@@ -118,20 +128,15 @@ def _assert_equal(found, expected):
 #
 
 
-_QUICK = [
-    ("fsdp", "auto"),
-    ("tensor", "auto"),
-    ("2-D", "explicit"),
-    ("layers", "explicit"),
-]
-
-
-@pytest.mark.parametrize(
-    "layout, types",
+@_parametrize_pairs(
+    "layout",
     [
-        pytest.param(*x, marks=() if x in _QUICK else pytest.mark.slow)
-        for x in itertools.product(_LAYOUTS, _TYPES)
+        ("fsdp", "auto"),
+        ("tensor", "auto"),
+        ("2-D", "explicit"),
+        ("layers", "explicit"),
     ],
+    _LAYOUTS,
 )
 def test_trains_as_on_one_device(layout, types):
     """No groups here lie in two parts, so that the state is that of one device too.
@@ -202,7 +207,7 @@ def test_optimizers(case):
     [
         ("tpu", "auto", "fsdp"),
         ("gpu", "explicit", "2-D"),
-        pytest.param("gpu", "auto", "fsdp", marks=pytest.mark.slow),
+        slow("gpu", "auto", "fsdp"),
     ],
 )
 def test_kernels(backend, types, layout):
@@ -269,15 +274,7 @@ def test_groups_lie_along_an_axis_that_parts_hold_whole():
         assert state.moments["mu"]["wide"].axis == axis
 
 
-@pytest.mark.parametrize(
-    "moments, types",
-    [
-        ("flashquinox", "auto"),
-        ("flashoptim", "explicit"),
-        pytest.param("flashquinox", "explicit", marks=pytest.mark.slow),
-        pytest.param("flashoptim", "auto", marks=pytest.mark.slow),
-    ],
-)
+@_parametrize_pairs("moments", [("flashquinox", "auto"), ("flashoptim", "explicit")])
 def test_groups_in_two_parts(moments, types):
     """No axis will do, or the codec flattens: it says so, and is right."""
     shapes = {"matrix": (96, 48)}
@@ -562,15 +559,7 @@ def test_filter_jit_and_scan(types):
     _assert_equal(train(model, state), _on_one_device(3, _PAIR))
 
 
-@pytest.mark.parametrize(
-    "wrap, types",
-    [
-        ("nothing", "auto"),
-        ("MultiSteps", "explicit"),
-        pytest.param("nothing", "explicit", marks=pytest.mark.slow),
-        pytest.param("MultiSteps", "auto", marks=pytest.mark.slow),
-    ],
-)
+@_parametrize_pairs("wrap", [("nothing", "auto"), ("MultiSteps", "explicit")])
 def test_updates(wrap, types):
     """Bit for bit: these compute nothing over all devices."""
     mesh, names = _mesh(types), ("matrix",)
@@ -598,9 +587,7 @@ def test_updates(wrap, types):
         _assert_equal(train(model, optim.init(model), shardings), expected)
 
 
-@pytest.mark.parametrize(
-    "types", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("types", ["auto", slow("explicit")])
 def test_optax(types):
     """Clipping by the global norm and accumulation of gradients."""
     mesh = _mesh(types)

@@ -19,11 +19,14 @@ from flashquinox._backends._kernel_arithmetic import Arithmetic
 from flashquinox._body import TileState
 from flashquinox._layout import Layout
 
-from .helpers import Case, parametrize_cases, Storage
+from .helpers import Case, parametrize_cases, slow, Storage
 from .kernels import arrays, assert_same, compiling_for, run, run_ensemble, tpu_devices
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
+_needs_views = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
+)
 
 # Lanes that fill a register and some that do not, and leading axes.
 _SHAPES = {"matrix": (64, 128), "stack": (2, 64, 200)}
@@ -106,8 +109,8 @@ def test_groups_run_along_rows():
     "name, shape",
     [
         *(("lion", shape) for shape in _ODD_SHAPES if shape != "high"),
-        pytest.param("lion", "high", marks=pytest.mark.slow),
-        *(pytest.param("adamw", x, marks=pytest.mark.slow) for x in _ODD_SHAPES),
+        slow("lion", "high"),
+        *(slow("adamw", x) for x in _ODD_SHAPES),
     ],
 )
 def test_odd_shapes(name, shape):
@@ -127,9 +130,7 @@ def _assert_odd_shape(name: str, shape: tuple[int, ...]) -> None:
     run("tpu", make, arrays({"leaf": shape}, jnp.bfloat16, 0), grads)
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
-)
+@_needs_views
 @parametrize_cases(
     lambda case: _supported(case) and case.name in ("adamw", "lion"),
     quick=lambda case: case in (Case("adamw", _ours), _QUICK[4]),
@@ -141,9 +142,7 @@ def test_only_words(case):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
-)
+@_needs_views
 @pytest.mark.parametrize("shape", _ODD_SHAPES)
 def test_only_words_of_odd_shapes(shape):
     _assert_only_words(Case("lion", _ours), {"leaf": _ODD_SHAPES[shape]})
@@ -171,8 +170,8 @@ def test_other_groups(name, group_size):
         ("lion", 24),
         ("lion", 32),
         ("adamw", None),
-        pytest.param("adamw", 24, marks=pytest.mark.slow),
-        pytest.param("adamw", 32, marks=pytest.mark.slow),
+        slow("adamw", 24),
+        slow("adamw", 32),
     ],
 )
 def test_updates(name, bits):
@@ -378,7 +377,7 @@ _MORE_COMPILED = [
 
 @pytest.mark.parametrize(
     "chip, variant, shape",
-    [*_COMPILED, *(pytest.param(*x, marks=pytest.mark.slow) for x in _MORE_COMPILED)],
+    [*_COMPILED, *(slow(*x) for x in _MORE_COMPILED)],
 )
 def test_compiles_without_temporaries(chip, variant, shape):
     optim = _VARIANTS[variant]
@@ -415,11 +414,11 @@ def test_clipping_compiles_without_temporaries():
     [
         ((2, 4096, 64), "adamw"),
         ((8, 1024, 160), "sgdw"),
-        pytest.param((2, 4096, 64), "sgdw", marks=pytest.mark.slow),
-        pytest.param((2, 1024, 832), "adamw", marks=pytest.mark.slow),
-        pytest.param((2, 1024, 832), "sgdw", marks=pytest.mark.slow),
-        pytest.param((640, 576), "adamw", marks=pytest.mark.slow),
-        pytest.param((640, 576), "sgdw", marks=pytest.mark.slow),
+        slow((2, 4096, 64), "sgdw"),
+        slow((2, 1024, 832), "adamw"),
+        slow((2, 1024, 832), "sgdw"),
+        slow((640, 576), "adamw"),
+        slow((640, 576), "sgdw"),
     ],
 )
 def test_compiles_what_lies_transposed(shape, variant):
@@ -437,7 +436,7 @@ def test_compiles_what_lies_transposed(shape, variant):
     [
         "v4",
         "v5e",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("v5p", "v6e", "tpu7x")),
+        *(slow(x) for x in ("v5p", "v6e", "tpu7x")),
     ],
 )
 def test_compiles_other_dtypes_and_updates(chip):
@@ -534,8 +533,8 @@ def test_unrolled_layers_release_their_gradients():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("adamw", marks=pytest.mark.slow),
-        pytest.param("lion", marks=pytest.mark.slow),
+        slow("adamw"),
+        slow("lion"),
         "sgd-momentum",
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 
 import flashquinox as fq
 
+from ..helpers import slow
 from .equinox_models import Program, PROGRAMS
 
 
@@ -103,11 +104,11 @@ _QUICK = {
 @pytest.mark.parametrize(
     "name, narrow",
     [
-        pytest.param(
+        slow(
             name,
             narrow,
             id=f"{name}-{'bfloat16' if narrow else 'float32'}",
-            marks=() if (name, narrow) in _QUICK else pytest.mark.slow,
+            unless=(name, narrow) in _QUICK,
         )
         for name in PROGRAMS
         for narrow in (True, False)

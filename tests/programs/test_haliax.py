@@ -15,6 +15,8 @@ from jax.sharding import AxisType
 
 import flashquinox as fq
 
+from ..helpers import have_what_haliax_needs, slow
+
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -32,10 +34,8 @@ _HIDDEN, _LAYERS = hax.Axis("hidden", 64), hax.Axis("layers", 2)
 
 @pytest.fixture(autouse=True)
 def _as_haliax_needs(monkeypatch):
-    # Haliax promotes. And it asks JAX for a function that is gone since 0.11; of what
-    # is not symbolic, it says yes.
-    if not hasattr(jax.core, "is_constant_dim"):
-        monkeypatch.setattr(jax.core, "is_constant_dim", lambda _: True, raising=False)
+    have_what_haliax_needs(monkeypatch)
+    # Haliax promotes.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -142,7 +142,7 @@ def test_trains_as_with_optax(trained):
     assert np.array_equal(new.counts, narrow.counts)
 
 
-@pytest.mark.parametrize("way", ["part", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["part", slow("whole")])
 def test_updates_are_steps(trained, way):
     """As programs of Optax take them: of what is trained, or of everything."""
     optim, narrow, _, _, losses, _ = trained

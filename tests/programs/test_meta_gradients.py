@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
 
-from ..helpers import assert_raises, weights
+from ..helpers import assert_raises, slow, weights
 
 
 # Of functions of a learning rate and a decay: ours, and Optax's.
@@ -99,7 +99,7 @@ def _assert_close(found, expected, rtol=1e-3):
         ("adamw", "gpu", "update"),
         ("adam", "tpu", "step"),
         ("lion", "xla", "update"),
-        pytest.param("sgd", "gpu", "step", marks=pytest.mark.slow),
+        slow("sgd", "gpu", "step"),
         ("sgd", "xla", "update"),
     ],
 )
