@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from . import _checks as checks
+from ._call_checks import check_has_values
 from ._codec import QuantMoment, StoredMoment
 from ._exchange.moments import is_of_one_leaf, load, store
 from ._states import find
@@ -65,6 +66,7 @@ def map_moments(
     call = "map_moments"
     found = find(state)
     checks.has_state(call, state, found.values)
+    check_has_values(call, state=state)
     known = sorted({name for one in found.values for name in one.moments})
     chosen = known if names is None else [names] if isinstance(names, str) else names
     for name in chosen:

@@ -21,8 +21,8 @@ from ._backends import differentiable, dispatch, reductions, sharded
 from ._backends.dispatch import Backend, LeafStep
 from ._body import LeafScalars, StepScalars, StepStructure, TileState
 from ._call_checks import (
-    check_has_values,
     check_grads,
+    check_has_values,
     check_model,
     check_order,
     check_trains,

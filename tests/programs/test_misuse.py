@@ -987,6 +987,10 @@ CALLS = {
         lambda: _optim.step(_model, jax.eval_shape(lambda: _state), _grads),
         _type_error(_step_call, "count", "`state`", "ShapeDtypeStruct", "eval_shape"),
     ),
+    "a state of shapes, its moments": (
+        lambda: fq.map_moments(lambda m: m, jax.eval_shape(lambda: _state)),
+        _type_error("`map_moments`", "count", "`state`", "ShapeDtypeStruct"),
+    ),
     "a model of shapes": (
         lambda: _optim.update(_grads, _state, jax.eval_shape(lambda: _model)),
         _type_error("`adamw(...).update`", "`['b']` of `model`", "ShapeDtypeStruct"),

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
+from .._call_checks import check_has_values
 from .._codec import StoredMoment
 from .._place import put_like
 from .._state import OptimizerState, StepCount
@@ -78,6 +79,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
     names it.
     """
     call = "from_optax"
+    check_has_values(call, optax_state=optax_state)
     target = _only(call, "state", state, OptimizerState)
     _nothing_accumulated(call, optax_state)
     source: Any = None
@@ -139,6 +141,7 @@ def to_optax(state: PyTree, optax_state: State) -> State:
     As [`flashquinox.exchange.from_optax`][].
     """
     call = "to_optax"
+    check_has_values(call, state=state)
     source = _only(call, "state", state, OptimizerState)
     _nothing_accumulated(call, state)
     _nothing_accumulated(call, optax_state)
