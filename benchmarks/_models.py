@@ -2,7 +2,7 @@
 
 import math
 
-from flashquinox import _architectures as architectures
+from flashquinox._memory import architectures
 
 
 Shapes = dict[str, tuple[int, ...]]

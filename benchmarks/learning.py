@@ -35,7 +35,7 @@ from _models import gpt2, llama, Shapes
 from _timing import Plan, time_loop
 
 import flashquinox as fq
-from flashquinox._learning import is_due
+from flashquinox._backends.learning import is_due
 
 
 # Steps with a fit and without one, in the long run.

@@ -16,8 +16,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float32, PyTree, UInt32
 
 import flashquinox as fq
-from flashquinox._layout import Layout
-from flashquinox._scales import decode_scale
+from flashquinox._storage.layout import Layout
+from flashquinox._storage.scales import decode_scale
 
 
 #

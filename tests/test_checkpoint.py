@@ -28,8 +28,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
-from flashquinox._digest import digest
-from flashquinox._scales import decode_scale
+from flashquinox._common.digest import digest
+from flashquinox._storage.scales import decode_scale
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 from .helpers import (

@@ -22,8 +22,7 @@ import pytest
 
 import flashquinox as fq
 import flashquinox.exchange
-from flashquinox import _manifest
-from flashquinox._checkpoints import lock as locks
+from flashquinox._checkpoint import lock as locks, manifest as manifests
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 from .helpers import slow, tree_identical
@@ -191,7 +190,7 @@ def test_folders_of_others(copy):
 
 
 def test_deletion_is_one_rename(copy, monkeypatch):
-    from flashquinox._checkpoints import directory
+    from flashquinox._checkpoint import directory
 
     def killed(folder):
         assert folder.name == "1.deleted" or not folder.exists()
@@ -288,7 +287,7 @@ def test_a_directory_that_vanishes(tmp_path):
 
 
 def test_old_ones_that_cannot_be_deleted(copy, monkeypatch):
-    from flashquinox._checkpoints.directory import Directory
+    from flashquinox._checkpoint.directory import Directory
 
     def fail(self, step):
         raise PermissionError(13, "Permission denied")
@@ -385,7 +384,7 @@ def test_two_managers(tmp_path):
 
 def test_a_writer_in_another_process(copy, monkeypatch):
     program = (
-        "import sys\nfrom flashquinox._checkpoints.lock import lock\n"
+        "import sys\nfrom flashquinox._checkpoint.lock import lock\n"
         "release = lock('x', sys.argv[1])\nprint('held', flush=True)\n"
         "sys.stdin.readline()"
     )
@@ -450,7 +449,7 @@ def test_hostile_manifests(copy):
             else:
                 node[last] = value
             contents = manifest.get("contents")
-            manifest["sha256"] = _manifest._sha256(contents)
+            manifest["sha256"] = manifests._sha256(contents)
             path.write_text(json.dumps(manifest))
             # It restores, as it was, or there is one clear error.
             try:

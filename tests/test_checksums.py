@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
-from flashquinox._checksums import check_verify_weights, checksums
+from flashquinox._optimizer.checksums import check_verify_weights, checksums
 
 from .helpers import array_of, tree_identical
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
-from flashquinox._backends.reductions import clip
+from flashquinox._sharding.reductions import clip
 
 from .helpers import float64, tree_identical
 from .kernels import arrays, assert_same

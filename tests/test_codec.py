@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 import flashquinox as fq
 from flashquinox import Dither, FlashOptimCodec, MomentCodecs
-from flashquinox._layout import choose_layout, Layout
-from flashquinox._scales import decode_scale, encode_scale
+from flashquinox._storage.layout import choose_layout, Layout
+from flashquinox._storage.scales import decode_scale, encode_scale
 
 from .helpers import (
     assert_code_of,

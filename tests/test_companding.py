@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
-from flashquinox import _learning
-from flashquinox._backends import sharded
-from flashquinox._layout import Layout
-from flashquinox._scales import decode_scale
+from flashquinox._backends import learning
+from flashquinox._sharding import parts
+from flashquinox._storage.layout import Layout
+from flashquinox._storage.scales import decode_scale
 from flashquinox.checkpoint import Checkpoints
 
 from .helpers import assert_code_of, EAGER, float64, roundtrip, slow, tree_identical
@@ -26,7 +26,7 @@ from .kernels import arrays, assert_same, run
 
 
 # The first step that learns.
-_EARLY = min(_learning._INTERVALS)
+_EARLY = min(learning._INTERVALS)
 
 
 _CURVES = {
@@ -197,9 +197,9 @@ def _fit(kind: str, x: np.ndarray, root: int, start: float, fits: int = 60):
         encoder = codec.with_parameter(a)
         codes, _ = encoder.encode(jnp.asarray(x), -1, dither)
         n = encoder.normalized(codes, jnp.float32).ravel()
-        observed = _learning.Observation(n, jnp.zeros_like(n))
-        errors = _learning.errors([codec], [observed], a[None])
-        return _learning.follow(a[None], errors)[0]
+        observed = learning.Observation(n, jnp.zeros_like(n))
+        errors = learning.errors([codec], [observed], a[None])
+        return learning.follow(a[None], errors)[0]
 
     return float(jax.lax.fori_loop(0, fits, fit, jnp.float32(start)))
 
@@ -236,7 +236,7 @@ def test_learned_is_as_good_as_any_fixed(kind, spread):
     # sample: 8,192 elements, whose mean square is known to about 2 %.
     assert learned <= 1.02 * min(errors[0.0], errors[1.0])
     # It stays with softsign, or where it is, if there is no more to be had.
-    most = 1 + max(_learning._WORTH, _learning._WORTH_OF_SOFTSIGN)
+    most = 1 + max(learning._WORTH, learning._WORTH_OF_SOFTSIGN)
     assert learned <= most * 1.02 * min(errors.values())
 
 
@@ -256,13 +256,13 @@ def test_nothing_is_learned_from_nothing():
     zeros = jnp.zeros(64)
     old = jnp.float32([2.5])
     for n, weight in [(0.0, 1.0), (0.0, np.nan), (np.nan, 1.0)]:
-        observed = _learning.Observation(zeros + n, zeros + weight)
-        errors = _learning.errors([codec], [observed], old)
-        assert tree_identical(_learning.follow(old, errors), old)
+        observed = learning.Observation(zeros + n, zeros + weight)
+        errors = learning.errors([codec], [observed], old)
+        assert tree_identical(learning.follow(old, errors), old)
     # Where no weight is finite, the moment's own error counts.
-    observed = _learning.Observation(zeros + 0.01, zeros + np.inf)
-    errors = _learning.errors([codec], [observed], old)
-    assert _learning.follow(old, errors)[0] > old[0]
+    observed = learning.Observation(zeros + 0.01, zeros + np.inf)
+    errors = learning.errors([codec], [observed], old)
+    assert learning.follow(old, errors)[0] > old[0]
 
 
 def test_parameters_move_where_it_is_worth_it():
@@ -271,10 +271,10 @@ def test_parameters_move_where_it_is_worth_it():
     codec = fq.MomentCodecs.named("learned").signed
 
     def follow(best: float, start: float) -> float:
-        observed = _learning.Observation(jnp.full(8, 1 / (best + 2)), jnp.ones(8))
+        observed = learning.Observation(jnp.full(8, 1 / (best + 2)), jnp.ones(8))
         old = jnp.float32([start])
-        errors = _learning.errors([codec], [observed], old)
-        (new,) = _learning.follow(old, errors)
+        errors = learning.errors([codec], [observed], old)
+        (new,) = learning.follow(old, errors)
         return float(new)
 
     # The slope is 0 there, to a rounding; and the curvature about 1.
@@ -295,9 +295,9 @@ def test_sparse_moments_are_not_rounded_again():
     old = jnp.float32([1.0])
     for zeros, padding, moves in [(20, 0, True), (30, 0, False), (0, 80, True)]:
         one = n.at[:zeros].set(0).at[zeros : zeros + padding].set(-1)
-        observed = _learning.Observation(one, jnp.where(one > 0, 1.0, one))
-        errors = _learning.errors([codec], [observed], old)
-        assert (_learning.follow(old, errors)[0] > old[0]) == moves
+        observed = learning.Observation(one, jnp.where(one > 0, 1.0, one))
+        errors = learning.errors([codec], [observed], old)
+        assert (learning.follow(old, errors)[0] > old[0]) == moves
 
 
 @pytest.mark.parametrize(
@@ -323,17 +323,17 @@ def test_samples(shape, axis):
     of_groups = np.arange(math.prod(layout.scale_shape), dtype=np.int32)
     seen = set()
     for count in (0, 1, 77):
-        elements, groups = _learning._places(layout, jnp.asarray(count))
+        elements, groups = learning._places(layout, jnp.asarray(count))
         found = np.asarray(elements(numbers))
-        assert len(set(found)) == found.size <= _learning._SAMPLE
-        assert found.size >= min(size, _learning._SAMPLE) / 2
+        assert len(set(found)) == found.size <= learning._SAMPLE
+        assert found.size >= min(size, learning._SAMPLE) / 2
         here = np.asarray(groups(jnp.asarray(of_groups).reshape(layout.scale_shape)))
         assert np.array_equal(here % layout.scale_shape[-1], group_of[found])
         # A part of every axis in every half of it.
         for length, index in zip(shape, np.unravel_index(found, shape), strict=True):
             assert length == 1 or set(index * 2 // length) == {0, 1}
         seen.add(found.tobytes())
-    assert len(seen) == 3 or size <= _learning._SAMPLE
+    assert len(seen) == 3 or size <= learning._SAMPLE
 
 
 def test_what_counts_is_the_update():
@@ -343,14 +343,14 @@ def test_what_counts_is_the_update():
     optim = fq.adam(1e-2, eps=0.0, moments="learned", master_weight_bits=None)
     params, state = _train(optim, params, 6)
     steps = []
-    learn = sharded.learn
+    learn = parts.learn
     with pytest.MonkeyPatch.context() as patch:
         record = lambda x, y: steps.extend(x) or learn(x, y)
-        patch.setattr(sharded, "learn", record)
+        patch.setattr(parts, "learn", record)
         optim.step(params, state, params)
     (step,) = steps
-    found = _learning.observe(step.structure, step.layout, step.scalars, step.old)
-    elements, groups = _learning._places(step.layout, state.count)
+    found = learning.observe(step.structure, step.layout, step.scalars, step.old)
+    elements, groups = learning._places(step.layout, state.count)
     mu, nu = (state.moments[name]["w"] for name in ("mu", "nu"))
     m, v = (float64(elements(x.decode())) for x in (mu, nu))
     units = [float64(decode_scale(groups(x.scales))) for x in (mu, nu)]

@@ -11,9 +11,10 @@ import optax
 import pytest
 
 import flashquinox as fq
-from flashquinox._backends import gpu, platforms
-from flashquinox._body import TileState
-from flashquinox._layout import Layout
+from flashquinox._backends import platforms
+from flashquinox._backends.gpu import kernel as gpu
+from flashquinox._storage.layout import Layout
+from flashquinox._tile.tile import TileState
 
 from .helpers import Case, float64, parametrize_cases, slow, Storage
 from .kernels import arrays, compiling_for, run, run_ensemble

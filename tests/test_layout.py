@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 
 import flashquinox as fq
-from flashquinox._codec import Dither
-from flashquinox._layout import choose_layout, Layout
+from flashquinox._storage.codec import Dither
+from flashquinox._storage.layout import choose_layout, Layout
 
 from .helpers import of_elements, SHAPES, slow, tree_identical
 

@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
-from flashquinox import _architectures as architectures
 from flashquinox.__main__ import main
+from flashquinox._memory import architectures
 
 from .helpers import slow
 from .kernels import compiling_for, tpu_devices

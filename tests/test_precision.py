@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flashquinox as fq
-from flashquinox._split import encode_weight, rounding_threshold
+from flashquinox._storage.split import encode_weight, rounding_threshold
 
 from .helpers import assert_raises, float64, tree_identical, weights
 from .kernels import arrays, run

@@ -14,7 +14,7 @@ import pytest
 from jaxtyping import ScalarLike
 
 import flashquinox as fq
-from flashquinox import _arithmetic
+from flashquinox._common import arithmetic
 
 from .kernels import arrays, compiling_for, run
 
@@ -175,7 +175,7 @@ def test_moments_of_such_rules_can_be_learned():
 
 @pytest.mark.parametrize("name", ["rounded_quotient", "rounded_root", "byte_times"])
 def test_replaceable_functions_are_ordinary_ones(name):
-    function = getattr(_arithmetic, name)
+    function = getattr(arithmetic, name)
     x = jnp.arange(1, 13, dtype=jnp.float32).reshape(3, 4)
     args = {
         "rounded_root": (x,),

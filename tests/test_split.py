@@ -9,7 +9,7 @@ import pytest
 from jaxtyping import Array, Bool, UInt32
 
 import flashquinox as fq
-from flashquinox._split import encode_correction
+from flashquinox._storage.split import encode_correction
 
 from .helpers import bits_of, float_of, tree_identical
 

@@ -13,11 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
-from flashquinox import _learning
-from flashquinox._backends import _tpu_layout as tpu_layout, tpu
-from flashquinox._backends._kernel_arithmetic import Arithmetic
-from flashquinox._body import TileState
-from flashquinox._layout import Layout
+from flashquinox._backends import learning
+from flashquinox._backends.kernel_arithmetic import Arithmetic
+from flashquinox._backends.tpu import kernel as tpu, layout as tpu_layout
+from flashquinox._storage.layout import Layout
+from flashquinox._tile.tile import TileState
 
 from .helpers import Case, parametrize_cases, slow, Storage
 from .kernels import arrays, assert_same, compiling_for, run, run_ensemble, tpu_devices
@@ -390,7 +390,7 @@ def test_compiles_without_temporaries(chip, variant, shape):
     # the scalars; and what is learned from, whatever the size of a leaf: some arrays of
     # float32, of a sample of each moment.
     assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
-    sample = 8 * 4 * 2 * _learning._SAMPLE if variant == "adamw-learned" else 0
+    sample = 8 * 4 * 2 * learning._SAMPLE if variant == "adamw-learned" else 0
     assert memory.temp_size_in_bytes <= 2**20 + sample
 
 

@@ -1,34 +1,37 @@
 """Memory-efficient optimizers for JAX and Equinox."""
 
-from . import _serialization as _serialization
-from ._codec import (
+from ._checkpoint import serialization as _serialization  # noqa: F401
+from ._common.version import __version__ as __version__
+from ._model.decay_mask import decay_mask as decay_mask
+from ._optimizer.adam import adam as adam, adamw as adamw
+from ._optimizer.lion import lion as lion
+from ._optimizer.map_moments import map_moments as map_moments
+from ._optimizer.map_params import map_params as map_params
+from ._optimizer.optimizer import Optimizer as Optimizer, optimizer as optimizer
+from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
+from ._optimizer.state import OptimizerState as OptimizerState
+from ._rules.adam import Adam as Adam
+from ._rules.lion import Lion as Lion
+from ._rules.rule import AbstractRule as AbstractRule
+from ._rules.sgd import SGD as SGD
+from ._sharding.fsdp import fsdp_shardings as fsdp_shardings
+from ._storage.codec import (
     AbstractMomentCodec as AbstractMomentCodec,
     Dither as Dither,
     QuantMoment as QuantMoment,
 )
-from ._codecs.companded import CompandedCodec as CompandedCodec
-from ._codecs.fitted_log import FittedLogCodec as FittedLogCodec
-from ._codecs.flashoptim import FlashOptimCodec as FlashOptimCodec
-from ._codecs.full_precision import FullPrecision as FullPrecision
-from ._codecs.softsign import SoftsignCodec as SoftsignCodec
-from ._curves import (
+from ._storage.companded import CompandedCodec as CompandedCodec
+from ._storage.curves import (
     AbstractCurve as AbstractCurve,
     MuLawCurve as MuLawCurve,
     RationalCurve as RationalCurve,
 )
-from ._decay_mask import decay_mask as decay_mask
-from ._fsdp import fsdp_shardings as fsdp_shardings
-from ._layered import LayeredLoss as LayeredLoss
-from ._map_params import map_params as map_params
-from ._moment_codecs import MomentCodecs as MomentCodecs
-from ._moments import map_moments as map_moments
-from ._optimizer import Optimizer as Optimizer, optimizer as optimizer
-from ._rule import AbstractRule as AbstractRule
-from ._rules.adam import Adam as Adam, adam as adam, adamw as adamw
-from ._rules.lion import Lion as Lion, lion as lion
-from ._rules.sgd import SGD as SGD, sgd as sgd, sgdw as sgdw
-from ._split import ECCWeight as ECCWeight
-from ._state import OptimizerState as OptimizerState
+from ._storage.fitted_log import FittedLogCodec as FittedLogCodec
+from ._storage.flashoptim import FlashOptimCodec as FlashOptimCodec
+from ._storage.full_precision import FullPrecision as FullPrecision
+from ._storage.moment_codecs import MomentCodecs as MomentCodecs
+from ._storage.softsign import SoftsignCodec as SoftsignCodec
+from ._storage.split import ECCWeight as ECCWeight
 from .memory import (
     DeviceMemory as DeviceMemory,
     memory_plan as memory_plan,
@@ -47,7 +50,4 @@ from .precision import (
     widen as widen,
     Widened as Widened,
 )
-from .release import release_step as release_step
-
-
-__version__ = "0.1.0"
+from .release import LayeredLoss as LayeredLoss, release_step as release_step

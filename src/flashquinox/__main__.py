@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 import flashquinox as fq
 
-from . import _architectures as architectures
-from ._defaults import AUTO_BITS, GROUP_SIZE, MASTER_WEIGHT_BITS
-from ._moment_codecs import MomentCodecs
-from .memory import MOST_DEVICES
+from ._memory import architectures
+from ._memory.plan import MOST_DEVICES
+from ._storage.defaults import AUTO_BITS, GROUP_SIZE, MASTER_WEIGHT_BITS
+from ._storage.moment_codecs import MomentCodecs
 
 
 class Parser(argparse.ArgumentParser):
@@ -295,7 +295,7 @@ def run_plan(settings: argparse.Namespace) -> None:
     devices = "1 device" if plan.devices == 1 else f"{plan.devices} devices"
     title = f"{name}, {settings.optimizer}, {settings.dtype}, {devices}"
     if settings.plot is not None:
-        from ._plot import draw
+        from ._memory.plot import draw
 
         try:
             draw(plan, title, settings.plot, settings.device_memory)

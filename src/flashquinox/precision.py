@@ -1,16 +1,16 @@
 """The precision of a model: narrow weights, and the master weights behind them."""
 
-from ._cast import cast as cast
-from ._master_weights import (
+from ._model.widened import Widened as Widened
+from ._optimizer.master_weights import (
     from_master_weights as from_master_weights,
     master_weights as master_weights,
 )
-from ._numerics import (
+from ._precision.cast import cast as cast
+from ._precision.numerics import (
     check_numerics as check_numerics,
     ensure_precision as ensure_precision,
     LeafNumerics as LeafNumerics,
     NumericsError as NumericsError,
     NumericsReport as NumericsReport,
 )
-from ._widened import Widened as Widened
-from ._width import narrow as narrow, widen as widen
+from ._precision.width import narrow as narrow, widen as widen

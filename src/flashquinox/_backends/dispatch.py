@@ -10,9 +10,10 @@ import jax.lax as lax
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._body import LeafScalars, StepScalars, StepStructure, TileState
-from .._layout import Layout
-from . import _tpu_layout as tpu_layout, platforms, xla
+from .._storage.layout import Layout
+from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from . import platforms, xla
+from .tpu import layout as tpu_layout
 
 
 Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]

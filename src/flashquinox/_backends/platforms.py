@@ -56,7 +56,7 @@ def require(call: str, name: Kernels) -> None:
 @functools.cache
 def _imported(name: Kernels) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module(f"{__package__}.{name}"), ""
+        return importlib.import_module(f"{__package__}.{name}.kernel"), ""
     except ImportError as error:
         return None, str(error)
 

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
-from .._body import StepScalars, StepStructure, TileState, update_tile
-from .._layout import Layout
+from .._storage.layout import Layout
+from .._tile.tile import StepScalars, StepStructure, TileState, update_tile
 
 
 @partial(jax.jit, static_argnums=(0, 1))

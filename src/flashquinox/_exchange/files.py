@@ -13,14 +13,14 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .. import _checks as checks
-from .._call_checks import check_given
-from .._path_checks import check_is_file, check_path
-from .._split import decode_weight
-from .._states import open_states
-from .._target import is_key, Target
-from .._trained import is_trainable
-from .._trees import dotted_name, flatten, is_array, Leaf, Model
+from .._common.path_checks import check_is_file, check_path
+from .._common.target import is_key, Target
+from .._model.trained import is_trainable
+from .._model.trees import dotted_name, flatten, is_array, Leaf, Model
+from .._optimizer import checks
+from .._optimizer.call_checks import check_given
+from .._optimizer.states import open_states
+from .._storage.split import decode_weight
 
 
 # What NumPy calls the dtypes of files.

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from .._codec import QuantMoment, StoredMoment
-from .._codecs.flashoptim import FlashOptimCodec
-from .._layout import Layout
-from .._master_weights import from_master_weights
-from .._rule import MomentKind
-from .._split import compute_dtype, NARROW_DTYPES
-from .._state import OptimizerState, StepCount
-from .._states import only
-from .._trained import with_state
-from .._trees import dotted_name, flatten, Leaf, match, Model, State
-from . import moments as exchanged
+from .._common.dtypes import compute_dtype, NARROW_DTYPES
+from .._model.trained import with_state
+from .._model.trees import dotted_name, flatten, Leaf, match, Model, State
+from .._optimizer.master_weights import from_master_weights
+from .._optimizer.state import OptimizerState, StepCount
+from .._optimizer.states import only
+from .._rules.rule import MomentKind
+from .._storage import moment_values as exchanged
+from .._storage.codec import QuantMoment, StoredMoment
+from .._storage.flashoptim import FlashOptimCodec
+from .._storage.layout import Layout
 from .of_optax import as_count
 
 

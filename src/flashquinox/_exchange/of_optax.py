@@ -10,13 +10,13 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._call_checks import check_has_values
-from .._codec import StoredMoment
-from .._place import put_like
-from .._state import OptimizerState, StepCount
-from .._states import find
-from .._trees import flatten, match, State
-from . import moments as exchanged
+from .._common.place import put_like
+from .._model.trees import flatten, match, State
+from .._optimizer.call_checks import check_has_values
+from .._optimizer.state import OptimizerState, StepCount
+from .._optimizer.states import find
+from .._storage import moment_values as exchanged
+from .._storage.codec import StoredMoment
 
 
 # In which of Optax's states moments of these names are.

@@ -1,0 +1,285 @@
+"""What a checkpoint says about itself, and whether that fits what is asked of it.
+
+It is read, and every leaf compared, before any array is.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from .._common.errors import CheckpointError
+from .._storage.codec import AbstractMomentCodec, QuantMoment
+from .._storage.layout import Layout
+
+
+FORMAT = "flashquinox checkpoint"
+FORMAT_VERSION = 1
+
+
+def make(
+    library_version: str,
+    arrays: dict[str, Any],
+    digests: dict[str, int],
+    moments: dict[str, QuantMoment],
+) -> dict[str, Any]:
+    """The manifest of these arrays, by their names: for JSON."""
+    contents = {
+        # Also outside, for whoever cannot read these contents; here, the digest has it.
+        "flashquinox_version": library_version,
+        "arrays": {
+            name: {
+                "shape": list(x.shape),
+                "dtype": str(x.dtype),
+                "digest": digests[name],
+            }
+            for name, x in arrays.items()
+        },
+        "moments": {
+            name: {
+                "codec": codec_name(moment.codec),
+                "axis": moment.axis,
+                "group_size": moment.group_size,
+            }
+            for name, moment in moments.items()
+        },
+    }
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "flashquinox_version": library_version,
+        "sha256": _sha256(contents),
+        "contents": contents,
+    }
+
+
+def with_files(manifest: Any, files: dict[str, int | None]) -> dict[str, Any]:
+    """A manifest that lists the files of its checkpoint, with their sizes: `None` for
+    those that still change."""
+    contents = manifest["contents"] | {"files": files}
+    return manifest | {"sha256": _sha256(contents), "contents": contents}
+
+
+def files(manifest: Any) -> dict[str, int | None] | None:
+    """The files that a manifest lists; `None` if it is of a time when they did not.
+    Fails if it is damaged."""
+    contents = manifest["contents"]
+    if manifest["sha256"] != _sha256(contents):
+        raise ValueError
+    return contents.get("files")
+
+
+def has_elements(manifest: Any) -> bool:
+    """Whether any array has elements. Fails if the manifest is damaged."""
+    return any(0 not in x["shape"] for x in manifest["contents"]["arrays"].values())
+
+
+def contents(
+    call: str, where: str, manifest: Any, library_version: str, remedy: str
+) -> Any:
+    """The contents of a manifest that was read. `remedy` says what to do if it is
+    damaged.
+
+    **Raises:**
+
+    `CheckpointError` if it is of another format or version, or damaged.
+    """
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"`{call}`: {where} is not a checkpoint of flashquinox, or is damaged: its "
+            "manifest is of another format. Pass the directory that was given to "
+            f"`Checkpoints` when it was saved. {remedy}"
+        )
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise CheckpointError(
+            f"`{call}`: {where} has format version {version!r:.20}, written by "
+            f"flashquinox {manifest.get('flashquinox_version')!s:.20}; this is "
+            f"flashquinox {library_version}, which reads format version "
+            f"{FORMAT_VERSION}. Install the version of flashquinox that wrote it."
+        )
+    found = manifest.get("contents")
+    writer = manifest.get("flashquinox_version")
+    if manifest.get("sha256") != _sha256(found) or _written_by(found, writer) != writer:
+        raise CheckpointError(
+            f"`{call}`: {where} is damaged: its manifest is altered. {remedy}"
+        )
+    wrong = _wrong_in(found)
+    if wrong is not None:
+        raise CheckpointError(
+            f"`{call}`: {where} is damaged: its manifest makes no sense at {wrong}. "
+            f"{remedy}"
+        )
+    return found
+
+
+def _written_by(contents: Any, otherwise: Any) -> Any:
+    """The version of the library that contents say; not all do."""
+    known = isinstance(contents, dict)
+    return contents.get("flashquinox_version", otherwise) if known else otherwise
+
+
+def _wrong_in(contents: Any) -> str | None:
+    """Where contents are not such as `make` makes them: nothing that a file says is
+    relied on before."""
+    parts = ("arrays", "moments")
+    if not isinstance(contents, dict):
+        return "`contents`"
+    for part in parts:
+        if not isinstance(contents.get(part), dict):
+            return f"`contents[{part!r}]`"
+    arrays, moments = (contents[part] for part in parts)
+    files = contents.get("files", {})
+    if not isinstance(files, dict) or not all(
+        size is None or _is_count(size) for size in files.values()
+    ):
+        return "`contents['files']`"
+    for name, x in arrays.items():
+        if not (
+            isinstance(x, dict)
+            and isinstance(x.get("shape"), list)
+            and all(map(_is_count, x["shape"]))
+            and isinstance(x.get("dtype"), str)
+            and _is_count(x.get("digest"))
+        ):
+            return f"`{name}`"
+    for name, moment in moments.items():
+        if not (isinstance(moment, dict) and _is_moment(name, moment, arrays)):
+            return f"`{name}`"
+    return None
+
+
+def _is_moment(name: str, moment: dict[str, Any], arrays: dict[str, Any]) -> bool:
+    """Whether the codes and the scales of a moment have the shapes of its groups."""
+    axis: Any = moment.get("axis")
+    size: Any = moment.get("group_size")
+    codes, scales = (arrays.get(f"{name}.{part}") for part in ("codes", "scales"))
+    if not isinstance(moment.get("codec"), str) or codes is None or scales is None:
+        return False
+    if not _is_count(size) or size == 0:
+        return False
+    shape, found = tuple(codes["shape"]), tuple(scales["shape"])
+    if axis is None:
+        # Of an ensemble, each member is flattened.
+        members = found[:-1]
+        if shape[: len(members)] != members:
+            return False
+        layout = Layout(shape[len(members) :], None, size)
+        return found == (*members, *layout.scale_shape)
+    if type(axis) is not int or not -len(shape) <= axis < 0:
+        return False
+    return found == Layout(shape, axis, size).scale_shape
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def check(
+    call: str,
+    where: str,
+    stored: dict[str, Any],
+    stored_moments: dict[str, Any],
+    arrays: dict[str, Any],
+    moments: dict[str, QuantMoment],
+) -> set[str]:
+    """Compares what a manifest says of arrays and of moments with what it should be
+    restored to.
+
+    **Returns:**
+
+    The names of the moments that must be encoded again: their groups lie elsewhere.
+
+    **Raises:**
+
+    `CheckpointError` for the first leaf that does not fit.
+    """
+    regrouped = set()
+    for name in [*moments, *stored_moments]:
+        has = name in moments or name in arrays
+        if not has or not (name in stored_moments or name in stored):
+            # One of those whose arrays are missing on one side.
+            continue
+        wanted = _codec_of(moments.get(name))
+        found = stored_moments.get(name, {"codec": "FullPrecision()"})
+        if found["codec"] != wanted:
+            raise CheckpointError(
+                f"`{call}`: in {where}, `{name}` was stored by {found['codec']}; the "
+                f"state to restore to uses {wanted}. Make that state with the "
+                "`moments=...` of the checkpoint."
+            )
+        if name in moments:
+            moment = moments[name]
+            layout = (found["axis"], found["group_size"])
+            if layout != (moment.axis, moment.group_size):
+                regrouped.add(name)
+
+    for name in (name for name in arrays if name not in stored):
+        raise CheckpointError(
+            f"`{call}`: {where} has nothing at `{name}`, where the trees to restore to "
+            f"have {_text(_description(arrays[name]))}.{_hint(name)}"
+        )
+    for name in (name for name in stored if name not in arrays):
+        raise CheckpointError(
+            f"`{call}`: {where} has {_text(stored[name])} at `{name}`, where the trees "
+            f"to restore to have no array.{_hint(name)}"
+        )
+    scales = {f"{name}.scales" for name in regrouped}
+    for name, x in arrays.items():
+        found, wanted = stored[name], _description(x)
+        if found["dtype"] != wanted["dtype"] or (
+            found["shape"] != wanted["shape"] and name not in scales
+        ):
+            raise CheckpointError(
+                f"`{call}`: {where} has {_text(found)} at `{name}`, where the trees to "
+                f"restore to have {_text(wanted)}.{_hint(name)}"
+            )
+    return regrouped
+
+
+def _description(x: Any) -> dict[str, Any]:
+    return {"shape": list(np.shape(x)), "dtype": str(x.dtype)}
+
+
+def _text(description: dict[str, Any]) -> str:
+    return f"{description['dtype']} of shape {tuple(description['shape'])}"
+
+
+def _hint(name: str) -> str:
+    if ".corrections" in name:
+        return (
+            " Make the state with the `master_weight_bits=...` of the checkpoint, for "
+            "a model of its dtypes; or pass a state of `None` to restore the weights "
+            "alone."
+        )
+    if ".moments[" in name:
+        return (
+            " Make the state with the optimizer, and the `moments=...`, of the "
+            "checkpoint, for the same model; or pass a state of `None` to restore the "
+            "weights alone."
+        )
+    if name.startswith("state"):
+        return (
+            " Pass a state like the one that was saved; or `None` to restore the "
+            "weights alone."
+        )
+    return (
+        " Pass a model and a state like those that were saved; or pass a state of "
+        "`None` to restore the weights alone, also into float32."
+    )
+
+
+def _codec_of(moment: QuantMoment | None) -> str:
+    return "FullPrecision()" if moment is None else codec_name(moment.codec)
+
+
+def codec_name(codec: AbstractMomentCodec) -> str:
+    fields = (f"{f.name}={getattr(codec, f.name)!r}" for f in dataclasses.fields(codec))
+    return f"{type(codec).__qualname__}({', '.join(fields)})"
+
+
+def _sha256(contents: Any) -> str:
+    text = json.dumps(contents, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""What is read of a checkpoint to fill a model and a state, and what is made of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Float32, Integer, PyTree
+
+from .._common.place import compute_like, no_mesh
+from .._common.target import Target
+from .._model.trees import is_array
+from .._optimizer.checksums import checksums
+from .._storage.codec import QuantMoment
+from .._storage.regroup import regroup
+from .._storage.split import decode_weight
+from . import manifest as manifests
+from .leaves import checksums_of, digests, flatten, parts, quant_moments
+from .weights import as_stored, is_of_model, Source, sources
+
+
+class Wanted:
+    """A model and a state to restore to. With a state of `None`, the weights alone."""
+
+    def __init__(self, call: str, model: PyTree, state: PyTree):
+        self._call = call
+        self._leaves, self._rebuild = flatten(call, model, state)
+        self._alone = state is None
+        self._likes = {x.name: x.value for x in self._leaves if is_array(x.value)}
+        self._moments = quant_moments(model, state)
+        self._targets = {
+            name: Target.of(call, name, x) for name, x in self._likes.items()
+        }
+
+    def plan(self, where: str, contents: dict[str, Any]) -> "Plan":
+        """What to read, by the contents of a manifest.
+
+        **Raises:**
+
+        `CheckpointError` if that does not fit.
+        """
+        arrays, call = contents["arrays"], self._call
+        summed = {
+            name: weight
+            for name, weight in checksums_of(self._likes).items()
+            if name not in arrays and weight in self._likes
+        }
+        origins = {name: Source(name) for name in self._likes if name not in summed}
+        unwanted = checksums_of(arrays).keys() - self._likes.keys()
+        of_interest = {name: x for name, x in arrays.items() if name not in unwanted}
+        if self._alone:
+            origins = sources(call, where, arrays, self._likes)
+            of_interest = {name: x for name, x in arrays.items() if is_of_model(name)}
+        likes = {
+            origin.name: as_stored(self._likes[name], arrays[origin.name])
+            if origin.widened
+            else self._likes[name]
+            for name, origin in origins.items()
+        }
+        regrouped = manifests.check(
+            call, where, of_interest, contents["moments"], likes, self._moments
+        )
+        shardings, stored = {}, {}
+        for name, origin in origins.items():
+            target = self._targets[name]
+            for part in filter(None, (origin.name, origin.correction)):
+                shardings[part] = target.sharding_of_read(automatic=origin.widened)
+                dtype = arrays[part]["dtype"] if origin.widened else target.dtype
+                stored[part] = jax.ShapeDtypeStruct(target.shape, jnp.dtype(dtype))
+        for name in regrouped:
+            codes, scales = parts(name)
+            shardings[codes] = self._targets[codes].sharding_of_read(automatic=True)
+            # Of another shape than those of `state`, they may not divide like them.
+            shardings[scales] = None
+            shape = tuple(arrays[scales]["shape"])
+            stored[scales] = jax.ShapeDtypeStruct(shape, stored[scales].dtype)
+        groups = {
+            name: (contents["moments"][name]["axis"], found["group_size"])
+            for name, found in contents["moments"].items()
+            if name in regrouped
+        }
+        expected = {name: arrays[name]["digest"] for name in stored}
+        return Plan(shardings, stored, expected, origins, groups, summed)
+
+    def fill(self, plan: "Plan", read: dict[str, Any]) -> tuple[PyTree, PyTree]:
+        """The model and the state, of the arrays that were read."""
+        read = dict(read)
+        with no_mesh():
+            for name, groups in plan.groups.items():
+                codes, scales = parts(name)
+                parameter = read.get(f"{name}.parameter")
+                like: QuantMoment = self._moments[name]
+                read[codes], read[scales] = regroup(
+                    read[codes], read[scales], groups, like, parameter
+                )
+        new = {}
+        for name, origin in plan.origins.items():
+            x, like = read[origin.name], self._likes[name]
+            if origin.widened:
+                correction = [read[origin.correction]] if origin.correction else []
+                pair, likes = [x, *correction], [like, *(like for _ in correction)]
+                x = compute_like(self._call, name, _decode, pair, likes)
+            new[name] = self._targets[name].put(x)
+        for name, weight in plan.summed.items():
+            x = new[weight]
+            summed = _checksum(self._likes[name].ndim)
+            x = compute_like(self._call, name, summed, [x], [self._likes[weight]])
+            new[name] = self._targets[name].put(x)
+        return self._rebuild([new.get(x.name, x.value) for x in self._leaves])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to read of a checkpoint.
+
+    - `shardings`, `stored`, `digests`: of each array to read, by its name there.
+    - `origins`: from which of them each leaf comes.
+    - `groups`: the axis and the size of the stored groups of moments that must be
+        encoded again.
+    - `summed`: of which weight each checksum is that the checkpoint does not have.
+    """
+
+    shardings: dict[str, Sharding | None]
+    stored: dict[str, jax.ShapeDtypeStruct]
+    digests: dict[str, int]
+    origins: dict[str, Source]
+    groups: dict[str, tuple[int | None, int]]
+    summed: dict[str, str]
+
+    def altered(self, read: dict[str, Any]) -> str | None:
+        """An array that is not as it was saved, if there is one."""
+        with no_mesh():
+            found = digests(read)
+        return next((name for name in found if found[name] != self.digests[name]), None)
+
+
+def _checksum(members: int) -> Callable[[Any], Any]:
+    """A function from a weight to its checksum; of an ensemble, of each member."""
+    function = lambda x: checksums([x])[0]
+    for _ in range(members):
+        function = jax.vmap(function)
+    return function
+
+
+@jax.jit
+def _decode(
+    weight: Float[Array, "*shape"], correction: Integer[Array, "*shape"] | None = None
+) -> Float32[Array, "*shape"]:
+    return decode_weight(weight, correction)

@@ -1,0 +1,70 @@
+"""Arithmetic that backends may replace by what their device has instructions for.
+
+Each of these functions is an operation of its own in what JAX traces, so that a kernel
+recognizes it by identity. A function of a user's may have the same name.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
+
+from .. import _compat as compat
+
+
+_QUIET_NAN = np.uint32(0x7FC0_0000)
+
+
+class Replaceable:
+    """An elementwise function as an operation. Where no backend replaces it, it is the
+    function itself."""
+
+    _known: ClassVar[dict[compat.Primitive, "Replaceable"]] = {}
+
+    def __init__(self, function: Callable[..., Array]):
+        self.function = function
+        name = f"flashquinox{getattr(function, '__name__', '')}"
+        self._primitive = compat.operation(name, function)
+        self._known[self._primitive] = self
+
+    def __call__(self, *args: Array) -> Array:
+        return self._primitive.bind(*jnp.broadcast_arrays(*args))
+
+    @classmethod
+    def of(cls, primitive: compat.Primitive) -> "Replaceable | None":
+        """The function whose operation this is."""
+        return cls._known.get(primitive)
+
+
+@Replaceable
+def byte_times(
+    byte: Shaped[Array, "*#shape"], factor: Int32[Array, "*#shape"]
+) -> Int32[Array, "*shape"]:
+    """`byte * factor`, of 8-bit integers and factors with at most 16 significant bits.
+    Their product is exact in float32 too, for devices that cannot multiply integers."""
+    return byte.astype(jnp.int32) * factor
+
+
+@Replaceable
+def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """The bits of a float32, with one pattern for NaN."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(jnp.isnan(x), _QUIET_NAN, bits)
+
+
+@Replaceable
+def rounded_quotient(
+    x: Float[Array, "*#shape"], y: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """`x / y` rounded to nearest, as everywhere. Other quotients may be approximations:
+    of simple fractions too, which codes are often halfway between."""
+    return x / y
+
+
+@Replaceable
+def rounded_root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`sqrt(x)` rounded to nearest."""
+    return jnp.sqrt(x)

@@ -1,0 +1,129 @@
+"""Meshes of devices, and how arrays are divided over their axes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+from jaxtyping import Array
+
+
+def divisions(sharding: NamedSharding) -> tuple[int, ...]:
+    """In how many parts each axis is divided."""
+    sizes = sharding.mesh.shape
+    return tuple(
+        math.prod(sizes[name] for name in axis_names(entry)) for entry in sharding.spec
+    )
+
+
+def mesh_axes(sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
+    """The axes of the mesh that divide each axis."""
+    return tuple(axis_names(entry) for entry in sharding.spec)
+
+
+def everywhere(shardings: Sequence[NamedSharding | None]) -> NamedSharding | None:
+    """On every device of the mesh that a model is on. `None` if it is on none."""
+    mesh = next((sharding.mesh for sharding in shardings if sharding is not None), None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def is_there(x: Any, sharding: NamedSharding) -> bool:
+    """Whether an array is divided like this, as far as can be seen."""
+    seen, mesh = visible_spec(x), jax.typeof(x).sharding.mesh
+    if mesh.empty or seen is None:
+        return True
+    free = free_axes(sharding.mesh)
+    same = restrict(seen, free, x.ndim) == restrict(sharding.spec, free, x.ndim)
+    return same and mesh.shape == sharding.mesh.shape
+
+
+def as_typed(x: Array, sharding: NamedSharding | None) -> Array:
+    """An array divided like this, as far as that is a matter of types: on mesh axes
+    that are `Explicit`. On others, XLA moves it where it is used."""
+    if sharding is None:
+        return x
+    mesh = sharding.mesh
+    explicit = axes_of_type(mesh, AxisType.Explicit)
+    if not explicit:
+        return x
+    spec = restrict(sharding.spec, explicit, x.ndim)
+    seen = jax.typeof(x).sharding
+    if seen.mesh.shape == mesh.shape and restrict(seen.spec, explicit, x.ndim) == spec:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def place(x: Array, sharding: NamedSharding) -> Array:
+    """A new array, divided like this, in a program that is traced."""
+    x = as_typed(x, sharding)
+    if not axes_of_type(sharding.mesh, AxisType.Auto):
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+
+
+def axes_of_type(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> list[str]:
+    types = _abstract(mesh).axis_types
+    return [
+        name for name, kind in zip(mesh.axis_names, types, strict=True) if kind in kinds
+    ]
+
+
+def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether types tell something of how arrays are divided."""
+    return bool(axes_of_type(mesh, AxisType.Explicit))
+
+
+def free_axes(mesh: Mesh | AbstractMesh) -> list[str]:
+    """Those over which a program is not divided by hand already."""
+    return axes_of_type(mesh, AxisType.Auto, AxisType.Explicit)
+
+
+def visible_spec(x: Any) -> PartitionSpec | None:
+    """How an array is divided. `None` if that cannot be seen."""
+    if not isinstance(x, jax.Array):
+        return PartitionSpec()
+    if not isinstance(x, jax.core.Tracer):
+        if isinstance(x.sharding, NamedSharding):
+            return x.sharding.spec
+        # In a program for many devices, what is on one will be on each of them.
+        return PartitionSpec() if len(x.sharding.device_set) == 1 else None
+    typed = jax.typeof(x).sharding
+    auto = axes_of_type(typed.mesh, AxisType.Auto)
+    if all(typed.mesh.shape[name] == 1 for name in auto) and not typed.mesh.empty:
+        return typed.spec
+    return None
+
+
+def restrict(spec: PartitionSpec, names: Sequence[str], ndim: int) -> PartitionSpec:
+    """A spec of these axes of the mesh, written in one way, with an entry for every
+    axis of an array."""
+    entries = [
+        tuple(name for name in axis_names(entry) if name in names) for entry in spec
+    ]
+    entries += [()] * (ndim - len(entries))
+    return PartitionSpec(
+        *(entry[0] if len(entry) == 1 else (entry or None) for entry in entries)
+    )
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def mesh_text(mesh: Mesh | AbstractMesh) -> str:
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"({sizes})"

@@ -1,0 +1,234 @@
+"""Pytrees that should look like the model, leaf by leaf and with their paths."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from .._storage.codec import QuantMoment
+from .variables import (
+    around_leaves,
+    has_variables,
+    is_variable,
+    like,
+    take_apart,
+    without_variables,
+)
+from .widened import Widened
+
+
+# The caller's own types of trees: what goes in comes out.
+Model = TypeVar("Model")
+State = TypeVar("State")
+Updates = TypeVar("Updates")
+
+
+class Leaf(NamedTuple):
+    """A leaf of the model. `None` is a leaf here.
+
+    `unwrapped` is the path that it would have without what
+    [`flashquinox.cast`][] wraps layers in, and without Flax's `Variable`s. Its keys
+    are plain: an attribute of a module and an entry of Flax's `State` are the same.
+    """
+
+    path: tuple[Any, ...]
+    value: Any
+    unwrapped: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return path_name(self.path)
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """How a path is written in messages: `.layers[0].weight`."""
+    return jtu.keystr(path) if path else "(the root)"
+
+
+def dotted_name(path: tuple[Any, ...]) -> str:
+    """How a path is written in arguments and tables: `layers.0.weight`."""
+    return jtu.keystr(path, simple=True, separator=".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuild:
+    """A function from as many values as a tree has leaves to such a tree.
+
+    `tree` is the tree that has these leaves, and `put_together` makes what was given of
+    it: a module of Flax NNX is taken apart. `state` makes of moments or corrections a
+    tree that belongs into a state: Flax's `Variable`s are in it around single arrays.
+    """
+
+    tree: PyTree
+    treedef: Any
+    put_together: Callable[[PyTree], PyTree]
+
+    def __call__(self, values: list[Any]) -> PyTree:
+        return self.put_together(self.treedef.unflatten(values))
+
+    def like_before(self, values: list[Any]) -> PyTree:
+        """Such a tree, of values that look like the leaves: with the `Variable`s around
+        arrays that were inside of these."""
+        before = jtu.tree_leaves(self.tree, is_leaf=_is_leaf)
+        return self(
+            [
+                jtu.tree_structure(old).unflatten(jtu.tree_leaves(new))
+                for old, new in zip(before, values, strict=True)
+            ]
+        )
+
+    def state(self, values: list[Any]) -> PyTree:
+        bare = without_variables(self.tree)
+        if bare is self.tree:
+            return self.treedef.unflatten(values)
+        variables = around_leaves(self.tree, _is_leaf)
+        treedef = jtu.tree_structure(bare, is_leaf=_is_leaf)
+        return treedef.unflatten(map(like, variables, values))
+
+
+def flatten(tree: PyTree) -> tuple[list[Leaf], Rebuild]:
+    """The leaves of a tree in order, and a function from as many values to such a
+    tree."""
+    tree, put_together = take_apart(tree)
+    leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    wraps = set(_wraps((), tree))
+    named = [
+        Leaf(path, without_variables(value), _unwrapped(wraps, path))
+        for path, value in leaves
+    ]
+    return named, Rebuild(tree, treedef, put_together)
+
+
+def match(
+    call: str,
+    name: str,
+    tree: PyTree,
+    leaves: list[Leaf],
+    prefix: bool = False,
+    partial: bool = False,
+) -> list[Any]:
+    """The entries of a tree, one for each leaf of the model, in the model's order.
+
+    `None` in place of a subtree stands for `None` in all of it, as does the
+    `optax.MaskedNode` by which Optax leaves out what another optimizer trains; with
+    `prefix`, so does any other value. With `partial`, the tree may lack leaves, for
+    which there is `None`. Whether a layer is wrapped in a `Widened` makes
+    no difference, in either tree: a float32 model has none where its bfloat16 copy
+    does. Nor do Flax's `Variable`s.
+
+    **Raises:**
+
+    `ValueError` with the first path that only one of the two trees has.
+    """
+    given = flatten(without_masked(tree))[0]
+    entries = {leaf.unwrapped: leaf.value for leaf in given}
+    unused = set(entries)
+    values = []
+    for leaf in leaves:
+        found = _find(entries, leaf.unwrapped, prefix)
+        if found is None and (partial or (prefix and leaf.value is None)):
+            # What is said of a part of the model that is not there has no effect.
+            values.append(None)
+            continue
+        if found is None:
+            raise ValueError(
+                f"`{call}`: `{name}` has nothing at `{leaf.name}`, where the model has "
+                f"a leaf. Pass a `{name}` of the structure of the model"
+                + _structure_hint(name, tree)
+            )
+        unused.discard(found)
+        values.append(entries[found])
+    if prefix:
+        absent = {leaf.unwrapped for leaf in leaves if leaf.value is None}
+        unused = {path for path in unused if not is_within(path, absent)}
+    for leaf in given:
+        if leaf.unwrapped in unused and leaf.value is not None:
+            raise ValueError(
+                f"`{call}`: `{name}` has a leaf at `{leaf.name}`, where the "
+                f"model has none. Pass a `{name}` of the structure of the model"
+                + _structure_hint(name, tree)
+            )
+    return values
+
+
+def without_masked(tree: PyTree) -> PyTree:
+    """A tree with `None` in place of each `optax.MaskedNode`."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    return jtu.tree_map(
+        lambda x: None if is_masked(x) else x,
+        tree,
+        is_leaf=lambda x: is_masked(x) or _is_leaf(x),
+    )
+
+
+def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
+    """Where in a tree there is a `Widened`, or a `Variable`."""
+    is_wrap = lambda x: isinstance(x, Widened) or is_variable(x)
+    for below, node in jtu.tree_leaves_with_path(tree, is_leaf=is_wrap):
+        if is_wrap(node) and not jtu.all_leaves([node]):
+            yield (*path, *below)
+            for key, inner in jtu.tree_leaves_with_path(
+                node, is_leaf=lambda x, node=node: x is not node
+            ):
+                yield from _wraps((*path, *below, *key), inner)
+
+
+def _unwrapped(wraps: set[tuple[Any, ...]], path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A path that leaves out the step into each of these."""
+    return tuple(_plain(key) for i, key in enumerate(path) if path[:i] not in wraps)
+
+
+def _plain(key: Any) -> Any:
+    """A key of a path, whatever kind of container it is a key of."""
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return getattr(key, name)
+    return key
+
+
+def _find(
+    entries: dict[tuple[Any, ...], Any], path: tuple[Any, ...], prefix: bool
+) -> tuple[Any, ...] | None:
+    if path in entries:
+        return path
+    for length in reversed(range(len(path))):
+        ancestor = path[:length]
+        if ancestor in entries and (prefix or entries[ancestor] is None):
+            return ancestor
+    return None
+
+
+def is_within(path: tuple[Any, ...], subtrees: set[tuple[Any, ...]]) -> bool:
+    """Whether a path is one of these, or leads into the subtree at one of them."""
+    return any(path[:length] in subtrees for length in range(len(path) + 1))
+
+
+def _structure_hint(name: str, tree: PyTree) -> str:
+    if has_variables(tree) and name.startswith(("grads", "state")):
+        return (
+            ". Of a module of Flax NNX, pass what is trained, `nnx.state(model, "
+            "nnx.Param)`, here and to `init`; or let an `nnx.Optimizer` do so."
+        )
+    if name == "grads":
+        return ", with `None` for what is frozen, as `eqx.filter_grad` gives."
+    if name == "float32_model":
+        return ", with `None` for what shall stay as it is."
+    if name in ("mask", "shardings"):
+        return ", or a prefix of it."
+    if name.startswith("rest["):
+        return ", a prefix of it, or a state of the same kind."
+    return ": the state that this optimizer's `init` gave for this model."
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or isinstance(x, QuantMoment)

@@ -1,0 +1,159 @@
+"""A step as a function that can be differentiated, where that has a meaning.
+
+Kernels have no derivatives, and codes have none that is of use: what is rounded to them
+is constant almost everywhere. So a step is differentiated as the arithmetic of its rule
+if nothing of a leaf is stored in codes; otherwise the derivative is an error, but only
+where it is used.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding
+from jaxtyping import Array, PyTree
+
+from .. import _compat as compat
+from .._backends.dispatch import Backend, LeafStep
+from .._common.dtypes import NARROW_DTYPES
+from .._sharding import parts as sharded
+from .._storage.full_precision import FullPrecision
+from .._tile.tile import move, TileState
+
+
+def update_leaves(
+    call: str,
+    backend: Backend,
+    names: Sequence[str],
+    steps: list[LeafStep],
+    shardings: list[NamedSharding | None],
+) -> list[TileState]:
+    """One step of all leaves. `names` are theirs, for the message of an error."""
+    flat, structure = jtu.tree_flatten(steps)
+    # Scalars are those of all leaves.
+    each = {id(x): x for x in flat}
+    numbers = {key: i for i, key in enumerate(each)}
+    order = [numbers[id(x)] for x in flat]
+
+    def rebuild(values: Sequence[Any]) -> list[LeafStep]:
+        return structure.unflatten([values[i] for i in order])
+
+    @jax.custom_jvp
+    def update(*arrays: Array) -> list[TileState]:
+        return sharded.update_leaves(backend, rebuild(arrays), shardings)
+
+    def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
+        new = update(*primals)
+        each = zip(names, rebuild(primals), rebuild(tangents), new, strict=True)
+        return new, [_tangent(call, *one) for one in each]
+
+    update.defjvp(jvp, symbolic_zeros=True)
+    return update(*each.values())
+
+
+def _tangent(
+    call: str, name: str, step: LeafStep, tangent: LeafStep, new: TileState
+) -> PyTree:
+    """The tangents of a new leaf."""
+    values, structure = jtu.tree_flatten(step)
+    moves = {
+        i: x
+        for i, x in enumerate(jtu.tree_leaves(tangent))
+        if not isinstance(x, SymbolicZero)
+    }
+    if not moves:
+        return jtu.tree_map(_zero, new)
+    reasons = _reasons(step)
+    if reasons:
+        moved = sum(jnp.sum(x.astype(jnp.float32)) for x in moves.values())
+        refused = _refuse_p.bind(moved, message=_message(call, name, reasons))
+        return jtu.tree_map(
+            lambda x: (
+                _zero(x)
+                if not jnp.issubdtype(x.dtype, jnp.inexact)
+                else jnp.zeros_like(x) + refused.astype(x.dtype)
+            ),
+            new,
+        )
+
+    def smooth(*moving: Array) -> TileState:
+        known = dict(zip(moves, moving, strict=True))
+        return _smooth(
+            structure.unflatten([known.get(i, x) for i, x in enumerate(values)])
+        )
+
+    primals = tuple(values[i] for i in moves)
+    return jax.jvp(smooth, primals, tuple(moves.values()))[1]
+
+
+def _smooth(step: LeafStep) -> TileState:
+    """A step of a leaf of which nothing is stored in codes, without what is there for
+    the last bit: of the same values but for roundings, and of the right derivatives
+    also where a learning rate is 0."""
+    structure, scalars, grad, old = step.structure, step.scalars, step.grad, step.old
+    factors, kinds = structure.factors(scalars), structure.rule.moments
+    take = scalars.take
+    if take is not None:
+        # Or the derivative of a step that is not taken is 0 times infinity.
+        grad = jnp.where(take, grad, jnp.ones_like(grad))
+    moments = {}
+    for name, moment in old.codes.items():
+        before = factors[name][0]
+        if kinds[name] == "nonnegative":
+            # Too small to count, but a root has no derivative at 0.
+            moment = moment + 1024 * jnp.finfo(moment.dtype).tiny
+        moments[name] = moment if before is None else moment * before
+    weight, moments = move(structure, scalars, grad, old.weight, moments)
+    for name, moment in moments.items():
+        after = factors[name][1]
+        moments[name] = moment if after is None else moment * after
+    if structure.as_update:
+        weight = weight - old.weight
+    new = TileState(weight, None, moments, dict.fromkeys(moments))
+    if take is None:
+        return new
+    held = jnp.zeros_like(weight) if structure.as_update else old.weight
+    kept = TileState(held, None, old.codes, old.scales)
+    return jtu.tree_map(lambda x, y: jnp.where(take, x, y), new, kept)
+
+
+def _reasons(step: LeafStep) -> list[str]:
+    """Why a derivative of this step would have no meaning."""
+    reasons, weight = [], step.old.weight
+    if step.old.correction is not None:
+        reasons.append(f"its weight is {weight.dtype} with a correction")
+    elif weight.dtype in NARROW_DTYPES:
+        reasons.append(f"its weight is {weight.dtype}, to which each step rounds")
+    for name, codec in step.structure.codec_of.items():
+        if not isinstance(codec, FullPrecision):
+            reasons.append(f"its moment {name!r} is stored in 8 bits")
+    return reasons
+
+
+def _message(call: str, name: str, reasons: list[str]) -> str:
+    return (
+        f"`{call}`: the step was differentiated at `{name}`, where that has no "
+        f"meaning: {' and '.join(reasons)}. To differentiate through steps, have "
+        "weights in float32, by `flashquinox.cast(model, jnp.float32)`, and pass "
+        '`moments="float32"`; to treat what a step gives as constant, put it, or what '
+        "comes into it, in `jax.lax.stop_gradient`."
+    )
+
+
+def _zero(x: Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _refuse(*args: Any, message: str, **kwargs: Any) -> NoReturn:
+    del args, kwargs
+    raise TypeError(message)
+
+
+# What stands for a tangent that must not be used.
+_refuse_p = compat.refusal("flashquinox_no_derivative", _refuse)

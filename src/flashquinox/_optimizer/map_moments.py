@@ -1,0 +1,135 @@
+"""Moments as numbers, to be edited: whatever they are stored in."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxtyping import PyTree
+
+from .._model.trees import flatten, match, without_masked
+from .._storage.codec import StoredMoment
+from .._storage.moment_values import _numbers, _stored
+from . import checks
+from .call_checks import check_has_values
+from .states import find
+
+
+def map_moments(
+    function: Callable[..., Any],
+    state: PyTree,
+    *rest: PyTree,
+    names: str | Sequence[str] | None = None,
+) -> PyTree:
+    """Applies a function to the moments in a state: as numbers, whatever they are
+    stored in. Its results are stored as the moments were, rounded to nearest.
+
+    ??? Example
+
+        ```python
+        # The moments of dead neurons, and of no others, begin anew.
+        dead = {"w": dead_neurons[:, None], "b": dead_neurons}
+        state = fq.map_moments(lambda m, d: jnp.where(d, 0, m), state, dead)
+        ```
+
+    A group of a compressed moment has one scale: numbers beside those that the function
+    changes are rounded again, too. Leaves that it returns as they came (the same
+    array) keep their bits.
+
+    **Arguments:**
+
+    - `function`: called as `function(moment, *others)` for each moment of each leaf,
+        with `moment` a float32 array (float64 where that is stored) of the shape of the
+        weight, and with what `rest` has there. Returns a floating-point array of that
+        shape: finite, and of an average of squares at least 0.
+    - `state`: an [`flashquinox.OptimizerState`][], or the state of a wrapper with some
+        inside, such as that of `optax.chain`.
+    - `rest`: each a tree like the model, or a prefix of one; or a state of the same
+        kind as `state`, whose moments are passed as numbers: those of a smaller model,
+        to grow.
+    - `names`: which moments, such as `["nu"]`. All by default.
+
+    **Returns:**
+
+    A state like `state`. Counts and corrections are as they were.
+
+    **Raises:**
+
+    `TypeError` if there is no [`flashquinox.OptimizerState`][] in `state`, or the
+    function returns no floating-point array; `ValueError` if that has another shape, or
+    numbers that cannot be stored, or if a tree in `rest` has nothing for a leaf.
+    """
+    call = "map_moments"
+    found = find(state)
+    checks.has_state(call, state, found.values)
+    check_has_values(call, state=state)
+    known = sorted({name for one in found.values for name in one.moments})
+    chosen = known if names is None else [names] if isinstance(names, str) else names
+    for name in chosen:
+        if name not in known:
+            raise ValueError(
+                f"`{call}(names=...)`: there is no moment {name!r}. The state has "
+                f"{', '.join(map(repr, known))}."
+            )
+    others = [_opened(call, f"rest[{i}]", tree) for i, tree in enumerate(rest)]
+    states = []
+    for number, one in enumerate(found.values):
+        moments = dict(one.moments)
+        for name in (name for name in moments if name in chosen):
+            leaves, rebuild = flatten(moments[name])
+            given = [other(number, name, moments[name]) for other in others]
+            moments[name] = rebuild.like_before(
+                [
+                    leaf.value
+                    if leaf.value is None
+                    else _changed(
+                        call,
+                        f"moments[{name!r}]{leaf.name}",
+                        leaf.value,
+                        function,
+                        [values[leaf.unwrapped] for values in given],
+                    )
+                    for leaf in leaves
+                ]
+            )
+        states.append(dataclasses.replace(one, moments=moments))
+    return found.replace(states)
+
+
+def _changed(
+    call: str,
+    name: str,
+    stored: StoredMoment,
+    function: Callable[..., Any],
+    others: list[Any],
+) -> StoredMoment:
+    numbers = _numbers(call, name, stored)
+    new = function(numbers, *others)
+    if new is numbers:
+        return stored
+    what = f"what the function returned for `{name}`"
+    return _stored(call, what, new, stored)
+
+
+def _opened(
+    call: str, what: str, tree: PyTree
+) -> Callable[[int, str, PyTree], dict[tuple[Any, ...], Any]]:
+    """A function from the number of a state, the name of a moment and the tree of such
+    moments to what another tree has at each path of that."""
+    states = find(tree).values
+
+    def at_each_path(number: int, name: str, moments: PyTree) -> Any:
+        leaves, _ = flatten(without_masked(moments))
+        if not states:
+            values = match(call, what, tree, leaves, prefix=True)
+        elif number < len(states) and name in states[number].moments:
+            values = match(call, what, states[number].moments[name], leaves)
+            values = [_numbers(call, what, value) for value in values]
+        else:
+            raise ValueError(
+                f"`{call}`: the state `{what}` has no moment {name!r}. Pass one of the "
+                "same kind of optimizer, in the same wrappers."
+            )
+        paths = (leaf.unwrapped for leaf in leaves)
+        return dict(zip(paths, values, strict=True))
+
+    return at_each_path

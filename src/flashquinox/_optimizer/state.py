@@ -1,0 +1,44 @@
+from typing import NamedTuple
+
+import equinox as eqx
+from jaxtyping import Array, Int32, Integer, PyTree, UInt32
+
+from .._model.variables import without_variables
+from .._sharding.record import Shardings
+from .._storage.codec import StoredMoment
+
+
+class StepCount(NamedTuple):
+    """The number of steps taken. `optax.tree.get(state, "count")` and `optax.tree.set`
+    look into named tuples and dictionaries, not into modules.
+    """
+
+    count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class OptimizerState(eqx.Module):
+    """What an optimizer keeps between steps. Every field but `steps` holds trees of the
+    structure of the model, with `None` for leaves that are not trained.
+
+    - `steps.count`, or `count` for short: the number of steps taken.
+    - `moments`: for each moment of the rule, by its name: `QuantMoment`s, or plain
+        arrays if moments are uncompressed.
+    - `corrections`: for each weight that is narrower than its master weight, the
+        integer correction: see [`flashquinox.ECCWeight`][].
+    - `checksums`: with `verify_weights`, for each weight with a correction, a number
+        that tells whether it is the weight that the correction belongs to. Otherwise
+        `None`.
+    """
+
+    steps: StepCount
+    moments: dict[str, PyTree[StoredMoment | None]]
+    corrections: PyTree[Integer[Array, "..."] | None]
+    # How the weights were divided among devices when this was made. Static: no part of
+    # a checkpoint.
+    shardings: Shardings = eqx.field(static=True, default=())
+    checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None
+
+    @property
+    def count(self) -> Int32[Array, "*ensemble"]:
+        """The number of steps taken."""
+        return without_variables(self.steps.count)

@@ -1,0 +1,59 @@
+"""Whether the arrays of a state have the dtypes that they were stored in.
+
+`jax.tree.map` over a state, to cast it or to average several, gives arrays of other
+dtypes. What is computed with those would be nonsense, and no error.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from .._common.dtypes import compute_dtype
+from .._model.trees import Leaf
+from .._storage.codec import QuantMoment, stored_dtypes, StoredMoment
+from .._storage.split import CORRECTION_DTYPES
+from .state import OptimizerState
+
+
+def count_fits(call: str, state: OptimizerState) -> None:
+    """A Python integer is as good as an array."""
+    count = state.count
+    dtype = jnp.dtype(getattr(count, "dtype", type(count)))
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
+        _raise(call, "count of steps", "`state.steps.count`", count, "int32")
+
+
+def moment_fits(call: str, leaf: Leaf, name: str, moment: StoredMoment) -> None:
+    what, where = f"moment {name!r}", f"`{leaf.name}`"
+    if not isinstance(moment, QuantMoment):
+        _is(call, what, where, moment, compute_dtype(leaf.value.dtype))
+        return
+    codes, scales = stored_dtypes(moment.codec)
+    _is(call, f"codes of the {what}", where, moment.codes, codes)
+    _is(call, f"scales of the {what}", where, moment.scales, scales)
+    if moment.codec.initial is not None and moment.parameter is not None:
+        _is(call, f"parameter of the {what}", where, moment.parameter, jnp.float32)
+
+
+def correction_fits(call: str, leaf: Leaf, correction: Any) -> None:
+    if getattr(correction, "dtype", None) not in CORRECTION_DTYPES.values():
+        _raise(call, "correction", f"`{leaf.name}`", correction, "int8 or int16")
+
+
+def _is(call: str, what: str, where: str, x: Any, dtype: DTypeLike) -> None:
+    if getattr(x, "dtype", None) != jnp.dtype(dtype):
+        _raise(call, what, where, x, jnp.dtype(dtype).name)
+
+
+def _raise(call: str, what: str, where: str, x: Any, expected: str) -> None:
+    found = getattr(x, "dtype", None) or repr(x)
+    if isinstance(x, np.ndarray | jax.Array):
+        found = x.dtype.name
+    raise TypeError(
+        f"`{call}`: the {what} at {where} in the state is {found}, and must be "
+        f"{expected}. It was cast after it was stored: pass the state as `init` or the "
+        "previous step returned it."
+    )

@@ -1,0 +1,157 @@
+"""The states of this library's optimizers, wherever they are: alone, or inside the
+states of wrappers, such as those of `optax.chain` and `optax.partition`."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._model.trained import is_trainable, with_state
+from .._model.trees import flatten, Leaf, match, path_name
+from .._model.variables import has_variables
+from . import checks
+from .call_checks import check_has_values
+from .state import OptimizerState
+
+
+class Found(NamedTuple):
+    """What of some kind is in a tree.
+
+    - `paths`, `values`: where each one is, and what it is, in the order of the tree.
+    - `replace`: a function from as many values to such a tree with these in it.
+    """
+
+    paths: list[tuple[Any, ...]]
+    values: list[Any]
+    replace: Callable[[list[Any]], PyTree]
+
+
+def find(tree: PyTree, kind: type = OptimizerState) -> Found:
+    """All values of a class in a tree, those inside of others left out."""
+    is_found = lambda x: isinstance(x, kind)
+    nodes, structure = jtu.tree_flatten_with_path(tree, is_leaf=is_found)
+    found = {i: node for i, (_, node) in enumerate(nodes) if is_found(node)}
+
+    def replace(new: list[Any]) -> PyTree:
+        changed = dict(zip(found, new, strict=True))
+        return structure.unflatten(
+            [changed.get(i, node) for i, (_, node) in enumerate(nodes)]
+        )
+
+    return Found([nodes[i][0] for i in found], list(found.values()), replace)
+
+
+def only(call: str, state: PyTree) -> tuple[OptimizerState, Callable[[Any], PyTree]]:
+    """The one state of an optimizer in a state, and a function from another one to such
+    a state with that in it.
+
+    **Raises:**
+
+    `TypeError` if there is none, and `ValueError` if there are several.
+    """
+    found = find(state)
+    checks.has_state(call, state, found.values)
+    checks.has_one_state(call, found.values)
+    return found.values[0], lambda new: found.replace([new])
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedStates:
+    """A model beside the states of all optimizers that train it, as lists with an entry
+    for each leaf of the model.
+
+    - `rebuild`: a function from as many values to such a model.
+    - `owners`: the number of the state that has something of a leaf, in `states`; or
+        `None` if none has.
+    - `corrections`, `checksums`: from these states.
+    - `trained`: whether one of these optimizers trains the leaf.
+    """
+
+    leaves: list[Leaf]
+    rebuild: Callable[[list[Any]], PyTree]
+    states: list[OptimizerState]
+    owners: list[int | None]
+    corrections: list[Any]
+    checksums: list[Any]
+    trained: list[bool]
+    replace: Callable[[list[Any]], PyTree]
+
+    def with_corrections(
+        self, new: list[Any], checksums: dict[int, Any] | None = None
+    ) -> PyTree:
+        """What `open_states` got, with a correction from this list for each leaf, and
+        checksums for the leaves of these numbers if it has some."""
+        states = []
+        for number, state in enumerate(self.states):
+            mine = [i for i, owner in enumerate(self.owners) if owner == number]
+            edits = {i: new[i] for i in mine}
+            corrections = self._edited(state.corrections, edits)
+            sums = {i: x for i, x in (checksums or {}).items() if i in edits}
+            states.append(
+                dataclasses.replace(
+                    state,
+                    corrections=corrections,
+                    checksums=self._edited(state.checksums, sums),
+                )
+            )
+        return self.replace(states)
+
+    def _edited(self, tree: PyTree, edits: dict[int, Any]) -> PyTree:
+        """A tree with other values at leaves of these numbers, in its own structure: it
+        may be that of a part of the model."""
+        values = {self.leaves[i].unwrapped: value for i, value in edits.items()}
+        old, rebuild = flatten(tree)
+        return rebuild([values.get(leaf.unwrapped, leaf.value) for leaf in old])
+
+
+def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
+    """Finds the states of this library's optimizers in a state, and what they have of
+    each leaf of the model.
+
+    **Raises:**
+
+    `TypeError` if there is none; `ValueError` if one is not of this model, or if two
+    have the same leaf: which one trains it cannot be told.
+    """
+    leaves, rebuild = flatten(model)
+    found = find(state)
+    checks.has_state(call, state, found.values)
+    check_has_values(call, model=model, state=state)
+    # Flax has no `None` for what a filter leaves out: it is not there.
+    of_leaves = partial(match, call, leaves=leaves, partial=has_variables(rebuild.tree))
+    owners: list[int | None] = [None for _ in leaves]
+    corrections: list[Any] = [None for _ in leaves]
+    checksums: list[Any] = [None for _ in leaves]
+    trained = [False for _ in leaves]
+    for number, (path, one) in enumerate(zip(found.paths, found.values, strict=True)):
+        name = f"state{path_name(path) if path else ''}"
+        own = of_leaves(f"{name}.corrections", one.corrections)
+        sums = of_leaves(f"{name}.checksums", one.checksums)
+        stored = {
+            key: of_leaves(f"{name}.moments[{key!r}]", moments)
+            for key, moments in one.moments.items()
+        }
+        for index, is_mine in enumerate(with_state(leaves, stored, own)):
+            trained[index] |= is_mine
+        for index, entries in enumerate(zip(own, *stored.values(), strict=True)):
+            if all(entry is None for entry in entries):
+                continue
+            checks.is_in_no_other_state(call, leaves[index], owners[index])
+            owners[index], corrections[index] = number, own[index]
+            checksums[index] = sums[index]
+    for leaf, correction in zip(leaves, corrections, strict=True):
+        if is_trainable(leaf.value):
+            checks.correction_fits(call, leaf, correction)
+    return OpenedStates(
+        leaves,
+        rebuild,
+        found.values,
+        owners,
+        corrections,
+        checksums,
+        trained,
+        found.replace,
+    )

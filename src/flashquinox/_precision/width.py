@@ -1,0 +1,87 @@
+"""Corrections of more or fewer bits, for some weights of a model."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._model.selection import chosen_leaves, Selection, Selectors
+from .._model.trained import is_trainable
+from .._model.trees import dotted_name, State
+from .._optimizer import checks
+from .._optimizer.states import open_states
+from .._storage.split import change_width, CORRECTION_DTYPES
+
+
+def widen(model: PyTree, state: State, leaves: Selectors = None) -> State:
+    r"""Moves weights from an `int8` to an `int16` correction, where 24 bits are too few
+    for training to go on: see [`flashquinox.check_numerics`][].
+
+    Every master weight keeps its value. The state then works with the same optimizer:
+    one with `master_weight_bits=24` takes corrections of either width.
+
+    $$\ell_{16} = 2^8 \, \ell_8 \text{ (bfloat16)}, \qquad
+    \ell_{16} = 2^5 \, \ell_8 \text{ (float16)}$$
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `state`: its optimizer state, or the state of a wrapper, such as `optax.chain` or
+        `optax.partition`, with one or more inside.
+    - `leaves`: which weights, as `keep` in [`flashquinox.cast`][]: patterns for dotted
+        paths, types, modules or functions of an array. By default, all that the state
+        has something of. Those that have an `int16` already, or are float32 or float64,
+        stay as they are.
+
+    **Returns:**
+
+    A new state, of the structure of `state`. `model` and `state` are not changed.
+
+    **Raises:**
+
+    `ValueError` if a chosen weight has no correction, as with
+    `master_weight_bits=None`; if the state is not one of this model; or for a pattern
+    that is nowhere in it.
+
+    ??? cite "Reference"
+
+        FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.1,
+        has corrections of both widths, of which one is chosen for a whole model.
+    """
+    return _change("widen", 32, model, state, leaves)
+
+
+def narrow(model: PyTree, state: State, leaves: Selectors = None) -> State:
+    """The inverse of [`flashquinox.widen`][]: from an `int16` to an `int8` correction.
+
+    Master weights are rounded to 24 bits, by at most half a unit in the last of them;
+    or by one where they are nearly half way to the next narrow weight, as the weights
+    of the model stay what they are.
+
+    Arguments, results and errors are those of [`flashquinox.widen`][]. An optimizer
+    with `master_weight_bits=32` does not take the new state: make one with 24.
+    """
+    return _change("narrow", 24, model, state, leaves)
+
+
+def _change(
+    call: str, bits: int, model: PyTree, state: PyTree, chosen: Selectors
+) -> PyTree:
+    opened = open_states(call, model, state)
+    selection = Selection(call, "leaves", "*" if chosen is None else chosen)
+    names = {dotted_name(path) for path in chosen_leaves(model, selection)}
+    # What another optimizer trains, or none, is only meant where it is named.
+    owned = any(owner is not None for owner in opened.owners)
+    new: list[Any] = []
+    for leaf, owner, correction in zip(
+        opened.leaves, opened.owners, opened.corrections, strict=True
+    ):
+        named = dotted_name(leaf.path) in names
+        meant = named and not (chosen is None and owned and owner is None)
+        taken = meant and is_trainable(leaf.value)
+        if taken and jnp.finfo(leaf.value.dtype).bits < 32:
+            checks.has_correction(call, leaf, correction)
+            weight = jnp.asarray(leaf.value)
+            correction = change_width(weight, correction, CORRECTION_DTYPES[bits])
+        new.append(correction)
+    return opened.with_corrections(new)

@@ -1,0 +1,159 @@
+"""Whether a rule is one: found when an optimizer is built, not in a kernel."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._common.elementwise_checks import check_array, check_elementwise, told
+from .._common.text import shown
+from .rule import AbstractRule, MomentKind, raw_scalars, rule_structure
+
+
+_REMEDY = (
+    "Compute each element from the same element of the arguments alone; what is the "
+    "same for all elements belongs into `scalars`, and what is not elementwise (norms, "
+    "means, random numbers) into a transformation of the gradients."
+)
+
+
+def check_rule(call: str, rule: AbstractRule) -> None:
+    """Raises if the parts of a rule do not fit together, or if its update is not
+    elementwise."""
+    call, kind = f"{call}(rule=...)", type(rule).__name__
+    moments = rule.moments
+    kinds = get_args(MomentKind)
+    named = isinstance(moments, dict) and all(isinstance(x, str) for x in moments)
+    if not named or not all(x in kinds for x in moments.values()):
+        raise TypeError(
+            f"`{call}`: `{kind}.moments` must be a dictionary from names to 'signed' "
+            f"or 'nonnegative'; got {shown(moments)}."
+        )
+    structure = rule_structure(rule)
+    try:
+        hash(structure)
+    except TypeError as error:
+        raise TypeError(
+            f"`{call}`: {kind}'s static fields must have a hash, as they are compiled "
+            f"in: {error}. Use tuples instead of lists, and no dictionaries."
+        ) from error
+    key = jax.config.jax_enable_x64, structure  # pyright: ignore
+    if key not in _checked:
+        names = _scalar_names(call, rule)
+        _check_factors(call, rule, names)
+        _check_update(call, structure, names)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(key)
+
+
+# The structures of rules that are.
+_checked: set[Any] = set()
+_MOST_CHECKED = 1024
+
+
+def _scalar_names(call: str, rule: AbstractRule) -> list[str]:
+    method = f"{type(rule).__name__}.scalars"
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def scalars(count: Any, learning_rate: Any) -> dict[str, Any]:
+        found = raw_scalars(rule, count, learning_rate, jnp.float32)
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"`{call}`: `{method}` must return a dictionary of scalars; it "
+                f"returned {shown(found)}."
+            )
+        for name, value in found.items():
+            if not isinstance(name, str) or np.ndim(value) != 0:
+                raise TypeError(
+                    f"`{call}`: `{method}` must return a dictionary from names to "
+                    f"scalars; {name!r} is {shown(value)}."
+                )
+        return dict(found)
+
+    return list(told(call, method, jax.eval_shape, scalars, one, one))
+
+
+def _check_factors(call: str, rule: AbstractRule, scalars: list[str]) -> None:
+    kind = type(rule).__name__
+    for moment, names in rule.factors.items():
+        if moment not in rule.moments:
+            raise ValueError(
+                f"`{call}`: `{kind}.factors` is for {moment!r}, which is none of its "
+                f"`moments`: {_names(rule.moments)}."
+            )
+        if not isinstance(names, tuple) or len(names) != 2:
+            raise TypeError(
+                f"`{call}`: `{kind}.factors` must give two names of scalars, or None, "
+                f"for {moment!r}: before `update` and after; got {shown(names)}."
+            )
+        for name in names:
+            if name is not None and name not in scalars:
+                raise ValueError(
+                    f"`{call}`: `{kind}.factors` of {moment!r} names {name!r}, which "
+                    f"is none of what `scalars` returns: {_names(scalars)}."
+                )
+
+
+def _check_update(call: str, rule: AbstractRule, scalars: list[str]) -> None:
+    method = f"{type(rule).__name__}.update"
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def arguments(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        tile = jax.ShapeDtypeStruct(shape, jnp.float32)
+        moments = {name: tile for name in rule.moments}
+        return tile, tile, moments, {name: one for name in scalars}
+
+    def update(shape: tuple[int, ...], *args: Any) -> Any:
+        result = _updated(call, method, rule, scalars, args)
+        _check_result(call, method, rule, result, shape)
+        return result
+
+    check_elementwise(call, method, update, arguments, _REMEDY)
+
+
+def _updated(
+    call: str, method: str, rule: AbstractRule, scalars: list[str], args: Any
+) -> Any:
+    try:
+        return rule.update(*args)
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if not isinstance(name, str) or name in rule.moments or name in scalars:
+            raise
+        raise ValueError(
+            f"`{call}`: `{method}` asks for {name!r}. There are the moments "
+            f"{_names(rule.moments)} and, of `scalars`, {_names(scalars)}. Add it to "
+            "`moments` or to what `scalars` returns."
+        ) from error
+
+
+def _check_result(
+    call: str, method: str, rule: AbstractRule, result: Any, shape: tuple[int, ...]
+) -> None:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"`{call}`: `{method}` must return a pair: the update, and a dictionary of "
+            f"the new moments; it returned {shown(result)}."
+        )
+    update, moments = result
+    if not isinstance(moments, dict):
+        raise TypeError(
+            f"`{call}`: `{method}` must return the new moments as a dictionary; it "
+            f"returned {shown(moments)}."
+        )
+    if set(moments) != set(rule.moments):
+        raise ValueError(
+            f"`{call}`: `{method}` returned the moments {_names(moments)}, where "
+            f"`moments` names {_names(rule.moments)}. Return just these."
+        )
+    named = {"the update": update}
+    named |= {f"the moment {name!r}": x for name, x in moments.items()}
+    for name, x in named.items():
+        check_array(call, method, name, x, shape, jnp.float32)
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"

@@ -1,0 +1,177 @@
+"""How a leaf is divided among devices.
+
+Of a weight, JAX always tells on which mesh it is, also while a program is traced. How
+it is divided there is not always known: inside `jit`, not for mesh axes of type `Auto`.
+A guess would be compiled all the same, and communicate in every step. So `init` writes
+it down if it sees the weights outside of `jit`. What nobody knows is left to XLA, which
+knows it when it divides the program: without kernels, as these cannot be divided.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.core
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+)
+
+from .._common.meshes import (
+    axes_of_type,
+    divisions,
+    everywhere,
+    free_axes,
+    mesh_text,
+    restrict,
+    visible_spec,
+)
+from .._model.trees import Leaf
+from .record import Shardings
+
+
+class Found(NamedTuple):
+    """How leaves are divided: `None` for those on one device, and for those of which it
+    is not known; the latter are `unknown` too."""
+
+    shardings: list[NamedSharding | None]
+    unknown: list[Leaf]
+
+
+def find_all(
+    call: str,
+    leaves: Sequence[Leaf | None],
+    given: Sequence[NamedSharding | None],
+    recorded: Shardings,
+) -> Found:
+    """For each of the leaves, how it is divided. If some are on a mesh, those on one
+    device will be on each of its devices."""
+    written = dict(recorded)
+    found = [
+        None
+        if leaf is None
+        else _find(call, leaf, sharding, written.get(leaf.unwrapped))
+        for leaf, sharding in zip(leaves, given, strict=True)
+    ]
+    others = everywhere([x for x in found if isinstance(x, NamedSharding)])
+
+    def settle(
+        leaf: Leaf | None, sharding: NamedSharding | _Unknown | None
+    ) -> NamedSharding | None:
+        if isinstance(sharding, _Unknown):
+            return None
+        if leaf is None or sharding is not None or others is None:
+            return sharding
+        return NamedSharding(others.mesh, restrict(others.spec, (), leaf.value.ndim))
+
+    pairs = list(zip(leaves, found, strict=True))
+    return Found(
+        [settle(leaf, sharding) for leaf, sharding in pairs],
+        [leaf for leaf, x in pairs if leaf is not None and isinstance(x, _Unknown)],
+    )
+
+
+class _Unknown:
+    """In place of the sharding of a weight of which only XLA knows it."""
+
+
+def _find(
+    call: str, leaf: Leaf, given: NamedSharding | None, written: NamedSharding | None
+) -> NamedSharding | _Unknown | None:
+    """How a weight is divided. `None` if it is on one device, or all axes of the mesh
+    are manual: then what is seen of it is on one device.
+
+    **Raises:**
+
+    `ValueError` if it is known in part only, as on a mesh of axes of both types; or if
+    what is known does not go together.
+    """
+    value = leaf.value
+    mesh = jax.typeof(value).sharding.mesh
+    if given is not None:
+        _goes_with(call, leaf, given, mesh)
+        # Which may know its devices; but not what is done by hand at this point.
+        mesh = mesh if axes_of_type(mesh, AxisType.Manual) else given.mesh
+    elif not isinstance(value, jax.core.Tracer):
+        placed = getattr(value, "sharding", None)
+        mesh = placed.mesh if isinstance(placed, NamedSharding) else mesh
+    free = free_axes(mesh)
+    if math.prod(mesh.shape[name] for name in free) == 1:
+        return None
+    seen = visible_spec(value)
+    spec = given.spec if given is not None else seen
+    if spec is None:
+        # Under `vmap`, a weight has fewer axes than `init` saw.
+        if written is None or len(written.spec) != value.ndim:
+            explicit = axes_of_type(mesh, AxisType.Explicit)
+            if all(mesh.shape[name] == 1 for name in explicit):
+                return _Unknown()
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+                f"{mesh_text(mesh)}, and it is only known how the axes of type "
+                f"`Explicit` divide it, {', '.join(explicit)}: inside `jit` and "
+                "`vmap`, JAX does not tell of those of type `Auto`. Call `init` "
+                "outside of them, on the weights where they shall be, and the state "
+                "knows; or use a mesh with axes of one type; or pass `shardings=...` "
+                "to the optimizer: a `NamedSharding` for each weight, which under "
+                "`vmap` is that of one member."
+            )
+        if written.mesh.shape != mesh.shape:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+                f"{mesh_text(mesh)}; the state was made for "
+                f"{mesh_text(written.mesh)}. Restore it with `flashquinox.checkpoint`, "
+                "into a state that `init` made on this mesh."
+            )
+        spec = written.spec
+    spec = restrict(spec, free, value.ndim)
+    if given is not None and seen is not None:
+        if restrict(seen, free, value.ndim) != spec:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}` is sharded by {seen}, but "
+                f"`shardings` has {given.spec} for it. Put it there with "
+                "`jax.device_put`, or leave `shardings` out."
+            )
+    sharding = NamedSharding(mesh, spec)
+    parts_are_equal(call, leaf, sharding)
+    return sharding
+
+
+def parts_are_equal(call: str, leaf: Leaf, sharding: NamedSharding) -> None:
+    shape = leaf.value.shape
+    for length, shards in zip(shape, divisions(sharding), strict=True):
+        if length % shards != 0:
+            raise ValueError(
+                f"`{call}`: the weight at `{leaf.name}`, of shape {shape}, cannot be "
+                f"sharded by {sharding.spec} on {mesh_text(sharding.mesh)}: "
+                f"{length} is no multiple of {shards}."
+            )
+
+
+def as_explicit(
+    call: str, leaf: Leaf, sharding: NamedSharding, mesh: AbstractMesh
+) -> NamedSharding:
+    """The same as a matter of types: on this mesh, all axes of which are explicit."""
+    _goes_with(call, leaf, sharding, mesh)
+    spec = restrict(sharding.spec, mesh.axis_names, leaf.value.ndim)
+    explicit = NamedSharding(mesh, spec)
+    parts_are_equal(call, leaf, explicit)
+    return explicit
+
+
+def _goes_with(
+    call: str, leaf: Leaf, given: NamedSharding, mesh: Mesh | AbstractMesh
+) -> None:
+    if len(given.spec) > leaf.value.ndim:
+        raise ValueError(
+            f"`{call}`: `shardings` has {given.spec} for the weight at `{leaf.name}`, "
+            f"which has {leaf.value.ndim} axes."
+        )
+    if not mesh.empty and mesh.shape != given.mesh.shape:
+        raise ValueError(
+            f"`{call}`: the weight at `{leaf.name}` is on the mesh "
+            f"{mesh_text(mesh)}, but `shardings` has {mesh_text(given.mesh)} for it."
+        )

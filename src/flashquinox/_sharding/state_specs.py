@@ -1,0 +1,64 @@
+"""How what is stored of a leaf is divided, as the leaf is."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.sharding import (
+    NamedSharding,
+    PartitionSpec,
+)
+from jaxtyping import PyTree
+
+from .._common.meshes import (
+    as_typed,
+    divisions,
+)
+from .._storage.codec import QuantMoment
+from .._storage.layout import Layout
+
+
+def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:
+    """Whether no group of a leaf lies in two parts of it."""
+    return layout.divides(divisions(sharding))
+
+
+def of_scales(layout: Layout, sharding: NamedSharding) -> PartitionSpec:
+    """How the scales of a leaf are divided: as the leaf is, or not at all."""
+    parts = divisions(sharding)
+    divided = math.prod(parts) > 1 and layout.divides(parts)
+    return sharding.spec if divided else PartitionSpec()
+
+
+def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
+    """How the arrays of a leaf are divided: moments, and others of its shape."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, QuantMoment):
+            return sharding
+        scales = NamedSharding(sharding.mesh, of_scales(x.layout, sharding))
+        parts = sharding, scales
+        if x.parameter is None:
+            return eqx.tree_at(lambda x: (x.codes, x.scales), x, parts)
+        alone = NamedSharding(sharding.mesh, PartitionSpec())
+        where = lambda x: (x.codes, x.scales, x.parameter)
+        return eqx.tree_at(where, x, (*parts, alone))
+
+    return jtu.tree_map(one, tree, is_leaf=lambda x: isinstance(x, QuantMoment))
+
+
+def where_the_weight_is(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
+    """A part of the state of a leaf. Arrays of it that are on no mesh, such as those of
+    NumPy, go where the weight is, as far as that is a matter of types."""
+    if sharding is None:
+        return tree
+    nowhere = lambda x: jax.typeof(x).sharding.mesh.empty
+    return jtu.tree_map(
+        lambda x, there: as_typed(jnp.asarray(x), there) if nowhere(x) else x,
+        tree,
+        of_arrays(tree, sharding),
+    )

@@ -1,0 +1,188 @@
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Scalar, Shaped
+
+from .._common.arithmetic import rounded_quotient, rounded_root
+from .._rules.rule import is_kind, MomentKind
+from .codec import (
+    AbstractMomentCodec,
+    Dither,
+    GroupConstants,
+    Reduction,
+    StoredMoment,
+    zeros,
+)
+from .curves import AbstractCurve
+from .layout import Layout
+from .scales import decode_scale, encode_scale
+
+
+class CompandedCodec(AbstractMomentCodec):
+    r"""Any companding curve, for either kind of moment: see
+    [`flashquinox.AbstractCurve`][].
+
+    With $f$ the curve, $s$ the largest magnitude of the group, and $u$ the rotating
+    threshold,
+
+    $$q = \operatorname{sign}(m) \operatorname{round}(127 \, f(|m| / s))
+    \text{ for signed moments, in `int8`}$$
+
+    $$q = \max\left(1, \operatorname{round}\left(255 \, f(v / s) + u - \tfrac12\right)
+    \right) \text{ for averages of squares, in `uint8`}$$
+
+    As in the other codecs of this library, no average of squares that is not zero is
+    stored as zero, and scales are eight exponent and eight mantissa bits in a `uint16`,
+    rounded by the rotating threshold.
+
+    ??? cite "Reference"
+
+        FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.2,
+        has the idea of companding functions, and two of them.
+    """
+
+    kind: MomentKind = eqx.field(static=True)
+    curve: AbstractCurve
+    # Of the curve, while a step is computed.
+    parameter: Scalar | None = None
+
+    def __check_init__(self):
+        is_kind("CompandedCodec", self.kind)
+
+    @property
+    def flattened(self) -> bool:
+        return False
+
+    @property
+    def initial(self) -> float | None:
+        return self.curve.initial
+
+    def with_parameter(self, parameter: Scalar | None) -> "CompandedCodec":
+        return CompandedCodec(self.kind, self.curve, parameter)
+
+    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
+        del dtype
+        return zeros(self, layout, jnp.int8 if self._signed else jnp.uint8, jnp.uint16)
+
+    def prepare(
+        self, moment: Float[Array, "*tile"]
+    ) -> tuple[Float[Array, "*tile"], ...]:
+        """The roots of magnitudes; and the moment, for its sign."""
+        magnitude = jnp.abs(moment) if self._signed else moment
+        for _ in range(self._roots):
+            magnitude = rounded_root(magnitude)
+        return (magnitude, moment) if self._signed else (magnitude,)
+
+    def statistics(
+        self, prepared: tuple[Float[Array, "*tile"], ...]
+    ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:
+        return ((jnp.max, prepared[0]),)
+
+    def fit(
+        self,
+        statistics: tuple[Float[Array, "*groups"], ...],
+        factor: Scalar | None,
+        dither: Dither,
+    ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
+        (largest,) = statistics
+        dtype = largest.dtype
+        for _ in range(self._roots):
+            largest = largest * largest
+        if factor is not None:
+            largest = largest * factor
+        scales = encode_scale(largest.astype(jnp.float32), dither.scale)
+        unit = decode_scale(scales).astype(dtype)
+        # Keeps the quotients of a group of zeros at zero.
+        unit = jnp.maximum(unit, _SMALLEST_NORMAL.astype(dtype))
+        if factor is not None:
+            unit = jnp.maximum(unit / factor, _SMALLEST_NORMAL.astype(dtype))
+        for _ in range(self._roots):
+            unit = rounded_root(unit)
+        threshold = dither.code.astype(dtype) - 0.5
+        inverse_unit = rounded_quotient(jnp.ones_like(unit), unit)
+        return scales, (inverse_unit, threshold, *self._parameters(dtype))
+
+    def quantize(
+        self,
+        prepared: tuple[Float[Array, "*tile"], ...],
+        quantizer: GroupConstants,
+    ) -> Shaped[Array, "*tile"]:
+        magnitude, *moment = prepared
+        inverse_unit, threshold, *parameters = quantizer
+        y = self.curve.compress(magnitude * inverse_unit, *(parameters or [None]))
+        # A scale that was rounded down leaves elements above it.
+        if not self._signed:
+            codes = jnp.clip(255 * y + threshold, 1, 255)
+            return jnp.round(codes).astype(jnp.uint8)
+        codes = jnp.minimum(127 * y, 127)
+        codes = jnp.where(moment[0] < 0, -codes, codes)
+        return jnp.round(codes).astype(jnp.int8)
+
+    def dequantizer(
+        self,
+        scales: Shaped[Array, "*groups"] | None,
+        factor: Scalar | None,
+        dtype: DTypeLike,
+    ) -> GroupConstants:
+        assert scales is not None
+        unit = decode_scale(scales).astype(dtype)
+        unit = unit if factor is None else unit * factor
+        return (unit, *self._parameters(dtype))
+
+    def dequantize(
+        self,
+        codes: Shaped[Array, "*tile"],
+        dequantizer: GroupConstants,
+        dtype: DTypeLike,
+    ) -> Float[Array, "*tile"]:
+        unit, *parameters = dequantizer
+        wide = self._widen(codes, dtype)
+        magnitude = self._expand(jnp.abs(wide) if self._signed else wide, parameters)
+        for _ in range(self._roots):
+            magnitude = magnitude * magnitude
+        moment = magnitude * unit
+        return jnp.where(wide < 0, -moment, moment) if self._signed else moment
+
+    def normalized(
+        self, codes: Shaped[Array, "*tile"], dtype: DTypeLike
+    ) -> Float[Array, "*tile"]:
+        """The $n$ of the curve that codes stand for."""
+        wide = self._widen(codes, dtype)
+        return self._expand(jnp.abs(wide), list(self._parameters(dtype)))
+
+    def _widen(
+        self, codes: Shaped[Array, "*tile"], dtype: DTypeLike
+    ) -> Float[Array, "*tile"]:
+        if self._signed:
+            return codes.astype(dtype)
+        # Signed bytes are cheaper to widen on TPUs.
+        codes = lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
+        return codes.astype(dtype) + 128
+
+    def _expand(
+        self, magnitude: Float[Array, "*tile"], parameters: Sequence[Scalar]
+    ) -> Float[Array, "*tile"]:
+        y = magnitude * (1 / (127 if self._signed else 255))
+        return self.curve.expand(y, *(parameters or [None]))
+
+    @property
+    def _signed(self) -> bool:
+        return self.kind == "signed"
+
+    @property
+    def _roots(self) -> int:
+        """How many square roots the curve begins with."""
+        return self.curve.root.bit_length() - 1
+
+    def _parameters(self, dtype: DTypeLike) -> GroupConstants:
+        if self.initial is None:
+            return ()
+        parameter = self.initial if self.parameter is None else self.parameter
+        return (jnp.asarray(parameter, dtype),)
+
+
+_SMALLEST_NORMAL = np.float32(2.0**-126)

@@ -1,0 +1,141 @@
+"""Companding curves: where the codes of a moment lie between zero and the largest
+element of its group."""
+
+import abc
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from .._common.arithmetic import rounded_quotient
+from .._common.number_checks import check_constant, check_flag
+
+
+class AbstractCurve(eqx.Module):
+    """An increasing curve from [0, 1], which is the magnitude of an element in units of
+    the largest of its group, to [0, 1], where codes are evenly spaced.
+
+    The roots that a curve begins with are taken before elements are compared with
+    others: `compress` and `expand` are of $n$, the `root`-th root of an element in
+    units of the largest one's.
+    """
+
+    @property
+    @abc.abstractmethod
+    def root(self) -> int:
+        """1, 2 or 4."""
+
+    @property
+    @abc.abstractmethod
+    def initial(self) -> float | None:
+        """What a learned curve begins with. `None` for one that is fixed."""
+
+    @abc.abstractmethod
+    def compress(
+        self, n: Float[Array, "*tile"], parameter: Scalar | None
+    ) -> Float[Array, "*tile"]:
+        """From elements to codes. `parameter` is `None` for a curve that is fixed."""
+
+    @abc.abstractmethod
+    def expand(
+        self, y: Float[Array, "*tile"], parameter: Scalar | None
+    ) -> Float[Array, "*tile"]:
+        """The inverse of `compress`."""
+
+
+class RationalCurve(AbstractCurve):
+    r"""A family of one parameter $a \ge 0$, of the root $n = x^{1/\text{root}}$:
+
+    $$y = \frac{(1 + a) \, n}{1 + a \, n}, \qquad n = \frac{y}{1 + a - a \, y}$$
+
+    With $a = 0$ it is linear in the root, with $a = 1$ it is softsign. The larger $a$
+    is, the more codes there are for small elements: their share up to $n = 1/a$ is
+    one half.
+
+    With `learned=True`, `a` is where training begins: each moment of each leaf finds
+    its own, and keeps it in the state (see [`flashquinox.QuantMoment`][]).
+
+    ??? cite "Reference"
+
+        FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.2,
+        has softsign for first moments, and the linear curve of the square root for
+        second ones. That both are of one family, which can be learned, is this
+        library's.
+    """
+
+    a: float = eqx.field(static=True, default=1.0)
+    root: int = eqx.field(static=True, default=1)  # pyright: ignore[reportIncompatibleMethodOverride]
+    learned: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_constant("RationalCurve", "a", self.a)
+        check_constant("RationalCurve", "root", self.root)
+        check_flag("RationalCurve", "learned", self.learned)
+        if not 0 <= self.a < math.inf or self.root not in (1, 2, 4):
+            raise ValueError(
+                f"`RationalCurve(a={self.a}, root={self.root})`: `a` must be at least "
+                "0, and `root` 1, 2 or 4."
+            )
+
+    @property
+    def initial(self) -> float | None:
+        return self.a if self.learned else None
+
+    def compress(
+        self, n: Float[Array, "*tile"], parameter: Scalar | None
+    ) -> Float[Array, "*tile"]:
+        a = self.a if parameter is None else parameter
+        if isinstance(a, float) and a == 0:
+            return n
+        return (1 + a) * rounded_quotient(n, 1 + a * n)
+
+    def expand(
+        self, y: Float[Array, "*tile"], parameter: Scalar | None
+    ) -> Float[Array, "*tile"]:
+        a = self.a if parameter is None else parameter
+        if isinstance(a, float) and a == 0:
+            return y
+        return y / ((1 + a) - a * y)
+
+
+class MuLawCurve(AbstractCurve):
+    r"""A logarithm that goes through zero, with $\mu > 0$:
+
+    $$y = \frac{\ln(1 + \mu \, x)}{\ln(1 + \mu)}, \qquad
+    x = \frac{(1 + \mu)^y - 1}{\mu}$$
+
+    Codes are evenly spaced on the logarithm of elements above $1/\mu$, and on the
+    elements themselves below.
+
+    ??? cite "Reference"
+
+        ITU-T Recommendation G.711, which has it for telephony, with $\mu = 255$.
+    """
+
+    mu: float = eqx.field(static=True, default=255.0)
+
+    def __check_init__(self):
+        check_constant("MuLawCurve", "mu", self.mu)
+        if not 0 < self.mu < math.inf:
+            raise ValueError(f"`MuLawCurve(mu={self.mu})`: `mu` must be more than 0.")
+
+    @property
+    def initial(self) -> float | None:
+        return None
+
+    @property
+    def root(self) -> int:
+        return 1
+
+    def compress(
+        self, n: Float[Array, "*tile"], parameter: Scalar | None
+    ) -> Float[Array, "*tile"]:
+        del parameter
+        return jnp.log(1 + self.mu * n) * (1 / math.log1p(self.mu))
+
+    def expand(
+        self, y: Float[Array, "*tile"], parameter: Scalar | None
+    ) -> Float[Array, "*tile"]:
+        del parameter
+        return (jnp.exp(math.log1p(self.mu) * y) - 1) * (1 / self.mu)

@@ -1,0 +1,122 @@
+import math
+from typing import get_args
+
+import equinox as eqx
+
+from .._common.number_checks import check_constant
+from .._common.text import shown
+from .._rules.rule import MomentKind
+from .codec import AbstractMomentCodec
+from .companded import CompandedCodec
+from .curves import AbstractCurve, MuLawCurve, RationalCurve
+from .fitted_log import FittedLogCodec
+from .flashoptim import FlashOptimCodec
+from .full_precision import FullPrecision
+from .layout import choose_layout, Layout
+from .softsign import SoftsignCodec
+
+
+class MomentCodecs(eqx.Module):
+    r"""Which codec stores which moment.
+
+    `MomentCodecs.named` gives those that `moments=` accepts by name:
+
+    - `"flashquinox"`: softsign, rounded to nearest, for signed moments; fitted
+        logarithm with rotating dither for averages of squares.
+    - `"flashoptim"`: the codec of the paper.
+    - `"float32"`: no compression.
+    - `"linear"`, `"sqrt"`, `"fourth_root"`, `"softsign"`, `"log"`: one companding curve
+        for both, by a [`flashquinox.CompandedCodec`][]: $x$, $\sqrt x$,
+        $\sqrt[4]x$, $2x / (1 + x)$, or $\ln(1 + \mu x) / \ln(1 + \mu)$ with $\mu$
+        = 255 for signed moments and 65,535 for averages of squares. (`"softsign"` has
+        the [`flashquinox.SoftsignCodec`][] for signed moments.)
+    - `"learned"`: a [`flashquinox.RationalCurve`][] for every moment of every leaf, of
+        the square root for averages of squares.
+
+    Of a pair of names, the first is for signed moments and the second for averages of
+    squares: `moments=("learned", "flashquinox")`.
+
+    Leaves of at most one axis (biases, the scales of norms) with fewer than
+    `smallest_vector` elements keep their moments in full precision: they hold a
+    negligible share of the bytes, and the loss of precision would be the largest there.
+    """
+
+    signed: AbstractMomentCodec
+    nonnegative: AbstractMomentCodec
+    smallest_vector: int = eqx.field(static=True, default=4096)
+
+    def __check_init__(self):
+        for kind in get_args(MomentKind):
+            codec = getattr(self, kind)
+            if not isinstance(codec, AbstractMomentCodec):
+                raise TypeError(
+                    f"`MomentCodecs({kind}=...)` takes a "
+                    f"`flashquinox.AbstractMomentCodec`; got {shown(codec)}."
+                )
+            own = getattr(codec, "kind", kind)
+            if own != kind:
+                raise ValueError(
+                    f"`MomentCodecs({kind}=...)` got a {type(codec).__name__} of the "
+                    f"kind {own!r}. Codecs for signed moments come first."
+                )
+        check_constant("MomentCodecs", "smallest_vector", self.smallest_vector)
+
+    @staticmethod
+    def named(name: str | tuple[str, str]) -> "MomentCodecs":
+        if isinstance(name, str):
+            return _named[name]
+        signed, nonnegative = (_named[x] for x in name)
+        return MomentCodecs(signed.signed, nonnegative.nonnegative)
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        return tuple(_named)
+
+    def of(self, kind: MomentKind, shape: tuple[int, ...]) -> AbstractMomentCodec:
+        """The codec for a moment of this kind, of a leaf of this shape."""
+        if len(shape) <= 1 and math.prod(shape) < self.smallest_vector:
+            return FullPrecision()
+        return self.signed if kind == "signed" else self.nonnegative
+
+    def layout(
+        self,
+        shape: tuple[int, ...],
+        group_size: int,
+        prefer_rows: bool = False,
+        parts: tuple[int, ...] | None = None,
+    ) -> Layout:
+        """The groups of a leaf of this shape, which is cut into `parts` along each
+        axis."""
+        if self.signed.flattened or self.nonnegative.flattened:
+            return Layout(shape, None, group_size)
+        return choose_layout(shape, group_size, prefer_rows, parts)
+
+
+def _companded(signed: AbstractCurve, nonnegative: AbstractCurve) -> MomentCodecs:
+    return MomentCodecs(
+        CompandedCodec("signed", signed), CompandedCodec("nonnegative", nonnegative)
+    )
+
+
+def _root(root: int) -> MomentCodecs:
+    curve = RationalCurve(0.0, root)
+    return _companded(curve, curve)
+
+
+_named = {
+    "flashquinox": MomentCodecs(SoftsignCodec(), FittedLogCodec()),
+    "flashoptim": MomentCodecs(
+        FlashOptimCodec("signed"), FlashOptimCodec("nonnegative"), smallest_vector=0
+    ),
+    "float32": MomentCodecs(FullPrecision(), FullPrecision()),
+    "linear": _root(1),
+    "sqrt": _root(2),
+    "fourth_root": _root(4),
+    "softsign": MomentCodecs(
+        SoftsignCodec(), CompandedCodec("nonnegative", RationalCurve(1.0))
+    ),
+    "log": _companded(MuLawCurve(255.0), MuLawCurve(65535.0)),
+    "learned": _companded(
+        RationalCurve(1.0, learned=True), RationalCurve(1.0, 2, learned=True)
+    ),
+}

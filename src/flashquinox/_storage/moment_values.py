@@ -1,0 +1,213 @@
+"""Moments as arrays of numbers, into a state and out of it."""
+
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Shaped
+
+from .._common.place import compute_like, put_like
+from .codec import AbstractMomentCodec, QuantMoment, StoredMoment
+from .regroup import encode_nearest
+
+
+def store(call: str, name: str, moment: Any, like: StoredMoment) -> StoredMoment:
+    """A moment as `like` is stored, and where it is: its codes rounded to nearest.
+
+    **Raises:**
+
+    `TypeError` or `ValueError` if it is no floating-point array of the shape of `like`.
+    """
+    stored = like.codes if isinstance(like, QuantMoment) else like
+    dtype = getattr(moment, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}`: {name} is no floating-point array but {dtype or repr(moment)}. "
+            "Pass the state of the model's weights, all of them trained by one "
+            "optimizer."
+        )
+    if moment.shape != stored.shape:
+        raise ValueError(
+            f"`{call}`: {name} has shape {moment.shape}, and the state to fill "
+            f"{stored.shape}. Pass states of the same model."
+        )
+    if not isinstance(like, QuantMoment):
+        cast = partial(_cast, dtype=like.dtype)
+        moment = compute_like(call, name, cast, [moment], [like])
+        return put_like(call, name, moment, like)
+    if not is_of_one_leaf(like):
+        raise ValueError(
+            f"`{call}`: {name} is to be stored in scales of shape {like.scales.shape}, "
+            f"where its groups need {like.layout.scale_shape}. Convert an ensemble "
+            "under `jax.vmap`."
+        )
+    encode = partial(_encode, codec=like.codec, groups=(like.axis, like.group_size))
+    codes, scales = compute_like(
+        call, name, encode, *_with_parameter([moment], [like.codes], like)
+    )
+    return with_bits(call, name, codes, scales, like)
+
+
+def is_of_one_leaf(like: QuantMoment) -> bool:
+    """Whether a moment has the scales of one leaf; not of an ensemble of them."""
+    is_one = like.parameter is None or like.parameter.ndim == 0
+    return is_one and like.scales.shape == like.layout.scale_shape
+
+
+def with_bits(
+    call: str, name: str, codes: Any, scales: Any, like: QuantMoment
+) -> QuantMoment:
+    """A moment of these codes and scales, where `like` is."""
+    parts = (
+        put_like(call, name, codes, like.codes),
+        put_like(call, name, scales, like.scales),
+    )
+    return eqx.tree_at(lambda x: (x.codes, x.scales), like, parts)
+
+
+def load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
+    """A stored moment as numbers in the dtype of `like`, and where that is."""
+    if isinstance(stored, QuantMoment):
+        groups = stored.axis, stored.group_size
+        function = partial(_decode, codec=stored.codec, groups=groups, dtype=like.dtype)
+        arrays: list[Any] = [stored.codes, stored.scales]
+        arrays, _ = _with_parameter(arrays, arrays, stored)
+    else:
+        function, arrays = partial(_cast, dtype=like.dtype), [stored]
+    moment = compute_like(call, name, function, arrays, arrays)
+    return put_like(call, name, moment, like)
+
+
+def to_numpy(call: str, name: str, stored: StoredMoment) -> Float32[np.ndarray, "..."]:
+    """A stored moment as numbers on the host."""
+    return load(call, name, stored, np.zeros((), np.float32))
+
+
+def _with_parameter(
+    arrays: list[Any], likes: list[Any], stored: QuantMoment
+) -> tuple[list[Any], list[Any]]:
+    if stored.parameter is None:
+        return arrays, likes
+    return [*arrays, stored.parameter], [*likes, stored.parameter]
+
+
+@partial(jax.jit, static_argnames=("codec", "groups"))
+def _encode(
+    moment: Float[Array, "*shape"],
+    parameter: Float32[Array, ""] | None = None,
+    *,
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+) -> tuple[Shaped[Array, "*shape"], Shaped[Array, "..."]]:
+    return encode_nearest(moment.astype(jnp.float32), codec, groups, parameter)
+
+
+@partial(jax.jit, static_argnames=("codec", "groups", "dtype"))
+def _decode(
+    codes: Shaped[Array, "*shape"],
+    scales: Shaped[Array, "..."],
+    parameter: Float32[Array, ""] | None = None,
+    *,
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+    dtype: DTypeLike,
+) -> Float[Array, "*shape"]:
+    return QuantMoment(codes, scales, *groups, codec, parameter).decode().astype(dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _cast(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    return x.astype(dtype)
+
+
+def encode(like: QuantMoment, values: Any) -> QuantMoment:
+    """What `QuantMoment.encode` says."""
+    call, name = "QuantMoment.encode", "`values`"
+    new = _stored(call, name, values, like)
+    assert isinstance(new, QuantMoment)
+    return new
+
+
+def _stored(call: str, name: str, values: Any, like: StoredMoment) -> StoredMoment:
+    values = _storable(call, name, values, like)
+    new = store(call, name, values, like)
+    if not isinstance(new, QuantMoment):
+        return new
+    # Scales end before float32 does.
+    given, found = _largest(values), _largest(_numbers(call, name, new))
+    message = (
+        f"`{call}`: {name} has numbers that are too large for the scales of "
+        f"{type(new.codec).__name__}."
+    )
+    traced = isinstance(given, jax.core.Tracer) or isinstance(found, jax.core.Tracer)
+    if not traced:
+        given, found = float(given), float(found)
+    wrong = ~jnp.isfinite(found) | ((given > 1) & (found < given / 2))
+    if traced:
+        return eqx.tree_at(
+            lambda x: x.codes, new, replace_fn=lambda x: eqx.error_if(x, wrong, message)
+        )
+    if wrong:
+        raise ValueError(message)
+    return new
+
+
+def _numbers(call: str, name: str, stored: Any) -> Any:
+    if not isinstance(stored, QuantMoment):
+        return stored
+    if not is_of_one_leaf(stored):
+        raise ValueError(
+            f"`{call}`: {name} has scales of shape {stored.scales.shape}, where those "
+            f"of one leaf have {stored.layout.scale_shape}. Call it under `jax.vmap` "
+            "for an ensemble."
+        )
+    codes = stored.codes
+    if isinstance(codes, jax.core.Tracer):
+        return stored.decode()
+    there = codes.sharding if isinstance(codes, jax.Array) and codes.committed else None
+    like = jax.ShapeDtypeStruct(codes.shape, jnp.float32, sharding=there)
+    return load(call, name, stored, like)
+
+
+def _storable(call: str, name: str, values: Any, like: StoredMoment) -> Any:
+    """Numbers of the shape of the moment: finite, and not negative where that cannot be
+    stored."""
+    shape = like.codes.shape if isinstance(like, QuantMoment) else like.shape
+    dtype = getattr(values, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}`: {name} must be a floating-point array of shape {shape}; got "
+            f"{dtype or type(values).__name__}."
+        )
+    if values.shape != shape:
+        raise ValueError(
+            f"`{call}`: {name} must have the shape {shape} of the weight; got "
+            f"{values.shape}."
+        )
+    signed = not isinstance(like, QuantMoment) or like.codes.dtype != jnp.uint8
+    wrong = _is_wrong(values, signed=signed)
+    message = (
+        f"`{call}`: {name} must be finite{'' if signed else ' and at least 0'}, and is "
+        "not everywhere."
+    )
+    if isinstance(wrong, jax.core.Tracer):
+        return eqx.error_if(values, wrong, message)
+    if wrong:
+        raise ValueError(message)
+    return values
+
+
+@jax.jit
+def _largest(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+@partial(jax.jit, static_argnames="signed")
+def _is_wrong(x: Float[Array, "*shape"], signed: bool) -> Bool[Array, ""]:
+    wrong = ~jnp.isfinite(x)
+    return jnp.any(wrong if signed else wrong | (x < 0))

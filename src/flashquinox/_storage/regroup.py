@@ -1,0 +1,71 @@
+"""Moments in groups that lie elsewhere: along another axis, or of another size."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Shaped
+
+from .codec import AbstractMomentCodec, Dither, QuantMoment
+from .layout import Layout
+
+
+def regroup(
+    codes: Shaped[Array | np.ndarray, "..."],
+    scales: Shaped[Array | np.ndarray, "..."],
+    groups: tuple[int | None, int],
+    like: QuantMoment,
+    parameter: Float32[Array | np.ndarray, "..."] | None = None,
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    """Codes and scales, of groups of this axis and size, encoded again in those of
+    another moment of the same codec, with the same parameter if that learns. Both are
+    rounded to nearest."""
+    # Of an ensemble made by `vmap`, a flattened leaf has one axis of scales per member;
+    # of others, the axes of the members are as any other.
+    members = 0
+    if parameter is not None:
+        members = len(parameter.shape)
+    elif groups[0] is None:
+        members = len(scales.shape) - 1
+    elif like.axis is None:
+        members = len(like.scales.shape) - 1
+    new_groups = (like.axis, like.group_size)
+    codec = like.codec
+    return _encode_again(codes, scales, parameter, codec, groups, new_groups, members)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _encode_again(
+    codes: Shaped[Array, "..."],
+    scales: Shaped[Array, "..."],
+    parameter: Float32[Array, "..."] | None,
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+    new_groups: tuple[int | None, int],
+    members: int,
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    def encode(codes, scales, parameter):
+        moment = QuantMoment(codes, scales, *groups, codec, parameter).decode()
+        return encode_nearest(moment, codec, new_groups, parameter)
+
+    for _ in range(members):
+        encode = jax.vmap(encode)
+    return encode(codes, scales, parameter)
+
+
+def encode_nearest(
+    moment: Float[Array, "*shape"],
+    codec: AbstractMomentCodec,
+    groups: tuple[int | None, int],
+    parameter: Float32[Array, ""] | None,
+) -> tuple[Shaped[Array, "*shape"], Shaped[Array, "..."]]:
+    """Codes and scales of a moment, in groups of this axis and size. Both are rounded
+    to nearest."""
+    thresholds_of_half = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
+    layout = Layout(moment.shape, *groups)
+    codes, scales = codec.with_parameter(parameter).encode(
+        layout.tile(moment), layout.tile_axis, thresholds_of_half
+    )
+    assert scales is not None
+    return layout.untile(codes), scales

@@ -1,0 +1,252 @@
+"""The one computation of this library: decode, apply the rule, encode; for one tile.
+
+A backend only says how tiles reach this function. It is pure and elementwise but for
+the maximum over a group, closes over nothing that is traced, and reads every scalar
+from its arguments.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Scalar, Shaped
+
+from .._common.dtypes import compute_dtype
+from .._rules.rule import AbstractRule
+from .._storage.codec import AbstractMomentCodec, Dither
+from .._storage.split import (
+    Correction,
+    decode_weight,
+    encode_correction,
+    encode_weight,
+    rounding_threshold,
+)
+from .clipping import Factors, scaled
+
+
+class StepStructure(eqx.Module):
+    """What of a step is known when it is compiled. Hashable, free of arrays."""
+
+    rule: AbstractRule = eqx.field(static=True)
+    # One for each moment of the rule, in its order.
+    codecs: tuple[AbstractMomentCodec, ...] = eqx.field(static=True)
+    # Decoupled decay scales the weight; otherwise it is L2 regularization.
+    decoupled: bool = eqx.field(static=True)
+    # Give the difference that an Optax caller adds to the weight, not the new weight.
+    as_update: bool = eqx.field(static=True)
+    # Round narrow weights that have no correction by a rotating threshold.
+    dither_weights: bool = eqx.field(static=True)
+
+    @property
+    def codec_of(self) -> dict[str, AbstractMomentCodec]:
+        return dict(zip(self.rule.moments, self.codecs, strict=True))
+
+    def codecs_before_and_after(
+        self, scalars: "StepScalars"
+    ) -> tuple[dict[str, AbstractMomentCodec], dict[str, AbstractMomentCodec]]:
+        """What decodes the old moments, and what encodes the new ones."""
+        before, after = (
+            {
+                name: codec.with_parameter(
+                    scalars.leaf.parameters.get(name, (None, None))[i]
+                )
+                for name, codec in self.codec_of.items()
+            }
+            for i in (0, 1)
+        )
+        return before, after
+
+    def factors(
+        self, scalars: "StepScalars"
+    ) -> dict[str, tuple[Scalar | None, Scalar | None]]:
+        """For each moment, the factors before and after the rule."""
+        names = {name: (None, None) for name in self.rule.moments} | self.rule.factors
+        value = lambda name: None if name is None else scalars.rule[name]
+        return {name: (value(old), value(new)) for name, (old, new) in names.items()}
+
+
+class LeafScalars(eqx.Module):
+    """What of a step is the same for all elements of a leaf, but not for all leaves."""
+
+    number: Scalar
+    # Of moments whose codec learns, by their names: its parameter before the step, by
+    # which they are decoded, and after.
+    parameters: dict[str, tuple[Scalar, Scalar]]
+
+
+class StepScalars(eqx.Module):
+    """What of a step is the same for all elements of a leaf: computed once."""
+
+    rule: dict[str, Scalar]
+    # Of decoupled decay, the factor on the weight; of L2 regularization, the
+    # coefficient. None for a leaf without decay.
+    decay: Scalar | None
+    # Of this step, from 0.
+    count: Scalar
+    leaf: LeafScalars
+    # Whether to take this step at all. None if that was not asked.
+    take: Bool[Array, ""] | None
+    # What gradients are multiplied by. None if they are not clipped.
+    clip: Factors | None
+
+    @property
+    def dither(self) -> Dither:
+        return Dither.at(self.count, self.leaf.number)
+
+    @property
+    def weight_threshold(self) -> Scalar:
+        return rounding_threshold(self.count, self.leaf.number)
+
+
+class TileState(eqx.Module):
+    """A tile of a weight, with what is stored about it."""
+
+    weight: Float[Array, "*tile"]
+    correction: Correction | None
+    codes: dict[str, Shaped[Array, "*tile"]]
+    scales: dict[str, Shaped[Array, "*groups"] | None]
+
+    def map(self, of_elements: Callable[[Array], Array]) -> "TileState":
+        """Applies a function to every array with an entry per element of the weight:
+        all but the scales."""
+        weight, correction, codes = jtu.tree_map(
+            of_elements, (self.weight, self.correction, self.codes)
+        )
+        return TileState(weight, correction, codes, self.scales)
+
+
+def update_tile(
+    structure: StepStructure,
+    scalars: StepScalars,
+    axis: int,
+    grad: Float[Array, "*tile"],
+    old: TileState,
+    keep_unmoved: bool = True,
+) -> TileState:
+    """One step of one tile, whose groups run along `axis`. `keep_unmoved` is as in
+    [`advance`][].
+
+    **Returns:**
+
+    The new state of the tile. With `structure.as_update`, `weight` is not the new
+    weight but the update, as from [`advance`][].
+    """
+    codecs, new_codecs = structure.codecs_before_and_after(scalars)
+    dtype = compute_dtype(old.weight.dtype)
+    factors = structure.factors(scalars)
+    moments = {
+        name: codec.decode(
+            old.codes[name], old.scales[name], axis, dtype, factors[name][0]
+        )
+        for name, codec in codecs.items()
+    }
+    weight, correction, moments = advance(
+        structure,
+        scalars,
+        scalars.weight_threshold if structure.dither_weights else None,
+        grad,
+        old.weight,
+        old.correction,
+        moments,
+        keep_unmoved,
+    )
+    codes, scales = {}, {}
+    for name, codec in new_codecs.items():
+        codes[name], scales[name] = codec.encode(
+            moments[name], axis, scalars.dither, factors[name][1]
+        )
+    new = TileState(weight, correction, codes, scales)
+    if scalars.take is None:
+        return new
+    unchanged = old
+    if structure.as_update:
+        unchanged = eqx.tree_at(lambda tile: tile.weight, old, no_update(old.weight))
+    take = scalars.take
+    return jtu.tree_map(lambda x, y: jnp.where(take, x, y), new, unchanged)
+
+
+def advance(
+    structure: StepStructure,
+    scalars: StepScalars,
+    threshold: Scalar | None,
+    grad: Float[Array, "*tile"],
+    weight: Float[Array, "*tile"],
+    correction: Correction | None,
+    moments: dict[str, Float[Array, "*tile"]],
+    keep_unmoved: bool = True,
+) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
+    """The elementwise part of a step: everything but the storage of moments. With
+    `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
+    or -0. `threshold` is what weights without a correction are rounded by, or `None`.
+
+    **Returns:**
+
+    A 3-tuple of the new weight, its correction, and the new moments. With
+    `structure.as_update`, the first is not the new weight but the update: what to add
+    to the old one, in its dtype; the correction then belongs to the *sum*, as the
+    caller will round it.
+    """
+    master = decode_weight(weight, correction)
+    new_master, moments = move(structure, scalars, grad, master, moments)
+    if keep_unmoved:
+        # Arithmetic flushes subnormals to zero and loses the sign of -0.
+        new_master = jnp.where(new_master == master, master, new_master)
+
+    correction_dtype = None if correction is None else correction.dtype
+    new_weight, new_correction = encode_weight(
+        new_master, weight.dtype, correction_dtype, threshold
+    )
+    if structure.as_update:
+        update, held = _difference(new_master, new_weight, weight)
+        return update, encode_correction(new_master, held, correction_dtype), moments
+    return new_weight, new_correction, moments
+
+
+def move(
+    structure: StepStructure,
+    scalars: StepScalars,
+    grad: Float[Array, "*tile"],
+    master: Float[Array, "*tile"],
+    moments: dict[str, Float[Array, "*tile"]],
+) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
+    """The arithmetic of a step, without any rounding: the new master weight and the new
+    moments."""
+    wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
+    wide_grad = wide_grad.astype(master.dtype)
+    shrunk = master
+    if scalars.decay is not None:
+        if structure.decoupled:
+            shrunk = scalars.decay * master
+        else:
+            wide_grad = wide_grad + scalars.decay * master
+    update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
+    return shrunk + update, moments
+
+
+def _difference(
+    master: Float[Array, "*tile"],
+    new: Float[Array, "*tile"],
+    old: Float[Array, "*tile"],
+) -> tuple[Float[Array, "*tile"], Float[Array, "*tile"]]:
+    """What to add to the old weight to have the new one, in its dtype, and the sum as
+    the caller will round it. Where no number of that dtype leads to the new weight, the
+    one that leads nearest to the master weight.
+    """
+
+    def add(update: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return (wide_old + update.astype(wide_old.dtype)).astype(old.dtype)
+
+    wide_old, wide_new = old.astype(master.dtype), new.astype(master.dtype)
+    update = (wide_new - wide_old).astype(old.dtype)
+    nearest = (master - wide_old).astype(old.dtype)
+    update = jnp.where(add(update) == new, update, nearest)
+    # Also where both are infinite, and their difference is not a number.
+    update = jnp.where(wide_new == wide_old, no_update(old), update)
+    # Some devices flush a subnormal weight to zero where nothing is added to it.
+    return update, jnp.where(update == 0, old, add(update))
+
+
+def no_update(weight: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """What to add to a weight to leave it as it is. Negative zero, as -0 + 0 = +0."""
+    return jnp.full_like(weight, -0.0)
