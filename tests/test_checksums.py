@@ -198,8 +198,8 @@ def test_our_edits_are_no_error():
     masters = jtu.tree_map(lambda x: 1.01 * x, fq.master_weights(params, state))
     masters["frozen"] = None
     params, state = fq.from_master_weights(masters, params, state)
-    params, state = go_on(params, fq.widen(params, state))
-    params, state = go_on(params, fq.narrow(params, state))
+    params, state = go_on(params, fq.widen_corrections(params, state))
+    params, state = go_on(params, fq.narrow_corrections(params, state))
     edit = eqx.filter_jit(fq.from_master_weights)
     params, state = edit(fq.master_weights(params, state), params, state)
     params, state = go_on(params, state)

@@ -100,7 +100,7 @@ def test_models_with_and_without_wraps(wrapped):
     mlp = _mlp()
     with_wraps = fq.cast(mlp, jnp.bfloat16, keep="layers.1")
     without = fq.cast(mlp, jnp.bfloat16, keep="layers.1", wrap=False)
-    assert isinstance(with_wraps.layers[1], fq.Widened)
+    assert isinstance(with_wraps.layers[1], fq.Float32Layer)
     model = with_wraps if wrapped else without
     optim = fq.adamw(1e-2, moments="float32", master_weight_bits=32)
     state = optim.init(model)

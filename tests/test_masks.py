@@ -152,7 +152,7 @@ def test_arrays_of_modules_of_the_user():
     assert _decayed(stacked) == {*matrices, "vector"}
     assert _decayed(stacked, fq.decay_mask(exclude="vector")) == matrices
     wrapped = fq.cast(_custom(), jnp.bfloat16, keep="norm")
-    assert isinstance(wrapped.norm, fq.Widened) and _decayed(wrapped) == matrices
+    assert isinstance(wrapped.norm, fq.Float32Layer) and _decayed(wrapped) == matrices
 
 
 def test_dictionaries():

@@ -121,7 +121,7 @@ def test_parts_without_children(part):
         assert _float32(model, keep=keep, wrap=False) == kept
     optim = fq.adamw(1e-2)
     narrow = fq.cast(model, jnp.bfloat16)
-    state = fq.widen(narrow, optim.init(narrow), ["a.*", "b*"])
+    state = fq.widen_corrections(narrow, optim.init(narrow), ["a.*", "b*"])
     assert {str(x.dtype) for x in jtu.tree_leaves(state.corrections)} == {"int16"}
 
 
@@ -129,7 +129,7 @@ def test_parts_without_children_can_be_kept():
     """They are layers, if they can be called: a function in float32."""
     model = {"f": _Static(), "g": _Static()}
     narrow = fq.cast(model, jnp.bfloat16, keep="f")
-    assert isinstance(narrow["f"], fq.Widened) and narrow["g"] == _Static()
+    assert isinstance(narrow["f"], fq.Float32Layer) and narrow["g"] == _Static()
     assert narrow["f"](jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
     assert fq.cast(narrow, jnp.float32) == model
 
@@ -154,7 +154,7 @@ def test_statistics_beside_parts_without_arrays():
 
     norm, _ = eqx.nn.make_with_state(Norm)()
     assert _float32([norm], wrap=False) == {"0.scale"}
-    assert isinstance(fq.cast([norm], jnp.bfloat16)[0], fq.Widened)
+    assert isinstance(fq.cast([norm], jnp.bfloat16)[0], fq.Float32Layer)
 
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
@@ -164,7 +164,7 @@ def test_running_statistics_stay_float32(mode, affine):
     model, state = eqx.nn.make_with_state(_Model)(mode, affine)
     narrow, same_state = fq.cast((model, state), jnp.bfloat16)
     assert tree_identical(same_state, state)
-    assert isinstance(narrow.norms[0], fq.Widened)
+    assert isinstance(narrow.norms[0], fq.Float32Layer)
     found = {name for name, dtype in _dtypes(narrow).items() if dtype == "float32"}
     names = {"norms.0.layer.weight", "norms.0.layer.bias"}
     assert found == (names if affine else set())
@@ -194,7 +194,7 @@ def test_spectral_norm_stays_float32():
     layer, state = eqx.nn.make_with_state(make)()
     for layer_, wrap in ((layer, True), (make(), True), (layer, False)):
         narrow = fq.cast({"a": layer_}, jnp.bfloat16, wrap=wrap)["a"]
-        assert isinstance(narrow, fq.Widened) == wrap
+        assert isinstance(narrow, fq.Float32Layer) == wrap
         assert set(_dtypes(narrow).values()) == {"float32"}
     narrow = fq.cast(layer, jnp.bfloat16)
     x = jax.random.normal(jax.random.key(1), (4,), jnp.bfloat16)
@@ -217,7 +217,7 @@ def test_wrapped_layers_in_a_sequence():
     model, state = eqx.nn.make_with_state(make)()
     start = jtu.tree_map(jnp.copy, state)
     narrow = fq.cast(model, jnp.bfloat16, keep=eqx.nn.LayerNorm)
-    assert [isinstance(x, fq.Widened) for x in narrow.layers] == [True, True, False]
+    assert [isinstance(x, fq.Float32Layer) for x in narrow.layers] == [True, True, False]
     x = jax.random.normal(jax.random.key(1), (8, 4), jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         y, new_state = jax.vmap(
@@ -245,7 +245,7 @@ def test_a_model_with_a_state_of_its_own_is_cast():
 
 def test_wrapping():
     narrow = fq.cast(_mlp, jnp.bfloat16, keep="layers.2")
-    assert isinstance(narrow.layers[2], fq.Widened)
+    assert isinstance(narrow.layers[2], fq.Float32Layer)
     # Of attributes as of the layer, also to be replaced.
     assert narrow.layers[2].in_features == 4
     zeroed = eqx.tree_at(lambda m: m.layers[2].bias, narrow, jnp.zeros(2))
@@ -382,7 +382,7 @@ _narrow_dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @_narrow_dtypes
 def test_widening_is_exact(dtype):
     model, state = _trained(dtype, 24)
-    wide = fq.widen(model, state, "matrix")
+    wide = fq.widen_corrections(model, state, "matrix")
     assert {k: str(x.dtype) for k, x in wide.corrections.items()} == {
         "matrix": "int16",
         "bias": "int8",
@@ -390,15 +390,15 @@ def test_widening_is_exact(dtype):
     }
     masters = fq.master_weights(model, state)
     assert tree_identical(fq.master_weights(model, wide), masters)
-    assert tree_identical(fq.narrow(model, wide), state)
-    assert tree_identical(fq.widen(model, wide), fq.widen(model, state))
+    assert tree_identical(fq.narrow_corrections(model, wide), state)
+    assert tree_identical(fq.widen_corrections(model, wide), fq.widen_corrections(model, state))
 
 
 @_narrow_dtypes
 def test_narrowing_is_within_a_unit(dtype):
     model, state = _trained(dtype, 32)
     before = fq.master_weights(model, state)
-    narrow = fq.narrow(model, state)
+    narrow = fq.narrow_corrections(model, state)
     after = fq.master_weights(model, narrow)
     nmant = jnp.finfo(dtype).nmant
     for name, old in before.items():
@@ -420,7 +420,7 @@ def test_widths_may_differ_in_a_model():
     shapes = {"a": (32, 64), "b": (32, 64), "c": (32, 64)}
     model, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
     narrow, wide = fq.lion(1e-2), fq.lion(1e-2, master_weight_bits=32)
-    mixed = fq.widen(model, narrow.init(model), ["b"])
+    mixed = fq.widen_corrections(model, narrow.init(model), ["b"])
     results = [
         jax.jit(optim.step)(model, state, grads)
         for optim, state in [
@@ -448,7 +448,7 @@ def test_kernels_of_mixed_widths_are_plain_xla(backend):
 
     def make(**kwargs):
         optim = fq.lion(1e-2, **kwargs)
-        init = lambda model: fq.widen(model, optim.init(model), "b")
+        init = lambda model: fq.widen_corrections(model, optim.init(model), "b")
         return _WithInit(init, optim.step)
 
     run(backend, make, params, grads)
@@ -464,7 +464,7 @@ def test_widening_a_sharded_state():
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     model = jax.device_put({"w": jnp.ones((128, 64), jnp.bfloat16)}, sharding)
     optim = fq.adamw(1e-2)
-    state = fq.widen(model, optim.init(model))
+    state = fq.widen_corrections(model, optim.init(model))
     assert state.corrections["w"].sharding.is_equivalent_to(sharding, 2)
     new, state = eqx.filter_jit(optim.step)(model, state, model)
     assert state.corrections["w"].sharding.is_equivalent_to(sharding, 2)
@@ -474,10 +474,10 @@ def test_widening_a_sharded_state():
 
 def test_checkpoint_of_a_widened_state():
     model, state = _trained(jnp.bfloat16, 24)
-    state = fq.widen(model, state, "matrix")
+    state = fq.widen_corrections(model, state, "matrix")
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, state)
-    like = fq.widen(model, fq.adamw(1e-2).init(model), "matrix")
+    like = fq.widen_corrections(model, fq.adamw(1e-2).init(model), "matrix")
     file.seek(0)
     assert tree_identical(eqx.tree_deserialise_leaves(file, like), state)
 
@@ -599,7 +599,7 @@ def test_errors():
     model = weights("matrix", "bias")
     plain = fq.adamw(1e-3, master_weight_bits=None)
     bare = plain.init(model)
-    for change in (fq.widen, fq.narrow):
+    for change in (fq.widen_corrections, fq.narrow_corrections):
         assert_raises(
             ValueError,
             lambda change=change: change(model, bare),
@@ -609,18 +609,18 @@ def test_errors():
             "master_weight_bits=24",
         )
     state = fq.adamw(1e-3).init(model)
-    assert_raises(ValueError, lambda: fq.widen(model, state, "b"), "'b'", "bias")
-    assert_raises(TypeError, lambda: fq.widen(state, model), "`widen`")
-    wide, narrow = fq.adamw(1e-3, master_weight_bits=32), fq.narrow(model, state)
+    assert_raises(ValueError, lambda: fq.widen_corrections(model, state, "b"), "'b'", "bias")
+    assert_raises(TypeError, lambda: fq.widen_corrections(state, model), "`widen_corrections`")
+    wide, narrow = fq.adamw(1e-3, master_weight_bits=32), fq.narrow_corrections(model, state)
     assert_raises(
         ValueError,
         lambda: wide.step(model, narrow, model),
         "`master_weight_bits=24`",
-        "flashquinox.widen",
+        "flashquinox.widen_corrections",
     )
     assert_raises(
         ValueError,
-        lambda: plain.step(model, fq.widen(model, state), model),
+        lambda: plain.step(model, fq.widen_corrections(model, state), model),
         "`master_weight_bits=32`",
         "`master_weight_bits=None`",
     )
@@ -654,7 +654,7 @@ def test_errors_of_numerics():
     with pytest.raises(fq.NumericsError) as info:
         check(1e-7, raise_on_error=True)
     assert info.value.report.lost == ("layer",)
-    assert "1 of 1" in str(info.value) and "flashquinox.widen" in str(info.value)
+    assert "1 of 1" in str(info.value) and "flashquinox.widen_corrections" in str(info.value)
     assert check(1e-7, raise_on_error=False).lost == ("layer",)
     # Not even 32 bits.
     with pytest.raises(fq.NumericsError, match="float64") as info:

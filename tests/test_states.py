@@ -153,10 +153,10 @@ def test_from_master_weights(cases, name):
 def test_widths(cases, name):
     model, state = cases[name]
     masters = fq.master_weights(model, state)
-    wide = fq.widen(model, state)
+    wide = fq.widen_corrections(model, state)
     assert {x.dtype for x in _corrections(wide).values()} == {jnp.dtype(jnp.int16)}
     assert tree_identical(fq.master_weights(model, wide), masters)
-    assert tree_identical(_inner(fq.narrow(model, wide)), _inner(state))
+    assert tree_identical(_inner(fq.narrow_corrections(model, wide)), _inner(state))
     # By half a unit of 16 bits, and then not by half of one of 24.
     assert fq.check_numerics(model, state, 1e-3).ok
     report = fq.check_numerics(model, state, 1e-6)
@@ -183,10 +183,10 @@ def test_groups_of_which_one_is_not_ours():
     bits = {x.path: x.bits for x in fq.check_numerics(model, state, 1e-2).leaves}
     # What is trained elsewhere, or frozen, takes no step of ours.
     assert bits == {"matrix": 24}
-    wide = fq.widen(model, state)
+    wide = fq.widen_corrections(model, state)
     assert set(_corrections(wide)) == {"matrix"}
-    with pytest.raises(ValueError, match=r"`widen`.*no correction.*\['bias'\]"):
-        fq.widen(model, state, "bias")
+    with pytest.raises(ValueError, match=r"`widen_corrections`.*no correction.*\['bias'\]"):
+        fq.widen_corrections(model, state, "bias")
 
 
 def test_schedules_of_groups_have_their_own_counts():
@@ -206,8 +206,8 @@ def test_schedules_of_groups_have_their_own_counts():
     [
         fq.master_weights,
         lambda model, state: fq.from_master_weights(model, model, state),
-        fq.widen,
-        fq.narrow,
+        fq.widen_corrections,
+        fq.narrow_corrections,
         lambda model, state: fq.check_numerics(model, state, 1e-3),
         lambda model, state: fq.ensure_precision(model, state, 1e-3),
         lambda model, state: exchange.save_safetensors("unwritten", model, state),

@@ -41,13 +41,13 @@ from .precision import (
     cast as cast,
     check_numerics as check_numerics,
     ensure_precision as ensure_precision,
+    Float32Layer as Float32Layer,
     from_master_weights as from_master_weights,
     LeafNumerics as LeafNumerics,
     master_weights as master_weights,
-    narrow as narrow,
+    narrow_corrections as narrow_corrections,
     NumericsError as NumericsError,
     NumericsReport as NumericsReport,
-    widen as widen,
-    Widened as Widened,
+    widen_corrections as widen_corrections,
 )
 from .release import LayeredLoss as LayeredLoss, release_step as release_step

@@ -1,6 +1,6 @@
 """The precision of a model: narrow weights, and the master weights behind them."""
 
-from ._model.widened import Widened as Widened
+from ._model.float32_layer import Float32Layer as Float32Layer
 from ._optimizer.master_weights import (
     from_master_weights as from_master_weights,
     master_weights as master_weights,
@@ -13,4 +13,7 @@ from ._precision.numerics import (
     NumericsError as NumericsError,
     NumericsReport as NumericsReport,
 )
-from ._precision.width import narrow as narrow, widen as widen
+from ._precision.width import (
+    narrow_corrections as narrow_corrections,
+    widen_corrections as widen_corrections,
+)

@@ -47,7 +47,7 @@ def test_other_dtypes_are_refused(part, without_typechecker):
     if part in ("count", "correction"):
         called |= {
             "master_weights": lambda: fq.master_weights(model, bad),
-            "widen": lambda: fq.widen(model, bad),
+            "widen_corrections": lambda: fq.widen_corrections(model, bad),
             "check_numerics": lambda: fq.check_numerics(model, bad, 1e-2),
         }
     for call, take in called.items():

@@ -324,7 +324,7 @@ def test_precision_of_an_nnx_optimizer(tied):
     model, optimizer = tied
     report = fq.check_numerics(model, optimizer, learning_rate=1e-2)
     assert len(report.leaves) == 3
-    wide = fq.widen(model, optimizer, "embed.embedding")
+    wide = fq.widen_corrections(model, optimizer, "embed.embedding")
     assert jtu.tree_structure(wide) == jtu.tree_structure(optimizer)
     corrections = wide.opt_state[1].corrections
     assert corrections["embed"]["embedding"].dtype == jnp.int16

@@ -47,7 +47,7 @@ def test_state_of_the_trained_part(make, without_typechecker):
     assert masters["base"].dtype == jnp.float32
     back, same = fq.from_master_weights(masters, model, state)
     assert tree_identical((back, same), (model, state))
-    wide = fq.widen(model, state)
+    wide = fq.widen_corrections(model, state)
     assert wide.corrections["base"] is None
     assert wide.corrections["adapter"].dtype == jnp.int16
     report = fq.check_numerics(model, state, 1e-2)
@@ -84,7 +84,7 @@ def test_dtypes_that_cannot_be_trained(dtype, without_typechecker):
     masters = fq.master_weights(new, state)
     assert tree_identical(masters["base"], model["base"])
     assert tree_identical(fq.from_master_weights(masters, new, state)[0], new)
-    fq.widen(model, state)
+    fq.widen_corrections(model, state)
     assert len(fq.check_numerics(model, state, 1e-2).leaves) == 2
     plan = fq.memory_plan(model, optim)
     assert plan.parameters == model["adapter"].size + model["b"].size

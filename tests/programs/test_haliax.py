@@ -152,7 +152,7 @@ def test_updates_are_steps(trained, way):
 def test_cast_and_master_weights(trained):
     _, narrow, new, state, _, _ = trained
     kept = narrow.blocks.stacked.norm
-    assert isinstance(kept, fq.Widened)
+    assert isinstance(kept, fq.Float32Layer)
     assert isinstance(kept.weight, hax.NamedArray) and kept.weight.dtype == jnp.float32
     assert narrow.head.weight.dtype == jnp.float32
     assert narrow.embed.weight.dtype == jnp.bfloat16
@@ -163,7 +163,7 @@ def test_cast_and_master_weights(trained):
     by_path = fq.cast(_Model.init(jr.key(0)), jnp.bfloat16, keep="*.up.weight")
     assert by_path.blocks.stacked.up.weight.dtype == jnp.float32
     assert by_path.blocks.stacked.up.bias.dtype == jnp.bfloat16
-    wide = fq.widen(new, state, ["embed", "*.down.weight"])
+    wide = fq.widen_corrections(new, state, ["embed", "*.down.weight"])
     assert wide.corrections.embed.weight.array.dtype == jnp.int16
     assert wide.corrections.blocks.stacked.up.weight.array.dtype == jnp.int8
 

@@ -1055,7 +1055,7 @@ CALLS = {
     ),
     "state of 24 bits, optimizer of 32": (
         lambda: _step(fq.adamw(1e-3, master_weight_bits=32)),
-        _value_error(_step_call, "flashquinox.widen"),
+        _value_error(_step_call, "flashquinox.widen_corrections"),
     ),
     "state of float32 weights, weights of bfloat16": (
         lambda: _optim.step(_model, _optim.init(fq.cast(_model, jnp.float32)), _grads),
@@ -1172,16 +1172,16 @@ OTHERS = {
         _type_error("`check_numerics(raise_on_error=...)`", _flag),
     ),
     "widen what there is not": (
-        lambda: fq.widen(_model, _state, ["nope"]),
-        _value_error("`widen(leaves=...)`", "'nope' is nowhere", "b, w"),
+        lambda: fq.widen_corrections(_model, _state, ["nope"]),
+        _value_error("`widen_corrections(leaves=...)`", "'nope' is nowhere", "b, w"),
     ),
     "widen by a function that is true of nothing": (
-        lambda: fq.widen(_model, _state, lambda x: x.ndim == 7),
-        _value_error("`widen(leaves=...)`", "true of no array"),
+        lambda: fq.widen_corrections(_model, _state, lambda x: x.ndim == 7),
+        _value_error("`widen_corrections(leaves=...)`", "true of no array"),
     ),
-    "widen(state, model)": (
-        lambda: fq.widen(_state, _model),
-        _type_error("`widen`", "OptimizerState"),
+    "widen_corrections(state, model)": (
+        lambda: fq.widen_corrections(_state, _model),
+        _type_error("`widen_corrections`", "OptimizerState"),
     ),
     "from_master_weights(None, model, state)": (
         lambda: fq.from_master_weights(None, _model, _state),

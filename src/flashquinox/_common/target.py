@@ -34,7 +34,7 @@ class Target(NamedTuple):
         if isinstance(sharding, NamedSharding):
             sharding = _concrete(call, name, sharding)
         if sharding is not None:
-            _divides(call, name, like.shape, sharding)
+            _check_divisible(call, name, like.shape, sharding)
         shape, dtype, key_impl = like.shape, like.dtype, None
         if is_key(like):
             key_impl, data = _key_data(like)
@@ -94,7 +94,9 @@ def _concrete(call: str, name: str, sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _divides(call: str, name: str, shape: tuple[int, ...], sharding: Sharding) -> None:
+def _check_divisible(
+    call: str, name: str, shape: tuple[int, ...], sharding: Sharding
+) -> None:
     """Whether an array of this shape can be sharded so: of a `jax.ShapeDtypeStruct`,
     JAX does not look."""
     try:

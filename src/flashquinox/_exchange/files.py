@@ -17,8 +17,8 @@ from .._common.path_checks import check_is_file, check_path
 from .._common.target import is_key, Target
 from .._model.trained import is_trainable
 from .._model.trees import dotted_name, flatten, is_array, Leaf, Model
-from .._optimizer import checks
 from .._optimizer.call_checks import check_given
+from .._optimizer.leaf_checks import check_floating_dtype
 from .._optimizer.states import open_states
 from .._storage.split import decode_weight
 
@@ -83,7 +83,7 @@ def save_safetensors(
     call = "save_safetensors"
     package = _package(call)
     if dtype is not None:
-        dtype = checks.floating_dtype(f"{call}(dtype=...)", dtype)
+        dtype = check_floating_dtype(f"{call}(dtype=...)", dtype)
     check_path(call, "path", path)
     check_given(call, model)
     if jax.process_index() == 0:

@@ -142,7 +142,7 @@ def from_flashoptim(
                 "give it that shape with `convert=...`."
             )
         masters[index] = converted.astype(compute_dtype(leaf.value.dtype))
-        _has_known_entries(call, parameter, own)
+        _check_entries(call, parameter, own)
         for key in own.moments:
             new_moments[key][index] = _moment(
                 call,
@@ -248,7 +248,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
-def _has_known_entries(call: str, parameter: _Parameter, state: OptimizerState) -> None:
+def _check_entries(call: str, parameter: _Parameter, state: OptimizerState) -> None:
     wanted = [_MOMENTS[key].name for key in state.moments]
     known = {"step", "error_bits", *wanted}
     # A PyTorch optimizer may have `None` for a moment that it does not keep.
@@ -348,7 +348,7 @@ def _moment(
     entries, shape = parameter.entries, parameter.weight.shape
     if name in entries:
         moment = _floats(call, where, entries[name])
-        _has_shape(call, where, moment, shape)
+        _check_shape(call, where, moment, shape)
     else:
         codec = FlashOptimCodec(kind)
         codes, scales = (
@@ -359,8 +359,8 @@ def _moment(
             )
         )
         layout = Layout(shape, None, _GROUP_SIZE)
-        _has_shape(call, where, codes, shape)
-        _has_shape(call, f"the scales of {where}", scales, layout.scale_shape)
+        _check_shape(call, where, codes, shape)
+        _check_shape(call, f"the scales of {where}", scales, layout.scale_shape)
         if (
             convert is None
             and isinstance(like, QuantMoment)
@@ -416,7 +416,7 @@ def _part(
     return _exactly(call, f"{key!r} of {where}", np.asarray(entries[key]), dtype)
 
 
-def _has_shape(
+def _check_shape(
     call: str, where: str, x: Shaped[np.ndarray, "..."], shape: tuple[int, ...]
 ) -> None:
     if x.shape != shape:

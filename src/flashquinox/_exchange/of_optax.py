@@ -81,7 +81,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
     call = "from_optax"
     check_has_values(call, optax_state=optax_state)
     target = _only(call, "state", state, OptimizerState)
-    _nothing_accumulated(call, optax_state)
+    _check_nothing_accumulated(call, optax_state)
     source: Any = None
     new_moments: dict[str, Any] = {}
     if target.moments:
@@ -99,7 +99,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
                 stored,
             )
     else:
-        _has_no_moments(call, optax_state)
+        _check_no_moments(call, optax_state)
     count = _same(call, _counts(optax_state, source))
     if count is None:
         count = target.count
@@ -143,8 +143,8 @@ def to_optax(state: PyTree, optax_state: State) -> State:
     call = "to_optax"
     check_has_values(call, state=state)
     source = _only(call, "state", state, OptimizerState)
-    _nothing_accumulated(call, state)
-    _nothing_accumulated(call, optax_state)
+    _check_nothing_accumulated(call, state)
+    _check_nothing_accumulated(call, optax_state)
     count = source.count
     if source.moments:
         kind = _source(call, source)
@@ -167,7 +167,7 @@ def to_optax(state: PyTree, optax_state: State) -> State:
         filled = target._replace(**fields)
         optax_state = find(optax_state, kind).replace([filled])
     else:
-        _has_no_moments(call, optax_state)
+        _check_no_moments(call, optax_state)
     return _with_counts(call, optax_state, count)
 
 
@@ -228,7 +228,7 @@ def _only(call: str, name: str, tree: PyTree, kind: type[_T]) -> _T:
     )
 
 
-def _has_no_moments(call: str, optax_state: PyTree) -> None:
+def _check_no_moments(call: str, optax_state: PyTree) -> None:
     """As `optax.sgd` without momentum."""
 
     def keeps(x: Any) -> bool:
@@ -251,7 +251,7 @@ def _has_no_moments(call: str, optax_state: PyTree) -> None:
         )
 
 
-def _nothing_accumulated(call: str, tree: PyTree) -> None:
+def _check_nothing_accumulated(call: str, tree: PyTree) -> None:
     for state in find(tree, optax.MultiStepsState).values:
         if not _is_traced(state.mini_step) and jnp.any(state.mini_step != 0):
             raise ValueError(

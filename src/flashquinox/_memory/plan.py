@@ -21,8 +21,9 @@ from .._model.trained import TRAINABLE_DTYPES
 from .._model.trees import flatten, is_array, Leaf, match
 from .._optimizer.optimizer import Optimizer, transformation_of
 from .._optimizer.state import OptimizerState
-from .._sharding import find as _sharding, state_specs
+from .._sharding import state_specs
 from .._sharding.fsdp import fsdp_shardings
+from .._sharding.resolve import as_explicit
 from .._storage.codec import QuantMoment
 from .._storage.defaults import GROUP_SIZE
 
@@ -388,7 +389,7 @@ def _shardings(
             )
         sharding = here or there or otherwise
         if is_array(leaf.value) and sharding is not None:
-            sharding = _sharding.as_explicit(call, leaf, sharding, axes)
+            sharding = as_explicit(call, leaf, sharding, axes)
         chosen.append(sharding if is_array(leaf.value) else None)
     return chosen
 

@@ -16,10 +16,10 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._common.text import shown
+from .float32_layer import Float32Layer
 from .selection import children, Selection, Selectors
 from .trees import is_array
 from .variables import is_variable
-from .widened import Widened
 
 
 _CALL = "decay_mask"
@@ -180,7 +180,7 @@ def _is_layer(node: Any, named: list[tuple[Any, Any]]) -> bool:
 def _is_wrap(node: Any) -> bool:
     """Whether a node stands for what is in it: a widened layer, or an array that Flax
     has put in a `Variable` or another box."""
-    return isinstance(node, Widened) or is_variable(node) or hasattr(node, "unbox")
+    return isinstance(node, Float32Layer) or is_variable(node) or hasattr(node, "unbox")
 
 
 def _name(key: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._storage.codec import QuantMoment
+from .float32_layer import Float32Layer
 from .variables import (
     around_leaves,
     has_variables,
@@ -19,7 +20,6 @@ from .variables import (
     take_apart,
     without_variables,
 )
-from .widened import Widened
 
 
 # The caller's own types of trees: what goes in comes out.
@@ -122,9 +122,9 @@ def match(
     `None` in place of a subtree stands for `None` in all of it, as does the
     `optax.MaskedNode` by which Optax leaves out what another optimizer trains; with
     `prefix`, so does any other value. With `partial`, the tree may lack leaves, for
-    which there is `None`. Whether a layer is wrapped in a `Widened` makes
-    no difference, in either tree: a float32 model has none where its bfloat16 copy
-    does. Nor do Flax's `Variable`s.
+    which there is `None`. Wrappers are ignored in both trees: those of
+    [`flashquinox.cast`][] around layers, which the float32 original of a bfloat16 model
+    does not have, and Flax's `Variable`s.
 
     **Raises:**
 
@@ -172,8 +172,8 @@ def without_masked(tree: PyTree) -> PyTree:
 
 
 def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
-    """Where in a tree there is a `Widened`, or a `Variable`."""
-    is_wrap = lambda x: isinstance(x, Widened) or is_variable(x)
+    """Where in a tree there is a `Float32Layer`, or a `Variable`."""
+    is_wrap = lambda x: isinstance(x, Float32Layer) or is_variable(x)
     for below, node in jtu.tree_leaves_with_path(tree, is_leaf=is_wrap):
         if is_wrap(node) and not jtu.all_leaves([node]):
             yield (*path, *below)

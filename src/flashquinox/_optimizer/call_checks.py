@@ -47,7 +47,7 @@ def check_not_optimizer(call: str, state: Any) -> None:
         )
 
 
-def check_trains(call: str, leaves: list[Leaf], trained: Any) -> None:
+def warn_of_nothing_to_train(call: str, leaves: list[Leaf], trained: Any) -> None:
     """Warns of a model with nothing to train. One without leaves is what is left of a
     model for an optimizer of other parts."""
     present = [leaf for leaf in leaves if leaf.value is not None]

@@ -24,12 +24,12 @@ from .._model.trained import has_gradient, is_trainable, with_state
 from .._model.trees import flatten, Leaf, match, Model, Rebuild
 from .._rules.rule import AbstractRule, rule_scalars, rule_structure
 from .._sharding import (
-    find as _sharding,
     parts as sharded,
     record,
     reductions,
     state_specs,
 )
+from .._sharding.resolve import resolve_all, Resolved
 from .._storage.codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from .._storage.defaults import StaticBits, Unknown
 from .._storage.full_precision import FullPrecision
@@ -38,18 +38,36 @@ from .._storage.moment_codecs import MomentCodecs
 from .._storage.split import Correction
 from .._tile.clipping import Clipping
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from . import checks, derivatives as differentiable
+from . import derivatives as differentiable
 from .argument_checks import check_max_norm, scheduled
 from .call_checks import (
     check_grads,
     check_has_values,
     check_model,
     check_order,
-    check_trains,
+    warn_of_nothing_to_train,
 )
 from .checksums import checksums, verified, Verify
+from .device_checks import (
+    check_state_is_with_weight,
+    warn_of_divided_groups,
+    warn_of_unknown_division,
+)
+from .leaf_checks import (
+    check_correction_has_effect,
+    check_grad,
+    check_structure_is_known,
+)
 from .mask import decayed
 from .state import OptimizerState, StepCount
+from .state_checks import (
+    check_checksum,
+    check_correction,
+    check_moments,
+    check_not_ensemble,
+    check_state,
+    check_width,
+)
 
 
 ScalarOrSchedule: TypeAlias = ScalarLike | Callable[[Scalar], ScalarLike]
@@ -78,18 +96,18 @@ class Transformation(eqx.Module):
         call = f"{self.call}(...).init"
         check_model(call, params)
         leaves, rebuild = flatten(params)
-        correction_dtype, group_size = checks.structure_is_known(
+        correction_dtype, group_size = check_structure_is_known(
             self.call, self.master_weight_bits, self.group_size
         )
         trained = {
             index: leaf for index, leaf in enumerate(leaves) if is_trainable(leaf.value)
         }
-        check_trains(call, leaves, trained)
+        warn_of_nothing_to_train(call, leaves, trained)
         if trained:
             # What a step would find wrong.
             decayed(call, self.mask, params, leaves)
             self._rates(jnp.zeros((), jnp.int32))
-        checks.correction_has_effect(
+        check_correction_has_effect(
             self.call, self.master_weight_bits, list(trained.values())
         )
         are_trained = [index in trained for index in range(len(leaves))]
@@ -106,7 +124,7 @@ class Transformation(eqx.Module):
         moments = {name: [None for _ in leaves] for name in self.rule.moments}
         corrections: list[Any] = [None for _ in leaves]
         for index, (stored, correction) in zip(trained, made, strict=True):
-            checks.groups_are_whole(call, leaves[index], stored, shardings[index])
+            warn_of_divided_groups(call, leaves[index], stored, shardings[index])
             corrections[index] = correction
             for name, moment in stored.items():
                 moments[name][index] = moment
@@ -201,7 +219,7 @@ class Transformation(eqx.Module):
         for index, leaf in enumerate(opened.leaves):
             grad, trained = grad_leaves[index], opened.trained[index]
             if has_gradient(call, leaf, grad, trained):
-                checks.grad_fits(call, leaf, grad)
+                check_grad(call, leaf, grad)
                 opened.check(index)
                 if leaf.value.size > 0:
                     arrived[index] = jnp.asarray(grad)
@@ -218,8 +236,8 @@ class Transformation(eqx.Module):
         """Takes a model and its state apart, for one step."""
         check_model(call, params)
         leaves, rebuild = flatten(params)
-        checks.is_state(call, state, self.rule)
-        checks.is_one_state(call, state)
+        check_state(call, state, self.rule)
+        check_not_ensemble(call, state)
         check_has_values(call, model=params, state=state)
         stored = {
             name: match(call, f"state.moments[{name!r}]", state.moments[name], leaves)
@@ -279,13 +297,13 @@ class Transformation(eqx.Module):
         leaves: list[Leaf],
         trained: list[bool],
         recorded: record.Shardings,
-    ) -> _sharding.Found:
+    ) -> Resolved:
         """For each leaf, how it is divided among devices; `None` for those that are not
         trained."""
         values, structure = self.shardings
         tree = jtu.tree_unflatten(structure, values)
         given = match(call, "shardings", tree, leaves, prefix=True)
-        found = _sharding.find_all(
+        found = resolve_all(
             call,
             [
                 leaf if is_trained else None
@@ -294,7 +312,7 @@ class Transformation(eqx.Module):
             given,
             recorded,
         )
-        checks.is_known_how_divided(call, found.unknown)
+        warn_of_unknown_division(call, found.unknown)
         return found
 
     def _rates(self, count: Scalar) -> tuple[ScalarLike, ScalarLike]:
@@ -370,16 +388,14 @@ class OpenedStep:
         """Whether a leaf that is trained and its state go together."""
         call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
         optim, (_, stored, correction) = self.transformation, self.read(index)
-        checks.moments_fit(
-            call, leaf, stored, optim.rule, optim.codecs, optim.group_size
-        )
-        checks.correction_fits(call, leaf, correction)
-        checks.width_fits(call, leaf, correction, optim.master_weight_bits)
-        checks.checksum_fits(
+        check_moments(call, leaf, stored, optim.rule, optim.codecs, optim.group_size)
+        check_correction(call, leaf, correction)
+        check_width(call, leaf, correction, optim.master_weight_bits)
+        check_checksum(
             call, leaf, correction, self.checksums[index], optim.verify_weights
         )
-        checks.state_is_there(call, leaf, stored, correction, sharding)
-        checks.groups_are_whole(call, leaf, stored, sharding)
+        check_state_is_with_weight(call, leaf, stored, correction, sharding)
+        warn_of_divided_groups(call, leaf, stored, sharding)
 
     def read(self, index: int) -> LeafState:
         moments: Any = {name: stored[index] for name, stored in self.moments.items()}

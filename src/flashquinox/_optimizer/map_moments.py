@@ -9,8 +9,8 @@ from jaxtyping import PyTree
 from .._model.trees import flatten, match, without_masked
 from .._storage.codec import StoredMoment
 from .._storage.moment_values import _numbers, _stored
-from . import checks
 from .call_checks import check_has_values
+from .state_checks import check_has_state
 from .states import find
 
 
@@ -60,7 +60,7 @@ def map_moments(
     """
     call = "map_moments"
     found = find(state)
-    checks.has_state(call, state, found.values)
+    check_has_state(call, state, found.values)
     check_has_values(call, state=state)
     known = sorted({name for one in found.values for name in one.moments})
     chosen = known if names is None else [names] if isinstance(names, str) else names

@@ -12,9 +12,9 @@ from .._common.place import compute_like, put_like
 from .._model.trained import is_trainable
 from .._model.trees import Leaf, match, Model, State
 from .._storage.split import Correction, decode_weight, encode_weight
-from . import checks
 from .call_checks import check_not_state
 from .checksums import checksums
+from .leaf_checks import check_master_weight
 from .states import open_states
 
 
@@ -96,7 +96,7 @@ def from_master_weights(
     masters = match(call, "float32_model", float32_model, opened.leaves)
     for leaf, master in zip(opened.leaves, masters, strict=True):
         if is_trainable(leaf.value) and master is not None:
-            checks.master_fits(call, leaf, master)
+            check_master_weight(call, leaf, master)
     new = [
         _encode(call, leaf, correction, master)
         if is_trainable(leaf.value) and master is not None

@@ -1,7 +1,7 @@
-"""Whether the arrays of a state have the dtypes that they were stored in.
+"""Checks of the dtypes of a state's arrays.
 
-`jax.tree.map` over a state, to cast it or to average several, gives arrays of other
-dtypes. What is computed with those would be nonsense, and no error.
+`jax.tree.map` over a state, to cast it or to average several, changes their dtypes. A
+step would then compute nonsense without an error.
 """
 
 from typing import Any
@@ -18,37 +18,39 @@ from .._storage.split import CORRECTION_DTYPES
 from .state import OptimizerState
 
 
-def count_fits(call: str, state: OptimizerState) -> None:
-    """A Python integer is as good as an array."""
+def check_count_dtype(call: str, state: OptimizerState) -> None:
+    """The count of steps must be a Python integer, or an array of 32 bits or more."""
     count = state.count
     dtype = jnp.dtype(getattr(count, "dtype", type(count)))
     if not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
-        _raise(call, "count of steps", "`state.steps.count`", count, "int32")
+        _raise_dtype(call, "count of steps", "`state.steps.count`", count, "int32")
 
 
-def moment_fits(call: str, leaf: Leaf, name: str, moment: StoredMoment) -> None:
+def check_moment_dtypes(call: str, leaf: Leaf, name: str, moment: StoredMoment) -> None:
     what, where = f"moment {name!r}", f"`{leaf.name}`"
     if not isinstance(moment, QuantMoment):
-        _is(call, what, where, moment, compute_dtype(leaf.value.dtype))
+        _check_dtype(call, what, where, moment, compute_dtype(leaf.value.dtype))
         return
     codes, scales = stored_dtypes(moment.codec)
-    _is(call, f"codes of the {what}", where, moment.codes, codes)
-    _is(call, f"scales of the {what}", where, moment.scales, scales)
+    _check_dtype(call, f"codes of the {what}", where, moment.codes, codes)
+    _check_dtype(call, f"scales of the {what}", where, moment.scales, scales)
     if moment.codec.initial is not None and moment.parameter is not None:
-        _is(call, f"parameter of the {what}", where, moment.parameter, jnp.float32)
+        _check_dtype(
+            call, f"parameter of the {what}", where, moment.parameter, jnp.float32
+        )
 
 
-def correction_fits(call: str, leaf: Leaf, correction: Any) -> None:
+def check_correction_dtype(call: str, leaf: Leaf, correction: Any) -> None:
     if getattr(correction, "dtype", None) not in CORRECTION_DTYPES.values():
-        _raise(call, "correction", f"`{leaf.name}`", correction, "int8 or int16")
+        _raise_dtype(call, "correction", f"`{leaf.name}`", correction, "int8 or int16")
 
 
-def _is(call: str, what: str, where: str, x: Any, dtype: DTypeLike) -> None:
+def _check_dtype(call: str, what: str, where: str, x: Any, dtype: DTypeLike) -> None:
     if getattr(x, "dtype", None) != jnp.dtype(dtype):
-        _raise(call, what, where, x, jnp.dtype(dtype).name)
+        _raise_dtype(call, what, where, x, jnp.dtype(dtype).name)
 
 
-def _raise(call: str, what: str, where: str, x: Any, expected: str) -> None:
+def _raise_dtype(call: str, what: str, where: str, x: Any, expected: str) -> None:
     found = getattr(x, "dtype", None) or repr(x)
     if isinstance(x, np.ndarray | jax.Array):
         found = x.dtype.name

@@ -12,9 +12,14 @@ from jaxtyping import PyTree
 from .._model.trained import is_trainable, with_state
 from .._model.trees import flatten, Leaf, match, path_name
 from .._model.variables import has_variables
-from . import checks
 from .call_checks import check_has_values
 from .state import OptimizerState
+from .state_checks import (
+    check_correction,
+    check_has_one_state,
+    check_has_state,
+    check_not_in_two_states,
+)
 
 
 class Found(NamedTuple):
@@ -53,8 +58,8 @@ def only(call: str, state: PyTree) -> tuple[OptimizerState, Callable[[Any], PyTr
     `TypeError` if there is none, and `ValueError` if there are several.
     """
     found = find(state)
-    checks.has_state(call, state, found.values)
-    checks.has_one_state(call, found.values)
+    check_has_state(call, state, found.values)
+    check_has_one_state(call, found.values)
     return found.values[0], lambda new: found.replace([new])
 
 
@@ -118,7 +123,7 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
     """
     leaves, rebuild = flatten(model)
     found = find(state)
-    checks.has_state(call, state, found.values)
+    check_has_state(call, state, found.values)
     check_has_values(call, model=model, state=state)
     # Flax has no `None` for what a filter leaves out: it is not there.
     of_leaves = partial(match, call, leaves=leaves, partial=has_variables(rebuild.tree))
@@ -139,12 +144,12 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
         for index, entries in enumerate(zip(own, *stored.values(), strict=True)):
             if all(entry is None for entry in entries):
                 continue
-            checks.is_in_no_other_state(call, leaves[index], owners[index])
+            check_not_in_two_states(call, leaves[index], owners[index])
             owners[index], corrections[index] = number, own[index]
             checksums[index] = sums[index]
     for leaf, correction in zip(leaves, corrections, strict=True):
         if is_trainable(leaf.value):
-            checks.correction_fits(call, leaf, correction)
+            check_correction(call, leaf, correction)
     return OpenedStates(
         leaves,
         rebuild,

@@ -1,4 +1,4 @@
-"""A model in another precision, but for the layers that need their own."""
+"""Casting a model, except for the layers that must stay in float32."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from .._common.number_checks import check_flag
+from .._model.float32_layer import Float32Layer
 from .._model.selection import children, Selection, Selectors
 from .._model.trees import is_array, Model
 from .._model.variables import is_statistic, with_values_of
-from .._model.widened import Widened
-from .._optimizer import checks
+from .._optimizer.leaf_checks import check_floating_dtype
 from .._optimizer.state import OptimizerState
 
 
@@ -23,41 +23,49 @@ def cast(
 ) -> Model:
     """Casts the floating-point arrays of a model.
 
-    Layers with running statistics stay float32, as a running average in bfloat16 stands
-    still: those in which there is nothing but indices into an `equinox.nn.State`, such
-    as `equinox.nn.BatchNorm`, and every `equinox.nn.StatefulLayer` with such an index
-    of its own, such as `equinox.nn.SpectralNorm`, which stays so with the layer in it.
-    So do the `BatchStat`s of Flax NNX, and what is in `keep`. An `equinox.nn.State` and
-    a [`flashquinox.OptimizerState`][] are left alone, as are numbers of 8 bits or
-    fewer, such as frozen float8 weights, which have scales elsewhere that would not fit
-    any more (to cast those, use `jax.tree.map`).
+    These stay float32:
+
+    - Layers with running statistics, because a running average in bfloat16 stops
+        moving. These are layers that hold nothing but indices into an
+        `equinox.nn.State`, such as `equinox.nn.BatchNorm`, and every
+        `equinox.nn.StatefulLayer` with such an index of its own, such as
+        `equinox.nn.SpectralNorm` together with the layer that it normalizes.
+    - The `BatchStat`s of Flax NNX.
+    - The parts that `keep` selects.
+
+    An `equinox.nn.State` and a [`flashquinox.OptimizerState`][] are left alone. So are
+    numbers of 8 bits or fewer, such as frozen float8 weights: their scales are stored
+    elsewhere and would no longer fit (to cast those, use `jax.tree.map`).
 
     **Arguments:**
 
     - `model`: any pytree, of arrays or of `jax.ShapeDtypeStruct`s, which keep their
         shardings.
     - `dtype`: a floating-point dtype, such as `jnp.bfloat16`.
-    - `keep`: what is not cast, and made float32 where it is narrower. A pattern for
-        dotted paths of leaves or subtrees (`"layers.0"`, `"*.norm.weight"`; `*` also
-        stands for dots), a type (`eqx.nn.LayerNorm`), an object in the model, a
-        function of an array (`lambda x: x.ndim < 2`), or a list of these.
-    - `wrap`: whether each layer that stays float32, if it can be called, becomes a
-        [`flashquinox.Widened`][]: it is given float32, and gives `dtype`. Otherwise its
-        results are float32 like its weights. A chosen leaf is no layer.
+    - `keep`: the parts to keep in float32; narrower arrays in them are widened. A
+        pattern for dotted paths of leaves or subtrees (`"layers.0"`,
+        `"*.norm.weight"`; `*` also stands for dots), a type (`eqx.nn.LayerNorm`), an
+        object in the model, a function of an array (`lambda x: x.ndim < 2`), or a list
+        of these.
+    - `wrap`: whether each callable layer that stays float32 is wrapped in a
+        [`flashquinox.Float32Layer`][], which takes float32 inputs and returns `dtype`.
+        Otherwise its results are float32, like its weights. Individual arrays are never
+        wrapped.
 
     **Returns:**
 
     A pytree like `model`. Integers, complex arrays, functions and all other leaves are
-    left alone. Casting to float32 or float64 casts all and takes out what `wrap` put
-    in, so that two casts give the structure of one.
+    left alone. Casting to float32 or float64 casts every floating-point array and
+    removes the wrappers, so that casting down and up again gives the original
+    structure.
 
     **Raises:**
 
-    `TypeError` if `dtype` is not floating-point, or for other things in `keep`;
+    `TypeError` if `dtype` is not floating-point, or `keep` has none of the forms above;
     `ValueError` for a pattern or an object that is nowhere in the model.
     """
     check_flag("cast", "wrap", wrap)
-    dtype = checks.floating_dtype("cast(model, dtype)", dtype)
+    dtype = check_floating_dtype("cast(model, dtype)", dtype)
     selection = Selection("cast", "keep", keep)
     narrow = jnp.finfo(dtype).bits < 32
 
@@ -65,10 +73,10 @@ def cast(
         chosen = selection.takes(path, node)
         if isinstance(node, eqx.nn.State | eqx.nn.StateIndex | OptimizerState):
             return node
-        if isinstance(node, Widened):
+        if isinstance(node, Float32Layer):
             layer_path = (*path, jtu.GetAttrKey("layer"))
             layer = cast_node(layer_path, node.layer, kept or narrow, True)
-            return Widened(layer, dtype) if narrow and not wrapped else layer
+            return Float32Layer(layer, dtype) if narrow and not wrapped else layer
         parts = children(node)
         kept = (
             kept or chosen or (narrow and (is_statistic(node) or _has_statistics(node)))
@@ -88,7 +96,7 @@ def cast(
                 for key, child in named
             ]
         )
-        return Widened(new, dtype) if wrap_here else new
+        return Float32Layer(new, dtype) if wrap_here else new
 
     new = cast_node((), model, False, False)
     selection.check_used(model)
@@ -111,18 +119,18 @@ def _is_layer(x: Any) -> bool:
 
 
 def _has_statistics(x: Any) -> bool:
-    """Whether this is a layer that has a part in an `equinox.nn.State` itself; not a
-    model made of such layers, or of any others.
+    """Whether this layer keeps running statistics itself, in an `equinox.nn.State`. A
+    model made of such layers does not.
 
-    A `StateIndex` is all that is below `BatchNorm`. `SpectralNorm` has the layer that
-    it normalizes beside it, and so looks like a model that counts its calls, but says
-    that it is a stateful layer.
+    A `BatchNorm` holds nothing but a `StateIndex`. A `SpectralNorm` also holds the
+    layer that it normalizes. It is told from a model that counts its calls by its type:
+    it is a `StatefulLayer`.
     """
     if is_statistic(x):
         return True
     if not isinstance(x, eqx.Module) or isinstance(x, eqx.nn.StateIndex):
         return False
-    # Beside them, activation functions, numbers and modules without arrays are nothing.
+    # Activation functions, numbers and modules without arrays do not count.
     parts = children(x) or ([], None)
     below = [child for _, child in parts[0] if children(child) is not None]
     own = [

@@ -1,4 +1,4 @@
-"""Whether the steps of an optimizer still arrive in the weights."""
+"""Whether steps are still large enough to change the weights that they are added to."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from jaxtyping import PyTree
 from .._common.number_checks import check_flag, check_number
 from .._common.text import aligned
 from .._model.trees import dotted_name, State
-from .._optimizer import checks
 from .._optimizer.argument_checks import check_takes_count, scheduled
 from .._optimizer.engine import ScalarOrSchedule
+from .._optimizer.leaf_checks import check_not_traced
 from .._optimizer.states import open_states
 from .._storage.split import master_digits
-from .width import widen
+from .width import widen_corrections
 
 
 class LeafNumerics(NamedTuple):
@@ -26,8 +26,8 @@ class LeafNumerics(NamedTuple):
     - `path`: its dotted path.
     - `dtype`: its own; `bits` are those of its master weight.
     - `largest`: the largest magnitude in it.
-    - `half_unit`: half the distance from there to the next number that the master
-        weight can be. What is less is rounded away.
+    - `half_unit`: half the distance from there to the next representable master weight.
+        Smaller steps are rounded away.
     - `step`: the size of a step.
     """
 
@@ -40,8 +40,7 @@ class LeafNumerics(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        """Whether a step leaves the largest weight as it is. Also if it is not
-        finite."""
+        """Whether a step does not change the largest weight, or that is not finite."""
         return not self.step >= self.half_unit
 
 
@@ -53,13 +52,13 @@ class NumericsReport:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """The paths of weights whose largest element no step changes: as `leaves` of
-        [`flashquinox.widen`][]."""
+        """The paths of weights whose largest element no step changes. They can be the
+        `leaves` of [`flashquinox.widen_corrections`][]."""
         return tuple(leaf.path for leaf in self.leaves if leaf.lost)
 
     @property
     def ok(self) -> bool:
-        """Whether there are none."""
+        """Whether no steps are lost."""
         return not self.lost
 
     def __str__(self) -> str:
@@ -80,8 +79,8 @@ class NumericsReport:
 
 
 class NumericsError(ValueError):
-    """Steps are lost in the rounding of weights, or weights are not finite. `report` is
-    the [`flashquinox.NumericsReport`][] that says of which."""
+    """Steps are lost in the rounding of weights, or weights are not finite. Its
+    `report`, a [`flashquinox.NumericsReport`][], lists these weights."""
 
     def __init__(self, message: str, report: NumericsReport):
         super().__init__(message)
@@ -113,31 +112,33 @@ def check_numerics(
     - `state`: its optimizer state, or the state of a wrapper, such as `optax.chain` or
         `optax.partition`, with one or more inside. Weights that none of these
         optimizers trains are not in the report.
-    - `learning_rate`: $\alpha$: a number, or an Optax schedule, which is asked for the
-        next step's, by the count of the state that has the weight.
+    - `learning_rate`: $\alpha$: a number, or an Optax schedule, of which the next step
+        counts. Each weight takes the count of the state that trains it.
     - `update_size`: the typical $|u|$. Adam's and Lion's are at most about 1, the
         default. For SGD, pass the typical magnitude of the momentum.
     - `raise_on_error`: whether to raise if there are weights that no step changes.
 
     **Returns:**
 
-    A [`flashquinox.NumericsReport`][]. With `dither_weights=True`, which rounds steps
-    away in just the right share of cases, what it calls lost is not.
+    A [`flashquinox.NumericsReport`][]. It does not know of `dither_weights=True`, with
+    which no step is lost: a step below half a unit then changes the weight by one unit
+    in the corresponding share of steps.
 
     **Raises:**
 
-    [`flashquinox.NumericsError`][] if asked to. `ValueError` if the state is not one of
-    this model, or if the learning rate is not positive; `TypeError` if it is no number,
-    or in a program that is traced.
+    [`flashquinox.NumericsError`][] with `raise_on_error`. `ValueError` if the state is
+    not one of this model, or if the learning rate is not positive; `TypeError` if it is
+    no number, or inside `jit`.
     """
     call = "check_numerics"
     check_flag(call, "raise_on_error", raise_on_error)
     report = _report(call, model, state, learning_rate, update_size)
     if raise_on_error:
-        _raise_if_lost(
+        _check_not_lost(
             call,
             report,
-            "Pass `report.lost` to `flashquinox.widen`, for corrections of 16 bits.",
+            "Pass `report.lost` to `flashquinox.widen_corrections`, for corrections of "
+            "16 bits.",
         )
     return report
 
@@ -149,12 +150,12 @@ def ensure_precision(
     *,
     update_size: float = 1.0,
 ) -> State:
-    """[`flashquinox.widen`][]s just the weights that [`flashquinox.check_numerics`][]
-    says are no longer changed by a step: between epochs, say, or where the learning
-    rate falls.
+    """Widens the corrections of just those weights that steps no longer change, as
+    [`flashquinox.check_numerics`][] finds them. Call it between epochs, say, or when
+    the learning rate has fallen.
 
-    Arguments are those of `check_numerics`, also outside of `jit`: the new state has
-    other dtypes, so that a step compiles again.
+    Arguments are those of `check_numerics`. Call it outside of `jit` too: the new state
+    has other dtypes, so that a step compiles again.
 
     **Returns:**
 
@@ -162,10 +163,10 @@ def ensure_precision(
 
     **Raises:**
 
-    [`flashquinox.NumericsError`][] if steps are lost in weights that cannot be widened:
-    they have 32 bits already, or none to widen, as with `master_weight_bits=None`; or
-    if there are weights that are not finite. The state is then not changed. Otherwise
-    as `check_numerics`.
+    [`flashquinox.NumericsError`][] if steps are lost in weights whose corrections
+    cannot be widened: the master weights have 32 bits already, or there are no
+    corrections, as with `master_weight_bits=None`. Likewise if weights are not finite.
+    The state is then not changed. Other errors are those of `check_numerics`.
     """
     call = "ensure_precision"
     report = _report(call, model, state, learning_rate, update_size)
@@ -175,8 +176,8 @@ def ensure_precision(
     widened = state
     if any(path in can_widen for path in report.lost):
         paths = tuple(path for path in report.lost if path in can_widen)
-        widened = widen(model, state, paths)
-    _raise_if_lost(
+        widened = widen_corrections(model, state, paths)
+    _check_not_lost(
         call,
         _report(call, model, widened, learning_rate, update_size),
         "No correction is wide enough. Cast these weights to float32 or float64, or "
@@ -185,7 +186,7 @@ def ensure_precision(
     return widened
 
 
-def _raise_if_lost(call: str, report: NumericsReport, remedy: str) -> None:
+def _check_not_lost(call: str, report: NumericsReport, remedy: str) -> None:
     if report.ok:
         return
     broken = [leaf for leaf in report.leaves if not math.isfinite(leaf.largest)]
@@ -221,10 +222,10 @@ def _report(
         opened.leaves, opened.owners, opened.corrections, opened.trained, strict=True
     ):
         if is_trained and leaf.value.size > 0:
-            checks.is_concrete(call, leaf)
+            check_not_traced(call, leaf)
             step = max(steps) if owner is None else steps[owner]
             trained.append((leaf, correction, step))
-    # All at once: one transfer from the device.
+    # One transfer from the device for all leaves.
     maxima = jax.device_get(
         [jnp.max(jnp.abs(jnp.asarray(leaf.value))) for leaf, _, _ in trained]
     )
@@ -261,7 +262,7 @@ def _of_leaf(
     digits = master_digits(dtype, correction_dtype)
     half_unit = math.nan
     if math.isfinite(largest := float(largest)):
-        # Below the smallest normal number, units are those of it.
+        # Subnormal numbers are spaced like the smallest normal ones.
         least = jnp.finfo(dtype).minexp
         exponent = max(math.frexp(largest)[1] - 1, least) if largest > 0 else least
         half_unit = math.ldexp(1.0, int(exponent) - digits)

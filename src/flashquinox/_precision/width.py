@@ -1,4 +1,4 @@
-"""Corrections of more or fewer bits, for some weights of a model."""
+"""Changing how many bits the corrections of chosen weights have."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from jaxtyping import PyTree
 from .._model.selection import chosen_leaves, Selection, Selectors
 from .._model.trained import is_trainable
 from .._model.trees import dotted_name, State
-from .._optimizer import checks
+from .._optimizer.state_checks import check_has_correction
 from .._optimizer.states import open_states
 from .._storage.split import change_width, CORRECTION_DTYPES
 
 
-def widen(model: PyTree, state: State, leaves: Selectors = None) -> State:
-    r"""Moves weights from an `int8` to an `int16` correction, where 24 bits are too few
-    for training to go on: see [`flashquinox.check_numerics`][].
+def widen_corrections(model: PyTree, state: State, leaves: Selectors = None) -> State:
+    r"""Widens the corrections of weights from `int8` to `int16`, where master weights
+    of 24 bits are too coarse for the steps: see [`flashquinox.check_numerics`][].
 
-    Every master weight keeps its value. The state then works with the same optimizer:
-    one with `master_weight_bits=24` takes corrections of either width.
+    Every master weight keeps its value. The same optimizer takes the new state: with
+    `master_weight_bits=24`, corrections may have either width.
 
     $$\ell_{16} = 2^8 \, \ell_8 \text{ (bfloat16)}, \qquad
     \ell_{16} = 2^5 \, \ell_8 \text{ (float16)}$$
@@ -29,9 +29,9 @@ def widen(model: PyTree, state: State, leaves: Selectors = None) -> State:
     - `state`: its optimizer state, or the state of a wrapper, such as `optax.chain` or
         `optax.partition`, with one or more inside.
     - `leaves`: which weights, as `keep` in [`flashquinox.cast`][]: patterns for dotted
-        paths, types, modules or functions of an array. By default, all that the state
-        has something of. Those that have an `int16` already, or are float32 or float64,
-        stay as they are.
+        paths, types, modules or functions of an array. By default, all weights that
+        the state trains. Those with an `int16` correction, and those in float32 or
+        float64, stay as they are.
 
     **Returns:**
 
@@ -48,20 +48,22 @@ def widen(model: PyTree, state: State, leaves: Selectors = None) -> State:
         FlashOptim, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), Section 3.1,
         has corrections of both widths, of which one is chosen for a whole model.
     """
-    return _change("widen", 32, model, state, leaves)
+    return _change("widen_corrections", 32, model, state, leaves)
 
 
-def narrow(model: PyTree, state: State, leaves: Selectors = None) -> State:
-    """The inverse of [`flashquinox.widen`][]: from an `int16` to an `int8` correction.
+def narrow_corrections(model: PyTree, state: State, leaves: Selectors = None) -> State:
+    """Narrows corrections from `int16` to `int8`: the inverse of
+    [`flashquinox.widen_corrections`][].
 
-    Master weights are rounded to 24 bits, by at most half a unit in the last of them;
-    or by one where they are nearly half way to the next narrow weight, as the weights
-    of the model stay what they are.
+    Master weights are rounded to 24 bits. The error is at most half a unit in the last
+    place, or one unit where a master weight is nearly half way to the next narrow
+    weight: the weights of the model do not change.
 
-    Arguments, results and errors are those of [`flashquinox.widen`][]. An optimizer
-    with `master_weight_bits=32` does not take the new state: make one with 24.
+    Arguments, results and errors are those of [`flashquinox.widen_corrections`][]. An
+    optimizer with `master_weight_bits=32` does not take the new state: make one with
+    24.
     """
-    return _change("narrow", 24, model, state, leaves)
+    return _change("narrow_corrections", 24, model, state, leaves)
 
 
 def _change(
@@ -70,7 +72,7 @@ def _change(
     opened = open_states(call, model, state)
     selection = Selection(call, "leaves", "*" if chosen is None else chosen)
     names = {dotted_name(path) for path in chosen_leaves(model, selection)}
-    # What another optimizer trains, or none, is only meant where it is named.
+    # By default, weights that another optimizer trains, or none, are left out.
     owned = any(owner is not None for owner in opened.owners)
     new: list[Any] = []
     for leaf, owner, correction in zip(
@@ -80,7 +82,7 @@ def _change(
         meant = named and not (chosen is None and owned and owner is None)
         taken = meant and is_trainable(leaf.value)
         if taken and jnp.finfo(leaf.value.dtype).bits < 32:
-            checks.has_correction(call, leaf, correction)
+            check_has_correction(call, leaf, correction)
             weight = jnp.asarray(leaf.value)
             correction = change_width(weight, correction, CORRECTION_DTYPES[bits])
         new.append(correction)

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, PyTree, ScalarLike
 
 from .._common.text import shown
 from .._model.trees import flatten, is_within, Leaf
-from .._optimizer import checks
 from .._optimizer.engine import LeafState, Learned, OpenedStep, Transformation
 from .._optimizer.optimizer import Optimizer, transformation_of
 from .._optimizer.state import OptimizerState
+from .._optimizer.state_checks import check_has_one_state, check_not_in_two_states
 from .._optimizer.states import find
 from .._tile.clipping import Clipping
 
@@ -185,7 +185,7 @@ def open_groups(call: str, optim: Any, model: PyTree, state: PyTree) -> GroupedS
             if opened.trained[place]:
                 number = numbers[leaf.unwrapped]
                 owner, _ = places.get(number, (None, None))
-                checks.is_in_no_other_state(call, leaf, owner)
+                check_not_in_two_states(call, leaf, owner)
                 places[number] = group, place
         groups.append(opened)
     took = [[] for _ in groups]
@@ -222,7 +222,7 @@ def _of_partition(
     for label in labels:
         name = f"optim[{label!r}]"
         transformations.append(_transformation(call, name, optim[label]))
-        checks.has_one_state(call, ours[label].values)
+        check_has_one_state(call, ours[label].values)
         states.append(ours[label].values[0])
 
     def replace(new: list[Any]) -> PyTree:

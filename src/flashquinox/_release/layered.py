@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Key, PyTree
 from .._common.number_checks import check_function
 from .._model.blocks import count_layers, part_of
 from .._model.trees import flatten, Leaf
-from .._optimizer import checks
+from .checks import (
+    check_block_keeps_shapes,
+    check_layered_loss,
+    check_loss,
+    check_random_key,
+)
 
 
 class LayeredLoss(eqx.Module):
@@ -121,7 +126,7 @@ class _Keys(NamedTuple):
     def split(call: str, key: Key[Array, ""] | None, layers: int) -> "_Keys":
         if key is None:
             return _Keys(None, None, None)
-        checks.is_random_key(call, key)
+        check_random_key(call, key)
         keys = jax.random.split(key, layers + 2)
         return _Keys(keys[0], keys[1:-1], keys[-1])
 
@@ -161,7 +166,7 @@ class OpenedLayers(NamedTuple):
             return self.loss.block(self.rebuild_blocks(leaves), x, self.batch, key)
 
         new = block(dict(values), key, x)
-        checks.block_keeps_shapes(self.call, x, new)
+        check_block_keeps_shapes(self.call, x, new)
         return new
 
     def epilogue(
@@ -171,7 +176,7 @@ class OpenedLayers(NamedTuple):
         loss = self.loss.epilogue(
             self._outer(values), x, self.batch, self.keys.of_epilogue
         )
-        checks.is_loss(self.call, loss)
+        check_loss(self.call, loss)
         return loss
 
     def _outer(self, values: Mapping[int, Array]) -> PyTree:
@@ -187,7 +192,7 @@ class OpenedLayers(NamedTuple):
 def open_layers(
     call: str, loss: Any, model: PyTree, batch: PyTree, key: Any
 ) -> OpenedLayers:
-    checks.is_layered_loss(call, loss, LayeredLoss)
+    check_layered_loss(call, loss, LayeredLoss)
     leaves, rebuild = flatten(model)
     name = type(loss).__name__
     inside, rebuild_blocks = part_of(name, "blocks", loss.blocks, model)

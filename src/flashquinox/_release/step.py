@@ -17,13 +17,13 @@ from .. import _compat as compat
 from .._common import meshes
 from .._common.dtypes import compute_dtype
 from .._model.trees import Model, State
-from .._optimizer import checks
 from .._optimizer.argument_checks import check_max_norm
 from .._optimizer.engine import LeafState, Learned
 from .._optimizer.optimizer import Optimizer
 from .._sharding import state_specs
 from .._storage.codec import QuantMoment, StoredMoment
 from .._tile.clipping import Clipping, scaled
+from .checks import check_layered_loss, check_layers_are_whole
 from .groups import check_optimizers, open_groups
 from .layered import LayeredLoss, open_layers
 
@@ -102,7 +102,7 @@ def release_step(
     call = "release_step"
     check_max_norm(call, max_norm)
     check_optimizers(call, optim)
-    checks.is_layered_loss(call, loss, LayeredLoss)
+    check_layered_loss(call, loss, LayeredLoss)
     step = open_groups(call, optim, model, state)
     layered = open_layers(call, loss, model, batch, key)
     trained = {}
@@ -110,7 +110,7 @@ def release_step(
         leaf = step.leaves[index]
         step.check(index)
         if index in layered.stacked:
-            checks.layers_are_whole(call, leaf, step.sharding(index))
+            check_layers_are_whole(call, leaf, step.sharding(index))
         if leaf.value.size > 0:
             trained[index] = jnp.asarray(leaf.value)
     step = step.verified()

@@ -1,4 +1,4 @@
-"""A layer that keeps its precision within a model of another."""
+"""A layer that computes in float32 within a bfloat16 or float16 model."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 
-class Widened(eqx.nn.StatefulLayer):
-    """A layer in float32 within a model that computes in fewer bits: made by
+class Float32Layer(eqx.nn.StatefulLayer):
+    """A float32 layer within a bfloat16 or float16 model, made by
     [`flashquinox.cast`][].
 
-    Calls the layer with float32 in place of bfloat16 and float16 arrays, and gives its
-    float32 results in `dtype`. An `equinox.nn.State` goes through unchanged: running
-    statistics stay float32. Attributes are those of the layer.
+    It casts bfloat16 and float16 inputs to float32, calls the layer, and casts its
+    float32 results to `dtype`. An `equinox.nn.State` is passed on unchanged, so that
+    running statistics stay float32. Attributes are those of the layer.
     """
 
     layer: Any
@@ -31,12 +31,12 @@ class Widened(eqx.nn.StatefulLayer):
         return _map_floats(narrow, self.layer(*args, **kwargs))
 
     def is_stateful(self) -> bool:
-        # To be called by `equinox.nn.Sequential` as the layer would be.
+        # So that `equinox.nn.Sequential` calls it as it would call the layer.
         layer = self.layer
         return isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful()
 
     def __getattr__(self, name: str) -> Any:
-        # Not of fields: while one is made, it has none.
+        # While this object is made, it has no `layer` yet.
         if name == "layer" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.layer, name)

@@ -33,7 +33,7 @@ from .._model.trees import Leaf
 from .record import Shardings
 
 
-class Found(NamedTuple):
+class Resolved(NamedTuple):
     """How leaves are divided: `None` for those on one device, and for those of which it
     is not known; the latter are `unknown` too."""
 
@@ -41,19 +41,19 @@ class Found(NamedTuple):
     unknown: list[Leaf]
 
 
-def find_all(
+def resolve_all(
     call: str,
     leaves: Sequence[Leaf | None],
     given: Sequence[NamedSharding | None],
     recorded: Shardings,
-) -> Found:
+) -> Resolved:
     """For each of the leaves, how it is divided. If some are on a mesh, those on one
     device will be on each of its devices."""
     written = dict(recorded)
     found = [
         None
         if leaf is None
-        else _find(call, leaf, sharding, written.get(leaf.unwrapped))
+        else _resolve(call, leaf, sharding, written.get(leaf.unwrapped))
         for leaf, sharding in zip(leaves, given, strict=True)
     ]
     others = everywhere([x for x in found if isinstance(x, NamedSharding)])
@@ -68,7 +68,7 @@ def find_all(
         return NamedSharding(others.mesh, restrict(others.spec, (), leaf.value.ndim))
 
     pairs = list(zip(leaves, found, strict=True))
-    return Found(
+    return Resolved(
         [settle(leaf, sharding) for leaf, sharding in pairs],
         [leaf for leaf, x in pairs if leaf is not None and isinstance(x, _Unknown)],
     )
@@ -78,7 +78,7 @@ class _Unknown:
     """In place of the sharding of a weight of which only XLA knows it."""
 
 
-def _find(
+def _resolve(
     call: str, leaf: Leaf, given: NamedSharding | None, written: NamedSharding | None
 ) -> NamedSharding | _Unknown | None:
     """How a weight is divided. `None` if it is on one device, or all axes of the mesh
@@ -92,7 +92,7 @@ def _find(
     value = leaf.value
     mesh = jax.typeof(value).sharding.mesh
     if given is not None:
-        _goes_with(call, leaf, given, mesh)
+        _check_fits_mesh(call, leaf, given, mesh)
         # Which may know its devices; but not what is done by hand at this point.
         mesh = mesh if axes_of_type(mesh, AxisType.Manual) else given.mesh
     elif not isinstance(value, jax.core.Tracer):
@@ -136,11 +136,11 @@ def _find(
                 "`jax.device_put`, or leave `shardings` out."
             )
     sharding = NamedSharding(mesh, spec)
-    parts_are_equal(call, leaf, sharding)
+    check_equal_parts(call, leaf, sharding)
     return sharding
 
 
-def parts_are_equal(call: str, leaf: Leaf, sharding: NamedSharding) -> None:
+def check_equal_parts(call: str, leaf: Leaf, sharding: NamedSharding) -> None:
     shape = leaf.value.shape
     for length, shards in zip(shape, divisions(sharding), strict=True):
         if length % shards != 0:
@@ -155,14 +155,14 @@ def as_explicit(
     call: str, leaf: Leaf, sharding: NamedSharding, mesh: AbstractMesh
 ) -> NamedSharding:
     """The same as a matter of types: on this mesh, all axes of which are explicit."""
-    _goes_with(call, leaf, sharding, mesh)
+    _check_fits_mesh(call, leaf, sharding, mesh)
     spec = restrict(sharding.spec, mesh.axis_names, leaf.value.ndim)
     explicit = NamedSharding(mesh, spec)
-    parts_are_equal(call, leaf, explicit)
+    check_equal_parts(call, leaf, explicit)
     return explicit
 
 
-def _goes_with(
+def _check_fits_mesh(
     call: str, leaf: Leaf, given: NamedSharding, mesh: Mesh | AbstractMesh
 ) -> None:
     if len(given.spec) > leaf.value.ndim:
