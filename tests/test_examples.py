@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flashquinox.checkpoint import Checkpoints
 
 import flashquinox as fq
+from flashquinox.checkpoint import Checkpoints
 
 from .helpers import slow
 

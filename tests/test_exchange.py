@@ -16,11 +16,11 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from flashquinox.checkpoint import Checkpoints
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
 from flashquinox import exchange
+from flashquinox.checkpoint import Checkpoints
 
 from .helpers import (
     assert_code_of,

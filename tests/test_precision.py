@@ -217,7 +217,11 @@ def test_wrapped_layers_in_a_sequence():
     model, state = eqx.nn.make_with_state(make)()
     start = jtu.tree_map(jnp.copy, state)
     narrow = fq.cast(model, jnp.bfloat16, keep=eqx.nn.LayerNorm)
-    assert [isinstance(x, fq.Float32Layer) for x in narrow.layers] == [True, True, False]
+    assert [isinstance(x, fq.Float32Layer) for x in narrow.layers] == [
+        True,
+        True,
+        False,
+    ]
     x = jax.random.normal(jax.random.key(1), (8, 4), jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         y, new_state = jax.vmap(
@@ -391,7 +395,9 @@ def test_widening_is_exact(dtype):
     masters = fq.master_weights(model, state)
     assert tree_identical(fq.master_weights(model, wide), masters)
     assert tree_identical(fq.narrow_corrections(model, wide), state)
-    assert tree_identical(fq.widen_corrections(model, wide), fq.widen_corrections(model, state))
+    assert tree_identical(
+        fq.widen_corrections(model, wide), fq.widen_corrections(model, state)
+    )
 
 
 @_narrow_dtypes
@@ -609,9 +615,16 @@ def test_errors():
             "master_weight_bits=24",
         )
     state = fq.adamw(1e-3).init(model)
-    assert_raises(ValueError, lambda: fq.widen_corrections(model, state, "b"), "'b'", "bias")
-    assert_raises(TypeError, lambda: fq.widen_corrections(state, model), "`widen_corrections`")
-    wide, narrow = fq.adamw(1e-3, master_weight_bits=32), fq.narrow_corrections(model, state)
+    assert_raises(
+        ValueError, lambda: fq.widen_corrections(model, state, "b"), "'b'", "bias"
+    )
+    assert_raises(
+        TypeError, lambda: fq.widen_corrections(state, model), "`widen_corrections`"
+    )
+    wide, narrow = (
+        fq.adamw(1e-3, master_weight_bits=32),
+        fq.narrow_corrections(model, state),
+    )
     assert_raises(
         ValueError,
         lambda: wide.step(model, narrow, model),
@@ -654,7 +667,9 @@ def test_errors_of_numerics():
     with pytest.raises(fq.NumericsError) as info:
         check(1e-7, raise_on_error=True)
     assert info.value.report.lost == ("layer",)
-    assert "1 of 1" in str(info.value) and "flashquinox.widen_corrections" in str(info.value)
+    assert "1 of 1" in str(info.value) and "flashquinox.widen_corrections" in str(
+        info.value
+    )
     assert check(1e-7, raise_on_error=False).lost == ("layer",)
     # Not even 32 bits.
     with pytest.raises(fq.NumericsError, match="float64") as info:

@@ -185,7 +185,9 @@ def test_groups_of_which_one_is_not_ours():
     assert bits == {"matrix": 24}
     wide = fq.widen_corrections(model, state)
     assert set(_corrections(wide)) == {"matrix"}
-    with pytest.raises(ValueError, match=r"`widen_corrections`.*no correction.*\['bias'\]"):
+    with pytest.raises(
+        ValueError, match=r"`widen_corrections`.*no correction.*\['bias'\]"
+    ):
         fq.widen_corrections(model, state, "bias")
 
 

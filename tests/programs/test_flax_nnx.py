@@ -1,6 +1,5 @@
 """Programs in the style of Flax NNX, with these optimizers in place of Optax's."""
 
-import flashquinox.checkpoint as fq_checkpoint
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -11,6 +10,7 @@ import pytest
 from flax import nnx
 
 import flashquinox as fq
+import flashquinox.checkpoint as fq_checkpoint
 
 from ..helpers import tree_identical
 

@@ -7,9 +7,9 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from flashquinox.checkpoint import Checkpoints
 
 import flashquinox as fq
+from flashquinox.checkpoint import Checkpoints
 
 from ..helpers import assert_raises, tree_identical, weights
 

@@ -19,10 +19,10 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 import flashquinox as fq
 from flashquinox import exchange
+from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 
 pytestmark = pytest.mark.usefixtures("without_typechecker")

@@ -8,11 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from flashquinox.checkpoint import Checkpoints
 from jax.sharding import Mesh
 
 import flashquinox as fq
 from flashquinox import exchange
+from flashquinox.checkpoint import Checkpoints
 
 
 class Net(eqx.Module):
