@@ -230,7 +230,7 @@ class HeavyBall(fq.AbstractRule):
 
     @property
     def moments(self):
-        return {"trace": "signed"}
+        return {"trace": fq.Moment("signed")}
 
     def scalars(self, count, learning_rate):
         return {"momentum": self.momentum, "step": -learning_rate}

@@ -1063,7 +1063,7 @@ def test_errors_of_optax():
     class Third(fq.AbstractRule):
         @property
         def moments(self):
-            return {"mu": "signed", "third": "signed"}
+            return {"mu": fq.Moment("signed"), "third": fq.Moment("signed")}
 
         def scalars(self, count, learning_rate):
             return {}

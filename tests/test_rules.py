@@ -93,7 +93,7 @@ class Calls(fq.AbstractRule):
 
     @property
     def moments(self):
-        return {"trace": "signed"}
+        return {"trace": fq.Moment("signed")}
 
     def scalars(self, count, learning_rate):
         return {"step": -learning_rate, "s": 0.75}
@@ -211,7 +211,7 @@ class Elementwise(fq.AbstractRule):
 
     @property
     def moments(self):
-        return {"mu": "signed"}
+        return {"mu": fq.Moment("signed")}
 
     def scalars(self, count, learning_rate):
         return {"step": -learning_rate, "b": self.b}
@@ -351,18 +351,13 @@ class Broken(fq.AbstractRule):
     """Of parts that need not fit together."""
 
     result: Callable = eqx.field(static=True)
-    names: Any = eqx.field(static=True, default=None)
+    of_moments: Any = eqx.field(static=True, default=(("mu", fq.Moment()),))
     of_step: Any = eqx.field(static=True, default=None)
-    in_and_out: Any = eqx.field(static=True, default=())
     b: ScalarLike = 0.9
 
     @property
     def moments(self):
-        return {"mu": "signed"} if self.names is None else dict([self.names])
-
-    @property
-    def factors(self):
-        return dict(self.in_and_out)
+        return dict(self.of_moments)
 
     def scalars(self, count, learning_rate):
         if self.of_step is None:
@@ -375,17 +370,16 @@ class Broken(fq.AbstractRule):
 
 _fine = lambda self, g, m, s: (s["step"] * g, m)
 _BROKEN = {
-    "kind": (Broken(_fine, ("mu", "positive")), "`Broken.moments` must"),
-    "vector": (Broken(_fine, None, lambda a: {"step": jnp.ones(3)}), "'step' is"),
-    "number": (Broken(_fine, None, lambda a: -a), "must return a dictionary"),
-    "factor": (
-        Broken(_fine, in_and_out=(("nu", (None, None)),)),
-        "none of its `moments`",
-    ),
-    "factors": (Broken(_fine, in_and_out=(("mu", "step"),)), "two names"),
+    "kind": (Broken(_fine, (("mu", "signed"),)), "`Broken.moments` must"),
+    "vector": (Broken(_fine, of_step=lambda a: {"step": jnp.ones(3)}), "'step' is"),
+    "number": (Broken(_fine, of_step=lambda a: -a), "must return a dictionary"),
     "name of a factor": (
-        Broken(_fine, in_and_out=(("mu", ("b1", None)),)),
-        "'b1', which is none of",
+        Broken(_fine, (("mu", fq.Moment(before="b1")),)),
+        "`before` of 'mu' is 'b1', which is none of what `scalars` returns: 'step'",
+    ),
+    "name of the other factor": (
+        Broken(_fine, (("mu", fq.Moment("nonnegative", "step", "b2")),)),
+        "`after` of 'mu' is 'b2', which is none of",
     ),
     "missing scalar": (
         Broken(lambda self, g, m, s: (s["eps"] * g, m)),
@@ -431,7 +425,7 @@ def test_a_rules_own_errors_say_where_they_came_from(result, kind, note):
 
 
 def test_static_fields_have_a_hash():
-    rule = Broken(_fine, in_and_out=[])
+    rule = Broken(_fine, [("mu", fq.Moment())])
     with pytest.raises(
         TypeError, match=r"`optimizer\(rule=...\)`: Broken's static fields"
     ):

@@ -187,7 +187,10 @@ def test_a_rule_of_the_user():
 
         @property
         def moments(self):
-            return {"second": "nonnegative", "first": "signed"}
+            return {
+                "second": fq.Moment("nonnegative"),
+                "first": fq.Moment("signed"),
+            }
 
         def scalars(self, count, learning_rate):
             return {"step": -learning_rate, "half": 0.5}

@@ -12,7 +12,11 @@ from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
 from ._optimizer.state import OptimizerState as OptimizerState
 from ._rules.adam import Adam as Adam
 from ._rules.lion import Lion as Lion
-from ._rules.rule import AbstractRule as AbstractRule
+from ._rules.rule import (
+    AbstractRule as AbstractRule,
+    hyperparameter as hyperparameter,
+    Moment as Moment,
+)
 from ._rules.sgd import SGD as SGD
 from ._sharding.fsdp import fsdp_shardings as fsdp_shardings
 from ._storage.codec import (

@@ -27,7 +27,7 @@ from .._common.number_checks import (
 from .._common.text import function_name, shown
 from .._model.trees import path_name
 from .._rules.checks import check_rule
-from .._rules.rule import AbstractRule
+from .._rules.rule import AbstractRule, ranges_of
 from .._storage.codec_checks import check_codec
 from .._storage.defaults import _known_integer, StaticBits, Unknown
 from .._storage.moment_codecs import MomentCodecs
@@ -53,13 +53,7 @@ def check_hyperparameters(
     for field in dataclasses.fields(rule):
         if field.type in (bool, "bool"):
             check_flag(call, field.name, getattr(rule, field.name))
-    for name, (low, high) in rule.bounds.items():
-        if not hasattr(rule, name):
-            kind = type(rule).__name__
-            raise ValueError(
-                f"`{call}`: `{kind}.bounds` names {name!r}, which `{kind}` does not "
-                "have. Its names are those of fields."
-            )
+    for name, (low, high) in ranges_of(rule).items():
         check_in_range(call, name, getattr(rule, name), low, high)
         if high <= 1:
             _check_exact(call, name, getattr(rule, name))

@@ -95,7 +95,7 @@ def _smooth(step: LeafStep) -> TileState:
     the last bit: of the same values but for roundings, and of the right derivatives
     also where a learning rate is 0."""
     structure, scalars, grad, old = step.structure, step.scalars, step.grad, step.old
-    factors, kinds = structure.factors(scalars), structure.rule.moments
+    factors, kept = structure.factors(scalars), structure.rule.moments
     take = scalars.take
     if take is not None:
         # Or the derivative of a step that is not taken is 0 times infinity.
@@ -103,7 +103,7 @@ def _smooth(step: LeafStep) -> TileState:
     moments = {}
     for name, moment in old.codes.items():
         before = factors[name][0]
-        if kinds[name] == "nonnegative":
+        if kept[name].kind == "nonnegative":
             # Too small to count, but a root has no derivative at 0.
             moment = moment + 1024 * jnp.finfo(moment.dtype).tiny
         moments[name] = moment if before is None else moment * before

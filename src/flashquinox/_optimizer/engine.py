@@ -162,8 +162,8 @@ class Transformation(eqx.Module):
         shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
         layout = self._new_layout(shape, group_size, sharding)
         moments = {
-            name: self.codecs.of(kind, shape).init(layout, compute_dtype(dtype))
-            for name, kind in self.rule.moments.items()
+            name: self.codecs.of(moment, shape).init(layout, compute_dtype(dtype))
+            for name, moment in self.rule.moments.items()
         }
         if correction_dtype is None or dtype not in NARROW_DTYPES:
             return moments, None

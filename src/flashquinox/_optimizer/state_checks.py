@@ -93,9 +93,9 @@ def check_moments(
     codecs: MomentCodecs,
     size: int | Unknown,
 ) -> None:
-    for name, kind in rule.moments.items():
+    for name, of_rule in rule.moments.items():
         moment = stored[name]
-        _check_moment(call, leaf, name, moment, codecs.of(kind, leaf.value.shape))
+        _check_moment(call, leaf, name, moment, codecs.of(of_rule, leaf.value.shape))
         if size is Unknown.TRACED or not isinstance(moment, QuantMoment):
             continue
         if moment.group_size != size:

@@ -2,7 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .rule import AbstractRule, MomentKind
+from .rule import AbstractRule, hyperparameter, Moment
 
 
 class Adam(AbstractRule):
@@ -24,22 +24,17 @@ class Adam(AbstractRule):
         Dozat, *Incorporating Nesterov Momentum into Adam*, ICLR 2016 Workshop.
     """
 
-    b1: ScalarLike = 0.9
-    b2: ScalarLike = 0.999
-    eps: ScalarLike = 1e-8
+    b1: ScalarLike = hyperparameter(0.9, high=1.0)
+    b2: ScalarLike = hyperparameter(0.999, high=1.0)
+    eps: ScalarLike = hyperparameter(1e-8)
     nesterov: bool = eqx.field(static=True, default=False)
 
     @property
-    def moments(self) -> dict[str, MomentKind]:
-        return {"mu": "signed", "nu": "nonnegative"}
-
-    @property
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        return {"b1": (0.0, 1.0), "b2": (0.0, 1.0), "eps": (0.0, float("inf"))}
-
-    @property
-    def factors(self) -> dict[str, tuple[str | None, str | None]]:
-        return {"mu": ("decay", "one_minus_b1")}
+    def moments(self) -> dict[str, Moment]:
+        return {
+            "mu": Moment("signed", before="decay", after="one_minus_b1"),
+            "nu": Moment("nonnegative"),
+        }
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         # With r = sqrt(1 - b2^t): m/(sqrt(v)/r + eps) = m r / (sqrt(v) + eps r).

@@ -1,7 +1,7 @@
 """Whether a rule is one: found when an optimizer is built, not in a kernel."""
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from .._common.elementwise_checks import check_array, check_elementwise, told
 from .._common.text import shown
-from .rule import AbstractRule, MomentKind, raw_scalars, rule_structure
+from .rule import AbstractRule, Moment, raw_scalars, rule_structure
 
 
 _REMEDY = (
@@ -24,12 +24,12 @@ def check_rule(call: str, rule: AbstractRule) -> None:
     elementwise."""
     call, kind = f"{call}(rule=...)", type(rule).__name__
     moments = rule.moments
-    kinds = get_args(MomentKind)
     named = isinstance(moments, dict) and all(isinstance(x, str) for x in moments)
-    if not named or not all(x in kinds for x in moments.values()):
+    if not named or not all(isinstance(x, Moment) for x in moments.values()):
         raise TypeError(
-            f"`{call}`: `{kind}.moments` must be a dictionary from names to 'signed' "
-            f"or 'nonnegative'; got {shown(moments)}."
+            f"`{call}`: `{kind}.moments` must be a dictionary from names to "
+            "`flashquinox.Moment`s, such as `flashquinox.Moment('signed')` or "
+            f"`flashquinox.Moment('nonnegative')`; got {shown(moments)}."
         )
     structure = rule_structure(rule)
     try:
@@ -78,22 +78,14 @@ def _scalar_names(call: str, rule: AbstractRule) -> list[str]:
 
 def _check_factors(call: str, rule: AbstractRule, scalars: list[str]) -> None:
     kind = type(rule).__name__
-    for moment, names in rule.factors.items():
-        if moment not in rule.moments:
-            raise ValueError(
-                f"`{call}`: `{kind}.factors` is for {moment!r}, which is none of its "
-                f"`moments`: {_names(rule.moments)}."
-            )
-        if not isinstance(names, tuple) or len(names) != 2:
-            raise TypeError(
-                f"`{call}`: `{kind}.factors` must give two names of scalars, or None, "
-                f"for {moment!r}: before `update` and after; got {shown(names)}."
-            )
-        for name in names:
-            if name is not None and name not in scalars:
+    for name, moment in rule.moments.items():
+        for argument in ("before", "after"):
+            factor = getattr(moment, argument)
+            if factor is not None and factor not in scalars:
                 raise ValueError(
-                    f"`{call}`: `{kind}.factors` of {moment!r} names {name!r}, which "
-                    f"is none of what `scalars` returns: {_names(scalars)}."
+                    f"`{call}`: in `{kind}.moments`, `{argument}` of {name!r} is "
+                    f"{shown(factor)}, which is none of what `scalars` returns: "
+                    f"{_names(scalars)}."
                 )
 
 

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
-from .rule import AbstractRule, MomentKind
+from .rule import AbstractRule, hyperparameter, Moment
 
 
 class Lion(AbstractRule):
@@ -20,20 +20,12 @@ class Lion(AbstractRule):
         [arXiv:2302.06675](https://arxiv.org/abs/2302.06675), Program 1.
     """
 
-    b1: ScalarLike = 0.9
-    b2: ScalarLike = 0.99
+    b1: ScalarLike = hyperparameter(0.9, high=1.0)
+    b2: ScalarLike = hyperparameter(0.99, high=1.0)
 
     @property
-    def moments(self) -> dict[str, MomentKind]:
-        return {"mu": "signed"}
-
-    @property
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        return {"b1": (0.0, 1.0), "b2": (0.0, 1.0)}
-
-    @property
-    def factors(self) -> dict[str, tuple[str | None, str | None]]:
-        return {"mu": ("decay", "one_minus_b2")}
+    def moments(self) -> dict[str, Moment]:
+        return {"mu": Moment("signed", before="decay", after="one_minus_b2")}
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         del count

@@ -11,6 +11,8 @@ bytes, so the same few lines serve every backend.
 """
 
 import abc
+import dataclasses
+import math
 from typing import Any, get_args, Literal, TypeAlias
 
 import equinox as eqx
@@ -21,14 +23,107 @@ from jaxtyping import Array, Float, Scalar, ScalarLike
 
 
 MomentKind: TypeAlias = Literal["signed", "nonnegative"]
+Kept: TypeAlias = Literal["compressed", "exact"]
 
 
-def is_kind(call: str, kind: Any) -> None:
-    """Raises if it is none: a codec would take it for one of the two."""
+def check_kind(call: str, kind: Any) -> None:
+    """Raises if there is no such kind of moment: a codec would treat it as one of the
+    two."""
     if kind not in get_args(MomentKind):
         raise ValueError(
             f"`{call}(kind=...)` must be 'signed' or 'nonnegative'; got {kind!r}."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    r"""What a rule says of one of its moments.
+
+    `before` and `after` name two of the rule's `scalars`: the stored moment is
+    multiplied by the first before `update` sees it, and what `update` returns is
+    multiplied by the second before it is stored. `None` is 1.
+
+    These two products are free for a compressed moment, as they go into the scales of
+    its groups. With $\beta / (1 - \beta)$ before and $1 - \beta$ after, an exponential
+    moving average $m \leftarrow \beta m + (1 - \beta) x$ is one addition of $x$.
+
+    ??? Example
+
+        ```python
+        fq.Moment("signed")  # an average of gradients
+        fq.Moment("nonnegative")  # an average of squares
+        fq.Moment("signed", before="decay", after="one_minus_decay")
+        fq.Moment("signed", kept="exact")  # the previous gradient
+        ```
+
+    **Arguments:**
+
+    - `kind`: `"signed"`, or `"nonnegative"` for averages of squares, which are stored
+        without a sign. The optimizer's `moments=...` has a codec for each kind.
+    - `before`: the name of a scalar, or `None`.
+    - `after`: the name of a scalar, or `None`.
+    - `kept`: `"compressed"`, or `"exact"` for a moment that must not be rounded, such
+        as a previous gradient. That one is stored in the dtype in which its leaf is
+        computed, whatever `moments=...` says: 4 bytes per parameter in float32.
+
+    **Raises:**
+
+    `ValueError` for another `kind` or `kept`.
+    """
+
+    kind: MomentKind = "signed"
+    before: str | None = None
+    after: str | None = None
+    kept: Kept = "compressed"
+
+    def __post_init__(self):
+        check_kind("Moment", self.kind)
+        if self.kept not in get_args(Kept):
+            raise ValueError(
+                f"`Moment(kept=...)` must be 'compressed' or 'exact'; got "
+                f"{self.kept!r}."
+            )
+
+
+def hyperparameter(
+    default: ScalarLike | None, *, low: float = 0.0, high: float = math.inf
+) -> Any:
+    """A numeric field of a rule that has a valid range.
+
+    ??? Example
+
+        ```python
+        class Momentum(fq.AbstractRule):
+            beta: float = fq.hyperparameter(0.9, high=1.0)  # 0 <= beta < 1
+        ```
+
+    **Arguments:**
+
+    - `default`: the value of the field where none is given. If it is `None`, the field
+        may be `None`.
+    - `low`, `high`: `low <= value < high`. [`flashquinox.optimizer`][] checks this when
+        it is called, wherever the value is not traced.
+
+    **Returns:**
+
+    The field, as from `equinox.field`. A number without a valid range needs none of
+    this: `beta: float = 0.9`.
+    """
+    return eqx.field(default=default, metadata={_RANGE: (low, high)})
+
+
+_RANGE = "flashquinox_range"
+
+
+def ranges_of(rule: "AbstractRule") -> dict[str, tuple[float, float]]:
+    """The valid ranges of a rule's hyperparameters, by their names; not of those that
+    are `None` by default, and are left so."""
+    return {
+        field.name: field.metadata[_RANGE]
+        for field in dataclasses.fields(rule)
+        if _RANGE in field.metadata
+        and not (field.default is None and getattr(rule, field.name) is None)
+    }
 
 
 class AbstractRule(eqx.Module):
@@ -57,7 +152,7 @@ class AbstractRule(eqx.Module):
 
             @property
             def moments(self):
-                return {"trace": "signed"}
+                return {"trace": fq.Moment("signed")}
 
             def scalars(self, count, learning_rate):
                 return {"momentum": self.momentum, "step": -learning_rate}
@@ -72,44 +167,29 @@ class AbstractRule(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def moments(self) -> dict[str, MomentKind]:
-        """The names of the moments this rule keeps, each with its kind: `"signed"`, or
-        `"nonnegative"` for averages of squares. The names are the keys of
-        `OptimizerState.moments`.
-        """
+    def moments(self) -> dict[str, Moment]:
+        """The names of the moments this rule keeps, and what each of them is. The names
+        are the keys of `OptimizerState.moments`.
 
-    @property
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """For each hyperparameter that has one, its valid range `low <= value < high`.
-        Checked when the optimizer is built, wherever the value is concrete.
+        Is called when the optimizer is built, and whenever a state is made or a step is
+        traced. It may depend on static fields, and on whether a field is `None`.
         """
-        return {}
-
-    @property
-    def factors(self) -> dict[str, tuple[str | None, str | None]]:
-        r"""For moments that need it, the names of two of `scalars`: what the stored
-        moment is multiplied by before `update` sees it, and what the one that `update`
-        returns is multiplied by before it is stored. `None` is 1.
-
-        Of a compressed moment these products are free, as they go into the scales of
-        its groups: with $\beta / (1 - \beta)$ and $1 - \beta$, an exponential moving
-        average $m \leftarrow \beta m + (1 - \beta) x$ is one addition of $x$.
-        """
-        return {}
 
     @abc.abstractmethod
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
-        """Is called once per step, to compute everything that is the same for all
-        elements. Fold as much as possible in here.
+        """Is called once in every step, before `update`, to compute what is the same
+        for all elements: fold as much as possible in here. (It is called once for each
+        dtype in which leaves are computed.)
 
         **Arguments:**
 
-        - `count`: the number of this step, counted from 1, as a float.
-        - `learning_rate`: the learning rate of this step.
+        - `count`: the number of this step, counted from 1: a floating-point scalar.
+        - `learning_rate`: the learning rate of this step: a scalar of the same dtype.
 
         **Returns:**
 
-        A dictionary of scalars, passed on to `update`.
+        A dictionary of scalars, each of shape `()`: Python numbers or arrays. They are
+        cast to the dtype of `count`.
         """
 
     @abc.abstractmethod
@@ -120,21 +200,26 @@ class AbstractRule(eqx.Module):
         moments: dict[str, Float[Array, "*tile"]],
         scalars: dict[str, Scalar],
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
-        """Is called for every tile of every leaf, possibly inside a kernel: elementwise
-        arithmetic only, which [`flashquinox.optimizer`][] checks. Numeric fields of
-        `self` are not available here; pass them through `scalars`.
+        """Is called for every tile of every leaf, between the decoding of its moments
+        and their encoding, possibly inside a kernel: elementwise arithmetic only, which
+        [`flashquinox.optimizer`][] checks. Numeric fields of `self` are not available
+        here; pass them through `scalars`.
+
+        All arrays are of one shape, which is the backend's choice, and of one dtype:
+        float32, or float64 for leaves in float64.
 
         **Arguments:**
 
         - `grad`: the gradient, with L2 regularization already added.
         - `weight`: the master weight before this step.
-        - `moments`: the decoded moments of the previous step, times their factors.
-        - `scalars`: what the method `scalars` returned.
+        - `moments`: the decoded moments of the previous step, each times its `before`.
+            Before the first step they are zeros.
+        - `scalars`: what the method `scalars` returned, as arrays of shape `()`.
 
         **Returns:**
 
         A 2-tuple of the update, which is *added* to the weight, and the new moments,
-        before their factors.
+        each before it is multiplied by its `after`: arrays like `grad`.
         """
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .._common.number_checks import is_zero
-from .rule import AbstractRule, MomentKind
+from .rule import AbstractRule, hyperparameter, Moment
 
 
 class SGD(AbstractRule):
@@ -25,23 +25,15 @@ class SGD(AbstractRule):
         dampening and first step included.
     """
 
-    momentum: ScalarLike | None = None
-    dampening: ScalarLike = 0.0
+    momentum: ScalarLike | None = hyperparameter(None, high=1.0)
+    dampening: ScalarLike = hyperparameter(0.0, high=1.0)
     nesterov: bool = eqx.field(static=True, default=False)
 
     @property
-    def moments(self) -> dict[str, MomentKind]:
-        return {} if self.momentum is None else {"trace": "signed"}
-
-    @property
-    def bounds(self) -> dict[str, tuple[float, float]]:
+    def moments(self) -> dict[str, Moment]:
         if self.momentum is None:
             return {}
-        return {"momentum": (0.0, 1.0), "dampening": (0.0, 1.0)}
-
-    @property
-    def factors(self) -> dict[str, tuple[str | None, str | None]]:
-        return {} if self.momentum is None else {"trace": ("momentum", None)}
+        return {"trace": Moment("signed", before="momentum")}
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         scalars: dict[str, ScalarLike] = {"step": -learning_rate}

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.arithmetic import rounded_quotient, rounded_root
-from .._rules.rule import is_kind, MomentKind
+from .._rules.rule import check_kind, MomentKind
 from .codec import (
     AbstractMomentCodec,
     Dither,
@@ -51,7 +51,7 @@ class CompandedCodec(AbstractMomentCodec):
     parameter: Scalar | None = None
 
     def __check_init__(self):
-        is_kind("CompandedCodec", self.kind)
+        check_kind("CompandedCodec", self.kind)
 
     @property
     def flattened(self) -> bool:

@@ -5,7 +5,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.arithmetic import rounded_quotient, rounded_root
-from .._rules.rule import is_kind, MomentKind
+from .._rules.rule import check_kind, MomentKind
 from .codec import (
     AbstractMomentCodec,
     Dither,
@@ -38,7 +38,7 @@ class FlashOptimCodec(AbstractMomentCodec):
     kind: MomentKind = eqx.field(static=True)
 
     def __check_init__(self):
-        is_kind("FlashOptimCodec", self.kind)
+        check_kind("FlashOptimCodec", self.kind)
 
     @property
     def flattened(self) -> bool:

@@ -5,7 +5,7 @@ import equinox as eqx
 
 from .._common.number_checks import check_constant
 from .._common.text import shown
-from .._rules.rule import MomentKind
+from .._rules.rule import Moment, MomentKind
 from .codec import AbstractMomentCodec
 from .companded import CompandedCodec
 from .curves import AbstractCurve, MuLawCurve, RationalCurve
@@ -72,11 +72,12 @@ class MomentCodecs(eqx.Module):
     def names() -> tuple[str, ...]:
         return tuple(_named)
 
-    def of(self, kind: MomentKind, shape: tuple[int, ...]) -> AbstractMomentCodec:
-        """The codec for a moment of this kind, of a leaf of this shape."""
-        if len(shape) <= 1 and math.prod(shape) < self.smallest_vector:
+    def of(self, moment: Moment, shape: tuple[int, ...]) -> AbstractMomentCodec:
+        """The codec for a moment of a leaf of this shape."""
+        small = len(shape) <= 1 and math.prod(shape) < self.smallest_vector
+        if small or moment.kept == "exact":
             return FullPrecision()
-        return self.signed if kind == "signed" else self.nonnegative
+        return self.signed if moment.kind == "signed" else self.nonnegative
 
     def layout(
         self,

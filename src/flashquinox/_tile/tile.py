@@ -61,9 +61,11 @@ class StepStructure(eqx.Module):
         self, scalars: "StepScalars"
     ) -> dict[str, tuple[Scalar | None, Scalar | None]]:
         """For each moment, the factors before and after the rule."""
-        names = {name: (None, None) for name in self.rule.moments} | self.rule.factors
         value = lambda name: None if name is None else scalars.rule[name]
-        return {name: (value(old), value(new)) for name, (old, new) in names.items()}
+        return {
+            name: (value(moment.before), value(moment.after))
+            for name, moment in self.rule.moments.items()
+        }
 
 
 class LeafScalars(eqx.Module):
