@@ -22,7 +22,7 @@ import pytest
 
 import flashquinox as fq
 import flashquinox.exchange
-from flashquinox._checkpoint import lock as locks, manifest as manifests
+from flashquinox._checkpoint import lock as locks, manifests
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 from .helpers import slow, tree_identical

@@ -6,12 +6,9 @@ from one that does not before any array is read; a digest of every array; and mo
 whose groups lie elsewhere than those of the state that they are restored to.
 """
 
-import functools
 import operator
 import os
 import threading
-import warnings
-from collections.abc import Callable
 from typing import Any, overload, SupportsIndex
 
 import jax
@@ -21,20 +18,20 @@ from jaxtyping import PyTree
 
 from .._common.errors import CheckpointError
 from .._common.path_checks import check_path, check_step
-from .._common.place import no_mesh
-from .._common.version import __version__
 from .._model.trees import is_array, Model, State
 from .._optimizer.call_checks import check_not_optimizer, check_not_state
-from . import manifest as manifests
 
 
 try:
     import orbax.checkpoint  # noqa: F401  (before what may have been imported)
 
-    from . import files, leaves as named_leaves
+    from . import named_leaves
     from .directory import Directory
     from .lock import lock
-    from .restoring import Plan, Wanted
+    from .messages import first_line
+    from .reader import Reader
+    from .restoring import Wanted
+    from .saver import Saver
 except ImportError as error:
     raise ImportError(
         '`flashquinox.checkpoint` needs Orbax: `pip install "flashquinox[checkpoint]"`.'
@@ -92,15 +89,12 @@ class Checkpoints:
         `ValueError` if `max_to_keep` or `keep_period` is no whole number from 1.
         """
         check_path("Checkpoints", "directory", directory)
-        self._max_to_keep = _from_one("max_to_keep", max_to_keep, "None to keep all")
-        self._keep_period = _from_one(
-            "keep_period", keep_period, "None for no such steps"
-        )
+        newest = _from_one("max_to_keep", max_to_keep, "None to keep all")
+        period = _from_one("keep_period", keep_period, "None for no such steps")
         self._directory = Directory(directory)
+        self._saver = Saver(self._directory, newest, period)
+        self._reader = Reader(self._directory)
         self._closed = False
-        # The save under way, and what went wrong in it.
-        self._thread: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
         # One method at a time, from whichever thread.
         self._mutex = threading.RLock()
 
@@ -148,30 +142,14 @@ class Checkpoints:
             )
         check_not_state(call, model)
         check_not_optimizer(call, state)
-        leaves, _ = named_leaves.flatten(call, model, state)
+        leaves, _ = named_leaves.flatten_named(call, model, state)
         arrays = {leaf.name: leaf.value for leaf in leaves if is_array(leaf.value)}
         for name, x in arrays.items():
             named_leaves.check_storable(call, name, x)
+        moments = named_leaves.quant_moments(model, state)
         with self._mutex:
             self.wait()
-            release: Callable[[], None] = lambda: None
-            if jax.process_index() == 0:
-                release = lock(f"{call}(step={step})", self._directory.path)
-            try:
-                self._check_later(call, step)
-                stored = {name: named_leaves.to_store(x) for name, x in arrays.items()}
-                with no_mesh():
-                    digests = named_leaves.digests(stored)
-                moments = named_leaves.quant_moments(model, state)
-                manifest = manifests.make(__version__, arrays, digests, moments)
-                finish = self._begin(call, step, stored, manifest)
-            except BaseException:
-                release()
-                raise
-            self._thread = threading.Thread(
-                target=self._finish, args=(step, finish, release), name="checkpoint"
-            )
-            self._thread.start()
+            self._saver.start(call, step, arrays, moments)
 
     @overload
     def restore(
@@ -237,22 +215,11 @@ class Checkpoints:
         check_not_optimizer(call, state)
         wanted = Wanted(call, model, state)
         with self._mutex:
-            step = self._choose(call, step)
+            self.wait()
+            step = self._reader.choose(call, step)
             where = self._directory.step_path(step)
-            plan = wanted.plan(where, self._contents(call, step))
-            try:
-                read = self._read_arrays(step, plan)
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                # Of the machine, such as too little memory: the files may be sound.
-                raise
-            except Exception as error:
-                raise self._unreadable(call, step, error) from error
-            altered = plan.altered(read)
-            if altered is not None:
-                raise CheckpointError(
-                    f"`{call}`: {where} is damaged: `{altered}` is not as it was saved."
-                    f" {self._remedy(step)}"
-                )
+            plan = wanted.plan(where, self._reader.contents(call, step))
+            read = self._reader.read(call, step, plan)
         return wanted.fill(plan, read)
 
     def all_steps(self) -> list[int]:
@@ -292,7 +259,7 @@ class Checkpoints:
                 except OSError as error:
                     raise CheckpointError(
                         f"`{call}(step={step})`: {self._directory.step_path(step)} "
-                        f"cannot be deleted ({_first_line(error)})."
+                        f"cannot be deleted ({first_line(error)})."
                     ) from error
                 finally:
                     release()
@@ -310,165 +277,13 @@ class Checkpoints:
         on.
         """
         with self._mutex:
-            if self._thread is not None:
-                self._thread.join()
-                self._thread = None
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
+            self._saver.wait()
 
     def close(self) -> None:
         """Waits, and lets go of the directory: nothing can be saved any more. Raises
         what `wait` raises."""
         self._closed = True
         self.wait()
-
-    def _check_later(self, call: str, step: int) -> None:
-        """Whether a step is later than those that are there."""
-        latest = self._directory.latest()
-        if step < 0 or (latest is not None and step <= latest):
-            raise CheckpointError(
-                f"`{call}(step={step})`: steps count up from 0, and "
-                f"{self._directory.path} has checkpoints of {self._directory.steps()}. "
-                "Delete later ones with `delete`, or save to another directory."
-            )
-
-    def _begin(
-        self, call: str, step: int, arrays: dict[str, Any], manifest: dict[str, Any]
-    ) -> Callable[[], None]:
-        try:
-            if jax.process_index() == 0:
-                self._directory.make_room(call, step)
-            return files.begin_to_write(
-                self._directory.step_path(step),
-                arrays,
-                manifest,
-                functools.partial(self._directory.list_files, step),
-            )
-        except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
-            raise self._failed(step, error) from error
-
-    def _finish(
-        self, step: int, finish: Callable[[], None], release: Callable[[], None]
-    ) -> None:
-        """In the background: waits for a save, and deletes old checkpoints."""
-        try:
-            try:
-                finish()
-            except BaseException as error:
-                self._failure = self._failed(step, error)
-                self._failure.__cause__ = error
-                return
-            try:
-                if jax.process_index() == 0:
-                    self._directory.keep(self._max_to_keep, self._keep_period)
-            except BaseException as error:
-                self._failure = CheckpointError(
-                    f"`Checkpoints.save(step={step})` is complete, but older "
-                    f"checkpoints in {self._directory.path} could not be deleted "
-                    f"({_first_line(error)})."
-                )
-                self._failure.__cause__ = error
-        finally:
-            release()
-
-    def _failed(self, step: int, error: BaseException) -> CheckpointError:
-        """What is said of a save that failed, once what it wrote is removed."""
-        if jax.process_index() == 0:
-            self._directory.discard(step)
-        return CheckpointError(
-            f"`Checkpoints.save(step={step})` failed: {_first_line(error)}. The "
-            f"checkpoints in {self._directory.path} before it are as they were: "
-            f"{self._directory.steps()}."
-        )
-
-    def _choose(self, call: str, step: SupportsIndex | None) -> int:
-        self.wait()
-        latest = self._directory.latest()
-        if step is None and latest is not None:
-            self._warn_of_later(call, latest)
-            return latest
-        folders = self._directory.folders()
-        if step is not None and (number := check_step(call, step)) in folders:
-            missing = self._directory.missing(number)
-            if missing is None:
-                return number
-            wrong = f"that of step {step} is not complete: it has no `{missing}`"
-            if latest is None:
-                raise CheckpointError(
-                    f"`{call}(step={step})`: there is no checkpoint in "
-                    f"{self._directory.path}, as {wrong}."
-                )
-            raise CheckpointError(
-                f"`{call}(step={step})`: {self._directory.path} has checkpoints of the "
-                f"steps {self._directory.steps()}; {wrong}. Pass one of them."
-            )
-        if latest is None:
-            incomplete = (
-                f" Not complete, or of another program: {folders}." if folders else ""
-            )
-            raise CheckpointError(
-                f"`{call}`: there is no checkpoint of flashquinox in "
-                f"{self._directory.path}. Pass the directory that was given to "
-                f"`Checkpoints` when it was saved.{incomplete}"
-            )
-        raise CheckpointError(
-            f"`{call}(step={step})`: {self._directory.path} has checkpoints of the "
-            f"steps {self._directory.steps()}. Pass one of them."
-        )
-
-    def _warn_of_later(self, call: str, latest: int) -> None:
-        later = self._directory.folders()[-1]
-        if later > latest:
-            warnings.warn(
-                f"`{call}`: {self._directory.step_path(later)} is left out, and step "
-                f"{latest} restored: it is not complete, as it has no "
-                f"`{self._directory.missing(later)}`.",
-                stacklevel=4,
-            )
-
-    def _remedy(self, step: int) -> str:
-        others = [other for other in self._directory.steps() if other != step]
-        if not others:
-            return "There is no other one in the directory."
-        return f"Restore another one, `step=` one of {others}, and `delete({step})`."
-
-    def _contents(self, call: str, step: int) -> Any:
-        where, remedy = self._directory.step_path(step), self._remedy(step)
-        try:
-            manifest = self._directory.manifest(step)
-        except Exception as error:
-            raise CheckpointError(
-                f"`{call}`: {where} has no manifest that can be read "
-                f"({_first_line(error)}): it is damaged, or no checkpoint of "
-                "flashquinox. Pass the directory that was given to `Checkpoints` when "
-                f"it was saved. {remedy}"
-            ) from error
-        contents = manifests.contents(call, where, manifest, __version__, remedy)
-        altered = self._directory.altered(step)
-        if altered is not None:
-            raise CheckpointError(f"`{call}`: {where} is damaged: {altered}. {remedy}")
-        return contents
-
-    def _unreadable(self, call: str, step: int, error: Exception) -> CheckpointError:
-        where = self._directory.step_path(step)
-        missing = self._directory.missing(step)
-        if missing is not None:
-            return CheckpointError(
-                f"`{call}`: {where} was deleted while it was read: it has no "
-                f"`{missing}`. {self._remedy(step)}"
-            )
-        # What is damaged fails in too many ways to be told from all others.
-        return CheckpointError(
-            f"`{call}`: the arrays of {where} cannot be read ({_first_line(error)}). "
-            f"Unless that names another cause, its files are damaged. "
-            f"{self._remedy(step)}"
-        )
-
-    def _read_arrays(self, step: int, plan: Plan) -> dict[str, Any]:
-        return files.read(self._directory.step_path(step), plan.stored, plan.shardings)
 
 
 def _from_one(name: str, value: Any, otherwise: str) -> int | None:
@@ -485,12 +300,3 @@ def _from_one(name: str, value: Any, otherwise: str) -> int | None:
             f"got {value!r}."
         )
     return number
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().partition("\n")[0]
-    # Tensorstore adds all that it knows; what the system said comes last.
-    line = line.partition(" [tensorstore_spec=")[0].rstrip(".")
-    if len(line) > 240:
-        line = f"{line[:80]} ... {line[-150:]}"
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from .._common.errors import CheckpointError
-from . import manifest as manifests
+from . import manifests
 
 
 # The two items of a checkpoint, each a folder in that of the step.

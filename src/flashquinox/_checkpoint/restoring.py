@@ -16,8 +16,8 @@ from .._optimizer.checksums import checksums
 from .._storage.codec import QuantMoment
 from .._storage.regroup import regroup
 from .._storage.split import decode_weight
-from . import manifest as manifests
-from .leaves import checksums_of, digests, flatten, parts, quant_moments
+from . import manifests
+from .named_leaves import checksums_of, digests, flatten_named, parts, quant_moments
 from .weights import as_stored, is_of_model, Source, sources
 
 
@@ -26,7 +26,7 @@ class Wanted:
 
     def __init__(self, call: str, model: PyTree, state: PyTree):
         self._call = call
-        self._leaves, self._rebuild = flatten(call, model, state)
+        self._leaves, self._rebuild = flatten_named(call, model, state)
         self._alone = state is None
         self._likes = {x.name: x.value for x in self._leaves if is_array(x.value)}
         self._moments = quant_moments(model, state)

@@ -18,7 +18,7 @@ from .._model.trees import is_array
 from .._optimizer.state import OptimizerState
 from .._storage.codec import QuantMoment
 from .._storage.regroup import regroup
-from .manifest import codec_name
+from .manifests import codec_name
 
 
 #

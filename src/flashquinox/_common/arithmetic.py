@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
 
-from .. import _compat as compat
+from .. import _compat
 
 
 _QUIET_NAN = np.uint32(0x7FC0_0000)
@@ -22,19 +22,19 @@ class Replaceable:
     """An elementwise function as an operation. Where no backend replaces it, it is the
     function itself."""
 
-    _known: ClassVar[dict[compat.Primitive, "Replaceable"]] = {}
+    _known: ClassVar[dict[_compat.Primitive, "Replaceable"]] = {}
 
     def __init__(self, function: Callable[..., Array]):
         self.function = function
         name = f"flashquinox{getattr(function, '__name__', '')}"
-        self._primitive = compat.operation(name, function)
+        self._primitive = _compat.operation(name, function)
         self._known[self._primitive] = self
 
     def __call__(self, *args: Array) -> Array:
         return self._primitive.bind(*jnp.broadcast_arrays(*args))
 
     @classmethod
-    def of(cls, primitive: compat.Primitive) -> "Replaceable | None":
+    def of(cls, primitive: _compat.Primitive) -> "Replaceable | None":
         """The function whose operation this is."""
         return cls._known.get(primitive)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .. import _compat as compat
+from .. import _compat
 from .arithmetic import Replaceable
 
 
@@ -64,7 +64,7 @@ def trace(function: Callable, *args: Any) -> Traced:
     traced, out = jax.make_jaxpr(function, return_shape=True)(*args)
     sorts = [Sort.ELEMENTS if x.shape else Sort.UNIFORM for x in jtu.tree_leaves(args)]
     walk = _Walk()
-    for found in walk.call(compat.Function.of(traced), sorts):
+    for found in walk.call(_compat.Function.of(traced), sorts):
         if isinstance(found, Crossed):
             raise NotElementwise(found.reason)
         if found == Sort.VARIED:
@@ -76,9 +76,9 @@ class _Walk:
     def __init__(self) -> None:
         self.signature: list[Any] = []
 
-    def call(self, function: compat.Function, args: Sequence[Found]) -> list[Found]:
+    def call(self, function: _compat.Function, args: Sequence[Found]) -> list[Found]:
         constant = self._constant
-        return compat.evaluate(function, args, constant, constant, self._results)
+        return _compat.evaluate(function, args, constant, constant, self._results)
 
     def _constant(self, value: Any) -> Found:
         if isinstance(value, jax.core.Tracer):
@@ -94,16 +94,16 @@ class _Walk:
         name = eqn.primitive.name
         if "callback" in name or eqn.effects:
             raise NotElementwise(f"`{name}` has effects beside its results")
-        called = compat.called(eqn)
+        called = _compat.called(eqn)
         if called is not None:
             return self.call(called, args)
         match name:
             case "cond":
-                return self._branch(compat.Branches.of(eqn, args))
+                return self._branch(_compat.Branches.of(eqn, args))
             case "while":
-                return self._repeat(compat.While.of(eqn, args))
+                return self._repeat(_compat.While.of(eqn, args))
             case "scan":
-                return self._scan(compat.Scan.of(eqn, args), len(eqn.outvars))
+                return self._scan(_compat.Scan.of(eqn, args), len(eqn.outvars))
         if name in _PAIRWISE and len(args) == len(eqn.outvars):
             return args
         result = self._result(eqn, args)
@@ -140,11 +140,11 @@ class _Walk:
             return Sort.UNIFORM
         return None
 
-    def _branch(self, cond: compat.Branches) -> list[Found]:
+    def _branch(self, cond: _compat.Branches) -> list[Found]:
         found = [self.call(branch, cond.operands) for branch in cond.branches]
         return [_joined("cond", x, cond.index) for x in zip(*found, strict=True)]
 
-    def _repeat(self, loop: compat.While) -> list[Found]:
+    def _repeat(self, loop: _compat.While) -> list[Found]:
         def turn(carry: list[Found]) -> list[Found]:
             return self.call(loop.body, [*loop.body_consts, *carry])
 
@@ -152,7 +152,7 @@ class _Walk:
         (again,) = self.call(loop.condition, [*loop.condition_consts, *carry])
         return [_joined("while", [x], again) for x in carry]
 
-    def _scan(self, loop: compat.Scan, results: int) -> list[Found]:
+    def _scan(self, loop: _compat.Scan, results: int) -> list[Found]:
         if Sort.ELEMENTS in loop.xs:
             return [Crossed("`scan` goes through its elements")] * results
         carried = len(loop.carry)

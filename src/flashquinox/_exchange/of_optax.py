@@ -4,19 +4,27 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._common.place import put_like
 from .._model.trees import flatten, match, State
 from .._optimizer.call_checks import check_has_values
 from .._optimizer.state import OptimizerState, StepCount
 from .._optimizer.states import find
-from .._storage import moment_values as exchanged
+from .._storage import moment_values
 from .._storage.codec import StoredMoment
+from .optax_counts import (
+    as_count,
+    CALL_COUNTERS,
+    counts_of_steps,
+    has_count,
+    is_traced,
+    schedule_states,
+    the_one_count,
+    with_counts,
+)
 
 
 # In which of Optax's states moments of these names are.
@@ -24,12 +32,6 @@ _STATES = {
     frozenset({"mu", "nu"}): optax.ScaleByAdamState,
     frozenset({"mu"}): optax.ScaleByLionState,
     frozenset({"trace"}): optax.TraceState,
-}
-# What counts calls, and as what. If nothing counts steps, they are steps too.
-_CALLS: dict[Any, str] = {
-    optax.MultiStepsState: "gradient_step",
-    optax.InjectStatefulHyperparamsState: "count",
-    optax.InjectHyperparamsState: "count",
 }
 
 _T = TypeVar("_T")
@@ -89,7 +91,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
         for name, stored in target.moments.items():
 
             def fill(leaf: str, moment: Any, like: Any, name: str = name) -> Any:
-                return exchanged.store(call, f"{name!r} at `{leaf}`", moment, like)
+                return moment_values.store(call, f"{name!r} at `{leaf}`", moment, like)
 
             new_moments[name] = _map(
                 call,
@@ -100,7 +102,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
             )
     else:
         _check_no_moments(call, optax_state)
-    count = _same(call, _counts(optax_state, source))
+    count = the_one_count(call, counts_of_steps(optax_state, source))
     if count is None:
         count = target.count
     filled = dataclasses.replace(
@@ -108,7 +110,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
         steps=StepCount(as_count(call, count, target.count)),
         moments=new_moments,
     )
-    return _with_counts(call, find(state).replace([filled]), count)
+    return with_counts(call, find(state).replace([filled]), count)
 
 
 def to_optax(state: PyTree, optax_state: State) -> State:
@@ -153,7 +155,7 @@ def to_optax(state: PyTree, optax_state: State) -> State:
         for name, stored in source.moments.items():
 
             def fill(leaf: str, stored: Any, like: Any, name: str = name) -> Any:
-                return exchanged.load(call, f"{name!r} at `{leaf}`", stored, like)
+                return moment_values.load(call, f"{name!r} at `{leaf}`", stored, like)
 
             fields[name] = _map(
                 call,
@@ -162,13 +164,13 @@ def to_optax(state: PyTree, optax_state: State) -> State:
                 stored,
                 getattr(target, name),
             )
-        if _is_counted(target):
+        if has_count(target):
             fields["count"] = as_count(call, count, target.count)
         filled = target._replace(**fields)
         optax_state = find(optax_state, kind).replace([filled])
     else:
         _check_no_moments(call, optax_state)
-    return _with_counts(call, optax_state, count)
+    return with_counts(call, optax_state, count)
 
 
 def _source(call: str, state: OptimizerState) -> Any:
@@ -242,7 +244,7 @@ def _check_no_moments(call: str, optax_state: PyTree) -> None:
                 "but `state` has none, as of `flashquinox.sgd` without momentum. Pass "
                 "states of optimizers with the same moments."
             )
-    kinds = optax.EmptyState, *_schedules(), *_CALLS
+    kinds = optax.EmptyState, *schedule_states(), *CALL_COUNTERS
     if not any(find(optax_state, kind).values for kind in kinds):
         raise ValueError(
             f"`{call}`: `state` has no moments, but `optax_state`, which is a "
@@ -253,69 +255,8 @@ def _check_no_moments(call: str, optax_state: PyTree) -> None:
 
 def _check_nothing_accumulated(call: str, tree: PyTree) -> None:
     for state in find(tree, optax.MultiStepsState).values:
-        if not _is_traced(state.mini_step) and jnp.any(state.mini_step != 0):
+        if not is_traced(state.mini_step) and jnp.any(state.mini_step != 0):
             raise ValueError(
                 f"`{call}`: `optax.MultiSteps` has accumulated {state.mini_step} "
                 "gradients, which would be lost. Call it until it has taken a step."
             )
-
-
-#
-# Counts
-#
-
-
-def _counts(tree: PyTree, moments: Any) -> list[Any]:
-    """How many steps were taken, by all counters that must agree."""
-    counts = [moments.count] if _is_counted(moments) else []
-    counts += [x.count for kind in _schedules() for x in find(tree, kind).values]
-    if counts:
-        return counts
-    for kind, field in _CALLS.items():
-        counts += [getattr(x, field) for x in find(tree, kind).values]
-    return counts[:1]
-
-
-def _schedules() -> tuple[Any, ...]:
-    """The states of schedules: in a chain, and in `optax.inject_hyperparams`."""
-    wrapped = optax.schedules.WrappedSchedule(lambda count: count)
-    return optax.ScaleByScheduleState, type(wrapped.init())
-
-
-def _is_counted(moments: Any) -> bool:
-    # Of the other states, `count` is a method of tuples.
-    return "count" in getattr(moments, "_fields", ())
-
-
-def _same(call: str, counts: list[Any]) -> Any:
-    known = sorted({int(x) for x in counts if not _is_traced(x)})
-    if len(known) > 1:
-        raise ValueError(
-            f"`{call}`: the optimizer and the schedules of `optax_state` have counted "
-            f"different numbers of steps, {known}, of which a state here can keep one. "
-            "Set them to the same with `optax.tree.set`."
-        )
-    return counts[0] if counts else None
-
-
-def _with_counts(call: str, tree: PyTree, count: Any) -> PyTree:
-    for kind, field in (_CALLS | dict.fromkeys(_schedules(), "count")).items():
-        is_leaf = lambda x, kind=kind: isinstance(x, kind)
-
-        def count_here(x: Any, is_leaf: Any = is_leaf, field: str = field) -> Any:
-            if not is_leaf(x):
-                return x
-            return x._replace(**{field: as_count(call, count, getattr(x, field))})
-
-        tree = jtu.tree_map(count_here, tree, is_leaf=is_leaf)
-    return tree
-
-
-def as_count(call: str, count: Any, like: Any) -> Any:
-    if not _is_traced(count):
-        count = min(int(count), jnp.iinfo(jnp.int32).max)
-    return put_like(call, "count", jnp.asarray(count, jnp.int32), like)
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt16, UInt32
 
 from .._common.digest import weighted_sum
 from .._common.text import shown
-from .._sharding import parts as sharded
+from .._sharding.parts import on_parts
 
 
 # What a step does about weights that are others. `None` keeps no checksums.
@@ -83,7 +83,7 @@ def verified(
         if mesh is not None:
             # One device alone would leave the others waiting for it.
             everywhere = PartitionSpec()
-            raise_here = sharded.on_parts(raise_here, mesh, everywhere, everywhere)
+            raise_here = on_parts(raise_here, mesh, everywhere, everywhere)
         return raise_here(count, differs)
     lax.cond(
         jnp.any(differs),

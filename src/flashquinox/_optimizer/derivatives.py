@@ -17,10 +17,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from .. import _compat as compat
+from .. import _compat
 from .._backends.dispatch import Backend, LeafStep
 from .._common.dtypes import NARROW_DTYPES
-from .._sharding import parts as sharded
+from .._sharding import parts
 from .._storage.full_precision import FullPrecision
 from .._tile.tile import move, TileState
 
@@ -44,7 +44,7 @@ def update_leaves(
 
     @jax.custom_jvp
     def update(*arrays: Array) -> list[TileState]:
-        return sharded.update_leaves(backend, rebuild(arrays), shardings)
+        return parts.update_leaves(backend, rebuild(arrays), shardings)
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
         new = update(*primals)
@@ -156,4 +156,4 @@ def _refuse(*args: Any, message: str, **kwargs: Any) -> NoReturn:
 
 
 # What stands for a tangent that must not be used.
-_refuse_p = compat.refusal("flashquinox_no_derivative", _refuse)
+_refuse_p = _compat.refusal("flashquinox_no_derivative", _refuse)

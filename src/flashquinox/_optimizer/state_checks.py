@@ -205,13 +205,3 @@ def check_correction(call: str, leaf: Leaf, correction: Array | None) -> None:
             f"{correction.shape}, the weight {leaf.value.shape}. Pass the state of "
             "this model."
         )
-
-
-#
-# Devices
-#
-
-
-#
-# Layers
-#

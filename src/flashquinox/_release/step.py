@@ -1,7 +1,6 @@
 """Gradient release: every layer is updated as soon as its gradient is known, and the
 gradient is gone before the next one is computed."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,22 +9,28 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Key, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Float, Key, PyTree, ScalarLike
 
-from .. import _compat as compat
-from .._common import meshes
+from .. import _compat
 from .._common.dtypes import compute_dtype
 from .._model.trees import Model, State
 from .._optimizer.argument_checks import check_max_norm
-from .._optimizer.engine import LeafState, Learned
 from .._optimizer.optimizer import Optimizer
-from .._sharding import state_specs
-from .._storage.codec import QuantMoment, StoredMoment
 from .._tile.clipping import Clipping, scaled
 from .checks import check_layered_loss, check_layers_are_whole
 from .groups import check_optimizers, open_groups
 from .layered import LayeredLoss, open_layers
+from .stacks import (
+    by_layer,
+    layer_sharding,
+    layers_have_own_groups,
+    materialized,
+    place_stack,
+    read_layer,
+    update_batches,
+    whole_stack,
+    write_layer,
+)
 
 
 def release_step(
@@ -150,11 +155,13 @@ def release_step(
     # The blocks, from the last to the first. If groups lie across layers, there is no
     # such thing as a layer's state: those few leaves wait for the gradients of all.
     layers = layered.layers
-    waiting = {i: x for i, x in blocks.items() if not _layers_are_whole(step.read(i))}
-    stacks = {i: _by_layer(step.read(i), layers) for i in blocks if i not in waiting}
+    waiting = {
+        i: x for i, x in blocks.items() if not layers_have_own_groups(step.read(i))
+    }
+    stacks = {i: by_layer(step.read(i), layers) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
-    divided = {i: _of_layer(step.sharding(i)) for i in blocks}
-    groups = _groups({i: stack.value.size for i, stack in stacks.items()})
+    divided = {i: layer_sharding(step.sharding(i)) for i in blocks}
+    groups = update_batches({i: stack.value.size for i, stack in stacks.items()})
 
     # A layer is left as it is by a gradient that is not finite. Codecs learn before
     # that is known; but not from a step of which no layer will have a finite one.
@@ -172,10 +179,10 @@ def release_step(
         def block(weights, x):
             return _split(layered.block(weights | static, key, eqx.combine(x, fixed)))
 
-        weights = _slice({i: stack.value for i, stack in stacks.items()}, layer)
+        weights = read_layer({i: stack.value for i, stack in stacks.items()}, layer)
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
-        grads = _apart(grads)
+        grads = materialized(grads)
         clip = step.clip(grads, divided, max_norm)
         takes = step.takes(grads, divided, clip)
         if clip is not None:
@@ -187,7 +194,7 @@ def release_step(
             some = {i: stacks[i] for i in numbers}
             stacks, some = lax.optimization_barrier((stacks, some))
             new = step.update_parts(
-                {i: _slice(some[i], layer) for i in numbers},
+                {i: read_layer(some[i], layer) for i in numbers},
                 divided,
                 grads,
                 learned,
@@ -195,7 +202,7 @@ def release_step(
                 clip,
             )
             stacks = stacks | {
-                i: _place(_put(stacks[i], part, layer), step.sharding(i))
+                i: place_stack(write_layer(stacks[i], part, layer), step.sharding(i))
                 for i, part in new.items()
             }
         return (stacks, x_bar), ({i: grads[i] for i in waiting}, takes)
@@ -205,7 +212,7 @@ def release_step(
         backward, (stacks, x_bar), inputs, reverse=True
     )
     for index, stack in stacks.items():
-        whole = _whole(_place(stack, step.sharding(index)), learned[index])
+        whole = whole_stack(place_stack(stack, step.sharding(index)), learned[index])
         step.write(index, whole)
     for group in {step.places[index][0] for index in stacks}:
         take = takes[group]
@@ -227,7 +234,7 @@ def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
 def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int, Array]:
     """Those of the values that the result of a function depends on. A gradient for the
     others would be zeros in memory."""
-    read = compat.inputs_read(function, values)
+    read = _compat.inputs_read(function, values)
     return {
         i: x for (i, x), used in zip(sorted(values.items()), read, strict=True) if used
     }
@@ -237,115 +244,3 @@ def _scaled(grad: Array, clip: Clipping) -> Array:
     """A gradient that is clipped before it is stored."""
     factors = clip.factors_for(compute_dtype(grad.dtype))
     return scaled(grad, factors).astype(grad.dtype)
-
-
-#
-# Layers of a stack
-#
-
-
-def _layers_are_whole(stack: LeafState) -> bool:
-    """Whether every layer has its own groups."""
-    shape = stack.value.shape[1:]
-    for moment in stack.moments.values():
-        if not isinstance(moment, QuantMoment):
-            continue
-        if moment.axis is None and math.prod(shape) % moment.group_size != 0:
-            return False
-        if moment.axis == -len(shape) - 1:
-            return False
-    return True
-
-
-def _groups(sizes: dict[int, int]) -> list[list[int]]:
-    """Leaves that are updated together, one after the other: as many as are no larger
-    than the largest leaf."""
-    groups: list[list[int]] = []
-    left = 0
-    for index, size in sizes.items():
-        if size > left:
-            groups.append([])
-            left = max(sizes.values())
-        groups[-1].append(index)
-        left -= size
-    return groups
-
-
-def _by_layer(stack: LeafState, layers: int) -> LeafState:
-    """With an axis of layers also where groups run through the flattened leaf; and
-    without what is the same for all layers."""
-
-    def one(moment: StoredMoment) -> StoredMoment:
-        if not isinstance(moment, QuantMoment):
-            return moment
-        scales = moment.scales
-        if moment.axis is None:
-            scales = scales.reshape(layers, -1)
-        return _with(moment, scales, None)
-
-    return stack._replace(moments={k: one(x) for k, x in stack.moments.items()})
-
-
-def _whole(stack: LeafState, learned: Learned) -> LeafState:
-    """The inverse, with what was learned."""
-
-    def one(name: str, moment: StoredMoment) -> StoredMoment:
-        if not isinstance(moment, QuantMoment):
-            return moment
-        scales = moment.scales
-        if moment.axis is None:
-            scales = scales.reshape(-1)
-        return _with(moment, scales, learned.get(name, (None, None))[1])
-
-    return stack._replace(moments={k: one(k, x) for k, x in stack.moments.items()})
-
-
-def _with(moment: QuantMoment, scales: Array, parameter: Scalar | None) -> QuantMoment:
-    return QuantMoment(
-        moment.codes,
-        scales,
-        moment.axis,
-        moment.group_size,
-        moment.codec,
-        parameter,
-    )
-
-
-def _of_layer(sharding: NamedSharding | None) -> NamedSharding | None:
-    if sharding is None:
-        return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-
-
-def _slice(stack: PyTree[Array], layer: Array) -> PyTree[Array]:
-    """One layer."""
-    part = jtu.tree_map(
-        lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), stack
-    )
-    # Or XLA reads the stack where it needs a number, also after it has written to it:
-    # then it has two.
-    return _apart(part)
-
-
-def _put(stack: PyTree[Array], part: PyTree[Array], layer: Array) -> PyTree[Array]:
-    return jtu.tree_map(
-        lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0),
-        stack,
-        _apart(part),
-    )
-
-
-def _place(stack: LeafState, sharding: NamedSharding | None) -> LeafState:
-    """Where it was. XLA may find another place that suits the gradients."""
-    if sharding is None:
-        return stack
-    where = state_specs.of_arrays(stack, sharding)
-    return jtu.tree_map(meshes.place, stack, where)
-
-
-def _apart(tree: PyTree[Array]) -> PyTree[Array]:
-    """Arrays that are computed before what uses them: in their dtypes, by programs that
-    know nothing of it. So it is in an ordinary step. One by one, as they need not be
-    there at the same time.
-    """
-    return jtu.tree_map(lax.optimization_barrier, tree)

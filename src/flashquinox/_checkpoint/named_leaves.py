@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from .._common.digest import digest
 from .._common.errors import CheckpointError
 from .._common.target import is_key
-from .._model.trees import flatten as flatten_moments
+from .._model.trees import flatten
 from .._model.variables import take_apart
 from .._storage.codec import QuantMoment
 
@@ -24,7 +24,9 @@ class NamedLeaf(NamedTuple):
     value: Any
 
 
-def flatten(call: str, model: PyTree, state: PyTree) -> tuple[list[NamedLeaf], Any]:
+def flatten_named(
+    call: str, model: PyTree, state: PyTree
+) -> tuple[list[NamedLeaf], Any]:
     """All leaves of the two trees, and a function from as many values to two such
     trees."""
     model, put_together = take_apart(model)
@@ -58,7 +60,7 @@ def quant_moments(model: PyTree, state: PyTree) -> dict[str, QuantMoment]:
 def _quant_moments(
     model: PyTree, state: PyTree
 ) -> Iterator[tuple[tuple[Any, ...], QuantMoment]]:
-    leaves, _ = flatten_moments((model, state))
+    leaves, _ = flatten((model, state))
     for leaf in leaves:
         if isinstance(leaf.value, QuantMoment):
             yield leaf.path, leaf.value
