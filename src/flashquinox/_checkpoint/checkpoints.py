@@ -1,9 +1,11 @@
 """Checkpoints of a model and the state of its optimizer.
 
-Orbax stores them: asynchronously, and from and to any sharding. This module adds what
-Orbax does not know: a manifest, by which a checkpoint that is complete and fits is told
-from one that does not before any array is read; a digest of every array; and moments
-whose groups lie elsewhere than those of the state that they are restored to.
+Orbax stores the arrays, asynchronously and in any sharding. This library adds:
+
+- a manifest, which shows whether a checkpoint is complete and fits before any array is
+  read;
+- a digest of every array;
+- moments that are stored again where the state to restore to has other groups.
 """
 
 import operator
@@ -39,20 +41,19 @@ except ImportError as error:
 
 
 class Checkpoints:
-    """The checkpoints in a directory: each of a model and the state of its optimizer,
-    by the number of the step.
+    """A directory of checkpoints. Each holds a model and the state of its optimizer,
+    and has the number of a step.
 
-    All arrays are stored: `jax.Array`s, sharded in any way, random keys included, and
-    NumPy arrays. Everything else in the trees, such as functions and Python numbers, is
-    not.
+    All arrays are stored: `jax.Array`s in any sharding, random keys, and NumPy arrays.
+    Other leaves, such as functions and Python numbers, are not stored.
 
-    Use it as a context manager, or call `close`: a save may still be under way. With
+    Use it as a context manager, or call `close`, to wait for the last save. With
     several processes, all of them make the same calls, and share the directory.
 
-    A process that is killed while it saves leaves a folder behind that is called
-    `N.orbax-checkpoint-tmp`. It never counts as a checkpoint. It is removed when step
-    `N` is saved again, and otherwise stays, as another process might still write to it:
-    delete it when no process saves.
+    A process that is killed while it saves leaves a folder `N.orbax-checkpoint-tmp`
+    behind, which never counts as a checkpoint. It is removed when step `N` is saved
+    again. Otherwise it stays, because another process might still write to it: delete
+    it when no process saves.
 
     ??? Example
 
@@ -76,12 +77,12 @@ class Checkpoints:
     ):
         """**Arguments:**
 
-        - `directory`: where the checkpoints are; made if it does not exist. A path, or
-            an address that Orbax knows, such as `gs://...`.
-        - `max_to_keep`: how many checkpoints to keep, at least 1. Once a new one is
+        - `directory`: a path, or an address that Orbax knows, such as `gs://...`. It is
+            made if it does not exist.
+        - `max_to_keep`: how many checkpoints to keep, at least 1. When a new one is
             complete, the oldest are deleted. `None` keeps all.
-        - `keep_period`: if given, checkpoints of steps that it divides are kept
-            whatever `max_to_keep` is.
+        - `keep_period`: if given, checkpoints of steps that are multiples of it are
+            never deleted.
 
         **Raises:**
 
@@ -107,16 +108,16 @@ class Checkpoints:
         except CheckpointError as error:
             if exception is None:
                 raise
-            # The first comes first.
+            # Do not hide the exception of the `with` block.
             exception.add_note(str(error))
 
     def save(self, step: SupportsIndex, model: PyTree, state: PyTree) -> None:
-        """Begins to save a checkpoint, and returns as soon as the arrays are copied to
-        the host: what is passed may then be donated or changed. Files are written in
-        the background.
+        """Begins to save a checkpoint. It returns when the arrays are copied to the
+        host: the model and the state may then be donated or changed. Files are written
+        in the background.
 
-        The checkpoint appears when it is complete: if the process ends before, however
-        it does, the previous ones are as they were.
+        The checkpoint appears when it is complete. If the process ends or is killed
+        before that, the earlier checkpoints are unchanged.
 
         **Arguments:**
 
@@ -127,10 +128,10 @@ class Checkpoints:
 
         **Raises:**
 
-        `CheckpointError` if the directory has a checkpoint of this or a later step; if
-        this save fails, or the previous one did in the background: then nothing is
-        saved. `ValueError` after `close`. `TypeError` if an array has no value, or none
-        that can be stored.
+        `CheckpointError` if the directory has a checkpoint of this or a later step, if
+        this save fails, or if the previous one failed in the background. Nothing is
+        saved then. `ValueError` after `close`. `TypeError` for an array without a
+        value, or of a dtype that cannot be stored.
         """
         call = "Checkpoints.save"
         step = check_step(call, step)
@@ -181,34 +182,33 @@ class Checkpoints:
 
         **Arguments:**
 
-        - `model`, `state`: trees like those that were saved. They say where to put what
-            is read: in place of a `jax.Array`, or of a `jax.ShapeDtypeStruct` with a
-            `sharding`, comes an array of that sharding; in place of a NumPy array, one
-            of NumPy; in place of a `jax.ShapeDtypeStruct` without a sharding, an array
-            where JAX puts new ones. The devices that saved need not be there. Values
-            are not looked at, and may have been donated.
+        - `model`, `state`: trees like those that were saved. Their leaves say where
+            each array goes. A `jax.Array`, or a `jax.ShapeDtypeStruct` with a
+            `sharding`, is replaced by an array of the same sharding; a
+            `jax.ShapeDtypeStruct` without one, by an array on JAX's default device; a
+            NumPy array, by a NumPy array. The devices need not be those that saved.
+            Values are not used, and may have been donated.
 
-            If `state` is `None`, the model alone is restored, whatever optimizer it was
-            trained with. Leaves of it that are float32 here, but were saved in bfloat16
-            or float16, become the master weights: corrections that were saved at the
-            same path are added. Layers may be wrapped by [`flashquinox.cast`][] or not.
+            If `state` is `None`, only the model is restored, whatever optimizer trained
+            it. Leaves that are float32 here, and were saved in bfloat16 or float16, get
+            the master weights: weights plus the corrections that were saved at the same
+            paths. Layers may be wrapped by [`flashquinox.cast`][] or not.
         - `step`: which checkpoint. The latest complete one by default.
 
         **Returns:**
 
-        A 2-tuple of the model and the state. Their arrays come from the checkpoint, bit
-        for bit; everything else from the arguments. Only if the groups of a moment lie
-        elsewhere in `state` than in the checkpoint, as they do for another platform or
-        another `group_size`, is that moment decoded and encoded again, rounded to
-        nearest.
+        A 2-tuple of the model and the state. Arrays come from the checkpoint, bit for
+        bit; all other leaves come from the arguments. One exception: where a moment has
+        other groups in `state` than in the checkpoint, as for another platform or
+        another `group_size`, it is decoded and encoded again, rounded to nearest.
 
         **Raises:**
 
-        `CheckpointError` if there is no such checkpoint; if it is damaged, or none of
-        this library and this version of its format; or if it does not fit: a leaf is
-        missing or has another shape or dtype, or a moment another codec. The message
-        names the leaf. Likewise if a save failed in the background: call again.
-        Nothing is changed.
+        `CheckpointError` if there is no such checkpoint; if it is damaged, or was
+        written by another library or in another version of the format; or if it does
+        not fit: a leaf is missing or has another shape or dtype, or a moment has
+        another codec. The message names the leaf. Also if an earlier save failed in the
+        background: then call again. Nothing is changed.
         """
         call = "Checkpoints.restore"
         check_not_state(call, model)
@@ -223,8 +223,8 @@ class Checkpoints:
         return wanted.fill(plan, read)
 
     def all_steps(self) -> list[int]:
-        """The steps of the checkpoints in the directory that are complete, in order.
-        Waits for the save under way, and raises what `wait` raises."""
+        """The steps of all complete checkpoints, in order. Waits for the save under
+        way, and raises what `wait` raises."""
         with self._mutex:
             self.wait()
             return self._directory.steps()
@@ -237,7 +237,7 @@ class Checkpoints:
             return self._directory.latest()
 
     def delete(self, step: SupportsIndex) -> None:
-        """Deletes a checkpoint, such as a damaged one, or what is left of one.
+        """Deletes a checkpoint, which may be damaged or incomplete.
 
         **Arguments:**
 
@@ -271,17 +271,16 @@ class Checkpoints:
 
         **Raises:**
 
-        `CheckpointError` if it failed. Every method raises that, of the save before it,
-        once: its cause is in the message and in `__cause__`. What that save has written
-        is removed, the checkpoints before it are as they were, and the next call goes
-        on.
+        `CheckpointError` if it failed. Whichever method is called next raises this
+        error, once. Its cause is in the message and in `__cause__`. The files of that
+        save are removed, earlier checkpoints are unchanged, and later calls work.
         """
         with self._mutex:
             self._saver.wait()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory: nothing can be saved any more. Raises
-        what `wait` raises."""
+        """Waits for the save under way. Nothing can be saved after this. Raises what
+        `wait` raises."""
         self._closed = True
         self.wait()
 

@@ -1,5 +1,5 @@
-"""The directory of checkpoints: one folder for each step, of which only complete ones
-count."""
+"""The directory of checkpoints. It has one folder for each step; only complete ones
+count as checkpoints."""
 
 import contextlib
 import json
@@ -18,29 +18,30 @@ from . import manifests
 ARRAYS = "arrays"
 MANIFEST = "flashquinox"
 
-# What Orbax's handler of JSON calls its file.
+# The file that Orbax's JSON handler writes.
 _MANIFEST_FILE = f"{MANIFEST}/metadata"
 _ORBAX_FILE = "_CHECKPOINT_METADATA"
-# All that is ever in the folder of a step.
+# All names that can be in the folder of a step.
 _KNOWN = {ARRAYS, MANIFEST, _ORBAX_FILE, "commit_success.txt"}
 # While it is being deleted, the folder of a step is called `100.deleted`; while it is
 # being written, `100.orbax-checkpoint-tmp`.
 _DELETED = ".deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
-# Of addresses: what Orbax and tensorstore both know.
+# Schemes of addresses that both Orbax and tensorstore know.
 _SCHEMES = ("gs://", "s3://")
 
-# Orbax looks for its files by `glob`, and tensorstore takes `\` for `/`.
+# Characters that Orbax, which finds files by `glob`, or tensorstore, which reads `\` as
+# `/`, misread in a path.
 _MISREAD = "*?[" + ("\\" if os.sep == "/" else "")
 
 
 class Directory:
-    """The folders of the steps. A step is complete if every file is there that its
-    manifest lists, which is written last."""
+    """The folders of the steps. A step is complete if all files exist that its manifest
+    lists. The manifest is written last."""
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.path = _checked(directory)
+        self.path = _checked_path(directory)
         self._root = epath.Path(self.path)
 
     def step_path(self, step: int) -> str:
@@ -57,8 +58,7 @@ class Directory:
         return None
 
     def folders(self) -> list[int]:
-        """The steps of all folders that are called like one, complete or not, in
-        order."""
+        """The steps of all folders, complete or not, in order."""
         return sorted(
             int(name)
             for name in _names(self._root)
@@ -66,8 +66,8 @@ class Directory:
         )
 
     def missing(self, step: int) -> str | None:
-        """A file that the checkpoint does not have, but should. `None` if it is
-        complete, which a damaged one may be."""
+        """The name of a file that is missing. `None` if the checkpoint is complete; it
+        may still be damaged."""
         folder = self._root / str(step)
         present = set(_files(folder))
         if _MANIFEST_FILE not in present:
@@ -76,19 +76,19 @@ class Directory:
             manifest = self.manifest(step)
             files = manifests.files(manifest)
             if files is None:
-                # Written before manifests listed files.
+                # A checkpoint from before manifests listed files.
                 files = [_ORBAX_FILE]
                 if manifests.has_elements(manifest):
                     files += [f"{ARRAYS}/_METADATA", f"{ARRAYS}/manifest.ocdbt"]
         except Exception:
-            # That says `restore`.
+            # A damaged manifest. `restore` will say so.
             return None
         if isinstance(files, dict) and _is_of_another(files, present):
             return None
         return next((name for name in files if name not in present), None)
 
     def altered(self, step: int) -> str | None:
-        """What is wrong with the sizes of the files, if anything is."""
+        """Which file has another size than its manifest says, if one has."""
         listed = manifests.files(self.manifest(step))
         present = _files(self._root / str(step))
         if listed is None or _is_of_another(listed, present):
@@ -103,8 +103,8 @@ class Directory:
         return json.loads((self._root / str(step) / _MANIFEST_FILE).read_text())
 
     def list_files(self, step: int) -> None:
-        """Lists the files of the checkpoint that is being written in its manifest: the
-        last that happens before it appears."""
+        """Adds the list of files to the manifest of the checkpoint that is being
+        written. This is the last thing that happens before the checkpoint appears."""
         folder = self._root / f"{step}{_UNFINISHED}"
         if not folder.exists():
             folder = self._root / str(step)
@@ -118,18 +118,18 @@ class Directory:
         new.replace(path)
 
     #
-    # What changes it: by one writer at a time, see `lock.py`.
+    # Changes, by one writer at a time: see `lock.py`
     #
 
     def make_room(self, call: str, step: int) -> None:
-        """Removes what was left of a checkpoint of this step that is not complete."""
+        """Removes the remains of an incomplete checkpoint of this step."""
         if (self._root / str(step)).exists():
             self._check_own(call, step)
             self.remove(step)
 
     def remove(self, step: int) -> None:
-        """Deletes a checkpoint. Whenever that is interrupted, it counts as a whole one
-        or not at all."""
+        """Deletes a checkpoint. If this is interrupted at any moment, the checkpoint is
+        either complete or does not count."""
         folder = self._root / str(step)
         if _is_local(self.path):
             there = self._root / f"{step}{_DELETED}"
@@ -140,7 +140,7 @@ class Directory:
         _remove(folder)
 
     def discard(self, step: int) -> None:
-        """Removes what a save that failed has written."""
+        """Removes the files of a save that failed."""
         if self.missing(step) is not None:
             with contextlib.suppress(OSError):
                 _remove(self._root / f"{step}{_UNFINISHED}")
@@ -148,8 +148,8 @@ class Directory:
                     _remove(self._root / str(step))
 
     def keep(self, newest: int | None, period: int | None) -> None:
-        """Deletes all but the newest complete checkpoints, and those of steps that the
-        period divides; and what is left of those that were being deleted before."""
+        """Deletes old checkpoints, except the newest complete ones and those of steps
+        that are multiples of the period; and the remains of interrupted deletions."""
         for name in _names(self._root):
             if re.fullmatch(rf"[0-9]+{re.escape(_DELETED)}", name):
                 _remove(self._root / name)
@@ -178,12 +178,12 @@ class Directory:
             )
 
     def _is_own(self, step: int) -> bool:
-        """Whether this is a checkpoint of this library, or what is left of one."""
+        """Whether a folder is a checkpoint of this library, or the remains of one."""
         names = set(_names(self._root / str(step)))
         return MANIFEST in names or names <= _KNOWN
 
 
-def _checked(directory: str | os.PathLike[str]) -> str:
+def _checked_path(directory: str | os.PathLike[str]) -> str:
     """The absolute path, or the address, of a directory that exists."""
     call = f"Checkpoints({directory!r})"
     path = os.fsdecode(directory)
@@ -227,14 +227,15 @@ def _checked(directory: str | os.PathLike[str]) -> str:
 
 
 def _is_of_another(listed: dict[str, Any], present: Iterable[str]) -> bool:
-    """Whether a manifest lists the files of another checkpoint: where some are deleted,
-    there is none that it does not list."""
+    """Whether a manifest belongs to another checkpoint: then there are files that it
+    does not list. Deleted files alone do not cause this."""
     names = (name for name in present if name.startswith(f"{ARRAYS}/"))
     return any(n not in listed and "/." not in n for n in names)
 
 
 def _is_text(path: str) -> bool:
-    """Whether it can be written in UTF-8: not if Python read it from other bytes."""
+    """Whether a path can be written in UTF-8. Paths that Python decoded from other
+    bytes cannot."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -247,7 +248,8 @@ def _is_local(path: str) -> bool:
 
 
 def _names(folder: Any) -> list[str]:
-    """What is in a folder; nothing if it is none, or another process deletes it."""
+    """The names in a folder; none if there is no folder, or another process has just
+    deleted it."""
     try:
         return [child.name for child in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):

@@ -1,5 +1,5 @@
-"""The files of one checkpoint. Orbax writes them; tensorstore, in which Orbax stores
-arrays, reads them: it stops at the first error."""
+"""The files of one checkpoint. Orbax writes them. They are read by tensorstore, the
+library in which Orbax stores arrays, because it stops at the first error."""
 
 import contextlib
 import logging
@@ -15,26 +15,27 @@ from jax.sharding import Sharding
 from .directory import ARRAYS, MANIFEST
 
 
-# How much is read at a time.
+# How much is read at a time. It bounds the memory that reading takes on the host beside
+# the arrays themselves.
 _BATCH_BYTES = 2**30
 
 
 def begin_to_write(
     path: str, arrays: dict[str, Any], manifest: dict[str, Any], at_last: Callable
 ) -> Callable[[], None]:
-    """Copies arrays to the host and begins to write them. `at_last` is called, in one
-    of the processes, when all files are there but the checkpoint does not appear yet.
+    """Copies arrays to the host and begins to write them. `at_last` is called in one of
+    the processes, after all files are written and before the checkpoint appears.
 
     **Returns:**
 
-    A function that waits until the checkpoint appears, and raises what went wrong.
+    A function that waits until the checkpoint appears, or raises the error of the save.
     """
     items: dict[str, Any] = {MANIFEST: ocp.args.JsonSave(manifest)}
     # Orbax refuses arrays without elements, and trees without arrays.
     arrays = {name: x for name, x in arrays.items() if x.size > 0}
     if arrays:
         items[ARRAYS] = ocp.args.PyTreeSave(arrays)
-    # A new one for each checkpoint: one that failed may fail again.
+    # A new checkpointer each time: one that has failed once may fail again.
     checkpointer = ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(post_finalization_callback=at_last),
@@ -60,7 +61,8 @@ def read(
     stored: dict[str, jax.ShapeDtypeStruct],
     shardings: dict[str, Sharding | None],
 ) -> dict[str, Any]:
-    """The arrays of a checkpoint, by their names: divided so, or of NumPy."""
+    """The arrays of a checkpoint, by their names: of these shardings, or NumPy arrays
+    where there is no sharding."""
     base = path if "://" in path else {"driver": "file", "path": path}
     folder = tensorstore.KvStore.open(base).result() / f"{ARRAYS}/"
     arrays: dict[str, Any] = {}
@@ -68,7 +70,7 @@ def read(
     size = 0
     for name, sharding in shardings.items():
         if stored[name].size == 0:
-            # Those are not stored.
+            # Arrays without elements are not stored.
             arrays[name] = np.zeros(stored[name].shape, stored[name].dtype)
             continue
         batch[name] = sharding
@@ -137,8 +139,8 @@ def _assemble(
 
 @contextlib.contextmanager
 def _without_logs(logger: str, text: str) -> Iterator[None]:
-    """Without the records of a logger that have this text: of errors that are raised
-    as well."""
+    """Hides the log records of a logger that contain this text: the same errors are
+    also raised."""
     unlike = lambda record: text not in record.getMessage()
     logging.getLogger(logger).addFilter(unlike)
     try:

@@ -1,4 +1,4 @@
-"""One writer at a time in a directory, in whichever process or thread it is."""
+"""A lock for a directory: one writer at a time, among all processes and threads."""
 
 import functools
 import os
@@ -15,25 +15,25 @@ except ImportError:
     fcntl = None
 
 
-# Seconds.
+# Seconds. Longer than the save of another writer should take.
 _TIMEOUT = 600.0
 
 
 def lock(call: str, directory: str) -> Callable[[], None]:
-    """Waits until no other writer has the directory, and takes it. The lock ends with
-    the process, however that ends. Where there are none, as in stores by address, this
-    does nothing.
+    """Waits until no other writer holds the lock of a directory, and takes it. The lock
+    ends with the process at the latest, even if that is killed. Where there are no
+    locks, as in stores by address, this does nothing.
 
     **Returns:**
 
-    A function that gives the directory free.
+    A function that releases the lock.
     """
     if fcntl is None or "://" in directory:
         return lambda: None
     try:
         file = os.open(directory, os.O_RDONLY)
     except OSError:
-        # What is wrong will be said when files are written.
+        # The error will be raised when files are written.
         return lambda: None
     unlock = functools.partial(fcntl.flock, file, fcntl.LOCK_UN)
     deadline = time.monotonic() + _TIMEOUT
@@ -55,7 +55,7 @@ def lock(call: str, directory: str) -> Callable[[], None]:
             break
 
     def release() -> None:
-        # Of a copy that a forked process may have, too.
+        # Unlocks the copies of this file that forked processes have, too.
         unlock()
         os.close(file)
 

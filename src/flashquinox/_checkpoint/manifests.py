@@ -1,6 +1,6 @@
-"""What a checkpoint says about itself, and whether that fits what is asked of it.
+"""The manifest of a checkpoint: what its arrays and moments are.
 
-It is read, and every leaf compared, before any array is.
+It is read, and compared with every leaf to restore, before any array is read.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ def make(
     digests: dict[str, int],
     moments: dict[str, QuantMoment],
 ) -> dict[str, Any]:
-    """The manifest of these arrays, by their names: for JSON."""
+    """The manifest of these arrays and moments, by their names, for JSON."""
     contents = {
-        # Also outside, for whoever cannot read these contents; here, the digest has it.
+        # Also outside of the contents, for versions that cannot read them. Here the
+        # digest protects it.
         "flashquinox_version": library_version,
         "arrays": {
             name: {
@@ -56,15 +57,15 @@ def make(
 
 
 def with_files(manifest: Any, files: dict[str, int | None]) -> dict[str, Any]:
-    """A manifest that lists the files of its checkpoint, with their sizes: `None` for
-    those that still change."""
+    """A manifest with a list of the files of its checkpoint and their sizes; `None` for
+    files that still change."""
     contents = manifest["contents"] | {"files": files}
     return manifest | {"sha256": _sha256(contents), "contents": contents}
 
 
 def files(manifest: Any) -> dict[str, int | None] | None:
-    """The files that a manifest lists; `None` if it is of a time when they did not.
-    Fails if it is damaged."""
+    """The files that a manifest lists; `None` for an early manifest without a list.
+    Raises an exception if it is damaged."""
     contents = manifest["contents"]
     if manifest["sha256"] != _sha256(contents):
         raise ValueError
@@ -72,7 +73,8 @@ def files(manifest: Any) -> dict[str, int | None] | None:
 
 
 def has_elements(manifest: Any) -> bool:
-    """Whether any array has elements. Fails if the manifest is damaged."""
+    """Whether any array has elements. Raises an exception if the manifest is
+    damaged."""
     return any(0 not in x["shape"] for x in manifest["contents"]["arrays"].values())
 
 
@@ -116,14 +118,14 @@ def contents(
 
 
 def _written_by(contents: Any, otherwise: Any) -> Any:
-    """The version of the library that contents say; not all do."""
+    """The version of the library in the contents. Early ones do not have it."""
     known = isinstance(contents, dict)
     return contents.get("flashquinox_version", otherwise) if known else otherwise
 
 
 def _wrong_in(contents: Any) -> str | None:
-    """Where contents are not such as `make` makes them: nothing that a file says is
-    relied on before."""
+    """The first part of the contents that `make` cannot have written, if there is one.
+    Nothing in a file is used before this check."""
     parts = ("arrays", "moments")
     if not isinstance(contents, dict):
         return "`contents`"
@@ -185,12 +187,11 @@ def check(
     arrays: dict[str, Any],
     moments: dict[str, QuantMoment],
 ) -> set[str]:
-    """Compares what a manifest says of arrays and of moments with what it should be
-    restored to.
+    """Compares the arrays and moments of a manifest with those to restore to.
 
     **Returns:**
 
-    The names of the moments that must be encoded again: their groups lie elsewhere.
+    The names of the moments that must be encoded again, because their groups differ.
 
     **Raises:**
 
@@ -200,7 +201,7 @@ def check(
     for name in [*moments, *stored_moments]:
         has = name in moments or name in arrays
         if not has or not (name in stored_moments or name in stored):
-            # One of those whose arrays are missing on one side.
+            # Its arrays are missing on one side: see below.
             continue
         wanted = _codec_of(moments.get(name))
         found = stored_moments.get(name, {"codec": "FullPrecision()"})

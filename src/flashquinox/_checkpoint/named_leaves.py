@@ -1,4 +1,4 @@
-"""The leaves of a model and a state, by the names that they have in a checkpoint."""
+"""The leaves of a model and a state, and their names in a checkpoint."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from .._storage.codec import QuantMoment
 
 
 class NamedLeaf(NamedTuple):
-    # As in `model.layers[0].weight`.
+    """A leaf, by a name such as `model.layers[0].weight`."""
+
     name: str
     value: Any
 
@@ -32,7 +33,7 @@ def flatten_named(
     model, put_together = take_apart(model)
     leaves, treedef = jtu.tree_flatten_with_path((model, state))
     moments = {path for path, _ in _quant_moments(model, state)}
-    # An array of a moment may be in a `Variable` of Flax, which the name leaves out.
+    # A `Variable` of Flax around an array of a moment is no part of the name.
     named = [
         NamedLeaf(_name(path[:-1] if path[:-2] in moments else path), value)
         for path, value in leaves
@@ -53,7 +54,7 @@ def flatten_named(
 
 
 def quant_moments(model: PyTree, state: PyTree) -> dict[str, QuantMoment]:
-    """The moments in the two trees, wherever they are."""
+    """All compressed moments in the two trees, by their names."""
     return {_name(path): moment for path, moment in _quant_moments(model, state)}
 
 
@@ -77,8 +78,8 @@ def parts(moment: str) -> tuple[str, str]:
 
 
 def checksums_of(names: Iterable[str]) -> dict[str, str]:
-    """Which of these arrays are checksums of weights, in the state of an optimizer, and
-    of which weight each is."""
+    """For each of these arrays that is the checksum of a weight in an optimizer state,
+    the name of that weight."""
     known = set(names)
     found = {}
     for name in names:
@@ -118,13 +119,13 @@ def check_storable(call: str, name: str, x: Any) -> None:
 
 
 def to_store(x: Any) -> Any:
-    """A leaf as what Orbax stores."""
+    """A leaf as an array that Orbax stores."""
     if not isinstance(x, jax.Array):
         return np.asarray(x)
     if is_key(x):
         x = jax.random.key_data(x)
     if jax.process_count() > 1 and x.is_fully_addressable:
-        # An array that each process has for itself.
+        # Each process has this array for itself.
         return np.asarray(x)
     return x
 

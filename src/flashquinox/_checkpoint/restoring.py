@@ -1,4 +1,5 @@
-"""What is read of a checkpoint to fill a model and a state, and what is made of it."""
+"""Filling a model and a state from a checkpoint: which arrays to read, and what becomes
+of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Integer, PyTree
 
-from .._common.place import compute_like, no_mesh
+from .._common.placement import compute_like, no_mesh
 from .._common.target import Target
 from .._model.trees import is_array
 from .._optimizer.checksums import checksums
@@ -22,7 +23,8 @@ from .weights import as_stored, is_of_model, Source, sources
 
 
 class Wanted:
-    """A model and a state to restore to. With a state of `None`, the weights alone."""
+    """A model and a state to restore to. With a state of `None`, only the weights are
+    restored."""
 
     def __init__(self, call: str, model: PyTree, state: PyTree):
         self._call = call
@@ -35,11 +37,11 @@ class Wanted:
         }
 
     def plan(self, where: str, contents: dict[str, Any]) -> "Plan":
-        """What to read, by the contents of a manifest.
+        """Which arrays to read, according to the contents of a manifest.
 
         **Raises:**
 
-        `CheckpointError` if that does not fit.
+        `CheckpointError` if the checkpoint does not fit.
         """
         arrays, call = contents["arrays"], self._call
         summed = {
@@ -72,7 +74,7 @@ class Wanted:
         for name in regrouped:
             codes, scales = parts(name)
             shardings[codes] = self._targets[codes].sharding_of_read(automatic=True)
-            # Of another shape than those of `state`, they may not divide like them.
+            # They have another shape than those of `state`, and may not divide evenly.
             shardings[scales] = None
             shape = tuple(arrays[scales]["shape"])
             stored[scales] = jax.ShapeDtypeStruct(shape, stored[scales].dtype)
@@ -85,7 +87,7 @@ class Wanted:
         return Plan(shardings, stored, expected, origins, groups, summed)
 
     def fill(self, plan: "Plan", read: dict[str, Any]) -> tuple[PyTree, PyTree]:
-        """The model and the state, of the arrays that were read."""
+        """The model and the state, filled with the arrays that were read."""
         read = dict(read)
         with no_mesh():
             for name, groups in plan.groups.items():
@@ -113,13 +115,14 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to read of a checkpoint.
+    """Which arrays of a checkpoint to read, and for what.
 
-    - `shardings`, `stored`, `digests`: of each array to read, by its name there.
-    - `origins`: from which of them each leaf comes.
-    - `groups`: the axis and the size of the stored groups of moments that must be
-        encoded again.
-    - `summed`: of which weight each checksum is that the checkpoint does not have.
+    - `shardings`, `stored`, `digests`: for each array to read, by its name in the
+        checkpoint, its target sharding, its stored shape and dtype, and its digest.
+    - `origins`: for each leaf to fill, the arrays that it comes from.
+    - `groups`: for each moment that must be encoded again, the axis and the size of its
+        stored groups.
+    - `summed`: for each checksum that the checkpoint does not have, its weight.
     """
 
     shardings: dict[str, Sharding | None]
@@ -130,14 +133,15 @@ class Plan:
     summed: dict[str, str]
 
     def altered(self, read: dict[str, Any]) -> str | None:
-        """An array that is not as it was saved, if there is one."""
+        """The name of an array that differs from what was saved, if there is one."""
         with no_mesh():
             found = digests(read)
         return next((name for name in found if found[name] != self.digests[name]), None)
 
 
 def _checksum(members: int) -> Callable[[Any], Any]:
-    """A function from a weight to its checksum; of an ensemble, of each member."""
+    """A function from a weight to its checksum, mapped over this many axes of ensemble
+    members."""
     function = lambda x: checksums([x])[0]
     for _ in range(members):
         function = jax.vmap(function)

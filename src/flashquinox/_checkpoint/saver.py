@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._common.errors import CheckpointError
-from .._common.place import no_mesh
+from .._common.placement import no_mesh
 from .._common.version import __version__
 from .._storage.codec import QuantMoment
 from . import files, manifests

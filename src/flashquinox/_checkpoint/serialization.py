@@ -1,8 +1,8 @@
-"""States in `flax.serialization`: in dictionaries of arrays, and in bytes.
+"""Support for `flax.serialization`: states as dictionaries of arrays.
 
-Flax looks a type up in a table, and takes a type that is not there for a leaf. So the
-states of this library enter themselves, once Flax is there: Flax is never imported for
-it, and may be imported later, when there are states already.
+Flax keeps a table of types, and treats a type that is not in it as a leaf. This module
+registers the states of this library in that table. It never imports Flax: if Flax is
+not imported yet, the states are registered when it is.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ def _moment_to_dict(moment: QuantMoment) -> dict[str, Any]:
     return _fields(moment) | {_FORMAT: _format(moment)}
 
 
-# In the dictionary of a moment, an array beside its arrays: where its groups lie, and a
-# number for the codec that stored it. Functions of arrays can be mapped over all.
+# The key of an array in the dictionary of a moment, beside its codes and scales: the
+# axis and the size of its groups, and a number for its codec. It is an array, so that
+# functions can be mapped over the whole dictionary.
 _FORMAT = "QuantMoment"
 
 
@@ -45,7 +46,7 @@ def _format(moment: QuantMoment) -> np.ndarray:
 
 
 def _fields(module: OptimizerState | QuantMoment) -> dict[str, Any]:
-    """What is no constant of a program, and there."""
+    """The fields that are not static and not `None`."""
     values = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
@@ -82,7 +83,7 @@ def _moment_from_dict(moment: QuantMoment, stored: Any) -> QuantMoment:
 
 
 def _with(module: Any, values: dict[str, Any]) -> Any:
-    """A module with these fields. NumPy's arrays may be among them."""
+    """A module with these values of fields, which may be NumPy arrays."""
     parts, rebuild = jtu.tree_flatten_with_path(
         module, is_leaf=lambda x: x is not module
     )
@@ -90,7 +91,8 @@ def _with(module: Any, values: dict[str, Any]) -> Any:
 
 
 def _check(wanted: dict[str, Any], stored: Any) -> None:
-    """Whether what was stored can be restored to a state with this dictionary."""
+    """What was stored must fit the state to restore to, whose dictionary is
+    `wanted`."""
     wants, has = (
         {
             tuple(jtu.keystr((key,), simple=True) for key in path): x
@@ -106,7 +108,7 @@ def _check(wanted: dict[str, Any], stored: Any) -> None:
                 texts = ["a moment of its codec", "a moment of another codec"]
                 path = path[:-1]
             elif path[-1] == "scales" and any(ours != theirs):
-                # Groups that lie elsewhere: they are encoded again.
+                # The groups differ: the moment will be encoded again.
                 continue
         if texts[0] != texts[1]:
             where = "/".join([_flax().current_path(), *path])
@@ -132,7 +134,7 @@ def _flax() -> Any:
 
 
 def _register() -> bool:
-    """Whether Flax is there to be told."""
+    """Registers the states if Flax is imported. Returns whether it is."""
     register = getattr(_flax(), "register_serialization_state", None)
     if register is None:
         return False
@@ -145,8 +147,8 @@ def _register() -> bool:
 
 
 class _WhenFlaxComes(importlib.abc.MetaPathFinder):
-    """Finds no module, but sees that Flax looks for its own. Those that build on
-    `flax.serialization` come after it."""
+    """Finds no module, but notices when Flax imports its own. Its modules that use
+    `flax.serialization` are imported after that one."""
 
     is_done = False
 

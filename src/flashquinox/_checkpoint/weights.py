@@ -1,5 +1,4 @@
-"""Weights alone: which arrays of a checkpoint a model is restored from, without the
-state of its optimizer."""
+"""Restoring a model without the state of its optimizer: which arrays it comes from."""
 
 import re
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ from .._common.errors import CheckpointError
 
 
 class Source(NamedTuple):
-    """The names of the arrays that a leaf is restored from."""
+    """The names of the arrays that a leaf is restored from.
+
+    `widened` is whether the stored weight is narrower than the leaf, which then gets
+    the float32 master weight: weight plus `correction`, if that was saved.
+    """
 
     name: str
-    # Whether a narrower weight becomes a float32 master weight; and if it has one, its
-    # correction.
     widened: bool = False
     correction: str | None = None
 
@@ -23,11 +24,11 @@ class Source(NamedTuple):
 def sources(
     call: str, where: str, arrays: dict[str, Any], likes: dict[str, Any]
 ) -> dict[str, Source]:
-    """For each array of a model, by its name, where it comes from. `arrays` are
-    described by the manifest.
+    """For each array of a model, by its name, where it comes from. `arrays` is from the
+    manifest.
 
-    A model is restored from one of the same names, in which layers may be wrapped by
-    [`flashquinox.cast`][] where they are not here, or the other way round.
+    Names must be equal, except that layers may be wrapped by [`flashquinox.cast`][] in
+    one of the two models and not in the other.
 
     **Raises:**
 
@@ -55,7 +56,7 @@ def is_of_model(name: str) -> bool:
 
 
 def as_stored(like: Any, description: dict[str, Any]) -> Any:
-    """What to read before a correction is added to it."""
+    """The shape and the stored dtype of a weight that a correction is added to."""
     return jax.ShapeDtypeStruct(np.shape(like), description["dtype"])
 
 
@@ -71,7 +72,7 @@ def _correction(call: str, where: str, arrays: dict[str, Any], name: str) -> str
     path = name.removeprefix("model")
     own = [other for other in corrections if other.endswith(f".corrections{path}")]
     if not own:
-        # As of a state of a part of the model.
+        # The state may be that of a part of the model, with shorter paths.
         known = tuple(
             f".corrections{other.removeprefix('model')}"
             for other in arrays

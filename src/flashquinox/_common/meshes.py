@@ -61,8 +61,8 @@ def as_typed(x: Array, sharding: NamedSharding | None) -> Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
-def place(x: Array, sharding: NamedSharding) -> Array:
-    """A new array, divided like this, in a program that is traced."""
+def constrain(x: Array, sharding: NamedSharding) -> Array:
+    """A new array inside of `jit`, which XLA is told to divide like this."""
     x = as_typed(x, sharding)
     if not axes_of_type(sharding.mesh, AxisType.Auto):
         return x

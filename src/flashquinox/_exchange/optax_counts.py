@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._common.place import put_like
+from .._common.placement import put_like
 from .._optimizer.states import find
 
 

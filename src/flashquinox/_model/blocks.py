@@ -9,7 +9,7 @@ from .._common.text import shown
 from .trees import flatten, Leaf
 
 
-class _Place:
+class _Placeholder:
     """Stands for a leaf of the model, where a function is asked which it takes."""
 
     def __repr__(self) -> str:
@@ -28,9 +28,9 @@ def part_of(
     if not callable(choose):
         raise TypeError(f"{takes} It got {shown(choose)}.")
     leaves, rebuild = flatten(model)
-    places: list[Any] = [_Place() for _ in leaves]
-    numbers = {id(place): i for i, place in enumerate(places)}
-    chosen, rebuild_part = flatten(choose(rebuild(places)))
+    placeholders: list[Any] = [_Placeholder() for _ in leaves]
+    numbers = {id(x): i for i, x in enumerate(placeholders)}
+    chosen, rebuild_part = flatten(choose(rebuild(placeholders)))
     if not chosen:
         raise ValueError(f"{takes} What it gave has no leaves.")
     found: list[int] = []

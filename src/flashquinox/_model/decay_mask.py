@@ -107,7 +107,7 @@ def _as_tuple(argument: str, selectors: Selectors) -> tuple[Any, ...]:
     return several
 
 
-class _Place(tuple[str, ...]):
+class _Names(tuple[str, ...]):
     """The names on the way to a node, without numbers."""
 
     @property
@@ -136,13 +136,13 @@ class _DecayMask:
         def visit(
             path: tuple[Any, ...],
             node: Any,
-            names: _Place,
+            names: _Names,
             layer: type | None,
             chosen: bool | None,
         ) -> Any:
-            if include.takes(path, node) and chosen is None:
+            if include.selects(path, node) and chosen is None:
                 chosen = True
-            if exclude.takes(path, node):
+            if exclude.selects(path, node):
                 chosen = False
             parts = children(node)
             if parts is None:
@@ -157,7 +157,7 @@ class _DecayMask:
                     visit(
                         (*path, key),
                         child,
-                        names if _is_wrap(node) else _Place((*names, *_name(key))),
+                        names if _is_wrap(node) else _Names((*names, *_name(key))),
                         layer,
                         chosen,
                     )
@@ -165,7 +165,7 @@ class _DecayMask:
                 ]
             )
 
-        mask = visit((), params, _Place(), None, None)
+        mask = visit((), params, _Names(), None, None)
         exclude.check_used(params)
         include.check_used(params)
         return mask
@@ -188,7 +188,7 @@ def _name(key: Any) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else ()
 
 
-def _decays(layer: type | None, names: _Place, array: Any) -> bool:
+def _decays(layer: type | None, names: _Names, array: Any) -> bool:
     classes = [] if layer is None else [x.__name__ for x in layer.__mro__]
     if any(_is_norm_class(name) for name in classes):
         return False

@@ -44,16 +44,16 @@ class Selection:
                     f"these; got {shown(x)}."
                 )
 
-    def takes(self, path: tuple[Any, ...], node: Any) -> bool:
+    def selects(self, path: tuple[Any, ...], node: Any) -> bool:
         """Whether one of them chooses this leaf or subtree itself."""
-        taken = False
+        selected = False
         for i, selector in enumerate(self._selectors):
-            if self._takes_by(selector, path, node):
+            if self._selects_by(selector, path, node):
                 self._used.add(i)
-                taken = True
-        return taken
+                selected = True
+        return selected
 
-    def _takes_by(self, selector: Any, path: tuple[Any, ...], node: Any) -> bool:
+    def _selects_by(self, selector: Any, path: tuple[Any, ...], node: Any) -> bool:
         if isinstance(selector, str) and not selector:
             # The path of a model that is a single array.
             return not path and is_array(node)
@@ -116,7 +116,7 @@ def chosen_leaves(tree: PyTree, selection: Selection) -> set[tuple[Any, ...]]:
     def visit(
         path: tuple[Any, ...], node: Any, inside: bool
     ) -> Iterator[tuple[Any, ...]]:
-        inside = selection.takes(path, node) or inside
+        inside = selection.selects(path, node) or inside
         parts = children(node)
         if parts is None:
             if inside:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._common.place import compute_like, put_like
+from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
 from .._model.trees import Leaf, match, Model, State
 from .._storage.split import Correction, decode_weight, encode_weight

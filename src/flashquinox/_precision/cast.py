@@ -70,7 +70,7 @@ def cast(
     narrow = jnp.finfo(dtype).bits < 32
 
     def cast_node(path: tuple[Any, ...], node: Any, kept: bool, wrapped: bool) -> Any:
-        chosen = selection.takes(path, node)
+        chosen = selection.selects(path, node)
         if isinstance(node, eqx.nn.State | eqx.nn.StateIndex | OptimizerState):
             return node
         if isinstance(node, Float32Layer):

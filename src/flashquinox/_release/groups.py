@@ -1,5 +1,5 @@
-"""A step under way of one optimizer, or of several, each of which trains a group of the
-leaves of a model: as `optax.partition` divides it."""
+"""A step of one optimizer, or of several that each train a group of the leaves, as
+`optax.partition` divides a model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,55 +21,62 @@ from .._optimizer.states import find
 from .._tile.clipping import Clipping
 
 
-# For each group, whether its gradients were finite. `None` if that was not asked.
-Takes = list[Bool[Array, ""] | None]
+# For each group, whether its gradients and its learning rate are all finite. `None`
+# without `skip_nonfinite`.
+AllFinite = list[Bool[Array, ""] | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedStep:
-    """The steps of all groups. Leaves have their numbers in the model; `places` has the
-    group of each leaf that is trained, and its number there, by which codecs dither."""
+    """The steps of all groups, in progress.
+
+    - `leaves`, `rebuild`: the model. Methods take the numbers of leaves in this list.
+    - `owners`: for each leaf that is trained, its group and its number in that group,
+        on which the dithering of codecs depends.
+    - `replace`: a function from the new state of each group to the state of all.
+    - `updated`: for each group, whether its leaves were updated, each time that some
+        may have been.
+    """
 
     leaves: list[Leaf]
     rebuild: Callable[[list[Any]], PyTree]
     groups: list[OpenedStep]
-    places: dict[int, tuple[int, int]]
+    owners: dict[int, tuple[int, int]]
     replace: Callable[[list[OptimizerState]], PyTree]
-    # For each group, whether its leaves were updated, each time that some were.
-    took: list[list[Bool[Array, ""]]]
+    updated: list[list[Bool[Array, ""]]]
 
     def verified(self) -> "GroupedStep":
         return dataclasses.replace(self, groups=[x.verified() for x in self.groups])
 
     def check(self, number: int) -> None:
-        group, place = self.places[number]
-        self.groups[group].check(place)
+        group, index = self.owners[number]
+        self.groups[group].check(index)
 
     def sharding(self, number: int) -> NamedSharding | None:
-        group, place = self.places[number]
-        return self.groups[group].shardings[place]
+        group, index = self.owners[number]
+        return self.groups[group].shardings[index]
 
     def read(self, number: int) -> LeafState:
-        group, place = self.places[number]
-        return self.groups[group].read(place)
+        group, index = self.owners[number]
+        return self.groups[group].read(index)
 
     def write(self, number: int, new: LeafState) -> None:
-        group, place = self.places[number]
-        self.groups[group].write(place, new)
+        group, index = self.owners[number]
+        self.groups[group].write(index, new)
 
     def update(self, grads: dict[int, Array], max_norm: ScalarLike | None) -> None:
-        """Updates the leaves of these numbers, by gradients that are scaled to at most
-        this norm together, if one is given."""
+        """Updates the leaves that `grads` has, after scaling these gradients to at most
+        `max_norm` together, if that is given."""
         shardings = {number: self.sharding(number) for number in grads}
         clip = self.clip(grads, shardings, max_norm)
         for group, numbers in self._divided([*grads]).items():
-            own = {self.places[number][1]: grads[number] for number in numbers}
+            own = {self.owners[number][1]: grads[number] for number in numbers}
             self.count(group, self.groups[group].update(own, clip))
 
-    def count(self, group: int, take: Bool[Array, ""] | None) -> None:
-        """Notes that leaves of a group were updated, if this is true."""
-        if take is not None:
-            self.took[group].append(take)
+    def count(self, group: int, all_finite: Bool[Array, ""] | None) -> None:
+        """Notes whether leaves of a group were updated: only finite gradients do so."""
+        if all_finite is not None:
+            self.updated[group].append(all_finite)
 
     def clip(
         self,
@@ -77,35 +84,37 @@ class GroupedStep:
         shardings: dict[int, NamedSharding | None],
         max_norm: ScalarLike | None,
     ) -> Clipping | None:
-        """As of `OpenedStep`, for gradients of all groups together."""
-        # Any group: none looks at its state for this.
+        """The scaling of gradients of all groups to at most this norm together."""
+        # The result is the same for every group.
         there = [shardings[number] for number in grads]
         return self.groups[0].clip([*grads.values()], there, max_norm)
 
-    def takes(
+    def all_finite(
         self,
         grads: dict[int, Array],
         shardings: dict[int, NamedSharding | None],
         clip: Clipping | None,
-    ) -> Takes:
-        takes: Takes = [None for _ in self.groups]
+    ) -> AllFinite:
+        """For each group, whether these gradients of it are all finite."""
+        found: AllFinite = [None for _ in self.groups]
         for group, numbers in self._divided([*grads]).items():
-            takes[group] = self.groups[group].take(
+            found[group] = self.groups[group].take(
                 [grads[number] for number in numbers],
                 [shardings[number] for number in numbers],
                 clip,
             )
-        return takes
+        return found
 
     def learn(
         self, numbers: list[int], finite: Callable[[], Bool[Array, ""]]
     ) -> dict[int, Learned]:
-        """As of `OpenedStep`; `finite` is asked whether this step is taken at all."""
+        """The new parameters of codecs that learn. `finite` gives whether any part of
+        this step will be taken; it is only called with `skip_nonfinite`."""
         learned = {}
         for group, here in self._divided(numbers).items():
             step = self.groups[group]
-            take = finite() if step.transformation.skip_nonfinite else None
-            found = step.learn([self.places[number][1] for number in here], take)
+            all_finite = finite() if step.transformation.skip_nonfinite else None
+            found = step.learn([self.owners[number][1] for number in here], all_finite)
             learned.update(zip(here, found, strict=True))
         return learned
 
@@ -115,42 +124,44 @@ class GroupedStep:
         shardings: dict[int, NamedSharding | None],
         grads: dict[int, Array],
         learned: dict[int, Learned],
-        takes: Takes,
+        finite: AllFinite,
         clip: Clipping | None,
     ) -> dict[int, LeafState]:
-        """As of `OpenedStep`, for the parts of the leaves of these numbers."""
+        """Updates parts of leaves, such as single layers of stacks."""
         new = {}
         for group, numbers in self._divided([*parts]).items():
             updated = self.groups[group].update_parts(
-                [self.places[number][1] for number in numbers],
+                [self.owners[number][1] for number in numbers],
                 [parts[number] for number in numbers],
                 [shardings[number] for number in numbers],
                 [grads[number] for number in numbers],
                 [learned[number] for number in numbers],
-                takes[group],
+                finite[group],
                 clip,
             )
             new.update(zip(numbers, updated, strict=True))
         return new
 
     def close(self) -> tuple[PyTree, PyTree]:
-        """The new model, and a state like the one that came."""
+        """The new model, and the new state in the structure of the old."""
         states = []
-        for group, took in zip(self.groups, self.took, strict=True):
-            take = None
+        for group, updated in zip(self.groups, self.updated, strict=True):
+            all_finite = None
             if group.transformation.skip_nonfinite:
-                take = jnp.any(jnp.stack(took)) if took else jnp.asarray(True)
-            states.append(group.close(take)[1])
+                all_finite = (
+                    jnp.any(jnp.stack(updated)) if updated else jnp.asarray(True)
+                )
+            states.append(group.close(all_finite)[1])
         values = [leaf.value for leaf in self.leaves]
-        for number in self.places:
+        for number in self.owners:
             values[number] = self.read(number).value
         return self.rebuild(values), self.replace(states)
 
     def _divided(self, numbers: list[int]) -> dict[int, list[int]]:
-        """These leaves by their groups."""
+        """The numbers of these leaves by the groups that train them."""
         divided: dict[int, list[int]] = {}
         for number in numbers:
-            divided.setdefault(self.places[number][0], []).append(number)
+            divided.setdefault(self.owners[number][0], []).append(number)
         return divided
 
 
@@ -163,7 +174,7 @@ def check_optimizers(call: str, optim: Any) -> None:
 
 
 def open_groups(call: str, optim: Any, model: PyTree, state: PyTree) -> GroupedStep:
-    """Takes a model and the state of its optimizers apart, for one step."""
+    """Begins a step: takes apart a model and the state of its optimizers."""
     leaves, rebuild = flatten(model)
     if isinstance(optim, Mapping):
         transformations, states, replace = _of_partition(call, optim, state)
@@ -172,33 +183,34 @@ def open_groups(call: str, optim: Any, model: PyTree, state: PyTree) -> GroupedS
         transformations = [_transformation(call, "optim", optim)]
         states, replace = [state], lambda new: new[0]
         masked = [set()]
-    groups, places = [], {}
+    groups, owners = [], {}
     for group, transformation in enumerate(transformations):
-        # The numbers of leaves are those of what `optax.partition` passes on.
+        # Codecs dither by the numbers that leaves have in a group, which must be those
+        # that they have in the tree that `optax.partition` passes on.
         hidden = lambda leaf, group=group: is_within(leaf.unwrapped, masked[group])
         own = rebuild(
             [optax.MaskedNode() if hidden(leaf) else leaf.value for leaf in leaves]
         )
         opened = transformation.open(call, own, states[group])
         numbers = {leaf.unwrapped: i for i, leaf in enumerate(leaves)}
-        for place, leaf in enumerate(opened.leaves):
-            if opened.trained[place]:
+        for index, leaf in enumerate(opened.leaves):
+            if opened.trained[index]:
                 number = numbers[leaf.unwrapped]
-                owner, _ = places.get(number, (None, None))
+                owner, _ = owners.get(number, (None, None))
                 check_not_in_two_states(call, leaf, owner)
-                places[number] = group, place
+                owners[number] = group, index
         groups.append(opened)
-    took = [[] for _ in groups]
+    updated = [[] for _ in groups]
     return GroupedStep(
-        leaves, rebuild, groups, dict(sorted(places.items())), replace, took
+        leaves, rebuild, groups, dict(sorted(owners.items())), replace, updated
     )
 
 
 def _of_partition(
     call: str, optim: Mapping[Any, Any], state: Any
 ) -> tuple[list[Transformation], list[OptimizerState], Callable[[list[Any]], PyTree]]:
-    """What makes the steps of each group, its state, and a function from new ones to
-    the state of all."""
+    """For each group, the engine of its optimizer and its state; and a function from
+    new states to that of `optax.partition`."""
     if not isinstance(state, optax.PartitionState):
         raise TypeError(
             f"`{call}`: several optimizers take the state of `optax.partition`; got a "
@@ -208,7 +220,7 @@ def _of_partition(
         )
     inner = dict(state.inner_states)
     ours = {label: find(x) for label, x in inner.items()}
-    # Weights of a group without a state of this library are frozen.
+    # Groups without a state of this library are frozen.
     labels = [label for label, found in ours.items() if found.values]
     if set(labels) != set(optim):
         raise ValueError(
@@ -249,7 +261,7 @@ def _transformation(call: str, name: str, optim: Any) -> Transformation:
 
 
 def _masked(state: OptimizerState) -> set[tuple[Any, ...]]:
-    """The paths of what other optimizers train."""
+    """The paths of the leaves that other optimizers train."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     hidden = jtu.tree_map(
         lambda x: _MASKED if is_masked(x) else x, state.corrections, is_leaf=is_masked
@@ -257,5 +269,5 @@ def _masked(state: OptimizerState) -> set[tuple[Any, ...]]:
     return {leaf.unwrapped for leaf in flatten(hidden)[0] if leaf.value is _MASKED}
 
 
-# A leaf, unlike `optax.MaskedNode`.
+# Stands for an `optax.MaskedNode`, which is an empty subtree, as a leaf.
 _MASKED = object()

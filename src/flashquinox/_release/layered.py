@@ -1,9 +1,9 @@
-"""A loss of a model whose middle is a stack of blocks of one kind, in three parts: what
-is before the blocks, a block, and what is after them.
+"""A loss in three parts, of a model whose middle is a stack of equal blocks: a prologue
+before the blocks, a block, and an epilogue after them.
 
-For example, of a language model these are the embedding; a layer of attention and MLP;
-and the last norm, the head and the cross-entropy. In parts, the backward pass can be
-taken one block at a time.
+In a language model, the prologue is the embedding, a block is attention and MLP, and
+the epilogue is the last norm, the head and the cross-entropy. With the parts apart, the
+backward pass can go one block at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,14 +34,13 @@ class LayeredLoss(eqx.Module):
     x_l = \text{block}(\phi_l, x_{l-1}), \qquad
     \ell = \text{epilogue}(\theta, x_L),$$
 
-    where $\phi$ are the blocks, every array of which has $L$ layers along its first
-    axis, and $\theta$ is the rest of the model. Both `prologue` and `epilogue` get all
-    of $\theta$; so a weight that both use, such as a tied embedding, needs no more than
-    to be used.
+    where $\phi$ are the blocks and $\theta$ is the rest of the model. Every array of
+    the blocks has $L$ layers along its first axis. Both `prologue` and `epilogue` get
+    all of $\theta$, so that both can use a tied embedding.
 
-    It is a function of the model, the batch and a key, as `eqx.filter_grad` takes it: a
-    `jax.lax.scan` over the blocks, each of which is computed again in the backward pass
-    (`jax.checkpoint`). And it is what [`flashquinox.release_step`][] takes.
+    It is a function of the model, the batch and a key, of which `eqx.filter_grad` takes
+    the gradient: a `jax.lax.scan` over the blocks, each of which is computed again in
+    the backward pass (`jax.checkpoint`). [`flashquinox.release_step`][] takes it too.
 
     ??? Example
 
@@ -67,13 +66,13 @@ class LayeredLoss(eqx.Module):
     **Arguments:**
 
     - `blocks`: a function from the model to its blocks: to a subtree, or several.
-    - `prologue`: a function `(model, batch, key) -> x`. Where the model has its blocks,
-        this one has `None`.
-    - `block`: a function `(block, x, batch, key) -> x` of a single layer, which returns
-        arrays of the shapes and dtypes that it gets. `x` is any pytree of arrays, which
-        is kept for every layer.
-    - `epilogue`: a function `(model, x, batch, key) -> loss`; of a model as for
-        `prologue`, and to a floating-point scalar.
+    - `prologue`: a function `(model, batch, key) -> x`. Its `model` has `None` in place
+        of the blocks.
+    - `block`: a function `(block, x, batch, key) -> x` of a single layer. It returns
+        the shapes and dtypes that it gets. `x` is any pytree of arrays, and is stored
+        for every layer.
+    - `epilogue`: a function `(model, x, batch, key) -> loss`, whose `model` is that of
+        `prologue`. The loss is a floating-point scalar.
     """
 
     blocks: Callable[[PyTree], PyTree]
@@ -92,10 +91,10 @@ class LayeredLoss(eqx.Module):
 
         **Arguments:**
 
-        - `model`: any pytree that the functions know.
-        - `batch`: any pytree: passed on to each of the functions.
-        - `key`: a random key, for dropout say. Each of the functions, and each layer,
-            gets its own; or `None`, if this is `None`.
+        - `model`: any pytree that the functions take.
+        - `batch`: any pytree, passed to each of the functions.
+        - `key`: a random key, for dropout say, or `None`. Each function, and each
+            layer, gets a key of its own.
 
         **Returns:**
 
@@ -103,8 +102,8 @@ class LayeredLoss(eqx.Module):
 
         **Raises:**
 
-        `TypeError` or `ValueError` if the model has no such blocks, or a function
-        returns something else than it should.
+        `TypeError` or `ValueError` if the model has no such blocks, or a function does
+        not return what is described above.
         """
         opened = open_layers("LayeredLoss(...)", self, model, batch, key)
         x = opened.prologue({})
@@ -132,23 +131,27 @@ class _Keys(NamedTuple):
 
 
 class OpenedLayers(NamedTuple):
-    """A loss, of a model that is taken apart. Its leaves have numbers, in order."""
+    """A loss and its model, taken apart.
+
+    - `leaves`, `rebuild`: the model. Other fields have the numbers of leaves in it.
+    - `inside`, `rebuild_blocks`: the leaves of the blocks, and a function from as many
+        values to such blocks.
+    - `stacked`: the arrays among them.
+    """
 
     call: str
     loss: LayeredLoss
     leaves: list[Leaf]
     rebuild: Callable[[list[Any]], PyTree]
-    # The numbers of the leaves of the blocks, and a function from as many values.
     inside: list[int]
     rebuild_blocks: Callable[[list[Any]], PyTree]
-    # Those of them that are arrays, by their numbers.
     stacked: dict[int, Array]
     layers: int
     batch: PyTree
     keys: _Keys
 
     def prologue(self, values: Mapping[int, Array]) -> PyTree[Array]:
-        """Of the model, with other values for some of its leaves."""
+        """The prologue, with these values in place of some leaves of the model."""
         return self.loss.prologue(
             self._outer(values), self.batch, self.keys.of_prologue
         )
@@ -156,10 +159,10 @@ class OpenedLayers(NamedTuple):
     def block(
         self, values: Mapping[int, Array], key: Any, x: PyTree[Array]
     ) -> PyTree[Array]:
-        """One layer, of which only the inputs are kept for the backward pass."""
+        """One layer. The backward pass computes it again from its inputs."""
 
-        # A new function for each call: JAX would take one that it knows to be the
-        # same whatever it closes over.
+        # A new function for each call, because `jax.checkpoint` caches by function, and
+        # this one closes over different arrays each time.
         @jax.checkpoint
         def block(values, key, x):
             leaves = [values.get(i, self.leaves[i].value) for i in self.inside]
@@ -172,7 +175,7 @@ class OpenedLayers(NamedTuple):
     def epilogue(
         self, values: Mapping[int, Array], x: PyTree[Array]
     ) -> Float[Array, ""]:
-        """Like `prologue`."""
+        """The epilogue, with these values in place of some leaves of the model."""
         loss = self.loss.epilogue(
             self._outer(values), x, self.batch, self.keys.of_epilogue
         )

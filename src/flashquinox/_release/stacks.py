@@ -117,7 +117,7 @@ def place_stack(stack: LeafState, sharding: NamedSharding | None) -> LeafState:
     if sharding is None:
         return stack
     where = state_specs.of_arrays(stack, sharding)
-    return jtu.tree_map(meshes.place, stack, where)
+    return jtu.tree_map(meshes.constrain, stack, where)
 
 
 def materialized(tree: PyTree[Array]) -> PyTree[Array]:

@@ -1,5 +1,5 @@
-"""Gradient release: every layer is updated as soon as its gradient is known, and the
-gradient is gone before the next one is computed."""
+"""Gradient release: each layer is updated as soon as its gradient is known, so that
+gradients of only one layer exist at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,7 +111,7 @@ def release_step(
     step = open_groups(call, optim, model, state)
     layered = open_layers(call, loss, model, batch, key)
     trained = {}
-    for index in step.places:
+    for index in step.owners:
         leaf = step.leaves[index]
         step.check(index)
         if index in layered.stacked:
@@ -122,7 +122,7 @@ def release_step(
     outer = {i: x for i, x in trained.items() if i not in layered.stacked}
     blocks = {i: x for i, x in trained.items() if i in layered.stacked}
 
-    # Forward.
+    # Forward pass. `fixed` are parts of `x` without gradients, such as integers.
     first = lambda values: _split(layered.prologue(values))
     read_first = _read(first, outer)
     x, pull_first, fixed = jax.vjp(first, read_first, has_aux=True)
@@ -139,7 +139,7 @@ def release_step(
     read_last = _read(lambda values: last(values, x), outer)
     value, pull_last = jax.vjp(last, read_last, x)
 
-    # What the prologue does not read is done with.
+    # Gradients of what only the epilogue reads are complete.
     grads_last, x_bar = pull_last(jnp.ones_like(value))
     done = {
         i: grads_last[i] if i in grads_last else jnp.zeros_like(x)
@@ -147,13 +147,14 @@ def release_step(
         if i not in read_first
     }
     step.update(done, max_norm)
-    # To be done now, so that these gradients are gone when the blocks begin.
+    # A barrier makes XLA take these updates now, so that their gradients are freed
+    # before the blocks begin.
     x_bar, new = lax.optimization_barrier((x_bar, {i: step.read(i) for i in done}))
     for index, leaf in new.items():
         step.write(index, leaf)
 
-    # The blocks, from the last to the first. If groups lie across layers, there is no
-    # such thing as a layer's state: those few leaves wait for the gradients of all.
+    # The blocks, from the last to the first. Leaves whose groups span several layers
+    # cannot be updated layer by layer: they wait for the gradients of all layers.
     layers = layered.layers
     waiting = {
         i: x for i, x in blocks.items() if not layers_have_own_groups(step.read(i))
@@ -163,8 +164,8 @@ def release_step(
     divided = {i: layer_sharding(step.sharding(i)) for i in blocks}
     groups = update_batches({i: stack.value.size for i, stack in stacks.items()})
 
-    # A layer is left as it is by a gradient that is not finite. Codecs learn before
-    # that is known; but not from a step of which no layer will have a finite one.
+    # Codecs learn before the gradients of layers are known. A cotangent that is not
+    # finite here makes those of all layers so, and then nothing is learned.
     def is_finite() -> Bool[Array, ""]:
         finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(x_bar)]
         return jnp.all(jnp.stack(finite))
@@ -184,13 +185,14 @@ def release_step(
         grads, x_bar = pull(x_bar)
         grads = materialized(grads)
         clip = step.clip(grads, divided, max_norm)
-        takes = step.takes(grads, divided, clip)
+        finite = step.all_finite(grads, divided, clip)
         if clip is not None:
-            # These are read after all other layers, of which each has its own factors.
+            # They are used after the loop, and each layer has its own factor of
+            # clipping.
             grads |= {i: _scaled(grads[i], clip) for i in waiting}
         for numbers in groups:
-            # Not before the last ones are done with, or all of the layer's state is
-            # there twice.
+            # A barrier between batches: otherwise XLA may decode the whole layer at
+            # once, and hold its state twice.
             some = {i: stacks[i] for i in numbers}
             stacks, some = lax.optimization_barrier((stacks, some))
             new = step.update_parts(
@@ -198,27 +200,27 @@ def release_step(
                 divided,
                 grads,
                 learned,
-                takes,
+                finite,
                 clip,
             )
             stacks = stacks | {
                 i: place_stack(write_layer(stacks[i], part, layer), step.sharding(i))
                 for i, part in new.items()
             }
-        return (stacks, x_bar), ({i: grads[i] for i in waiting}, takes)
+        return (stacks, x_bar), ({i: grads[i] for i in waiting}, finite)
 
     inputs = (jnp.arange(layers), waiting, static, layered.keys.of_blocks, kept)
-    (stacks, x_bar), (grads_waiting, takes) = lax.scan(
+    (stacks, x_bar), (grads_waiting, finite) = lax.scan(
         backward, (stacks, x_bar), inputs, reverse=True
     )
     for index, stack in stacks.items():
         whole = whole_stack(place_stack(stack, step.sharding(index)), learned[index])
         step.write(index, whole)
-    for group in {step.places[index][0] for index in stacks}:
-        take = takes[group]
-        step.count(group, None if take is None else jnp.any(take))
+    for group in {step.owners[index][0] for index in stacks}:
+        all_finite = finite[group]
+        step.count(group, None if all_finite is None else jnp.any(all_finite))
 
-    # The rest.
+    # Leaves that the prologue reads, and those that waited.
     (grads,) = pull_first(x_bar)
     grads = {i: grads_last[i] + g if i in grads_last else g for i, g in grads.items()}
     step.update(grads, max_norm)
@@ -227,13 +229,13 @@ def release_step(
 
 
 def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """What of a tree has gradients, and what has none."""
+    """A tree as two: the arrays that have gradients, and everything else."""
     return eqx.partition(tree, eqx.is_inexact_array)
 
 
 def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int, Array]:
-    """Those of the values that the result of a function depends on. A gradient for the
-    others would be zeros in memory."""
+    """The values that the result of a function depends on. Gradients of the others
+    would be arrays of zeros."""
     read = _compat.inputs_read(function, values)
     return {
         i: x for (i, x), used in zip(sorted(values.items()), read, strict=True) if used
@@ -241,6 +243,6 @@ def _read(function: Callable[[Any], Any], values: dict[int, Array]) -> dict[int,
 
 
 def _scaled(grad: Array, clip: Clipping) -> Array:
-    """A gradient that is clipped before it is stored."""
+    """A gradient clipped and rounded to its dtype."""
     factors = clip.factors_for(compute_dtype(grad.dtype))
     return scaled(grad, factors).astype(grad.dtype)

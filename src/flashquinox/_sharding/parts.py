@@ -68,7 +68,7 @@ def make(
             if isinstance(mesh, Mesh) and not by_type:
                 here = jax.jit(make_here, out_shardings=divided)()
             else:
-                here = jtu.tree_map(meshes.place, make_here(), divided)
+                here = jtu.tree_map(meshes.constrain, make_here(), divided)
         made.update(zip(indices, here, strict=True))
     return [made[i] for i in range(len(makers))]
 

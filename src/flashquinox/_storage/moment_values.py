@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
-from .._common.place import compute_like, put_like
+from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec, QuantMoment, StoredMoment
 from .regroup import encode_nearest
 
