@@ -1,7 +1,7 @@
-"""Arithmetic that backends may replace by what their device has instructions for.
+"""Arithmetic that backends may replace by instructions of their device.
 
-Each of these functions is an operation of its own in what JAX traces, so that a kernel
-recognizes it by identity. A function of a user's may have the same name.
+In a traced program, each of these functions is a primitive of its own. A kernel
+recognizes it by identity, because a user's function may have the same name.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ _QUIET_NAN = np.uint32(0x7FC0_0000)
 
 
 class Replaceable:
-    """An elementwise function as an operation. Where no backend replaces it, it is the
-    function itself."""
+    """An elementwise function that is a primitive in traced programs. Where no backend
+    replaces it, the function itself is compiled."""
 
     _known: ClassVar[dict[_compat.Primitive, "Replaceable"]] = {}
 
@@ -35,7 +35,7 @@ class Replaceable:
 
     @classmethod
     def of(cls, primitive: _compat.Primitive) -> "Replaceable | None":
-        """The function whose operation this is."""
+        """The function that this primitive stands for. `None` for other primitives."""
         return cls._known.get(primitive)
 
 
@@ -43,14 +43,14 @@ class Replaceable:
 def byte_times(
     byte: Shaped[Array, "*#shape"], factor: Int32[Array, "*#shape"]
 ) -> Int32[Array, "*shape"]:
-    """`byte * factor`, of 8-bit integers and factors with at most 16 significant bits.
-    Their product is exact in float32 too, for devices that cannot multiply integers."""
+    """`byte * factor`, for 8-bit integers and factors of at most 16 significant bits.
+    The product is also exact in float32, for devices that cannot multiply integers."""
     return byte.astype(jnp.int32) * factor
 
 
 @Replaceable
 def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """The bits of a float32, with one pattern for NaN."""
+    """The bits of a float32, with the same pattern for all NaNs."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(jnp.isnan(x), _QUIET_NAN, bits)
 
@@ -59,12 +59,12 @@ def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 def rounded_quotient(
     x: Float[Array, "*#shape"], y: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:
-    """`x / y` rounded to nearest, as everywhere. Other quotients may be approximations:
-    of simple fractions too, which codes are often halfway between."""
+    """`x / y` rounded to nearest on every backend. An ordinary `/` may be approximate
+    in kernels, even for simple fractions, which often lie halfway between two codes."""
     return x / y
 
 
 @Replaceable
 def rounded_root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`sqrt(x)` rounded to nearest."""
+    """`sqrt(x)` rounded to nearest on every backend."""
     return jnp.sqrt(x)

@@ -1,4 +1,4 @@
-"""A number that tells whether an array is, bit for bit, the one that was saved."""
+"""Digests, which show whether an array is the one that was saved, bit for bit."""
 
 import zlib
 from typing import Any
@@ -11,18 +11,19 @@ from jaxtyping import Array, Shaped, UInt32
 
 
 def digest(name: str, x: Shaped[Array | np.ndarray, "*shape"]) -> UInt32[Array, ""]:
-    r"""$\sum_i w_i b_i \bmod 2^{32}$ over the bits $b_i$ of the elements, read as
-    integers, with odd weights $w_i$ that are a hash of the name and of the position.
+    r"""$\sum_i w_i b_i \bmod 2^{32}$, where $b_i$ are the bits of the elements as
+    integers, and the weights $w_i$ are odd numbers: a hash of the name and the
+    position.
 
-    As a weight is odd, every flipped bit changes the sum. As a sum modulo $2^{32}$ has
-    no order, it does not depend on how an array is divided among devices.
+    Every flipped bit changes the sum, because the weights are odd. The sum does not
+    depend on the sharding of the array, because addition modulo $2^{32}$ has no order.
     """
     if isinstance(x, np.ndarray) and x.dtype.itemsize > 4:
         # Without `jax_enable_x64`, JAX has no arrays of 64 bits.
         x = np.ascontiguousarray(x).reshape(*x.shape, 1).view(np.uint32)
     seed = np.uint32(zlib.crc32(name.encode()))
     if isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host":
-        # One at a time: not all of them may fit on the device.
+        # Waits for each array, because not all of them may fit on the device at once.
         on_device = jax.device_put(x, x.sharding.with_memory_kind("device"))
         return weighted_sum(on_device, seed).block_until_ready()
     return weighted_sum(x, seed)
@@ -49,7 +50,7 @@ def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 
 def _bits(x: Shaped[Array, "*shape"]) -> Shaped[Array, "..."]:
-    """The bits as unsigned integers of up to 32 bits; of wider elements, with one more
+    """The bits as unsigned integers of up to 32 bits. Wider elements get another
     axis."""
     dtype: Any = x.dtype
     if dtype == jnp.bool_:
@@ -61,7 +62,8 @@ def _bits(x: Shaped[Array, "*shape"]) -> Shaped[Array, "..."]:
     info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
     width = info(dtype).bits
     if width < 8:
-        # Exact. Narrow numbers are bytes on the host, but not on every device.
+        # Exact, and the same everywhere: numbers of less than 8 bits are bytes on the
+        # host, but may be packed on devices.
         x, width = x.astype(jnp.float32), 32
     unsigned = {8: jnp.uint8, 16: jnp.uint16}.get(width, jnp.uint32)
     return lax.bitcast_convert_type(x, unsigned)

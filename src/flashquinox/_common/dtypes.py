@@ -1,4 +1,4 @@
-"""The dtypes of weights, and those that they are updated in."""
+"""The dtypes of weights, and the dtypes that they are updated in."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike

@@ -1,9 +1,10 @@
 """Whether a traced function is elementwise.
 
-Kernels cut leaves into tiles, of shapes and in an order that are their own. So a
+Each backend cuts leaves into tiles of its own shapes and in its own order. So a
 function of tiles must compute each element from the same element of its arguments, and
-from what is the same for all. Each value of a traced function is one of three sorts;
-where none fits, elements cross, and that operation is named.
+from values that are the same for all elements. The function is traced, and each value
+in it is assigned one of three sorts. Where none fits, the operation mixes elements, and
+the error names it.
 """
 
 import enum
@@ -31,10 +32,10 @@ class Sort(enum.IntEnum):
 
 
 class Crossed(NamedTuple):
-    """An array in which elements meet. That is no harm if no result depends on it, as
-    of the sum that a function is differentiated through."""
+    """A value that mixes elements: `reason` names the operation and says why. It does
+    no harm if no result depends on it, such as the sum through which a function is
+    differentiated."""
 
-    # Which operation is to blame, and why.
     reason: str
 
 
@@ -42,24 +43,28 @@ Found: TypeAlias = Sort | Crossed
 
 
 class NotElementwise(Exception):
-    """Its text says which operation is to blame, and why."""
+    """A function is not elementwise. The text names the operation and says why."""
 
 
 class Traced(NamedTuple):
-    """What is found out about a function that is elementwise."""
+    """What is known about an elementwise function.
+
+    - `out`: the shapes of its results.
+    - `signature`: its operations and constants, without their shapes.
+    """
 
     out: Any
-    # The operations and their constants, but for shapes.
     signature: list[Any]
 
 
 def trace(function: Callable, *args: Any) -> Traced:
-    """Traces a function of trees of `jax.ShapeDtypeStruct`s. Scalars are the same for
-    all elements; all other arrays have one entry for each.
+    """Traces a function of trees of `jax.ShapeDtypeStruct`s. Scalar arguments are the
+    same for all elements; all other arrays have one entry for each element.
 
     **Raises:**
 
-    `NotElementwise` if the function is not. What it raises itself is passed on.
+    `NotElementwise` if the function is not. Errors of the function itself are passed
+    on.
     """
     traced, out = jax.make_jaxpr(function, return_shape=True)(*args)
     sorts = [Sort.ELEMENTS if x.shape else Sort.UNIFORM for x in jtu.tree_leaves(args)]
@@ -111,14 +116,15 @@ class _Walk:
             return [result for _ in eqn.outvars]
         if result is not None:
             return [result]
-        # Of constants, anything; but not of as many as the tile has elements.
+        # Any operation on constants is allowed, if it does not depend on the size of
+        # the tile: so the signature gets the shapes.
         shapes = [[atom.aval.shape for atom in x] for x in (eqn.invars, eqn.outvars)]
         self.signature.append((name, str(shapes)))
         return [Sort.VARIED if shape else Sort.UNIFORM for shape in shapes[1]]
 
     def _result(self, eqn: Any, args: list[Found]) -> Found | None:
-        """Of an operation that calls nothing. `None` if it is one of constants that may
-        do with them what it likes."""
+        """The sort of the result of an operation that calls no function. `None` if it
+        is an operation on constants, which may do anything."""
         name = eqn.primitive.name
         for arg in args:
             if isinstance(arg, Crossed):
@@ -136,7 +142,7 @@ class _Walk:
                 return Sort.ELEMENTS
             return Crossed(f"`{name}` {_REASONS.get(name, _OTHER_REASON)}")
         if name in _REARRANGING and args[0] == Sort.UNIFORM:
-            # With the shape of the tile, too: it does not matter.
+            # The result may have the shape of the tile: all its elements are the same.
             return Sort.UNIFORM
         return None
 
@@ -157,7 +163,7 @@ class _Walk:
             return [Crossed("`scan` goes through its elements")] * results
         carried = len(loop.carry)
         ys: list[Found] = []
-        # A turn has one of them, and that may be a scalar.
+        # One iteration gets a slice of them, which may be a scalar.
         of_turn = loop.body.jaxpr.invars[len(loop.consts) + carried :]
         xs = [
             Sort.UNIFORM if x == Sort.VARIED and not atom.aval.shape else x
@@ -203,7 +209,7 @@ def _until_stable(
 def _joined(
     name: str, values: Sequence[Found], condition: Found = Sort.UNIFORM
 ) -> Found:
-    """Of a value that is one of these, as a condition says."""
+    """The sort of a value that is one of these, depending on a condition."""
     sorts: set[Sort] = set()
     for value in (condition, *values):
         if isinstance(value, Crossed):
@@ -218,20 +224,20 @@ def _joined(
 
 
 def _numbers(eqn: Any) -> list[Any]:
-    """The parameters of an operation that are numbers, as of a power."""
+    """The parameters of an operation that are numbers, such as an exponent."""
     numbers = {k: v for k, v in eqn.params.items() if isinstance(v, (int, float))}
     return sorted(numbers.items())
 
 
 def _keeps_order(name: str, eqn: Any) -> bool:
-    """Whether each element of an array is where it was, in row-major order."""
+    """Whether an operation keeps the row-major order of the elements."""
     before, after = eqn.invars[0].aval, eqn.outvars[0].aval
     if before.size != after.size:
         return False
     if name == "transpose":
         moved = [i for i in eqn.params["permutation"] if before.shape[i] != 1]
         return moved == sorted(moved)
-    # Reductions are those over axes of one element.
+    # Reductions that keep the size are over axes of length 1.
     return name in _REARRANGING or name in _REDUCTIONS
 
 
@@ -248,7 +254,7 @@ _ELEMENTWISE = frozenset(
     xor zeta
     """.split()
 )
-# Of several values, each result is the value of the same place.
+# Operations on several values, each result of which is the corresponding value.
 _PAIRWISE = frozenset(
     """
     copy copy_p device_put name optimization_barrier pvary sharding_constraint

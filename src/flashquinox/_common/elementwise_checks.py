@@ -1,4 +1,4 @@
-"""Whether methods of a user's are elementwise, for errors that name them."""
+"""Checks that the methods of a user's class are elementwise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,8 @@ from .elementwise import NotElementwise, trace
 from .text import shown
 
 
-# Of two tiles. What differs between them depends on the shape, which is a backend's.
+# The shapes of two tiles. A function that differs between them depends on the shape,
+# which is the choice of a backend.
 _TILES = (11, 13), (17,)
 
 _WHY = "Backends cut leaves into tiles of different shapes, so results would differ."
@@ -19,8 +20,9 @@ _WHY = "Backends cut leaves into tiles of different shapes, so results would dif
 def check_elementwise(
     call: str, method: str, function: Callable, arguments: Callable, remedy: str
 ) -> Any:
-    """Raises if a function is not elementwise. `arguments` gives what it takes, as
-    `jax.ShapeDtypeStruct`s, of a tile of a shape; the function gets the shape too.
+    """A function must be elementwise. It is called as `function(shape, *args)`, with
+    `args` the `jax.ShapeDtypeStruct`s that `arguments(shape)` gives for a tile of this
+    shape.
 
     **Returns:**
 
@@ -46,7 +48,7 @@ def check_elementwise(
 def check_array(
     call: str, method: str, name: str, x: Any, shape: tuple[int, ...], dtype: Any
 ) -> None:
-    """Raises if what a method returned on a tile has not this shape and dtype."""
+    """What a method returned on a tile must be an array of this shape and dtype."""
     if not isinstance(x, jax.Array):
         raise TypeError(
             f"`{call}`: `{method}` returned {shown(x)} as {name}. Return an array of "
@@ -65,7 +67,7 @@ def check_array(
 
 
 def told(call: str, method: str, function: Callable, *args: Any) -> Any:
-    """`function(*args)`, whose own errors say where they came from."""
+    """`function(*args)`, with a note added to errors that it raises."""
     try:
         return function(*args)
     except NotElementwise:

@@ -2,5 +2,5 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not exist, is damaged, is none of this library, or does
-    not fit what it should be restored to. The message says which, and what to do."""
+    """A checkpoint that does not exist, is damaged, was written by another library, or
+    does not fit the trees to restore to. The message says which, and what to do."""

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 
 def divisions(sharding: NamedSharding) -> tuple[int, ...]:
-    """In how many parts each axis is divided."""
+    """The number of parts that each axis of an array is divided into."""
     sizes = sharding.mesh.shape
     return tuple(
         math.prod(sizes[name] for name in axis_names(entry)) for entry in sharding.spec
@@ -25,18 +25,19 @@ def divisions(sharding: NamedSharding) -> tuple[int, ...]:
 
 
 def mesh_axes(sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
-    """The axes of the mesh that divide each axis."""
+    """The axes of the mesh that divide each axis of an array."""
     return tuple(axis_names(entry) for entry in sharding.spec)
 
 
 def everywhere(shardings: Sequence[NamedSharding | None]) -> NamedSharding | None:
-    """On every device of the mesh that a model is on. `None` if it is on none."""
+    """Replication over the mesh that these shardings are on. `None` if there is
+    none."""
     mesh = next((sharding.mesh for sharding in shardings if sharding is not None), None)
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def is_there(x: Any, sharding: NamedSharding) -> bool:
-    """Whether an array is divided like this, as far as can be seen."""
+    """Whether an array has this sharding, as far as that can be seen."""
     seen, mesh = visible_spec(x), jax.typeof(x).sharding.mesh
     if mesh.empty or seen is None:
         return True
@@ -46,8 +47,8 @@ def is_there(x: Any, sharding: NamedSharding) -> bool:
 
 
 def as_typed(x: Array, sharding: NamedSharding | None) -> Array:
-    """An array divided like this, as far as that is a matter of types: on mesh axes
-    that are `Explicit`. On others, XLA moves it where it is used."""
+    """An array with this sharding on the `Explicit` axes of the mesh, where shardings
+    are part of types. On other axes, XLA moves it when it is used."""
     if sharding is None:
         return x
     mesh = sharding.mesh
@@ -81,23 +82,24 @@ def axes_of_type(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> list[str]:
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether types tell something of how arrays are divided."""
+    """Whether types have shardings: on at least one axis of the mesh."""
     return bool(axes_of_type(mesh, AxisType.Explicit))
 
 
 def free_axes(mesh: Mesh | AbstractMesh) -> list[str]:
-    """Those over which a program is not divided by hand already."""
+    """The axes of a mesh over which no enclosing `shard_map` divides the program."""
     return axes_of_type(mesh, AxisType.Auto, AxisType.Explicit)
 
 
 def visible_spec(x: Any) -> PartitionSpec | None:
-    """How an array is divided. `None` if that cannot be seen."""
+    """The spec of an array. `None` if it cannot be seen, as inside `jit` on axes of
+    type `Auto`."""
     if not isinstance(x, jax.Array):
         return PartitionSpec()
     if not isinstance(x, jax.core.Tracer):
         if isinstance(x.sharding, NamedSharding):
             return x.sharding.spec
-        # In a program for many devices, what is on one will be on each of them.
+        # A program for many devices replicates an array that is on one.
         return PartitionSpec() if len(x.sharding.device_set) == 1 else None
     typed = jax.typeof(x).sharding
     auto = axes_of_type(typed.mesh, AxisType.Auto)
@@ -107,8 +109,8 @@ def visible_spec(x: Any) -> PartitionSpec | None:
 
 
 def restrict(spec: PartitionSpec, names: Sequence[str], ndim: int) -> PartitionSpec:
-    """A spec of these axes of the mesh, written in one way, with an entry for every
-    axis of an array."""
+    """A spec without other axes of the mesh, in canonical form: an entry for every axis
+    of an array, and no tuples of one name."""
     entries = [
         tuple(name for name in axis_names(entry) if name in names) for entry in spec
     ]

@@ -1,6 +1,6 @@
-"""Arguments that are numbers, or True or False, checked where they are given.
+"""Checks of arguments that are numbers, or True or False.
 
-A value that is traced is checked in its shape and dtype. Its number is not known.
+Of a traced value, only the shape and the dtype are checked.
 """
 
 import math
@@ -17,8 +17,8 @@ from .text import shown
 
 
 def check_flag(call: str, name: str, value: Any) -> bool:
-    """An argument that decides the structure of a program: a string would always be
-    true, and an array may not be known."""
+    """The argument must be True or False. It decides the structure of a program: a
+    string would always count as true, and the value of an array may not be known."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"`{call}({name}=...)` must be True or False; got {shown(value)}."
@@ -32,7 +32,8 @@ def check_function(call: str, name: str, value: Any) -> None:
 
 
 def check_constant(call: str, name: str, value: Any) -> None:
-    """A number that decides the structure of a program, as it is part of a hash."""
+    """The argument must be a number and no array: it is part of a hash, and decides the
+    structure of a program."""
     is_array = isinstance(value, jax.Array | np.ndarray)
     if is_array or not is_number(value):
         raise TypeError(f"`{call}({name}=...)` takes a number; got {shown(value)}.")
@@ -72,7 +73,7 @@ def is_zero(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a real number or a scalar array of one; not a boolean."""
+    """Whether a value is a real number, or a scalar array of one. Booleans are not."""
     if isinstance(value, bool | complex) or not eqx.is_array_like(value):
         return False
     if isinstance(value, int | float):
@@ -83,9 +84,10 @@ def is_number(value: Any) -> bool:
 
 
 def known_number(value: Any) -> float | None:
-    """The number that a step computes with; `None` if it is traced.
+    """The number that a step computes with. `None` if it is traced.
 
-    Most steps compute in float32, where 1 - 1e-9 is 1 and 1e39 is infinite.
+    Steps compute in float32, unless `jax_enable_x64` is set: 1 - 1e-9 is 1, and 1e39 is
+    infinite.
     """
     if isinstance(value, jax.core.Tracer):
         return None
@@ -93,6 +95,6 @@ def known_number(value: Any) -> float | None:
         try:
             number = float(np.asarray(value))
         except OverflowError:
-            # A Python integer that no float can be.
+            # A Python integer beyond the range of floats.
             return math.inf if value > 0 else -math.inf
         return number if jax.config.jax_enable_x64 else float(np.float32(number))

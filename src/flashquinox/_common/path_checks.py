@@ -1,4 +1,4 @@
-"""Arguments of functions that read and write files."""
+"""Checks of arguments of functions that read and write files."""
 
 import operator
 import os
@@ -31,7 +31,7 @@ def check_step(call: str, value: Any) -> int:
 
 
 def check_is_file(call: str, path: str | os.PathLike[str]) -> None:
-    """Whether there is a file to read."""
+    """There must be a file at this path."""
     if os.path.isdir(path):
         raise IsADirectoryError(
             f"`{call}`: {os.fspath(path)} is a folder. Pass the path of a file."

@@ -1,5 +1,5 @@
-"""Where arrays are: computing with those that are divided among devices in any way, and
-putting what comes of it where it belongs."""
+"""Computing with arrays in any sharding, and putting the results where other arrays
+are."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ from .target import Target
 
 
 def put_like(call: str, name: str, x: Any, like: Any) -> Any:
-    """An array where another one is: on its devices, and divided as it is. In a program
-    that is traced, the compiler decides, but for axes of a mesh that are `Explicit`."""
+    """An array on the devices and in the sharding of another one. Inside `jit`, this
+    applies to `Explicit` axes of a mesh, and the compiler decides the rest."""
     if _is_traced(x, like):
         return meshes.as_typed(jnp.asarray(x), jax.typeof(like).sharding)
     target = Target.of(call, name, like)
@@ -31,9 +31,9 @@ def compute_like(
     arrays: Sequence[Any],
     likes: Sequence[Any],
 ) -> PyTree:
-    """What a function makes of arrays, each put where its `like` is: for functions that
-    say nothing of how their results are divided, as is asked of them on mesh axes that
-    are `Explicit`."""
+    """`function(*arrays)`, with each array put where its `like` is. `Explicit` axes of
+    meshes are made automatic, for functions that do not say how their results are
+    sharded."""
     if _is_traced(*arrays, *likes):
         return function(*arrays)
     placed = []
@@ -45,12 +45,13 @@ def compute_like(
 
 
 def no_mesh() -> Any:
-    """Without the mesh that the caller may have set: the arrays may lie on others."""
+    """A context without the mesh that the caller may have set: arrays may be on other
+    meshes."""
     return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 def _free(x: Any) -> Any:
-    """An array that is bound to no device."""
+    """An array that is not committed to devices."""
     return np.asarray(x) if isinstance(x, jax.Array) and x.committed else x
 
 

@@ -1,4 +1,4 @@
-"""Where what is read from a file goes."""
+"""Where an array that is read from a file goes."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,18 @@ from .meshes import mesh_text
 
 
 class Target(NamedTuple):
-    """What a leaf is restored to."""
+    """The kind of array that a leaf is restored to.
 
-    # Of what is stored: of a random key, its data.
+    - `shape`, `dtype`: of the stored array. For random keys, this is their data.
+    - `numpy_type`: the type of a NumPy array or scalar; `None` for a JAX array.
+    - `sharding`: of a JAX array. `None` for JAX's default device.
+    - `key_impl`: the implementation of random keys; `None` for other arrays.
+    """
+
     shape: tuple[int, ...]
     dtype: Any
-    # The type of a NumPy array or scalar.
     numpy_type: type | None
-    # Where to put an array of JAX. If there is none, where JAX puts new ones.
     sharding: Sharding | None
-    # What makes it a random key.
     key_impl: Any
 
     @staticmethod
@@ -47,14 +49,14 @@ class Target(NamedTuple):
         return Target(shape, dtype, None, sharding, key_impl)
 
     def sharding_of_read(self, automatic: bool = False) -> Sharding | None:
-        """How to divide what is read; `None` to read it into an array of NumPy first.
-        With `automatic`, it is to be computed with: no axis of the mesh is explicit,
-        and the memory is that of the device."""
+        """The sharding in which to read the array; `None` to read a NumPy array first.
+        With `automatic`, for arrays that are computed with, all axes of the mesh are
+        automatic, and the memory is that of the device."""
         sharding = self.sharding
         if sharding is None:
             return None
         if jax.process_count() > 1 and sharding.is_fully_addressable:
-            # An array that each process has for itself.
+            # Each process has this array for itself.
             return None
         if not automatic:
             return sharding
@@ -67,7 +69,7 @@ class Target(NamedTuple):
         return NamedSharding(mesh, sharding.spec)
 
     def put(self, value: Any) -> Any:
-        """A value that was read, where it is to be."""
+        """Puts a value that was read where the leaf was."""
         if self.numpy_type is not None:
             value = np.asarray(value)
             return value if issubclass(self.numpy_type, np.ndarray) else value[()]
@@ -81,7 +83,8 @@ class Target(NamedTuple):
 
 
 def _concrete(call: str, name: str, sharding: NamedSharding) -> NamedSharding:
-    """A sharding over devices: `jax.eval_shape` gives one over an abstract mesh."""
+    """The sharding on the mesh that is set. `jax.eval_shape` gives shardings on
+    abstract meshes, which have no devices."""
     if not isinstance(sharding.mesh, AbstractMesh):
         return sharding
     mesh = jax.sharding.get_mesh()
@@ -97,8 +100,8 @@ def _concrete(call: str, name: str, sharding: NamedSharding) -> NamedSharding:
 def _check_divisible(
     call: str, name: str, shape: tuple[int, ...], sharding: Sharding
 ) -> None:
-    """Whether an array of this shape can be sharded so: of a `jax.ShapeDtypeStruct`,
-    JAX does not look."""
+    """The sharding must divide this shape evenly. JAX does not check that for a
+    `jax.ShapeDtypeStruct`."""
     try:
         sharding.shard_shape(shape)
     except (ValueError, IndexError):
@@ -126,5 +129,5 @@ def _key_data(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
 
 
 def is_key(x: Any) -> bool:
-    """Whether an array is one of random keys, as from `jax.random.key`."""
+    """Whether an array holds random keys, as `jax.random.key` makes them."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""Plain text: tables, and values as messages show them."""
+"""Plain text: values in messages, and tables."""
 
 import functools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _LONGEST = 80
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one short line, whatever it is."""
+    """How a message shows a value: as one short line."""
     if isinstance(value, jax.core.Tracer):
         return f"a traced {jax.typeof(value).str_short()}"
     if isinstance(value, jax.Array | np.ndarray) and value.ndim > 0:
@@ -29,8 +29,8 @@ def shown(value: Any) -> str:
 
 
 def function_name(function: Any) -> str:
-    """The name of a function, with those of the functions it was made in; of an object
-    that can be called, its class."""
+    """The name of a function, after the names of enclosing functions. For other
+    callable objects, the name of their class."""
     if isinstance(function, functools.partial):
         return f"partial({function_name(function.func)}, ...)"
     name = getattr(function, "__qualname__", None)
@@ -40,7 +40,7 @@ def function_name(function: Any) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of cells as lines: so many first columns flush left, the others right."""
+    """Rows of cells as lines: the first `left` columns flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

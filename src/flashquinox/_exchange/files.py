@@ -23,7 +23,7 @@ from .._optimizer.states import open_states
 from .._storage.split import decode_weight
 
 
-# What NumPy calls the dtypes of files.
+# The dtypes of safetensors files, and their names in NumPy.
 _DTYPES = {
     "BOOL": "bool",
     "I8": "int8",
@@ -49,12 +49,12 @@ def save_safetensors(
     *,
     dtype: DTypeLike | None = None,
 ) -> None:
-    """Writes the arrays of a model to a safetensors file, each by its dotted path, such
-    as `layers.0.weight`.
+    """Writes the arrays of a model to a safetensors file, under their dotted paths,
+    such as `layers.0.weight`.
 
-    The file appears when it is complete. Arrays are gathered on the host one by one,
-    however they are divided among devices. With several processes, all of them make the
-    same call, and the first one writes.
+    The file appears when it is complete. Arrays in any sharding are gathered on the
+    host, one by one. With several processes, all of them make the same call, and the
+    first one writes.
 
     ??? Example
 
@@ -65,17 +65,17 @@ def save_safetensors(
 
     **Arguments:**
 
-    - `path`: of the file. One that exists is replaced.
+    - `path`: of the file. An existing file is replaced.
     - `model`: any pytree. Random keys, and leaves that are no arrays, are not written.
-    - `state`: its optimizer state: then what is written are the master weights, as of
-        [`flashquinox.master_weights`][]. The state of a wrapper, such as `optax.chain`,
-        will do.
+    - `state`: its optimizer state, or that of a wrapper, such as `optax.chain`. If
+        given, master weights are written, as [`flashquinox.master_weights`][] gives
+        them.
     - `dtype`: if given, floating-point arrays are cast to it.
 
     **Raises:**
 
     `FileNotFoundError` or `IsADirectoryError` if there can be no file at `path`;
-    `OSError` if it cannot be written, as on a full disk: a file that was there is left;
+    `OSError` if it cannot be written, as on a full disk: an existing file is unchanged;
     `TypeError` if an array has no value, or a dtype that these files do not have;
     `ValueError` if two leaves have the same path, or the state is not one of this
     model; `ImportError` without the package `safetensors`.
@@ -142,20 +142,20 @@ def load_safetensors(path: str | os.PathLike[str], like: Model) -> Model:
     **Arguments:**
 
     - `path`: of the file.
-    - `like`: a pytree like the model that was written. It says where to put what is
-        read: in place of a `jax.Array`, or of a `jax.ShapeDtypeStruct` with a
-        `sharding`, comes an array of that sharding; in place of a NumPy array, one of
-        NumPy; in place of a `jax.ShapeDtypeStruct` without a sharding, an array where
-        JAX puts new ones. Values are not looked at.
+    - `like`: a pytree like the model that was written. Its leaves say where each array
+        goes. A `jax.Array`, or a `jax.ShapeDtypeStruct` with a `sharding`, is replaced
+        by an array of the same sharding; a `jax.ShapeDtypeStruct` without one, by an
+        array on JAX's default device; a NumPy array, by a NumPy array. Values are not
+        used.
 
     **Returns:**
 
-    A pytree like `like`, of which all arrays but random keys come from the file.
+    A pytree like `like`, in which all arrays except random keys come from the file.
 
     **Raises:**
 
-    `ValueError` if the file is damaged, or does not have these arrays, in these shapes
-    and dtypes, and no others: the message lists what differs, and nothing is read.
+    `ValueError` if the file is damaged, or does not have exactly these arrays, in these
+    shapes and dtypes: the message lists the differences, and nothing is read.
     `FileNotFoundError` or `IsADirectoryError` if there is no such file; `ImportError`
     without the package `safetensors`.
     """
@@ -196,7 +196,7 @@ def _package(call: str) -> Any:
 
 
 def _named(call: str, leaves: list[Leaf]) -> dict[str, Leaf]:
-    """The leaves that files hold, by their dotted paths."""
+    """The leaves that are written to files, by their dotted paths."""
     named: dict[str, Leaf] = {}
     for leaf in leaves:
         if not is_array(leaf.value) or is_key(leaf.value):
@@ -235,7 +235,7 @@ def _check_value(call: str, leaf: Leaf) -> None:
 def _to_host(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
-    # Files hold rows one after the other.
+    # Files are in C order.
     return np.asarray(x, order="C")
 
 
@@ -272,7 +272,7 @@ def _text(array: tuple[str, tuple[int, ...]] | None) -> str:
 
 @contextlib.contextmanager
 def _complete_or_absent(path: str) -> Iterator[str]:
-    """A temporary file to write, beside the one that it becomes when all is written."""
+    """A temporary file to write, which is renamed to `path` when it is complete."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary

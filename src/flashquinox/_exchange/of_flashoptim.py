@@ -33,8 +33,8 @@ def from_flashoptim(
     paths: Mapping[str, str] | None = None,
     convert: Convert | None = None,
 ) -> tuple[Model, State]:
-    r"""Weights, corrections, moments and count from a checkpoint of FlashOptim, the
-    PyTorch library: to go on with a run of `FlashAdamW`, `FlashAdam`, `FlashLion`,
+    r"""Resumes a run of FlashOptim, the PyTorch library: fills weights, corrections,
+    moments and count from a checkpoint of `FlashAdamW`, `FlashAdam`, `FlashLion`,
     `FlashSGD` or `FlashSGDW`. The states of `torch.optim` have the same form. PyTorch
     is not needed.
 
@@ -44,48 +44,49 @@ def from_flashoptim(
     | `nu` | `exp_avg_sq` |
     | `trace` | `momentum_buffer` |
 
-    Compressed moments go over bit by bit if `state` was made with
-    `moments="flashoptim"`; otherwise they are decoded, and stored as `state` stores
-    them, rounded to nearest.
+    Compressed moments are copied bit for bit if `state` stores them in FlashOptim's
+    format. Otherwise they are decoded, and stored as `state` stores them, rounded to
+    nearest.
 
-    `error_bits` $e$, of $b = 8$ or 16 bits, stand for
+    With `error_bits` $e$ of $b = 8$ or 16 bits, the master weight is
 
     $$\text{master} = \text{weight} + \frac{e}{2^{b-1} - 1} \cdot \frac12
     \operatorname{ulp}(\text{weight})$$
 
-    which is rounded to float32, and goes to weights and corrections as in
-    [`flashquinox.from_master_weights`][]: into `int16` corrections without loss, into
-    `int8` ones rounded to 24 bits.
+    rounded to float32. It is split into weight and correction as by
+    [`flashquinox.from_master_weights`][]: exactly with `int16` corrections, rounded to
+    24 bits with `int8` corrections.
 
     **Arguments:**
 
-    - `optimizer_state`: the `state_dict()` of the optimizer, with an array of NumPy, or
-        a number, in place of every tensor: `{"state": {0: {"exp_avg::quantized": ...,
+    - `optimizer_state`: the `state_dict()` of the optimizer, with a NumPy array or a
+        number in place of every tensor: `{"state": {0: {"exp_avg::quantized": ...,
         "exp_avg::scales": ..., "error_bits": ..., ...}, ...}, "param_groups": [...]}`.
         A bfloat16 tensor may come as `ml_dtypes.bfloat16` or as its bits in `uint16`.
-    - `parameters`: `dict(model.named_parameters())` of the PyTorch model, likewise, in
-        the order in which the optimizer has them. If the groups of `optimizer_state`
-        have `param_names`, any order, and others too.
-    - `model`: a model to fill. It says in which dtypes weights are stored, and where.
-    - `state`: its state, as `init` made it, or a state of Optax's with one inside. It
-        says how moments are stored, and where.
+    - `parameters`: `dict(model.named_parameters())` of the PyTorch model, with NumPy
+        arrays likewise, in the order of the optimizer. If the groups of
+        `optimizer_state` have `param_names`, the order does not matter, and there may
+        be other parameters.
+    - `model`: a model to fill. Its leaves decide the dtypes and devices of the weights.
+    - `state`: its state, as `init` made it, or a state of an Optax wrapper with one
+        inside. It decides how moments are stored, and on which devices.
     - `paths`: for each name in `parameters`, the dotted path of a leaf of `model`, such
         as `layers.0.weight`. By default, they are matched in order.
     - `convert`: called as `convert(name, array)` with the float32 master weight and the
-        moments of each parameter; returns an array with its elements elsewhere, such as
-        `array.T`, or the array itself. By default, all stay where they are: the
+        moments of each parameter. It returns the array in the layout of `model`, such
+        as `array.T`, or the array itself. By default, layouts are the same: the
         matrices of `torch.nn.Linear` and of `equinox.nn.Linear` are both (out, in).
 
     **Returns:**
 
-    A 2-tuple of the new model and the new state. Its count is the `step` of the
-    checkpoint; if that has none, as for Lion and SGD, it stays (set it with
-    `optax.tree.set(state, count=...)`).
+    A 2-tuple of the new model and the new state. The count is the `step` of the
+    checkpoint. If that has none, as for Lion and SGD, the count of `state` stays (set
+    it with `optax.tree.set(state, count=...)`).
 
     **Raises:**
 
-    `ValueError` or `TypeError` for what is missing, too much, or of another shape or
-    dtype. The message names the parameter and the leaf.
+    `ValueError` or `TypeError` if an array is missing, is not expected, or has another
+    shape or dtype. The message names the parameter and the leaf.
 
     ??? cite "Reference"
 

@@ -1,4 +1,4 @@
-"""States of Optax's optimizers, from and to states of this library's."""
+"""Conversion between the states of Optax's optimizers and of this library's."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from .optax_counts import (
 )
 
 
-# In which of Optax's states moments of these names are.
+# Optax's states with moments of these names.
 _STATES = {
     frozenset({"mu", "nu"}): optax.ScaleByAdamState,
     frozenset({"mu"}): optax.ScaleByLionState,
@@ -38,8 +38,8 @@ _T = TypeVar("_T")
 
 
 def from_optax(optax_state: PyTree, state: State) -> State:
-    """Moments and count from the state of an Optax optimizer: to go on with a run of
-    `optax.adamw`, `optax.adam`, `optax.nadam`, `optax.lion` or `optax.sgd`.
+    """Resumes a run of `optax.adamw`, `optax.adam`, `optax.nadam`, `optax.lion` or
+    `optax.sgd`: fills moments and count from its state.
 
     | moments of `state` | come from |
     | --- | --- |
@@ -61,24 +61,25 @@ def from_optax(optax_state: PyTree, state: State) -> State:
     **Arguments:**
 
     - `optax_state`: the state of the Optax optimizer, for a model of the same
-        structure and shapes, in any floating-point dtypes. If it is of
-        `optax.MultiSteps`, between two groups of gradients.
+        structure and shapes, in any floating-point dtypes. A state of
+        `optax.MultiSteps` must not hold accumulated gradients.
     - `state`: the [`flashquinox.OptimizerState`][] to fill, as `init` made it, or a
-        state of Optax's with one inside. It says how moments are stored, and where.
+        state of an Optax wrapper with one inside. It decides how moments are stored,
+        and on which devices.
 
     **Returns:**
 
-    `state` with these moments: compressed ones rounded to nearest, others in their
-    dtypes. Its count, and the counts of schedules in it, are that of the Optax state;
-    if that has none, as `optax.sgd` with a constant learning rate, they stay (set them
-    with `optax.tree.set(state, count=...)`). Its corrections stay.
+    `state` with these moments: rounded to nearest where they are compressed, otherwise
+    cast. Its count, and the counts of schedules in it, are that of the Optax state. If
+    that has no count, as `optax.sgd` with a constant learning rate, they stay (set them
+    with `optax.tree.set(state, count=...)`). Corrections stay.
 
     **Raises:**
 
-    `ValueError` or `TypeError` if there is no such state, or more than one; if it is
-    that of other moments, as of `optax.adamw` for Lion; if counts differ; if gradients
-    have been accumulated that would be lost; or if a leaf does not fit. The message
-    names it.
+    `ValueError` or `TypeError` if there is no such state, or more than one; if it has
+    other moments, as that of `optax.adamw` has for Lion; if counts differ; if
+    accumulated gradients would be lost; or if a leaf does not fit. The message names
+    the leaf.
     """
     call = "from_optax"
     check_has_values(call, optax_state=optax_state)
@@ -114,7 +115,7 @@ def from_optax(optax_state: PyTree, state: State) -> State:
 
 
 def to_optax(state: PyTree, optax_state: State) -> State:
-    """The inverse of [`flashquinox.exchange.from_optax`][]: to go on with an Optax
+    """The inverse of [`flashquinox.exchange.from_optax`][]: continues with an Optax
     optimizer, in full precision.
 
     ??? Example
@@ -127,10 +128,10 @@ def to_optax(state: PyTree, optax_state: State) -> State:
 
     **Arguments:**
 
-    - `state`: a [`flashquinox.OptimizerState`][], or a state of Optax's with one
-        inside.
+    - `state`: a [`flashquinox.OptimizerState`][], or a state of an Optax wrapper with
+        one inside.
     - `optax_state`: the state to fill, as the `init` of the Optax optimizer made it. It
-        says in which dtypes moments are, and where.
+        decides the dtypes and the devices of moments.
 
     **Returns:**
 
@@ -140,7 +141,7 @@ def to_optax(state: PyTree, optax_state: State) -> State:
 
     **Raises:**
 
-    As [`flashquinox.exchange.from_optax`][].
+    The errors of [`flashquinox.exchange.from_optax`][].
     """
     call = "to_optax"
     check_has_values(call, state=state)
@@ -174,7 +175,7 @@ def to_optax(state: PyTree, optax_state: State) -> State:
 
 
 def _source(call: str, state: OptimizerState) -> Any:
-    """Which of Optax's states has such moments."""
+    """The class of Optax's states with these moments."""
     names = frozenset(state.moments)
     if names not in _STATES:
         known = ", ".join(str(sorted(names)) for names in _STATES)
@@ -192,7 +193,7 @@ def _map(
     given: PyTree,
     like: PyTree,
 ) -> PyTree:
-    """A tree like `like`: of what its leaves and those of `given` become."""
+    """A tree like `like`, whose leaves are `function(name, given leaf, like leaf)`."""
     leaves, rebuild = flatten(like)
     values = match(call, text, given, leaves)
     new = []
@@ -231,7 +232,8 @@ def _only(call: str, name: str, tree: PyTree, kind: type[_T]) -> _T:
 
 
 def _check_no_moments(call: str, optax_state: PyTree) -> None:
-    """As `optax.sgd` without momentum."""
+    """The state must be that of an optimizer without moments, such as `optax.sgd`
+    without momentum."""
 
     def keeps(x: Any) -> bool:
         is_optax = type(x).__module__.partition(".")[0] == "optax"

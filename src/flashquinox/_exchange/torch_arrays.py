@@ -22,6 +22,7 @@ _GROUP_SIZE = 32
 
 
 def master_weight(call: str, parameter: TorchParameter) -> Float32[np.ndarray, "..."]:
+    """The float32 master weight: the weight plus what its error bits stand for."""
     weight = parameter.weight
     errors = parameter.entries.get("error_bits")
     if errors is None:
@@ -30,7 +31,7 @@ def master_weight(call: str, parameter: TorchParameter) -> Float32[np.ndarray, "
     wide = weight.astype(np.float64)
     info = jnp.finfo(weight.dtype)
     _, exponent = np.frexp(wide)
-    # Zero and the numbers below the normal ones are spaced as the smallest of those.
+    # Zero and subnormal numbers are spaced like the smallest normal ones.
     exponent = np.where(wide == 0, info.minexp, np.maximum(exponent - 1, info.minexp))
     half_unit = np.ldexp(1.0, exponent - info.nmant - 1)
     fraction = errors / float(np.iinfo(errors.dtype).max)
@@ -40,9 +41,9 @@ def master_weight(call: str, parameter: TorchParameter) -> Float32[np.ndarray, "
 def _error_bits(
     call: str, parameter: TorchParameter, errors: Shaped[np.ndarray, "..."]
 ) -> Shaped[np.ndarray, "..."]:
-    """Error bits in `int8` or `int16`. PyTorch casts what an optimizer keeps to the
-    dtype of its parameter; so FlashOptim saves `int8` as numbers of that dtype, and
-    `int16` as its bits."""
+    """Error bits as `int8` or `int16`. PyTorch casts the state of an optimizer to the
+    dtype of the parameter. FlashOptim therefore saves `int8` as numbers of that dtype,
+    and `int16` as the bits of such numbers."""
     weight = parameter.weight
     where = f"'error_bits' of {parameter.text}"
     if jnp.dtype(weight.dtype) not in NARROW_DTYPES or errors.shape != weight.shape:
@@ -75,6 +76,8 @@ def stored_moment(
     like: StoredMoment | None,
     convert: Convert | None,
 ) -> StoredMoment:
+    """A moment of a parameter, stored as `like` is: bit for bit where both are
+    compressed alike, otherwise rounded to nearest."""
     name, kind = TORCH_MOMENTS[key]
     where = f"{name!r} of {parameter.text}"
     if like is None:
@@ -118,7 +121,7 @@ def stored_moment(
 def _exactly(
     call: str, where: str, x: Shaped[np.ndarray, "..."], dtype: Any
 ) -> Shaped[np.ndarray, "..."]:
-    """An array in another dtype that can hold its numbers."""
+    """An array cast to a dtype that must represent its numbers exactly."""
     if x.dtype == dtype:
         return x
     with np.errstate(all="ignore"):

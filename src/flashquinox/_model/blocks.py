@@ -1,4 +1,4 @@
-"""Which leaves of a model are layers in a stack."""
+"""Parts of a model that functions select, and stacks of layers among them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from .trees import flatten, Leaf
 
 
 class _Placeholder:
-    """Stands for a leaf of the model, where a function is asked which it takes."""
+    """Stands for a leaf of the model, to see which leaves a function selects."""
 
     def __repr__(self) -> str:
         return "<a leaf of the model>"
@@ -19,7 +19,7 @@ class _Placeholder:
 def part_of(
     call: str, name: str, choose: Callable[[PyTree], PyTree], model: PyTree
 ) -> tuple[list[int], Callable[[list[Any]], PyTree]]:
-    """The numbers of the leaves in the part of a model that a function takes, and a
+    """The numbers of the leaves in the part of a model that a function selects, and a
     function from as many values to such a part."""
     takes = (
         f"`{call}({name}=...)` takes a function from the model to a part of it, or to "
@@ -50,7 +50,7 @@ def part_of(
 
 
 def count_layers(call: str, stacked: list[Leaf]) -> int:
-    """The number of layers of these leaves: the length of their first axes."""
+    """The number of layers in stacked leaves: the length of their first axes."""
     if not stacked:
         raise ValueError(
             f"`{call}(blocks=...)`: there are no arrays in the blocks, of which every "

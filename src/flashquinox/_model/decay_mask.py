@@ -1,8 +1,7 @@
-"""Which weights decay, by what they are and by their names.
+"""A mask for weight decay, by the types of layers and the names of arrays.
 
-Counting axes cannot tell: the bias of stacked layers has two, as has a matrix, and a
-convolution's kernel has three or more. But a layer knows what its arrays are for, and
-so do the names that layers without a type give to theirs.
+The number of axes does not tell a bias from a matrix: in stacked layers, a bias has two
+axes. The type of the layer tells, and where there are no types, the names.
 """
 
 import dataclasses
@@ -24,16 +23,16 @@ from .variables import is_variable
 
 _CALL = "decay_mask"
 
-# The last word in the name of a class, or one in the name of an attribute.
+# Words for norms: the last in the name of a class, or any in the name of an attribute.
 _NORMS = frozenset(
     "norm layernorm rmsnorm batchnorm groupnorm instancenorm normalization "
     "normalisation ln bn gn".split()
 )
-# Of arrays that shift or scale each feature.
+# Words in the names of arrays that shift or scale each feature.
 _SHIFTS_AND_SCALES = frozenset(
     "bias biases scale scales gain gamma beta slope offset shift".split()
 )
-# Layers of Equinox and Haliax whose arrays are matrices and kernels, but for biases.
+# Layers of Equinox and Haliax whose arrays, except biases, are matrices and kernels.
 _LAYERS_OF_MATRICES = frozenset(
     "Linear Conv ConvTranspose Embedding GRUCell LSTMCell".split()
 )
@@ -47,21 +46,22 @@ def decay_mask(
     `eqx.filter_vmap`, `flax.linen.scan` or `haliax.nn.Stacked`, are treated like single
     ones.
 
-    An array is judged by the first of these that applies:
+    The first of these rules that applies to an array decides:
 
-    1. What `exclude` chooses does not decay; what `include` chooses does.
-    2. The layer that it is in. No array of a norm decays: of any class whose name ends
-        with `Norm`, such as `eqx.nn.LayerNorm`, or a subclass of one. Of `Linear`,
-        `Conv`, `ConvTranspose`, `Embedding`, `GRUCell` and `LSTMCell`, all but the
-        biases decay. Layers are those of Equinox and Haliax, their subclasses, and
-        others of the same name.
-    3. Its name, as in Flax or in dictionaries. A `kernel` decays. What is called
-        `bias`, `scale`, `gamma`, `beta` or the like, or `b`, does not; nor what is
-        called a norm (`norm`, `ln`, `bn`, ...), or lies in something that is
+    1. The arguments: an array that `exclude` selects does not decay, and one that
+        `include` selects does.
+    2. The type of its layer. Arrays of norms do not decay. A norm is any class whose
+        name ends with `Norm`, such as `eqx.nn.LayerNorm`, or a subclass of one. In
+        `Linear`, `Conv`, `ConvTranspose`, `Embedding`, `GRUCell` and `LSTMCell`, all
+        arrays except biases decay. This holds for the layers of Equinox and Haliax,
+        their subclasses, and other classes of these names.
+    3. Its name, as in Flax or in dictionaries. A `kernel` decays. Arrays named `bias`,
+        `scale`, `gamma`, `beta` or the like, or `b`, do not. Nor do arrays that are
+        named like a norm (`norm`, `ln`, `bn`, ...), or lie in a subtree that is
         (`ln_1.weight`, `final_norm.w`).
-    4. Its axes: with two or more it decays. This is a guess, which is wrong for a
-        vector of a class of your own in a stack of them, if neither its class nor its
-        name says what it is: give it a name that does, or exclude it.
+    4. Its number of axes: an array with two or more decays. This is wrong for stacked
+        vectors of a class of your own, if neither the class nor the name fits the rules
+        above: rename them, or exclude them.
 
     ??? Example
 
@@ -73,23 +73,23 @@ def decay_mask(
 
     **Arguments:**
 
-    - `exclude`: what does not decay. A pattern for dotted paths of leaves or subtrees
-        (`"layers.0"`, `"*.norm.weight"`; `*` also stands for dots), a type
+    - `exclude`: the parts that do not decay. A pattern for dotted paths of leaves or
+        subtrees (`"layers.0"`, `"*.norm.weight"`; `*` also stands for dots), a type
         (`eqx.nn.Embedding`), a function of an array (`lambda x: x.ndim < 2`), or a list
         of these.
-    - `include`: what does, unless it is excluded.
+    - `include`: the parts that decay, unless they are excluded.
 
     **Returns:**
 
-    A function from a pytree of parameters to one of booleans, which optimizers of this
-    library and of Optax take as their `mask`. Leaves that are not floating-point arrays
+    A function from a pytree of parameters to a pytree of booleans: the `mask` of
+    optimizers of this library and of Optax. Leaves that are not floating-point arrays
     are `False`.
 
     **Raises:**
 
-    `TypeError` for other things in `exclude` or `include`, also for modules: inside
-    `jit`, a module is another object. The function raises `ValueError` if one of them
-    chooses nothing.
+    `TypeError` if `exclude` or `include` has none of these forms. A module is an error
+    too, because inside `jit` it is another object. The returned function raises
+    `ValueError` if a selector selects nothing.
     """
     return _DecayMask(_as_tuple("exclude", exclude), _as_tuple("include", include))
 
@@ -108,7 +108,7 @@ def _as_tuple(argument: str, selectors: Selectors) -> tuple[Any, ...]:
 
 
 class _Names(tuple[str, ...]):
-    """The names on the way to a node, without numbers."""
+    """The names on the path to a node. Indices in lists are left out."""
 
     @property
     def last(self) -> str:
@@ -172,14 +172,14 @@ class _DecayMask:
 
 
 def _is_layer(node: Any, named: list[tuple[Any, Any]]) -> bool:
-    """Whether a node has attributes of its own, as containers have none."""
+    """Whether a node has named attributes, unlike a container."""
     has_attributes = any(isinstance(key, jtu.GetAttrKey) for key, _ in named)
     return has_attributes and not _is_wrap(node)
 
 
 def _is_wrap(node: Any) -> bool:
-    """Whether a node stands for what is in it: a widened layer, or an array that Flax
-    has put in a `Variable` or another box."""
+    """Whether a node only wraps its content: a `Float32Layer`, or a `Variable` or other
+    box of Flax around an array."""
     return isinstance(node, Float32Layer) or is_variable(node) or hasattr(node, "unbox")
 
 
@@ -202,7 +202,7 @@ def _decays(layer: type | None, names: _Names, array: Any) -> bool:
 
 
 def _is_norm_class(name: str) -> bool:
-    # Without what follows, as in `BatchNorm2d`.
+    # Single letters are suffixes, as in `BatchNorm2d`.
     words = [word for word in _words(name) if len(word) > 1]
     return bool(words) and words[-1] in _NORMS
 
@@ -211,7 +211,7 @@ def _shifts_or_scales(name: str) -> bool:
     words = _words(name)
     if not words:
         return False
-    # But for `B`, which is a matrix beside another one called `A`.
+    # `b` is a bias, but `B` is a matrix, as in low-rank adapters with `A` and `B`.
     return (
         (words[0] == "b" and name != "B")
         or words == ["g"]
@@ -220,5 +220,5 @@ def _shifts_or_scales(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Of `RMSNorm_0`: rms, norm."""
+    """The words in a name, in lower case: rms and norm in `RMSNorm_0`."""
     return [x.lower() for x in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]

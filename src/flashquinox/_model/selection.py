@@ -1,4 +1,4 @@
-"""Parts of a model, chosen by their names, by their types, or by what they are."""
+"""Selecting parts of a model by name, by type, by identity or by a function."""
 
 import fnmatch
 from collections.abc import Callable, Iterator
@@ -21,13 +21,13 @@ _LEAF = jtu.tree_structure(0)
 
 
 class Selection:
-    """What one or several selectors choose.
+    """The leaves and subtrees that one or several selectors select.
 
     - A string is a pattern for the dotted path of a leaf or of a subtree, such as
         `"layers.0"` or `"*.norm"`.
-    - A type chooses every subtree that is one of it; an object, itself.
-    - Any other function is called with each array, or shape of one; not with other
-        leaves, such as activation functions.
+    - A type selects every subtree that is an instance of it; a module selects itself.
+    - Any other function is called with each array or `jax.ShapeDtypeStruct`. Other
+        leaves, such as activation functions, are not passed to it.
     """
 
     def __init__(self, call: str, argument: str, selectors: Selectors):
@@ -45,7 +45,7 @@ class Selection:
                 )
 
     def selects(self, path: tuple[Any, ...], node: Any) -> bool:
-        """Whether one of them chooses this leaf or subtree itself."""
+        """Whether a selector selects this leaf or subtree itself, not one around it."""
         selected = False
         for i, selector in enumerate(self._selectors):
             if self._selects_by(selector, path, node):
@@ -55,7 +55,7 @@ class Selection:
 
     def _selects_by(self, selector: Any, path: tuple[Any, ...], node: Any) -> bool:
         if isinstance(selector, str) and not selector:
-            # The path of a model that is a single array.
+            # The empty path is that of a model that is a single array.
             return not path and is_array(node)
         if isinstance(selector, str):
             name = dotted_name(path)
@@ -77,9 +77,9 @@ class Selection:
         return bool(chosen)
 
     def check_used(self, tree: PyTree) -> None:
-        """Raises if a name, or an object, is nowhere in a tree: it is a mistake. So it
-        is if types and functions choose nothing; some of several may, as those of a
-        list for many models."""
+        """Every name and every module must be in the tree, and something must have been
+        selected. Single types and functions in a list may select nothing, so that a
+        list can serve many models."""
         for i, selector in enumerate(self._selectors):
             is_named = isinstance(selector, (str, eqx.Module))
             if i in self._used or (self._used and not is_named):
@@ -101,9 +101,9 @@ class Selection:
 
 
 def children(node: Any) -> tuple[list[tuple[Any, Any]], Callable[..., Any]] | None:
-    """The parts of a subtree, each with its key, and a function that puts such parts
-    together. `None` for a leaf. A subtree may have no parts: `None`, `()`, and modules
-    of static fields alone have none."""
+    """The children of a subtree, each with its key, and a function that rebuilds the
+    subtree from its children. `None` for a leaf. `None`, `()` and modules with static
+    fields alone are subtrees without children."""
     parts, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     if treedef == _LEAF:
         return None
@@ -111,7 +111,7 @@ def children(node: Any) -> tuple[list[tuple[Any, Any]], Callable[..., Any]] | No
 
 
 def chosen_leaves(tree: PyTree, selection: Selection) -> set[tuple[Any, ...]]:
-    """The paths of all leaves that are chosen, or lie in a subtree that is."""
+    """The paths of all leaves that are selected, or lie in a selected subtree."""
 
     def visit(
         path: tuple[Any, ...], node: Any, inside: bool

@@ -1,5 +1,4 @@
-"""Which leaves of a model an optimizer trains, and what may come as the gradient of the
-others."""
+"""Which leaves of a model an optimizer trains, and which gradients they may have."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +15,9 @@ TRAINABLE_DTYPES = (*NARROW_DTYPES, jnp.dtype(jnp.float32), jnp.dtype(jnp.float6
 
 
 def is_float_array(x: Any) -> bool:
-    """Also of those that cannot be trained: float8 and complex ones. (NumPy takes
-    bfloat16 for no number.)"""
+    """Whether a leaf is a floating-point array, including float8 and complex ones,
+    which cannot be trained. (NumPy does not count bfloat16 as a floating-point
+    type.)"""
     is_array = isinstance(x, jax.Array | np.ndarray | np.generic)
     return is_array and jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -33,11 +33,12 @@ def with_state(
     moments: Mapping[str, Sequence[Any]],
     corrections: Sequence[Any],
 ) -> list[bool]:
-    """For each leaf of a model, whether a state was made to train it: `init` may have
-    got a part of the model, with `None` for what is frozen.
+    """For each leaf of a model, whether a state trains it. `init` may have been called
+    with a part of the model, with `None` for frozen leaves.
 
-    An optimizer without moments keeps nothing for a float32 weight, so every such
-    weight may be trained; and if there are no corrections at all, every narrow one.
+    The state of a rule without moments has nothing for a float32 weight, so that every
+    such weight is trained. If it has no corrections either, every narrow weight is
+    trained as well.
     """
     any_corrections = any(correction is not None for correction in corrections)
 
@@ -53,14 +54,15 @@ def with_state(
 
 
 def has_gradient(call: str, leaf: Leaf, grad: Any, trained: bool) -> bool:
-    """Whether a gradient came for a leaf that is trained.
+    """Whether a leaf is trained and has a gradient.
 
-    A leaf that is not trained may have none: `None`, what `jax.grad(allow_int=True)`
-    gives for an integer, or anything else that is no array of floating-point numbers.
+    A leaf that is not trained must not have a gradient. `None`, the zeros that
+    `jax.grad(allow_int=True)` gives for integers, and all else that is no
+    floating-point array count as no gradient.
 
     **Raises:**
 
-    `TypeError` or `ValueError` if one came for it all the same.
+    `TypeError` or `ValueError` if a leaf that is not trained has a gradient.
     """
     if grad is None:
         return False

@@ -1,4 +1,4 @@
-"""Pytrees that should look like the model, leaf by leaf and with their paths."""
+"""Taking a model and trees like it apart into leaves with paths, and matching them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -22,18 +22,18 @@ from .variables import (
 )
 
 
-# The caller's own types of trees: what goes in comes out.
+# Types of the caller's trees. Functions return the type that they get.
 Model = TypeVar("Model")
 State = TypeVar("State")
 Updates = TypeVar("Updates")
 
 
 class Leaf(NamedTuple):
-    """A leaf of the model. `None` is a leaf here.
+    """A leaf of the model. `None` counts as a leaf.
 
-    `unwrapped` is the path that it would have without what
-    [`flashquinox.cast`][] wraps layers in, and without Flax's `Variable`s. Its keys
-    are plain: an attribute of a module and an entry of Flax's `State` are the same.
+    `unwrapped` is its path without the wrappers of [`flashquinox.cast`][] and without
+    Flax's `Variable`s. Its keys are plain names and numbers, so that the attribute of a
+    module and the entry of a Flax `State` are equal.
     """
 
     path: tuple[Any, ...]
@@ -46,7 +46,7 @@ class Leaf(NamedTuple):
 
 
 def is_array(x: Any) -> bool:
-    """Whether a leaf is an array, or the shape of one."""
+    """Whether a leaf is an array or a `jax.ShapeDtypeStruct`."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
@@ -64,9 +64,10 @@ def dotted_name(path: tuple[Any, ...]) -> str:
 class Rebuild:
     """A function from as many values as a tree has leaves to such a tree.
 
-    `tree` is the tree that has these leaves, and `put_together` makes what was given of
-    it: a module of Flax NNX is taken apart. `state` makes of moments or corrections a
-    tree that belongs into a state: Flax's `Variable`s are in it around single arrays.
+    `tree` is the tree of the leaves. `put_together` turns such a tree into what was
+    flattened, which differs for a Flax NNX module. `state` makes a tree for an
+    optimizer state out of moments or corrections: each array is in a Flax `Variable`
+    where the weight is in one.
     """
 
     tree: PyTree
@@ -77,8 +78,8 @@ class Rebuild:
         return self.put_together(self.treedef.unflatten(values))
 
     def like_before(self, values: list[Any]) -> PyTree:
-        """Such a tree, of values that look like the leaves: with the `Variable`s around
-        arrays that were inside of these."""
+        """The tree with these values, which have the structure of the leaves, and with
+        the `Variable`s that were around arrays inside of the leaves."""
         before = jtu.tree_leaves(self.tree, is_leaf=_is_leaf)
         return self(
             [
@@ -119,12 +120,13 @@ def match(
 ) -> list[Any]:
     """The entries of a tree, one for each leaf of the model, in the model's order.
 
-    `None` in place of a subtree stands for `None` in all of it, as does the
-    `optax.MaskedNode` by which Optax leaves out what another optimizer trains; with
-    `prefix`, so does any other value. With `partial`, the tree may lack leaves, for
-    which there is `None`. Wrappers are ignored in both trees: those of
-    [`flashquinox.cast`][] around layers, which the float32 original of a bfloat16 model
-    does not have, and Flax's `Variable`s.
+    `None` in place of a subtree stands for `None` in all of it. So does
+    `optax.MaskedNode`, which Optax puts in place of leaves that another optimizer
+    trains. With `prefix`, any other value in place of a subtree also stands for all of
+    it. With `partial`, the tree may lack leaves, whose entries are then `None`.
+    Wrappers are ignored in both trees: those of [`flashquinox.cast`][] around layers,
+    which the float32 original of a bfloat16 model does not have, and Flax's
+    `Variable`s.
 
     **Raises:**
 
@@ -137,7 +139,7 @@ def match(
     for leaf in leaves:
         found = _find(entries, leaf.unwrapped, prefix)
         if found is None and (partial or (prefix and leaf.value is None)):
-            # What is said of a part of the model that is not there has no effect.
+            # The model has None here, or the tree may lack leaves.
             values.append(None)
             continue
         if found is None:
@@ -172,7 +174,7 @@ def without_masked(tree: PyTree) -> PyTree:
 
 
 def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
-    """Where in a tree there is a `Float32Layer`, or a `Variable`."""
+    """The paths of all `Float32Layer`s and `Variable`s in a tree."""
     is_wrap = lambda x: isinstance(x, Float32Layer) or is_variable(x)
     for below, node in jtu.tree_leaves_with_path(tree, is_leaf=is_wrap):
         if is_wrap(node) and not jtu.all_leaves([node]):
@@ -184,12 +186,12 @@ def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
 
 
 def _unwrapped(wraps: set[tuple[Any, ...]], path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A path that leaves out the step into each of these."""
+    """A path without the keys that lead into these wrappers."""
     return tuple(_plain(key) for i, key in enumerate(path) if path[:i] not in wraps)
 
 
 def _plain(key: Any) -> Any:
-    """A key of a path, whatever kind of container it is a key of."""
+    """The name or number of a key of a path, for any kind of container."""
     for name in ("key", "name", "idx"):
         if hasattr(key, name):
             return getattr(key, name)

@@ -1,11 +1,10 @@
-"""Flax NNX keeps each weight in a `Variable`: a pytree with one child and metadata.
+"""The `Variable`s of Flax NNX: pytrees around each weight, with one child and metadata.
 
-A moment is often several arrays, and a `Variable` around all of them would not come
-back from a step: `nnx.Optimizer` writes the arrays of a new state one by one. So the
-`Variable` of a weight goes around each of the arrays that a state has for it, and a
-state holds no other containers than those that it was given.
+A compressed moment has several arrays. A single `Variable` around all of them would be
+lost in a step, because `nnx.Optimizer` updates the arrays of a state one by one. So
+each array that a state has for a weight gets a `Variable` like that of the weight.
 
-Flax is never imported here: where there is none, no object is a `Variable`.
+Flax is never imported here. If it is not imported, no object is a `Variable`.
 """
 
 import sys
@@ -23,7 +22,7 @@ def is_variable(x: Any) -> bool:
 
 
 def is_statistic(x: Any) -> bool:
-    """Whether this is a `Variable` for what is no weight, but a running average."""
+    """Whether this is a `Variable` that holds a running average, not a weight."""
     return _is("BatchStat", x)
 
 
@@ -38,9 +37,9 @@ def has_variables(tree: PyTree) -> bool:
 
 
 def take_apart(model: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """A module of NNX as a tree of its `Variable`s, and a function from such a tree to
-    such a module. Of a `Variable` that is in several places, such as tied weights, the
-    tree has one, where JAX would see several. Any other tree is left as it is."""
+    """A Flax NNX module as a tree of its `Variable`s, and a function from such a tree
+    to such a module. A `Variable` that occurs several times, as for tied weights, is in
+    the tree once. Any other tree is returned as it is."""
     if not _is("Module", model):
         return model, lambda tree: tree
     nnx = sys.modules["flax.nnx"]
@@ -49,9 +48,9 @@ def take_apart(model: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
 
 
 def with_values_of(model: PyTree, other: PyTree) -> PyTree:
-    """A module like this one, with the values of another; or just the other, if this is
-    no module of NNX. Weights that are tied here may have come apart there: the widest
-    is taken."""
+    """A Flax NNX module like `model`, with the values of `other`; `other` itself if
+    `model` is no such module. Where `other` has different values for weights that are
+    tied in `model`, the widest is taken."""
     if not _is("Module", model):
         return other
     leaves, others = (jtu.tree_leaves(x, is_leaf=is_variable) for x in (model, other))
@@ -81,8 +80,8 @@ def without_variables(tree: PyTree) -> PyTree:
 
 
 def like(variable: Any, tree: PyTree) -> PyTree:
-    """A tree with a `Variable` like this one around each of its arrays. A tree like it
-    if this is `None`."""
+    """A tree with a `Variable` like this one around each array; the tree itself if
+    there is no `Variable`."""
     if variable is None:
         return tree
     shape = jnp.shape(without_variables(variable))
@@ -98,15 +97,15 @@ def like(variable: Any, tree: PyTree) -> PyTree:
     return jtu.tree_map(one, tree)
 
 
-# The metadata that name axes of a mesh, or stand for them, for each axis of an array.
+# Metadata that give, for each axis of an array, axes of a mesh or their logical names.
 _SHARDINGS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
 
 
 def _axes_of(
     shape: tuple[int, ...], weight: tuple[int, ...], axes: Any
 ) -> tuple[Any, ...] | None:
-    """The names of axes of an array that is stored for a weight. Scales have the axes
-    of the weight, one of them shorter; other arrays that differ are not divided."""
+    """Such metadata for an array that is stored for a weight. Scales have the axes of
+    the weight, one of them shorter. Other arrays of other shapes are not divided."""
     if shape == weight:
         return axes
     if len(shape) != len(weight) or not isinstance(axes, tuple | PartitionSpec):
@@ -117,7 +116,7 @@ def _axes_of(
 
 
 def around_leaves(tree: PyTree, is_leaf: Any) -> list[Any]:
-    """For each leaf, the innermost `Variable` that it is in, or `None`."""
+    """For each leaf, the innermost `Variable` around it, or `None`."""
     found = []
     for node in jtu.tree_leaves(tree, is_leaf=lambda x: is_variable(x) or is_leaf(x)):
         if not is_variable(node):

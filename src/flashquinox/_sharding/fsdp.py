@@ -20,13 +20,14 @@ def fsdp_shardings(
     blocks: Callable[[PyTree], PyTree] | None = None,
     group_size: int = int(GROUP_SIZE),
 ) -> PyTree[NamedSharding | None]:
-    """How to divide every array of a model among all devices of a mesh, such that each
-    of them holds whole groups of moments.
+    """Shardings that divide every array of a model among all devices of a mesh, such
+    that each device holds whole groups of moments.
 
-    An array is divided along its longest axis of which every device gets a multiple of
-    `group_size`. If it has no such axis, along the longest of which every device gets
-    the same, unless it has one axis alone: then groups run along another. Otherwise it
-    is whole on every device, as small vectors are.
+    An array is divided along one axis. This is the longest axis whose length is a
+    multiple of the number of devices times `group_size`. If there is none, and the
+    array has several axes, it is the longest whose length is a multiple of the number
+    of devices: groups then run along another axis. Otherwise the array is replicated,
+    as small vectors are.
 
     ??? Example
 
@@ -40,16 +41,16 @@ def fsdp_shardings(
     **Arguments:**
 
     - `model`: any pytree, of arrays or of `jax.ShapeDtypeStruct`s.
-    - `mesh`: the devices, over all axes of which every array is divided. It may be a
-        `jax.sharding.AbstractMesh`.
-    - `blocks`: a function from the model to its stacked blocks. The first axis of these
-        is that of the layers, and is not divided.
+    - `mesh`: a `jax.sharding.Mesh` or `jax.sharding.AbstractMesh`. Arrays are divided
+        over all of its axes.
+    - `blocks`: a function from the model to its stacked blocks. Their first axis, that
+        of the layers, is not divided.
     - `group_size`: that of the optimizer.
 
     **Returns:**
 
-    A pytree like `model`, of `jax.sharding.NamedSharding`s, with `None` for leaves that
-    are no arrays. It can be the `shardings` of an optimizer.
+    A pytree like `model` of `jax.sharding.NamedSharding`s, with `None` for leaves that
+    are no arrays. It can be passed as the `shardings` of an optimizer.
 
     **Raises:**
 
@@ -85,7 +86,7 @@ def fsdp_shardings(
 def _axis(
     shape: tuple[int, ...], first: int, devices: int, group_size: int
 ) -> int | None:
-    """The axis to divide, from `first` on."""
+    """The axis to divide, not before `first`. `None` to replicate the array."""
     if math.prod(shape) == 0:
         return None
     for multiple in (devices * group_size, devices):

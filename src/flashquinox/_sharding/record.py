@@ -1,4 +1,4 @@
-"""What a state remembers of how its weights were divided."""
+"""The shardings of weights that a state records."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -13,16 +13,16 @@ from jax.sharding import (
 from .._model.trees import Leaf
 
 
-# Of the state: for each leaf that is on several devices, its unwrapped path and how it
-# was divided by `init`. The mesh is one without devices.
+# For each leaf on several devices, its unwrapped path and its sharding when `init` was
+# called, on a mesh without devices.
 Shardings: TypeAlias = tuple[tuple[tuple[Any, ...], NamedSharding], ...]
 
 
 def record(
     leaves: Sequence[Leaf], shardings: Sequence[NamedSharding | None], old: Shardings
 ) -> Shardings:
-    """What the state keeps: nothing of the devices, which may be others later. In a
-    program that is traced, what it kept: states of a loop have one structure."""
+    """The shardings to record, without devices, because these may change. Inside `jit`,
+    the old record stays: all states of a loop must have the same structure."""
     if are_traced(leaves) and old:
         return old
     if not leaves:
@@ -41,8 +41,9 @@ def record(
 
 
 class _OfNothing(tuple[Any, ...]):
-    """What the state of no weights keeps. `optax.tree.map_params` makes such a state,
-    and compares it with those of a model, however that is divided."""
+    """The record of a state without weights. It is equal to every record, because
+    `optax.tree.map_params` makes such a state, and compares its structure with that of
+    any other."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, tuple)

@@ -1,6 +1,7 @@
-"""What of a step needs all gradients: whether they are finite, and their norm. Of those
-that are divided among devices, each device looks at its own part, and one collective
-puts the results together."""
+"""Reductions over all gradients of a step: whether they are finite, and their norm.
+
+Each device reduces its own parts, and one collective combines the results.
+"""
 
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from .parts import by_mesh, on_parts
 def all_finite(
     grads: list[Array], shardings: list[NamedSharding | None]
 ) -> Bool[Array, ""]:
-    """Whether all gradients are, of all devices: one collective for a mesh."""
+    """Whether all gradients are finite on all devices. One collective for each mesh."""
     finite = jnp.asarray(True)
     for mesh, indices in by_mesh(shardings).items():
         here = [grads[i] for i in indices]
@@ -53,8 +54,8 @@ def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
 def clip(
     grads: list[Array], shardings: list[NamedSharding | None], max_norm: ScalarLike
 ) -> Clipping:
-    """What takes all gradients, of all devices, to at most this norm: one collective
-    for a mesh."""
+    """The scaling of all gradients, on all devices, to at most this norm. One
+    collective for each mesh."""
     is_double = any(grad.dtype == jnp.float64 for grad in grads)
     dtype = jnp.dtype(jnp.float64 if is_double else jnp.float32)
     sums = jnp.zeros(3, dtype)
@@ -81,7 +82,7 @@ def _sums_of_all_parts(
             own = sums_of_squares(grad, dtype)
             divided = {name for names in meshes.mesh_axes(sharding) for name in names}
             alike = tuple(name for name in axes if name not in divided)
-            # Of devices that have the same part, one counts it.
+            # Where several devices hold the same part, only one of them counts it.
             counts = lax.axis_index(alike) == 0 if alike else True
             sums += jnp.where(counts, own, 0.0)
         return lax.psum(sums, axes)

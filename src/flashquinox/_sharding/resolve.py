@@ -1,10 +1,11 @@
-"""How a leaf is divided among devices.
+"""Finding the sharding of each leaf.
 
-Of a weight, JAX always tells on which mesh it is, also while a program is traced. How
-it is divided there is not always known: inside `jit`, not for mesh axes of type `Auto`.
-A guess would be compiled all the same, and communicate in every step. So `init` writes
-it down if it sees the weights outside of `jit`. What nobody knows is left to XLA, which
-knows it when it divides the program: without kernels, as these cannot be divided.
+JAX always knows on which mesh a weight is, also inside `jit`. There it does not know
+how the weight is divided over axes of type `Auto`. A wrong guess would silently
+communicate in every step, so the library never guesses. Instead, `init` records
+shardings in the state when it is called outside of `jit`. Where the sharding is
+unknown, the step runs in plain XLA, which knows it when it partitions the program;
+kernels cannot be partitioned.
 """
 
 import math
@@ -34,8 +35,8 @@ from .record import Shardings
 
 
 class Resolved(NamedTuple):
-    """How leaves are divided: `None` for those on one device, and for those of which it
-    is not known; the latter are `unknown` too."""
+    """The shardings of leaves: `None` for leaves on one device, and for those whose
+    sharding is not known. The latter are in `unknown`."""
 
     shardings: list[NamedSharding | None]
     unknown: list[Leaf]
@@ -47,8 +48,8 @@ def resolve_all(
     given: Sequence[NamedSharding | None],
     recorded: Shardings,
 ) -> Resolved:
-    """For each of the leaves, how it is divided. If some are on a mesh, those on one
-    device will be on each of its devices."""
+    """The sharding of each leaf. If some leaves are on a mesh, leaves on one device are
+    replicated over it."""
     written = dict(recorded)
     found = [
         None
@@ -75,25 +76,26 @@ def resolve_all(
 
 
 class _Unknown:
-    """In place of the sharding of a weight of which only XLA knows it."""
+    """In place of a sharding that only XLA knows."""
 
 
 def _resolve(
     call: str, leaf: Leaf, given: NamedSharding | None, written: NamedSharding | None
 ) -> NamedSharding | _Unknown | None:
-    """How a weight is divided. `None` if it is on one device, or all axes of the mesh
-    are manual: then what is seen of it is on one device.
+    """The sharding of a weight. `None` if it is on one device. This is so inside a
+    `shard_map` over all axes of the mesh, too.
 
     **Raises:**
 
-    `ValueError` if it is known in part only, as on a mesh of axes of both types; or if
-    what is known does not go together.
+    `ValueError` if the sharding is known in part only, as on a mesh with axes of types
+    `Auto` and `Explicit`; or if the sources of it contradict each other.
     """
     value = leaf.value
     mesh = jax.typeof(value).sharding.mesh
     if given is not None:
         _check_fits_mesh(call, leaf, given, mesh)
-        # Which may know its devices; but not what is done by hand at this point.
+        # The given mesh may have devices; but it does not know of an enclosing
+        # `shard_map`.
         mesh = mesh if axes_of_type(mesh, AxisType.Manual) else given.mesh
     elif not isinstance(value, jax.core.Tracer):
         placed = getattr(value, "sharding", None)
@@ -154,7 +156,7 @@ def check_equal_parts(call: str, leaf: Leaf, sharding: NamedSharding) -> None:
 def as_explicit(
     call: str, leaf: Leaf, sharding: NamedSharding, mesh: AbstractMesh
 ) -> NamedSharding:
-    """The same as a matter of types: on this mesh, all axes of which are explicit."""
+    """The same sharding on this mesh, all axes of which are of type `Explicit`."""
     _check_fits_mesh(call, leaf, sharding, mesh)
     spec = restrict(sharding.spec, mesh.axis_names, leaf.value.ndim)
     explicit = NamedSharding(mesh, spec)

@@ -1,4 +1,4 @@
-"""How what is stored of a leaf is divided, as the leaf is."""
+"""Shardings of the state of a leaf, which follow that of the leaf."""
 
 import math
 from typing import Any
@@ -22,19 +22,21 @@ from .._storage.layout import Layout
 
 
 def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:
-    """Whether no group of a leaf lies in two parts of it."""
+    """Whether every group of a leaf lies within one part of it."""
     return layout.divides(divisions(sharding))
 
 
 def of_scales(layout: Layout, sharding: NamedSharding) -> PartitionSpec:
-    """How the scales of a leaf are divided: as the leaf is, or not at all."""
+    """The spec of the scales of a leaf: that of the leaf if parts hold whole groups,
+    otherwise replicated."""
     parts = divisions(sharding)
     divided = math.prod(parts) > 1 and layout.divides(parts)
     return sharding.spec if divided else PartitionSpec()
 
 
 def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
-    """How the arrays of a leaf are divided: moments, and others of its shape."""
+    """The shardings of the arrays that a state has for a leaf: moments, and others of
+    the shape of the leaf."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, QuantMoment):
@@ -51,8 +53,8 @@ def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
 
 
 def where_the_weight_is(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
-    """A part of the state of a leaf. Arrays of it that are on no mesh, such as those of
-    NumPy, go where the weight is, as far as that is a matter of types."""
+    """A part of the state of a leaf. Arrays in it that are on no mesh, such as NumPy
+    arrays, get the sharding of the weight on `Explicit` axes."""
     if sharding is None:
         return tree
     nowhere = lambda x: jax.typeof(x).sharding.mesh.empty
