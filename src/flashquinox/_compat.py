@@ -1,19 +1,21 @@
-"""Everything that this library takes of JAX and that JAX does not promise to keep:
-`jax.extend`, `jax.interpreters`, and how what it traced is made up.
+"""All uses of parts of JAX that JAX does not promise to keep: `jax.extend`,
+`jax.interpreters`, and the structure of jaxprs.
 
-- `jax.extend.core.Primitive` and `jax.interpreters`: operations that kernels recognize,
-    and derivatives that are errors. Without them, this library cannot be imported.
-- How traced operations are made up, and `jax.extend.core.Literal`: the rules of users
-    are looked at, and kernels evaluate functions. Without them, no optimizer is built.
-- `jax.extend.core.jaxpr_as_fun`: kernels for GPUs. Without it, they cannot be traced,
-    and `backend="xla"` can.
-- `partial_eval.dce_jaxpr`: `release_step` keeps no gradients that are zero. Without it,
-    they are kept.
-- The `abstract_device` of a mesh, and `jax_default_device`: kernels are those of the
-    device that a program is traced for. Without them, of the first local device.
+- `jax.extend.core.Primitive` and `jax.interpreters` define primitives that kernels
+    recognize, and derivatives that are errors. Without them, this library cannot be
+    imported.
+- The parameters of primitives in a jaxpr, and `jax.extend.core.Literal`, are needed to
+    check the rules of users and to evaluate functions in kernels. Without them, no
+    optimizer can be made.
+- `jax.extend.core.jaxpr_as_fun` is used by kernels for GPUs. Without it, these cannot
+    be traced, and only `backend="xla"` works there.
+- `partial_eval.dce_jaxpr` tells `release_step` which gradients are zero, so that it
+    does not store them. Without it, they are stored.
+- The `abstract_device` of a mesh and `jax_default_device` give the device that a
+    program is traced for, which decides its kernels. Without them, the first local
+    device decides.
 
-Pallas is imported by the backends alone, when they are needed: see
-`_backends.platforms`.
+Pallas is only imported by backends, when they are needed: see `_backends.platforms`.
 """
 
 import inspect
@@ -29,13 +31,13 @@ Primitive: TypeAlias = jex.Primitive
 
 
 #
-# Operations of one's own
+# Own primitives
 #
 
 
 def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
-    """An elementwise function as an operation of its own, which is that function
-    wherever nobody asks for the operation."""
+    """A primitive for an elementwise function. It is compiled, batched and
+    differentiated as that function, and kernels can recognize it."""
     primitive = Primitive(name)
     compiled = jax.jit(function)
     primitive.def_impl(compiled)
@@ -54,9 +56,9 @@ def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
 
 
 def refusal(name: str, refuse: Callable[..., NoReturn]) -> Primitive:
-    """An operation that can be traced, differentiated and batched, and raises where its
-    result is needed: in computing it, and in pulling a cotangent back through it.
-    `refuse` gets what it is bound with."""
+    """A primitive that can be traced, differentiated and batched. It raises when its
+    value is computed, or a cotangent is pulled back through it: `refuse` is called with
+    the arguments of the primitive."""
     primitive = Primitive(name)
     primitive.def_impl(refuse)
     primitive.def_abstract_eval(lambda x, **_: x)
@@ -70,17 +72,18 @@ def refusal(name: str, refuse: Callable[..., NoReturn]) -> Primitive:
 
 
 #
-# What was traced
+# Traced functions
 #
 
 
 def as_function(traced: Any) -> Callable[..., list[Any]]:
-    """A function from flat arguments to flat results, of what `jax.make_jaxpr` gave."""
+    """The result of `jax.make_jaxpr` as a function from flat arguments to flat
+    results."""
     return jex.jaxpr_as_fun(traced)
 
 
 def inputs_read(function: Callable[[Any], Any], values: Any) -> list[bool]:
-    """Of each leaf of `values`, whether the result of a function depends on it."""
+    """For each leaf of `values`, whether the result of a function depends on it."""
     jaxpr = jax.make_jaxpr(function)(values).jaxpr
     eliminate = getattr(partial_eval, "dce_jaxpr", None)
     if eliminate is None:
@@ -89,15 +92,15 @@ def inputs_read(function: Callable[[Any], Any], values: Any) -> list[bool]:
     return list(read)
 
 
-# With these, a function is only called: what they mean beside that is for derivatives,
-# compilation and memory.
+# Primitives that only call a function. What else they mean concerns derivatives,
+# compilation or memory.
 _CALLS = frozenset(
     """
     jit pjit closed_call core_call eval_jaxpr composite checkpoint remat remat2
     custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
     """.split()
 )
-# Under which names they have it.
+# The names of the parameter that holds the function.
 _PARAMETERS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -109,7 +112,7 @@ class Function(NamedTuple):
 
     @staticmethod
     def of(jaxpr: Any) -> "Function":
-        # A closed one, or in later versions of JAX, every one.
+        # A closed jaxpr. In later versions of JAX, every jaxpr has constants.
         if hasattr(jaxpr, "consts"):
             return Function(jaxpr.jaxpr, jaxpr.consts)
         return Function(jaxpr, ())
@@ -122,13 +125,13 @@ def evaluate(
     literal: Callable[[Any], Any],
     apply: Callable[[Any, list[Any]], Sequence[Any]],
 ) -> list[Any]:
-    """What a traced function gives, of values of any kind: `constant` makes them of
-    arrays that it closes over, `literal` of numbers in it, and `apply(operation,
-    operands)` gives the results of an operation."""
+    """Evaluates a traced function on values of any kind. `constant` makes such values
+    of the arrays that it closes over, `literal` of the numbers in it, and
+    `apply(operation, operands)` gives the results of an operation."""
     jaxpr = function.jaxpr
     known = [*map(constant, function.consts), *args]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True))
-    # No `def`: of one, tests that check types would make a function at each call.
+    # A `def` would be instrumented at each call in tests, which check types.
     read = lambda atom: (
         literal(atom.val) if isinstance(atom, jex.Literal) else values[atom]
     )
@@ -139,9 +142,10 @@ def evaluate(
 
 
 def called(eqn: Any) -> Function | None:
-    """The function of an operation that only calls one. `None` for others."""
+    """The function that an operation calls, if it does nothing else. Otherwise
+    `None`."""
     if eqn.primitive.name == "call_hi_primitive":
-        # It is traced when it is asked for.
+        # Its function is traced here.
         primitive = eqn.params["_prim"]
         expand = lambda *args: primitive.expand(*primitive.in_tree.unflatten(args))
         return Function.of(jax.make_jaxpr(expand)(*(x.aval for x in eqn.invars)))
@@ -165,7 +169,7 @@ class Branches(NamedTuple):
 
 
 class While(NamedTuple):
-    """`lax.while_loop`. Each function takes its constants, then what is carried."""
+    """`lax.while_loop`. Both functions take their constants, then the carry."""
 
     condition: Function
     body: Function
@@ -187,7 +191,7 @@ class While(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """`lax.scan`, which `lax.fori_loop` is too where it knows how often."""
+    """`lax.scan`, and `lax.fori_loop` with a known number of iterations."""
 
     body: Function
     consts: list[Any]
@@ -219,8 +223,8 @@ class Scan(NamedTuple):
 
 
 def traced_device() -> Any:
-    """The device that a program is traced for: that of an abstract mesh, or the default
-    one."""
+    """The device that a program is traced for: that of the abstract mesh that is set,
+    or the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
     if device is not None:

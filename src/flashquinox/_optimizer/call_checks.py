@@ -1,5 +1,5 @@
-"""What was passed in the place of the model, the state or the gradients, found before
-leaves are looked at one by one."""
+"""Checks that arguments are in the right order, and are a model, a state and gradients,
+before their leaves are compared."""
 
 import warnings
 from typing import Any
@@ -48,8 +48,8 @@ def check_not_optimizer(call: str, state: Any) -> None:
 
 
 def warn_of_nothing_to_train(call: str, leaves: list[Leaf], trained: Any) -> None:
-    """Warns of a model with nothing to train. One without leaves is what is left of a
-    model for an optimizer of other parts."""
+    """Warns of a model with nothing to train. A model without leaves is no reason to
+    warn: wrappers pass it to an optimizer of other parts."""
     present = [leaf for leaf in leaves if leaf.value is not None]
     if trained or not present:
         return
@@ -81,8 +81,8 @@ def check_grads(call: str, grads: Any, model: Any) -> None:
 
 
 def check_order(call: str, leaves: list[Leaf], grads: list[Any]) -> None:
-    """Gradients have nothing where the model has a function or a Python number; not the
-    other way around."""
+    """Where the model has `None`, gradients must not have a function or a Python
+    number: it is the model that has these. Otherwise the two have changed places."""
     for leaf, grad in zip(leaves, grads, strict=True):
         if leaf.value is None and grad is not None and not hasattr(grad, "dtype"):
             raise TypeError(
@@ -92,7 +92,8 @@ def check_order(call: str, leaves: list[Leaf], grads: list[Any]) -> None:
 
 
 def check_has_values(call: str, **trees: PyTree) -> None:
-    """Arrays that were donated have no values any more, and shapes never had any."""
+    """All arrays must have values: none was donated, and none is a
+    `jax.ShapeDtypeStruct`."""
     for name, tree in trees.items():
         for path, x in jtu.tree_leaves_with_path(tree):
             if isinstance(x, jax.ShapeDtypeStruct):
@@ -104,7 +105,7 @@ def check_has_values(call: str, **trees: PyTree) -> None:
             if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
                 continue
             if x.is_deleted():
-                # Of the same type as what JAX raises in a program.
+                # JAX raises a RuntimeError for this as well.
                 raise RuntimeError(
                     f"`{call}`: the array at `{path_name(path)}` of `{name}` was "
                     "deleted, as it was donated to an earlier call. Go on with what "

@@ -1,6 +1,7 @@
-"""Whether the weights that come into a step are those that their corrections belong to.
-A step cannot tell what happens to its result. The next one can, from a checksum of
-every weight.
+"""Checksums, by which a step sees whether weights still belong to their corrections.
+
+A wrapper may change the result of a step after it. The next step notices that, because
+the state has a checksum of every weight.
 """
 
 import warnings
@@ -21,7 +22,7 @@ from .._common.text import shown
 from .._sharding.parts import on_parts
 
 
-# What a step does about weights that are others. `None` keeps no checksums.
+# What a step does if weights have changed. With `None`, there are no checksums.
 Verify: TypeAlias = Literal["warn", "error"] | None
 
 
@@ -36,8 +37,8 @@ def check_verify_weights(call: str, value: Any) -> Verify:
 
 @jax.jit
 def checksums(weights: list[Float[Array, "..."]]) -> list[UInt32[Array, ""]]:
-    """For each weight, a number that changes with any bit of it, and with the order of
-    its elements."""
+    """The checksum of each weight. It changes with any bit, and with the order of
+    elements."""
     return [weighted_sum(_bits(weight), np.uint32(0)) for weight in weights]
 
 
@@ -50,8 +51,9 @@ def _differ(
 
 
 def _bits(weight: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
-    """The bits of a weight, but for what arithmetic such as `weight + 0` may change: 0
-    for -0 and for the subnormal numbers of bfloat16, and one pattern for NaN."""
+    """The bits of a weight, made the same where arithmetic such as `weight + 0` may
+    change them: 0 for -0 and for the subnormal numbers of bfloat16, one pattern for
+    NaN."""
     bits = lax.bitcast_convert_type(weight, jnp.uint16)
     magnitude = bits & np.uint16(0x7FFF)
     smallest = 1
@@ -70,8 +72,9 @@ def verified(
     expected: list[UInt32[Array, ""]],
     mesh: Mesh | AbstractMesh | None,
 ) -> Int32[Array, ""]:
-    """The count of a step, which depends on this check of its weights. `names` are
-    those of the leaves; `mesh` is what they are divided over."""
+    """Checks weights against their checksums. Returns the count of the step, made to
+    depend on the check, so that the compiler keeps it. `names` are those of the leaves,
+    and `mesh` is the mesh that they are on."""
     differs = _differ(weights, expected)
     messages = [_message(call, name) for name in names]
     if verify == "error":
@@ -81,7 +84,7 @@ def verified(
             return count
         raise_here = partial(_raise_if, messages)
         if mesh is not None:
-            # One device alone would leave the others waiting for it.
+            # All devices must raise: the others would wait for one that does alone.
             everywhere = PartitionSpec()
             raise_here = on_parts(raise_here, mesh, everywhere, everywhere)
         return raise_here(count, differs)
@@ -101,7 +104,7 @@ def _raise_if(
 
 
 def _warn(messages: list[str], differs: Bool[Array | np.ndarray, "..."]) -> None:
-    # Under `vmap`, of models without a difference too.
+    # Under `vmap`, this is also called for ensemble members without a difference.
     if np.any(differs):
         warnings.warn(messages[int(np.argmax(differs))], stacklevel=2)
 

@@ -1,9 +1,8 @@
-"""A step as a function that can be differentiated, where that has a meaning.
+"""Derivatives of a step.
 
-Kernels have no derivatives, and codes have none that is of use: what is rounded to them
-is constant almost everywhere. So a step is differentiated as the arithmetic of its rule
-if nothing of a leaf is stored in codes; otherwise the derivative is an error, but only
-where it is used.
+Kernels have no derivatives, and rounding to codes has a derivative of zero almost
+everywhere. So a leaf that is stored without rounding is differentiated through the
+plain arithmetic of its rule. For other leaves, a derivative that is used is an error.
 """
 
 from collections.abc import Sequence
@@ -32,9 +31,9 @@ def update_leaves(
     steps: list[LeafStep],
     shardings: list[NamedSharding | None],
 ) -> list[TileState]:
-    """One step of all leaves. `names` are theirs, for the message of an error."""
+    """One step of all leaves. `names` are their names, for errors."""
     flat, structure = jtu.tree_flatten(steps)
-    # Scalars are those of all leaves.
+    # Leaves share their scalars, and each is one argument of the function below.
     each = {id(x): x for x in flat}
     numbers = {key: i for i, key in enumerate(each)}
     order = [numbers[id(x)] for x in flat]
@@ -91,20 +90,22 @@ def _tangent(
 
 
 def _smooth(step: LeafStep) -> TileState:
-    """A step of a leaf of which nothing is stored in codes, without what is there for
-    the last bit: of the same values but for roundings, and of the right derivatives
-    also where a learning rate is 0."""
+    """A step of a leaf without codes and without the operations that only make the last
+    bit exact. The values are equal up to rounding. The derivatives are right, also for
+    a learning rate of 0."""
     structure, scalars, grad, old = step.structure, step.scalars, step.grad, step.old
     factors, kept = structure.factors(scalars), structure.rule.moments
     take = scalars.take
     if take is not None:
-        # Or the derivative of a step that is not taken is 0 times infinity.
+        # Otherwise the derivative of a step that is not taken would be 0 times
+        # infinity.
         grad = jnp.where(take, grad, jnp.ones_like(grad))
     moments = {}
     for name, moment in old.codes.items():
         before = factors[name][0]
         if kept[name].kind == "nonnegative":
-            # Too small to count, but a root has no derivative at 0.
+            # Keeps a square root away from 0, where it has no derivative. Far below
+            # every moment that matters.
             moment = moment + 1024 * jnp.finfo(moment.dtype).tiny
         moments[name] = moment if before is None else moment * before
     weight, moments = move(structure, scalars, grad, old.weight, moments)
@@ -122,7 +123,7 @@ def _smooth(step: LeafStep) -> TileState:
 
 
 def _reasons(step: LeafStep) -> list[str]:
-    """Why a derivative of this step would have no meaning."""
+    """Why the derivative of this step has no meaning. Empty if it has one."""
     reasons, weight = [], step.old.weight
     if step.old.correction is not None:
         reasons.append(f"its weight is {weight.dtype} with a correction")
@@ -155,5 +156,5 @@ def _refuse(*args: Any, message: str, **kwargs: Any) -> NoReturn:
     raise TypeError(message)
 
 
-# What stands for a tangent that must not be used.
+# Stands for a tangent that must not be used.
 _refuse_p = _compat.refusal("flashquinox_no_derivative", _refuse)

@@ -1,4 +1,4 @@
-"""Moments as numbers, to be edited: whatever they are stored in."""
+"""Editing the moments of a state as numbers, however they are stored."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,43 +20,44 @@ def map_moments(
     *rest: PyTree,
     names: str | Sequence[str] | None = None,
 ) -> PyTree:
-    """Applies a function to the moments in a state: as numbers, whatever they are
-    stored in. Its results are stored as the moments were, rounded to nearest.
+    """Applies a function to the moments in a state as arrays of numbers, however they
+    are stored. The results are stored as the moments were, rounded to nearest.
 
     ??? Example
 
         ```python
-        # The moments of dead neurons, and of no others, begin anew.
+        # Reset the moments of dead neurons.
         dead = {"w": dead_neurons[:, None], "b": dead_neurons}
         state = fq.map_moments(lambda m, d: jnp.where(d, 0, m), state, dead)
         ```
 
-    A group of a compressed moment has one scale: numbers beside those that the function
-    changes are rounded again, too. Leaves that it returns as they came (the same
-    array) keep their bits.
+    The elements of a group share a scale. If the function changes some of them, the
+    others are rounded again as well. A leaf keeps its bits if the function returns the
+    same array object.
 
     **Arguments:**
 
-    - `function`: called as `function(moment, *others)` for each moment of each leaf,
-        with `moment` a float32 array (float64 where that is stored) of the shape of the
-        weight, and with what `rest` has there. Returns a floating-point array of that
-        shape: finite, and of an average of squares at least 0.
+    - `function`: called as `function(moment, *others)` for each moment of each leaf.
+        `moment` is a float32 array (float64 where the weight is) of the shape of the
+        weight, and `others` are the entries of `rest` there. It returns a finite
+        floating-point array of that shape, at least 0 for averages of squares.
     - `state`: an [`flashquinox.OptimizerState`][], or the state of a wrapper with some
         inside, such as that of `optax.chain`.
-    - `rest`: each a tree like the model, or a prefix of one; or a state of the same
-        kind as `state`, whose moments are passed as numbers: those of a smaller model,
-        to grow.
-    - `names`: which moments, such as `["nu"]`. All by default.
+    - `rest`: trees like the model, or prefixes of it; or states of the same kind as
+        `state`, whose moments are passed as numbers: for example those of a smaller
+        model that has been grown.
+    - `names`: the names of the moments to change, such as `["nu"]`. By default, all.
 
     **Returns:**
 
-    A state like `state`. Counts and corrections are as they were.
+    A state like `state`, with the same counts and corrections.
 
     **Raises:**
 
     `TypeError` if there is no [`flashquinox.OptimizerState`][] in `state`, or the
-    function returns no floating-point array; `ValueError` if that has another shape, or
-    numbers that cannot be stored, or if a tree in `rest` has nothing for a leaf.
+    function does not return a floating-point array; `ValueError` if that array has
+    another shape, or numbers that cannot be stored, or if a tree in `rest` has no entry
+    for a leaf.
     """
     call = "map_moments"
     found = find(state)
@@ -113,8 +114,8 @@ def _changed(
 def _opened(
     call: str, what: str, tree: PyTree
 ) -> Callable[[int, str, PyTree], dict[tuple[Any, ...], Any]]:
-    """A function from the number of a state, the name of a moment and the tree of such
-    moments to what another tree has at each path of that."""
+    """A function `(number of a state, name of a moment, tree of these moments) ->
+    entries of another tree, by the paths in that tree of moments`."""
     states = find(tree).values
 
     def at_each_path(number: int, name: str, moments: PyTree) -> Any:

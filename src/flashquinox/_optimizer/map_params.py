@@ -1,4 +1,4 @@
-"""Functions of the arrays in a state that belong to weights."""
+"""Mapping functions over the arrays that a state has for weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,16 +23,17 @@ def map_params(
     *rest: PyTree,
     transform_non_params: Callable[[Any], Any] | None = None,
 ) -> PyTree:
-    """`optax.tree.map_params` for states in which a weight has several arrays, or none.
-
-    Optax's function maps over trees of the structure of the weights, and a moment of 8
-    bits is none: it has codes and scales. Nor is a correction that is `None`. This one
-    calls `function` with each array of a weight, and with what `rest` has for that
+    """`optax.tree.map_params` for states that have several arrays, or none, for a
     weight.
+
+    Optax's function expects trees of the structure of the weights. Compressed moments
+    have codes and scales for each weight, and corrections may be `None`. This function
+    calls `function` with each array that belongs to a weight, and with the entries of
+    `rest` for that weight.
 
     ??? Example
 
-        A state goes where its weights are:
+        Put a state where its weights are:
 
         ```python
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -48,25 +49,25 @@ def map_params(
 
     **Arguments:**
 
-    - `optim`: what made the state: an optimizer of this library, or any of Optax that
-        it is wrapped in.
-    - `function`: a function `(array, *rest) -> new`, of an array of the state: codes,
-        scales, corrections, moments that are not compressed, and checksums.
+    - `optim`: the optimizer that made the state: one of this library, or an Optax
+        wrapper around one.
+    - `function`: a function `(array, *rest) -> new` of codes, scales, corrections,
+        uncompressed moments and checksums.
     - `state`: from `optim.init` or from a step.
-    - `rest`: trees of the structure of the weights. Where one has a `NamedSharding`,
-        what `function` gets with an array of another shape than the weight, such as the
-        scales of groups, is a sharding that fits it: divided like the weight if groups
-        are whole in each part, or else not at all.
+    - `rest`: trees of the structure of the weights. `NamedSharding`s in them are
+        adapted to arrays of other shapes than the weight, such as scales: `function`
+        gets the sharding of the weight if its parts hold whole groups, and a replicated
+        one otherwise.
     - `transform_non_params`: a function of all other leaves, such as the count. By
-        default they stay as they are.
+        default, these stay as they are.
 
     **Returns:**
 
-    A pytree of the structure of `state`, with `None` where that has `None`.
+    A pytree of the structure of `state`, with `None` where `state` has `None`.
 
     **Raises:**
 
-    `ValueError` if `rest` has not the structure of the weights.
+    `ValueError` if `rest` does not have the structure of the weights.
     """
     is_whole = lambda x: x is None or isinstance(x, QuantMoment | optax.MaskedNode)
     leave = lambda x: x if transform_non_params is None else transform_non_params(x)
@@ -86,8 +87,8 @@ def map_params(
             where = lambda x: (x.codes, x.scales, x.parameter)
         return eqx.tree_at(where, stored, tuple(parts))
 
-    # What is written down of shardings is no array, but part of the structure, which
-    # Optax compares with that of a state of nothing.
+    # The recorded shardings are static. They are left out here, because Optax compares
+    # the structure of this state with that of a state without weights.
     found = find(state)
     bare = [dataclasses.replace(x, shardings=()) for x in found.values]
     mapped = optax.tree.map_params(
@@ -103,7 +104,8 @@ def map_params(
 
 
 def _like(old: OptimizerState, new: OptimizerState) -> OptimizerState:
-    """With all that is static in the old one. Its fields need not be arrays."""
+    """The new state with the static fields of the old. Its other fields can be anything
+    that `function` returns."""
     (_, put_together), (parts, _) = children(old), children(new)  # pyright: ignore
     return put_together([child for _, child in parts])
 
@@ -111,7 +113,7 @@ def _like(old: OptimizerState, new: OptimizerState) -> OptimizerState:
 def _of_scales(moment: QuantMoment, other: Any) -> Any:
     if not isinstance(other, NamedSharding):
         return other
-    # With an entry for each axis of the weight.
+    # A spec may have fewer entries than the weight has axes.
     ndim = moment.codes.ndim
     spec = PartitionSpec(*other.spec, *[None] * (ndim - len(other.spec)))
     full = NamedSharding(other.mesh, spec)
@@ -119,7 +121,8 @@ def _of_scales(moment: QuantMoment, other: Any) -> Any:
 
 
 def _of_array(array: Any, other: Any) -> Any:
-    """A scalar, as a checksum is, cannot be divided."""
+    """A sharding for an array with fewer axes than the weight, such as a checksum, is
+    replicated."""
     if isinstance(other, NamedSharding) and array.ndim < len(other.spec):
         return NamedSharding(other.mesh, PartitionSpec())
     return other

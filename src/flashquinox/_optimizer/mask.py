@@ -1,4 +1,4 @@
-"""Which weights decay."""
+"""Applying a mask: which weights decay."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def decayed(call: str, mask: Any, params: PyTree, leaves: list[Leaf]) -> list[bo
     """For each leaf, whether weight decay applies to it."""
     if mask is None:
         return [True for _ in leaves]
-    # A mask of the model's structure is a module, and that may be callable too.
+    # A mask with the structure of an Equinox model is a module, which may be callable.
     if callable(mask) and not isinstance(mask, eqx.Module):
         try:
             mask = mask(eqx.filter(params, is_float_array))

@@ -1,5 +1,4 @@
-"""Master weights as arrays of their own: out of weights and corrections, and into
-them."""
+"""Conversion between master weights and pairs of weights and corrections."""
 
 from functools import partial
 from typing import Any
@@ -19,20 +18,20 @@ from .states import open_states
 
 
 def master_weights(model: Model, state: PyTree) -> Model:
-    """The model with its weights in float32 (float64 where they are), corrections
-    included: for evaluation, export, or a comparison.
+    """The model with its master weights: in float32 (float64 where weights are), with
+    corrections added. For evaluation, export or comparison.
 
     **Arguments:**
 
     - `model`: the model.
     - `state`: its optimizer state, which holds the corrections; or the state of a
         wrapper, such as `optax.chain`, `optax.MultiSteps` or `optax.partition`, with
-        one or more inside. A weight that is in none of them has no correction.
+        one or more inside. A weight that none of them trains has no correction.
 
     **Returns:**
 
-    A pytree like `model`. Leaves that are not floating-point arrays are left alone, and
-    so are those that cannot be trained: of 8 bits, and complex ones.
+    A pytree like `model`. Leaves that cannot be trained are left alone: all but
+    floating-point arrays of 16 bits or more.
 
     **Raises:**
 
@@ -53,13 +52,13 @@ def master_weights(model: Model, state: PyTree) -> Model:
 def from_master_weights(
     float32_model: PyTree, model: Model, state: State
 ) -> tuple[Model, State]:
-    """The inverse of [`flashquinox.master_weights`][]: weights and corrections from a
-    float32 model, to go on with it.
+    """The inverse of [`flashquinox.master_weights`][]: splits the weights of a float32
+    model into weights and corrections, to train it.
 
-    With corrections of 32 bits and bfloat16 weights, `master_weights` of what this
-    returns is `float32_model` again, bit for bit for every finite number. With others,
-    it is rounded to nearest, as [`flashquinox.ECCWeight`][] says: to 16 significant
-    bits for bfloat16 and 24.
+    For bfloat16 weights with `master_weight_bits=32`, `master_weights` of the result is
+    `float32_model` again, bit for bit for every finite number. Otherwise weights are
+    rounded to nearest, as [`flashquinox.ECCWeight`][] describes: to 16 significant bits
+    for bfloat16 with 24 bits.
 
     ??? Example
 
@@ -72,18 +71,18 @@ def from_master_weights(
     **Arguments:**
 
     - `float32_model`: a pytree like `model`, with its weights in float32 (float64 where
-        they are in `model`), divided among devices in any way, or in NumPy. `None` in
+        they are in `model`), as JAX arrays in any sharding or NumPy arrays. `None` in
         place of a leaf, or of a whole subtree, leaves its weights and corrections as
         they are.
-    - `model`: the model. It says in which dtypes weights are stored, and where; their
-        values are not looked at.
-    - `state`: its optimizer state, which says the same of corrections; or the state of
-        a wrapper with one or more inside. All but corrections stays as it is.
+    - `model`: the model. Its leaves decide the dtypes and shardings of the new weights.
+        Their values are not used.
+    - `state`: its optimizer state, whose corrections decide the same for new ones; or
+        the state of a wrapper with one or more inside. Only corrections change.
 
     **Returns:**
 
-    A 2-tuple of the new model and the new state. Leaves that are not floating-point
-    arrays are those of `model`.
+    A 2-tuple of the new model and the new state. Leaves that cannot be trained are
+    those of `model`.
 
     **Raises:**
 
@@ -118,7 +117,7 @@ def from_master_weights(
 def _encode(
     call: str, leaf: Leaf, correction: Correction | None, master: Any
 ) -> tuple[Any, Any]:
-    """The new weight and correction of a leaf, where the old ones are."""
+    """The new weight and correction of a leaf, in the shardings of the old ones."""
     split = partial(
         _split,
         dtype=jnp.dtype(leaf.value.dtype),
@@ -131,7 +130,7 @@ def _encode(
 
 
 def _checksum(call: str, leaf: Leaf, weight: Any, old: Any) -> Any:
-    """The new checksum of a leaf, where the old one is."""
+    """The new checksum of a leaf, in the sharding of the old one."""
     (new,) = compute_like(call, leaf.name, lambda x: checksums([x]), [weight], [weight])
     return put_like(call, leaf.name, new, old)
 
@@ -146,7 +145,7 @@ def _decoded(weight: Array, correction: Correction | None) -> Array:
 
 @_decoded.defjvp
 def _decoded_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """A master weight moves as its weight does. Arithmetic on bits has no derivative:
-    it would be 0, without a word."""
+    """The tangent of a master weight is that of its weight. Without this rule it would
+    silently be 0, because the split is arithmetic on bits."""
     master = _decoded(*primals)
     return master, tangents[0].astype(master.dtype)

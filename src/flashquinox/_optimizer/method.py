@@ -1,4 +1,4 @@
-"""Methods that `jax.jit` can take, whatever the object that they are bound to holds."""
+"""Bound methods that can be passed to `jax.jit`, whatever their objects hold."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -10,11 +10,11 @@ import jax.tree_util as jtu
 class Method(eqx.Module):
     """A method of a module, bound to it.
 
-    Like the methods that Equinox binds, it is a pytree: arrays in the module are
-    arguments of a program that the method is passed to. Unlike those, it always has a
-    hash, by which `jax.jit` finds what it has compiled. Arrays in the module, and other
-    things without a hash, are told apart by their identity; so two methods are only
-    equal if they compute the same, and comparing them never looks into a traced array.
+    Like the bound methods of Equinox, it is a pytree, so that `eqx.filter_jit` treats
+    arrays in the module as arguments. Unlike those, it always has a hash, which
+    `jax.jit` needs to find compiled programs. Arrays and other unhashable leaves are
+    compared by identity. So equal methods always compute the same, and comparing them
+    never needs the value of a traced array.
     """
 
     module: eqx.Module
@@ -44,5 +44,5 @@ def _leaf_key(leaf: Any) -> Hashable:
         hash(leaf)
     except TypeError:
         return id(leaf)
-    # With its type, as 1, 1.0 and True are equal.
+    # With its type, because 1, 1.0 and True are equal.
     return type(leaf), leaf

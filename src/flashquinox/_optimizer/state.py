@@ -1,3 +1,5 @@
+"""The state of an optimizer."""
+
 from typing import NamedTuple
 
 import equinox as eqx
@@ -9,16 +11,15 @@ from .._storage.codec import StoredMoment
 
 
 class StepCount(NamedTuple):
-    """The number of steps taken. `optax.tree.get(state, "count")` and `optax.tree.set`
-    look into named tuples and dictionaries, not into modules.
-    """
+    """The number of steps taken. It is a named tuple, because `optax.tree.get(state,
+    "count")` and `optax.tree.set` do not look into modules."""
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class OptimizerState(eqx.Module):
-    """What an optimizer keeps between steps. Every field but `steps` holds trees of the
-    structure of the model, with `None` for leaves that are not trained.
+    """What an optimizer keeps between steps. Fields other than `steps` hold trees of
+    the structure of the model, with `None` for leaves that are not trained.
 
     - `steps.count`, or `count` for short: the number of steps taken.
     - `moments`: for each moment of the rule, by its name: `QuantMoment`s, or plain
@@ -33,8 +34,8 @@ class OptimizerState(eqx.Module):
     steps: StepCount
     moments: dict[str, PyTree[StoredMoment | None]]
     corrections: PyTree[Integer[Array, "..."] | None]
-    # How the weights were divided among devices when this was made. Static: no part of
-    # a checkpoint.
+    # The shardings of the weights when the state was made. Static, so that they are no
+    # part of a checkpoint.
     shardings: Shardings = eqx.field(static=True, default=())
     checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None
 

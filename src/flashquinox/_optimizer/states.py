@@ -1,5 +1,5 @@
-"""The states of this library's optimizers, wherever they are: alone, or inside the
-states of wrappers, such as those of `optax.chain` and `optax.partition`."""
+"""Finding the states of this library's optimizers, alone or inside the states of
+wrappers, such as those of `optax.chain` and `optax.partition`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,10 +23,11 @@ from .state_checks import (
 
 
 class Found(NamedTuple):
-    """What of some kind is in a tree.
+    """The values of one class in a tree.
 
-    - `paths`, `values`: where each one is, and what it is, in the order of the tree.
-    - `replace`: a function from as many values to such a tree with these in it.
+    - `paths`, `values`: the path of each, and the value itself, in the order of the
+        tree.
+    - `replace`: a function from as many values to a tree with these in their place.
     """
 
     paths: list[tuple[Any, ...]]
@@ -35,7 +36,7 @@ class Found(NamedTuple):
 
 
 def find(tree: PyTree, kind: type = OptimizerState) -> Found:
-    """All values of a class in a tree, those inside of others left out."""
+    """All values of a class in a tree, except those inside of others."""
     is_found = lambda x: isinstance(x, kind)
     nodes, structure = jtu.tree_flatten_with_path(tree, is_leaf=is_found)
     found = {i: node for i, (_, node) in enumerate(nodes) if is_found(node)}
@@ -50,8 +51,7 @@ def find(tree: PyTree, kind: type = OptimizerState) -> Found:
 
 
 def only(call: str, state: PyTree) -> tuple[OptimizerState, Callable[[Any], PyTree]]:
-    """The one state of an optimizer in a state, and a function from another one to such
-    a state with that in it.
+    """The single optimizer state inside a state, and a function that replaces it there.
 
     **Raises:**
 
@@ -65,14 +65,16 @@ def only(call: str, state: PyTree) -> tuple[OptimizerState, Callable[[Any], PyTr
 
 @dataclasses.dataclass(frozen=True)
 class OpenedStates:
-    """A model beside the states of all optimizers that train it, as lists with an entry
+    """A model and the states of all optimizers that train it, as lists with an entry
     for each leaf of the model.
 
     - `rebuild`: a function from as many values to such a model.
-    - `owners`: the number of the state that has something of a leaf, in `states`; or
-        `None` if none has.
-    - `corrections`, `checksums`: from these states.
+    - `states`: the optimizer states; this list has an entry for each state.
+    - `owners`: for each leaf, the number of the state that has arrays for it, or
+        `None`.
+    - `corrections`, `checksums`: for each leaf, from the state that owns it.
     - `trained`: whether one of these optimizers trains the leaf.
+    - `replace`: a function from new states to a tree like the one that held the states.
     """
 
     leaves: list[Leaf]
@@ -87,8 +89,8 @@ class OpenedStates:
     def with_corrections(
         self, new: list[Any], checksums: dict[int, Any] | None = None
     ) -> PyTree:
-        """What `open_states` got, with a correction from this list for each leaf, and
-        checksums for the leaves of these numbers if it has some."""
+        """The tree that held the states, with new corrections for all leaves, and new
+        checksums for the leaves of these numbers where states have checksums."""
         states = []
         for number, state in enumerate(self.states):
             mine = [i for i, owner in enumerate(self.owners) if owner == number]
@@ -105,27 +107,28 @@ class OpenedStates:
         return self.replace(states)
 
     def _edited(self, tree: PyTree, edits: dict[int, Any]) -> PyTree:
-        """A tree with other values at leaves of these numbers, in its own structure: it
-        may be that of a part of the model."""
+        """A tree of a state with new values at the leaves of these numbers. It keeps
+        its structure, which may be that of a part of the model."""
         values = {self.leaves[i].unwrapped: value for i, value in edits.items()}
         old, rebuild = flatten(tree)
         return rebuild([values.get(leaf.unwrapped, leaf.value) for leaf in old])
 
 
 def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
-    """Finds the states of this library's optimizers in a state, and what they have of
-    each leaf of the model.
+    """Finds the optimizer states inside a state, and their arrays for each leaf of the
+    model.
 
     **Raises:**
 
-    `TypeError` if there is none; `ValueError` if one is not of this model, or if two
-    have the same leaf: which one trains it cannot be told.
+    `TypeError` if there is no optimizer state; `ValueError` if one is not of this
+    model, or if two have arrays for the same leaf, so that it is unclear which trains
+    it.
     """
     leaves, rebuild = flatten(model)
     found = find(state)
     check_has_state(call, state, found.values)
     check_has_values(call, model=model, state=state)
-    # Flax has no `None` for what a filter leaves out: it is not there.
+    # In Flax, filters drop leaves, where Equinox puts `None`.
     of_leaves = partial(match, call, leaves=leaves, partial=has_variables(rebuild.tree))
     owners: list[int | None] = [None for _ in leaves]
     corrections: list[Any] = [None for _ in leaves]
