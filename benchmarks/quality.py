@@ -71,13 +71,13 @@ def _reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
 class TPUSoftsignCodec(fq.SoftsignCodec):
     """The codec with the quotients of a TPU's kernel."""
 
-    def quantize(self, prepared, quantizer):
+    def quantize(self, prepared, encode_constants):
         moment, magnitude = prepared
-        (scale,) = quantizer
+        (scale,) = encode_constants
         return jnp.round(256 * moment * _reciprocal(scale + magnitude)).astype(jnp.int8)
 
-    def dequantize(self, codes, dequantizer, dtype):
-        (scale,) = dequantizer
+    def dequantize(self, codes, decode_constants, dtype):
+        (scale,) = decode_constants
         codes = codes.astype(dtype)
         return codes * _reciprocal(256 - jnp.abs(codes)) * scale
 

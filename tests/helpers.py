@@ -17,6 +17,7 @@ from jaxtyping import Array, Float32, PyTree, UInt32
 
 import flashquinox as fq
 from flashquinox._storage.layout import Layout
+from flashquinox._storage.quant_moment import zeros
 from flashquinox._storage.scales import decode_scale
 
 
@@ -310,7 +311,7 @@ def _roundtrip(codec, layout, moment, count, factor):
         layout.tile(moment), layout.tile_axis, fq.Dither.at(count, 0), factor
     )
     codes = layout.untile(codes)
-    stored = codec.init(layout, moment.dtype)
+    stored = zeros(codec, layout, moment.dtype)
     if not isinstance(stored, fq.QuantMoment):
         return codes, codes
     assert scales is not None

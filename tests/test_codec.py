@@ -700,9 +700,8 @@ def test_init_is_zero(name, kind):
 
     def decoded():
         for shape in SHAPES.values():
-            stored = codecs.of(fq.Moment(kind), shape).init(
-                codecs.layout(shape, 32), jnp.float32
-            )
+            layout = codecs.layout(shape, 32)
+            stored = zeros(codecs.of(fq.Moment(kind), shape), layout, jnp.float32)
             yield stored.decode() if isinstance(stored, fq.QuantMoment) else stored
 
     zeros = [np.zeros(shape, np.float32) for shape in SHAPES.values()]

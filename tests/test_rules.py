@@ -113,14 +113,10 @@ class Curve(fq.AbstractCurve):
     def root(self):
         return 1
 
-    @property
-    def initial(self):
-        return None
-
-    def compress(self, n, parameter):
+    def compress(self, n):
         return _quotient(n, jnp.ones_like(n))
 
-    def expand(self, y, parameter):
+    def expand(self, y):
         return jax.checkpoint(lambda y: _quotient(y, jnp.ones_like(y)))(y)
 
 
@@ -441,20 +437,15 @@ class Bent(fq.AbstractCurve):
     """Linear, but for a function of a test's."""
 
     function: Callable = eqx.field(static=True)
-    start: float | None = eqx.field(static=True, default=None)
 
     @property
     def root(self):
         return 1
 
-    @property
-    def initial(self):
-        return self.start
-
-    def compress(self, n, parameter):
+    def compress(self, n):
         return self.function(n)
 
-    def expand(self, y, parameter):
+    def expand(self, y):
         return y
 
 
@@ -465,16 +456,19 @@ class Unscaled(fq.AbstractMomentCodec):
     prepared: Callable = eqx.field(static=True, default=lambda x: x)
     code_dtype: Any = eqx.field(static=True, default=jnp.int8)
     decoded: Callable = eqx.field(static=True, default=lambda x: x)
+    stored_dtypes: Any = eqx.field(static=True, default=(jnp.int8, jnp.uint16))
+
+    @property
+    def kinds(self):
+        return ("signed",)
 
     @property
     def flattened(self):
         return False
 
-    def init(self, layout, dtype):
-        zeros = lambda shape, dtype: jnp.zeros(shape, dtype)
-        codes = zeros(layout.shape, jnp.int8)
-        scales = zeros(layout.scale_shape, jnp.uint16)
-        return fq.QuantMoment(codes, scales, layout.axis, layout.group_size, self)
+    @property
+    def dtypes(self):
+        return self.stored_dtypes
 
     def prepare(self, moment):
         return (self.prepared(moment),)
@@ -486,22 +480,21 @@ class Unscaled(fq.AbstractMomentCodec):
         one = jnp.ones((), statistics[0].dtype)
         return statistics[0].astype(jnp.uint16), (one if factor is None else factor,)
 
-    def quantize(self, prepared, quantizer):
-        return (prepared[0] * quantizer[0]).astype(self.code_dtype)
+    def quantize(self, prepared, encode_constants):
+        return (prepared[0] * encode_constants[0]).astype(self.code_dtype)
 
-    def dequantizer(self, scales, factor, dtype):
+    def decode_constants(self, scales, factor, dtype):
         wide = scales.astype(dtype)
         return (wide if factor is None else wide * factor,)
 
-    def dequantize(self, codes, dequantizer, dtype):
-        (scale,) = dequantizer
+    def dequantize(self, codes, decode_constants, dtype):
+        (scale,) = decode_constants
         return self.decoded(codes.astype(dtype) * scale)
 
 
 _CODECS = {
     "curve": (lambda: Bent(lambda n: n / jnp.max(n)), "quantize", "reduce_max"),
     "curve in order": (lambda: Bent(lambda n: jnp.cumsum(n, -1)), "quantize", "cumsum"),
-    "learned curve": (lambda: Bent(lambda n: n, 1.0), "RationalCurve", "learned"),
     "centered": (lambda: Unscaled(prepared=lambda x: x - x.mean()), "prepare", "sum"),
     "position": (
         lambda: Unscaled(
@@ -511,6 +504,12 @@ _CODECS = {
         "position",
     ),
     "sum of a group": (lambda: Unscaled(jnp.sum), "statistics", "`jnp.max`"),
+    "no codes": (lambda: Unscaled(stored_dtypes=None), "Unscaled.dtypes", "None"),
+    "floating codes": (
+        lambda: Unscaled(stored_dtypes=(jnp.float16, jnp.float16)),
+        "Unscaled.dtypes",
+        "an integer dtype",
+    ),
     "wide codes": (
         lambda: Unscaled(code_dtype=jnp.int16),
         "quantize",

@@ -22,7 +22,6 @@ from ._sharding.fsdp import fsdp_shardings as fsdp_shardings
 from ._storage.codec import (
     AbstractMomentCodec as AbstractMomentCodec,
     Dither as Dither,
-    QuantMoment as QuantMoment,
 )
 from ._storage.companded import CompandedCodec as CompandedCodec
 from ._storage.curves import (
@@ -34,6 +33,7 @@ from ._storage.fitted_log import FittedLogCodec as FittedLogCodec
 from ._storage.flashoptim import FlashOptimCodec as FlashOptimCodec
 from ._storage.full_precision import FullPrecision as FullPrecision
 from ._storage.moment_codecs import MomentCodecs as MomentCodecs
+from ._storage.quant_moment import QuantMoment as QuantMoment
 from ._storage.softsign import SoftsignCodec as SoftsignCodec
 from ._storage.split import ECCWeight as ECCWeight
 from .memory import (

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from .._common.dtypes import compute_dtype
+from .._storage.codec import initial_parameter
 from .._storage.companded import CompandedCodec
 from .._storage.layout import Layout
 from .._tile.tile import StepScalars, StepStructure, TileState
@@ -66,7 +67,9 @@ def is_due(count: Int32[Array, ""]) -> Bool[Array, ""]:
 def learned_names(structure: StepStructure) -> list[str]:
     """The moments whose codecs learn."""
     codecs = structure.codec_of
-    return [name for name, codec in codecs.items() if codec.initial is not None]
+    return [
+        name for name, codec in codecs.items() if initial_parameter(codec) is not None
+    ]
 
 
 def observe(
@@ -80,7 +83,7 @@ def observe(
     moments, constants = {}, {}
     for name, codec in codecs.items():
         scales = old.scales[name]
-        constants[name] = codec.dequantizer(
+        constants[name] = codec.decode_constants(
             None if scales is None else groups(scales), factors[name][0], dtype
         )
         codes = elements(old.codes[name])

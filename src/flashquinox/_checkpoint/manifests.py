@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from .._common.errors import CheckpointError
-from .._storage.codec import AbstractMomentCodec, QuantMoment
+from .._storage.codec import AbstractMomentCodec
 from .._storage.layout import Layout
+from .._storage.quant_moment import QuantMoment
 
 
 FORMAT = "flashquinox checkpoint"

@@ -15,7 +15,7 @@ from .._common.errors import CheckpointError
 from .._common.target import is_key
 from .._model.trees import flatten
 from .._model.variables import take_apart
-from .._storage.codec import QuantMoment
+from .._storage.quant_moment import QuantMoment
 
 
 class NamedLeaf(NamedTuple):

@@ -14,7 +14,7 @@ from .._common.placement import compute_like, no_mesh
 from .._common.target import Target
 from .._model.trees import is_array
 from .._optimizer.checksums import checksums
-from .._storage.codec import QuantMoment
+from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import regroup
 from .._storage.split import decode_weight
 from . import manifests

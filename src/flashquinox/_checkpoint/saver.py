@@ -10,7 +10,7 @@ import jax
 from .._common.errors import CheckpointError
 from .._common.placement import no_mesh
 from .._common.version import __version__
-from .._storage.codec import QuantMoment
+from .._storage.quant_moment import QuantMoment
 from . import files, manifests
 from .directory import Directory
 from .lock import lock

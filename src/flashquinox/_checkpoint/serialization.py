@@ -16,7 +16,7 @@ import numpy as np
 
 from .._model.trees import is_array
 from .._optimizer.state import OptimizerState
-from .._storage.codec import QuantMoment
+from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import regroup
 from .manifests import codec_name
 

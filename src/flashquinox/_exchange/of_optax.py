@@ -14,7 +14,7 @@ from .._optimizer.call_checks import check_has_values
 from .._optimizer.state import OptimizerState, StepCount
 from .._optimizer.states import find
 from .._storage import moment_values
-from .._storage.codec import StoredMoment
+from .._storage.quant_moment import StoredMoment
 from .optax_counts import (
     as_count,
     CALL_COUNTERS,

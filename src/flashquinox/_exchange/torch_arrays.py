@@ -10,9 +10,9 @@ from jaxtyping import Float32, Shaped
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
 from .._storage import moment_values
-from .._storage.codec import QuantMoment, StoredMoment
 from .._storage.flashoptim import FlashOptimCodec
 from .._storage.layout import Layout
+from .._storage.quant_moment import QuantMoment, StoredMoment
 from .torch_parameters import float_array, TORCH_MOMENTS, TorchParameter
 
 

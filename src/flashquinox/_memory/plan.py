@@ -24,8 +24,8 @@ from .._optimizer.state import OptimizerState
 from .._sharding import state_specs
 from .._sharding.fsdp import fsdp_shardings
 from .._sharding.resolve import as_explicit
-from .._storage.codec import QuantMoment
 from .._storage.defaults import GROUP_SIZE
+from .._storage.quant_moment import QuantMoment
 
 
 @dataclasses.dataclass(frozen=True)

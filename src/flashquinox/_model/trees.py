@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from .._storage.codec import QuantMoment
+from .._storage.quant_moment import QuantMoment
 from .float32_layer import Float32Layer
 from .variables import (
     around_leaves,

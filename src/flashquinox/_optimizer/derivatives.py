@@ -20,7 +20,6 @@ from .. import _compat
 from .._backends.dispatch import Backend, LeafStep
 from .._common.dtypes import NARROW_DTYPES
 from .._sharding import parts
-from .._storage.full_precision import FullPrecision
 from .._tile.tile import move, TileState
 
 
@@ -130,8 +129,9 @@ def _reasons(step: LeafStep) -> list[str]:
     elif weight.dtype in NARROW_DTYPES:
         reasons.append(f"its weight is {weight.dtype}, to which each step rounds")
     for name, codec in step.structure.codec_of.items():
-        if not isinstance(codec, FullPrecision):
-            reasons.append(f"its moment {name!r} is stored in 8 bits")
+        if codec.dtypes is not None:
+            bits = jnp.iinfo(step.old.codes[name].dtype).bits
+            reasons.append(f"its moment {name!r} is stored in {bits} bits")
     return reasons
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from .._common import meshes
 from .._model.trees import Leaf
 from .._sharding import state_specs
-from .._storage.codec import QuantMoment, StoredMoment
+from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction
 
 

@@ -30,11 +30,12 @@ from .._sharding import (
     state_specs,
 )
 from .._sharding.resolve import resolve_all, Resolved
-from .._storage.codec import AbstractMomentCodec, QuantMoment, StoredMoment
+from .._storage.codec import AbstractMomentCodec
 from .._storage.defaults import StaticBits, Unknown
 from .._storage.full_precision import FullPrecision
 from .._storage.layout import Layout
 from .._storage.moment_codecs import MomentCodecs
+from .._storage.quant_moment import QuantMoment, StoredMoment, zeros
 from .._storage.split import Correction
 from .._tile.clipping import Clipping
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
@@ -162,7 +163,7 @@ class Transformation(eqx.Module):
         shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
         layout = self._new_layout(shape, group_size, sharding)
         moments = {
-            name: self.codecs.of(moment, shape).init(layout, compute_dtype(dtype))
+            name: zeros(self.codecs.of(moment, shape), layout, compute_dtype(dtype))
             for name, moment in self.rule.moments.items()
         }
         if correction_dtype is None or dtype not in NARROW_DTYPES:

@@ -7,8 +7,8 @@ from typing import Any
 from jaxtyping import PyTree
 
 from .._model.trees import flatten, match, without_masked
-from .._storage.codec import StoredMoment
 from .._storage.moment_values import _numbers, _stored
+from .._storage.quant_moment import StoredMoment
 from .call_checks import check_has_values
 from .state_checks import check_has_state
 from .states import find

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._model.selection import children
 from .._sharding import state_specs
-from .._storage.codec import QuantMoment
+from .._storage.quant_moment import QuantMoment
 from .state import OptimizerState
 from .states import find
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from .._model.variables import without_variables
 from .._sharding.record import Shardings
-from .._storage.codec import StoredMoment
+from .._storage.quant_moment import StoredMoment
 
 
 class StepCount(NamedTuple):

@@ -16,10 +16,10 @@ from jaxtyping import Array
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
 from .._rules.rule import AbstractRule
-from .._storage.codec import QuantMoment, StoredMoment
 from .._storage.defaults import AUTO_BITS, StaticBits, Unknown
 from .._storage.full_precision import FullPrecision
 from .._storage.moment_codecs import MomentCodecs
+from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction, CORRECTION_DTYPES
 from .leaf_checks import correction_dtype
 from .state import OptimizerState

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 
 from .._common.dtypes import compute_dtype
 from .._model.trees import Leaf
-from .._storage.codec import QuantMoment, stored_dtypes, StoredMoment
+from .._storage.codec import initial_parameter
+from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import CORRECTION_DTYPES
 from .state import OptimizerState
 
@@ -31,10 +32,11 @@ def check_moment_dtypes(call: str, leaf: Leaf, name: str, moment: StoredMoment) 
     if not isinstance(moment, QuantMoment):
         _check_dtype(call, what, where, moment, compute_dtype(leaf.value.dtype))
         return
-    codes, scales = stored_dtypes(moment.codec)
+    assert moment.codec.dtypes is not None
+    codes, scales = moment.codec.dtypes
     _check_dtype(call, f"codes of the {what}", where, moment.codes, codes)
     _check_dtype(call, f"scales of the {what}", where, moment.scales, scales)
-    if moment.codec.initial is not None and moment.parameter is not None:
+    if initial_parameter(moment.codec) is not None and moment.parameter is not None:
         _check_dtype(
             call, f"parameter of the {what}", where, moment.parameter, jnp.float32
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree, Scalar
 from .._common import meshes
 from .._optimizer.engine import LeafState, Learned
 from .._sharding import state_specs
-from .._storage.codec import QuantMoment, StoredMoment
+from .._storage.quant_moment import QuantMoment, StoredMoment
 
 
 def layers_have_own_groups(stack: LeafState) -> bool:

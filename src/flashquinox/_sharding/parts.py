@@ -16,8 +16,8 @@ from jaxtyping import Array, Float32, PyTree, Scalar
 from .._backends import dispatch, learning as _learning
 from .._backends.dispatch import Backend, LeafStep
 from .._common import meshes
-from .._storage.codec import QuantMoment
 from .._storage.layout import Layout
+from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import encode_nearest
 from .._tile.tile import TileState
 from . import state_specs

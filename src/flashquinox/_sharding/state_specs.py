@@ -17,8 +17,8 @@ from .._common.meshes import (
     as_typed,
     divisions,
 )
-from .._storage.codec import QuantMoment
 from .._storage.layout import Layout
+from .._storage.quant_moment import QuantMoment
 
 
 def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:

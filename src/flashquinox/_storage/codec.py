@@ -14,28 +14,15 @@ again thousands of times, decide the rest:
 
 import abc
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import (
-    Array,
-    Float,
-    Float16,
-    Float32,
-    Int8,
-    Scalar,
-    ScalarLike,
-    Shaped,
-    UInt8,
-    UInt16,
-)
+from jaxtyping import Array, Float, Scalar, ScalarLike, Shaped
 
-from .layout import Layout
+from .._rules.rule import MomentKind
 
 
 class Dither(eqx.Module):
@@ -63,54 +50,89 @@ class Dither(eqx.Module):
 
 
 Reduction: TypeAlias = Callable[..., Array]
-# What is the same for all elements of a group, or (scalars) of all groups.
+# What is the same for all elements of a group, one number for each group; or (scalars)
+# for all groups.
 GroupConstants: TypeAlias = tuple[Shaped[Array, "..."], ...]
 
 
 class AbstractMomentCodec(eqx.Module):
-    """Moments to bytes and back.
+    r"""Moments to codes and scales, and back.
 
-    `encode` and `decode` work on one tile. They are made of steps, so that a kernel can
-    do what concerns a whole group on arrays that are not broadcast yet: `prepare`,
-    `quantize` and `dequantize` are elementwise, `statistics` reduces each group, `fit`
-    and `dequantizer` are elementwise over groups.
+    A step of a leaf decodes each moment, applies the rule, and encodes the new moment.
+    A backend calls the methods below for one *tile* of the leaf at a time, or for the
+    *groups* of a tile, possibly inside a kernel:
 
-    `factor` is what the stored moment is multiplied by when it is decoded, and what a
-    moment is multiplied by before it is stored. `None` is 1.
+    | in a step, in this order | is called for | shapes: in, out |
+    | --- | --- | --- |
+    | `decode_constants` | the groups of a tile | groups, groups |
+    | `dequantize` | the elements of a tile | tile, tile |
+    | `prepare`, `statistics` | the elements of a tile | tile, tile |
+    | (the backend reduces each of the statistics along the groups) | | tile, groups |
+    | `fit` | the groups of a tile | groups, groups |
+    | `quantize` | the elements of a tile | tile, tile |
+
+    A backend chooses the shapes. So each method must be elementwise: over the elements
+    of a tile, or over groups. What `fit` and `decode_constants` return for each group
+    is broadcast to all of its elements before `quantize` and `dequantize` get it.
+    [`flashquinox.optimizer`][] checks all this when it is called.
+
+    `factor`, a scalar or `None` for 1, is what the stored moment is multiplied by when
+    it is decoded, and what a new moment is multiplied by before it is stored (see
+    [`flashquinox.Moment`][]).
+
+    A codec is compiled into programs. So all of its fields are static, with a hash.
     """
 
     @property
     @abc.abstractmethod
-    def flattened(self) -> bool:
-        """Whether groups run through the flattened leaf instead of along one axis."""
+    def kinds(self) -> tuple[MomentKind, ...]:
+        """Which kinds of moments it can store: `("signed",)`, `("nonnegative",)` or
+        both. Asked when an optimizer is built, and when numbers are stored by hand."""
 
     @property
-    def initial(self) -> float | None:
-        """Where the parameter of a codec that learns begins. `None` for others."""
-        return None
+    @abc.abstractmethod
+    def flattened(self) -> bool:
+        """Whether groups run through the flattened leaf instead of along one axis.
+        Asked when a state is made."""
 
-    def with_parameter(self, parameter: Scalar | None) -> "AbstractMomentCodec":
-        """The codec with this parameter, which may be traced: for one step, or part of
-        it. `None` if nothing is learned."""
-        del parameter
-        return self
+    @property
+    @abc.abstractmethod
+    def dtypes(self) -> tuple[DTypeLike, DTypeLike] | None:
+        """The dtypes of codes and of scales: an integer dtype, and any. Asked when a
+        state is made or checked. In a new state all of both are zero; `dequantize` must
+        make zeros of them.
+
+        `None` stores a moment as it is. That is [`flashquinox.FullPrecision`][]'s.
+        """
 
     @abc.abstractmethod
-    def init(self, layout: Layout, dtype: DTypeLike) -> "StoredMoment":
-        """A stored moment of zeros, for a leaf that computes in `dtype`."""
-
     def prepare(
         self, moment: Float[Array, "*tile"]
     ) -> tuple[Float[Array, "*tile"], ...]:
-        """The arrays that `statistics` and `quantize` share: computed once."""
-        return (moment,)
+        """Is called once for the elements of each new moment, before `statistics`.
+
+        **Arguments:**
+
+        - `moment`: the new moment, in float32 (float64 for leaves in float64).
+
+        **Returns:**
+
+        The arrays that `statistics` and `quantize` share: at least one, each of the
+        shape and the dtype of `moment`.
+        """
 
     @abc.abstractmethod
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]
     ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:
-        """What the scale of a group depends on: each a reduction along the axis of the
-        group, `jnp.max` or `jnp.min`, and what it is taken of."""
+        """Is called after `prepare`, with what that returned.
+
+        **Returns:**
+
+        What the scale of a group depends on: for each statistic a pair of `jnp.max` or
+        `jnp.min`, and an array of the shape of the tile that the backend reduces by it
+        along each group.
+        """
 
     @abc.abstractmethod
     def fit(
@@ -119,34 +141,82 @@ class AbstractMomentCodec(eqx.Module):
         factor: Scalar | None,
         dither: Dither,
     ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
-        """The scales to store, and what `quantize` needs to know of a group."""
+        """Is called for the groups of a tile, when their statistics are known.
+
+        **Arguments:**
+
+        - `statistics`: those of `statistics`, in this order, reduced.
+        - `factor`: what the moment is multiplied by before it is stored. The statistics
+            are of the moment before that.
+        - `dither`: the thresholds of this step for this leaf.
+
+        **Returns:**
+
+        A 2-tuple of the scales to store, in their dtype, and of `encode_constants`:
+        what `quantize` needs to know of each group, in float32 or int32; scalars for
+        what is the same for all groups.
+        """
 
     @abc.abstractmethod
     def quantize(
         self,
         prepared: tuple[Float[Array, "*tile"], ...],
-        quantizer: GroupConstants,
+        encode_constants: GroupConstants,
     ) -> Shaped[Array, "*tile"]:
-        """The codes of the elements. Every element must lie within the statistics of
-        its group."""
+        """Is called last, for the elements of a tile.
+
+        **Arguments:**
+
+        - `prepared`: what `prepare` returned. Every element lies within the statistics
+            of its group.
+        - `encode_constants`: the second result of `fit`, broadcast to the elements.
+
+        **Returns:**
+
+        The codes of the elements, in their dtype.
+        """
 
     @abc.abstractmethod
-    def dequantizer(
+    def decode_constants(
         self,
         scales: Shaped[Array, "*groups"] | None,
         factor: Scalar | None,
         dtype: DTypeLike,
     ) -> GroupConstants:
-        """What `dequantize` needs to know of a group."""
+        """Is called first in a step, for the groups of a tile.
+
+        **Arguments:**
+
+        - `scales`: as they are stored.
+        - `factor`: what the decoded moment is multiplied by.
+        - `dtype`: that of the moment: float32, or float64 for leaves in float64.
+
+        **Returns:**
+
+        What `dequantize` needs to know of each group, in `dtype` or int32; scalars for
+        what is the same for all groups.
+        """
 
     @abc.abstractmethod
     def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        dequantizer: GroupConstants,
+        decode_constants: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        """The elements that the codes stand for, in the floating-point `dtype`."""
+        """Is called after `decode_constants`, for the elements of a tile.
+
+        **Arguments:**
+
+        - `codes`: as they are stored.
+        - `decode_constants`: what the method of this name returned, broadcast to the
+            elements.
+        - `dtype`: as there.
+
+        **Returns:**
+
+        The elements that the codes stand for, in `dtype`.
+        """
 
     def encode(
         self,
@@ -155,13 +225,14 @@ class AbstractMomentCodec(eqx.Module):
         dither: Dither,
         factor: Scalar | None = None,
     ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*groups"] | None]:
-        """The codes and the scales of a tile whose groups run along `axis`."""
+        """The codes and the scales of a tile whose groups run along `axis`: all the
+        steps at once."""
         prepared = self.prepare(moment)
         statistics = tuple(
             reduction(x, axis=axis) for reduction, x in self.statistics(prepared)
         )
-        scales, quantizer = self.fit(statistics, factor, dither)
-        return self.quantize(prepared, _broadcastable(quantizer, axis)), scales
+        scales, constants = self.fit(statistics, factor, dither)
+        return self.quantize(prepared, _broadcastable(constants, axis)), scales
 
     def decode(
         self,
@@ -171,114 +242,43 @@ class AbstractMomentCodec(eqx.Module):
         dtype: DTypeLike,
         factor: Scalar | None = None,
     ) -> Float[Array, "*tile"]:
-        """The moments of a tile, in the floating-point `dtype`."""
-        dequantizer = self.dequantizer(scales, factor, dtype)
-        return self.dequantize(codes, _broadcastable(dequantizer, axis), dtype)
+        """The moments of a tile whose groups run along `axis`, in the floating-point
+        `dtype`: both steps at once."""
+        constants = self.decode_constants(scales, factor, dtype)
+        return self.dequantize(codes, _broadcastable(constants, axis), dtype)
+
+
+class AbstractLearnedCodec(AbstractMomentCodec):
+    """A codec that may have a parameter, which follows the moment that it stores. Each
+    moment of each leaf has its own, which the state keeps (see
+    [`flashquinox.QuantMoment`][])."""
+
+    @property
+    @abc.abstractmethod
+    def initial(self) -> float | None:
+        """Where the parameter begins. Asked when a state is made. `None` for a codec of
+        this class that does not learn."""
+
+    @abc.abstractmethod
+    def with_parameter(self, parameter: Scalar) -> AbstractMomentCodec:
+        """Is called in each step, before anything is decoded or encoded: the codec with
+        this parameter, which is traced."""
+
+
+def initial_parameter(codec: AbstractMomentCodec) -> float | None:
+    """Where the parameter of a codec begins. `None` for a codec that does not learn."""
+    return codec.initial if isinstance(codec, AbstractLearnedCodec) else None
+
+
+def with_parameter(
+    codec: AbstractMomentCodec, parameter: Scalar | None
+) -> AbstractMomentCodec:
+    """The codec with this parameter; `None` is that of a codec that does not learn."""
+    if parameter is None:
+        return codec
+    assert isinstance(codec, AbstractLearnedCodec)
+    return codec.with_parameter(parameter)
 
 
 def _broadcastable(constants: GroupConstants, axis: int) -> GroupConstants:
     return tuple(x if x.ndim == 0 else jnp.expand_dims(x, axis) for x in constants)
-
-
-class QuantMoment(eqx.Module):
-    """A moment in 8 bits per element and one scale per group.
-
-    `codes` has the shape of the weight. `scales` has the same shape with `axis` divided
-    by `group_size` (rounded up), so that a sharding of the weight is one of the state.
-    `axis` counts from the end; if it is `None`, the leaf is flattened and `scales` has
-    one axis. `parameter` is a scalar for a codec that learns (see
-    [`flashquinox.RationalCurve`][]): the one that `codes` were made with. It is `None`
-    for others.
-    """
-
-    codes: Int8[Array, "*shape"] | UInt8[Array, "*shape"]
-    scales: UInt16[Array, "*groups"] | Float16[Array, "*groups"]
-    axis: int | None = eqx.field(static=True)
-    group_size: int = eqx.field(static=True)
-    codec: AbstractMomentCodec = eqx.field(static=True)
-    parameter: Float32[Array, "*ensemble"] | None = None
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.codes.shape, self.axis, self.group_size)
-
-    def decode(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
-        """The moment as floating-point numbers of this dtype.
-
-        Of an ensemble made by `vmap`, decode the members under `jax.vmap` as well.
-        """
-        for name, like in zip(
-            ("codes", "scales"), stored_dtypes(self.codec), strict=True
-        ):
-            found = getattr(self, name).dtype
-            if found != like:
-                raise TypeError(
-                    f"`QuantMoment.decode`: the {name} are {found}, and must be {like}."
-                    " They were cast after they were stored: take them from the state "
-                    "as `init` or the previous step returned it."
-                )
-        layout = self.layout
-        codec = self.codec.with_parameter(self.parameter)
-        tile = codec.decode(
-            layout.tile(self.codes), self.scales, layout.tile_axis, dtype
-        )
-        return layout.untile(tile)
-
-    def encode(self, values: Float[Array | np.ndarray, "*shape"]) -> "QuantMoment":
-        """A moment of these numbers, stored as this one is: by the same codec, in the
-        same groups, on the same devices. Codes and scales are rounded to nearest, so
-        that equal numbers give equal bits. Of this moment, nothing but its form counts.
-
-        A first moment of 0 is stored as 0. A second moment has no code for 0 in a group
-        with other numbers: 0 becomes the lowest code of the group, at least 15 powers
-        of two below the largest. See [`flashquinox.map_moments`][] for moments of a
-        whole state.
-
-        **Arguments:**
-
-        - `values`: floating-point numbers of the shape of `codes`: finite, and at least
-            0 where `codes` are unsigned, as those of averages of squares are.
-
-        **Returns:**
-
-        The new moment.
-
-        **Raises:**
-
-        `TypeError` for other dtypes; `ValueError` for other shapes, and for numbers
-        that cannot be stored (where values are traced, an error when they are
-        computed). Of an ensemble made by `vmap`, encode the members under `jax.vmap`.
-        """
-        # That needs this class.
-        from .moment_values import encode
-
-        return encode(self, values)
-
-
-StoredMoment = QuantMoment | Float[Array, "..."]
-
-
-@lru_cache
-def stored_dtypes(codec: AbstractMomentCodec) -> tuple[Any, Any]:
-    """Of codes and scales, also of a codec that is not this library's."""
-    layout = Layout((16,), None if codec.flattened else -1, 16)
-    stored = jax.eval_shape(lambda: codec.init(layout, jnp.float32))
-    assert isinstance(stored, QuantMoment)
-    return stored.codes.dtype, stored.scales.dtype
-
-
-def zeros(
-    codec: AbstractMomentCodec,
-    layout: Layout,
-    code_dtype: DTypeLike,
-    scale_dtype: DTypeLike,
-) -> QuantMoment:
-    """The stored form of zeros: all codes and all scales are zero."""
-    return QuantMoment(
-        codes=jnp.zeros(layout.shape, code_dtype),
-        scales=jnp.zeros(layout.scale_shape, scale_dtype),
-        axis=layout.axis,
-        group_size=layout.group_size,
-        codec=codec,
-        parameter=None if codec.initial is None else jnp.float32(codec.initial),
-    )

@@ -7,19 +7,17 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._common.elementwise_checks import check_array, check_elementwise, told
+from .._common.elementwise_checks import check_array, check_elementwise
 from .._common.text import shown
-from .codec import AbstractMomentCodec, Dither, QuantMoment
+from .codec import AbstractMomentCodec, Dither, initial_parameter, with_parameter
 from .companded import CompandedCodec
-from .curves import RationalCurve
-from .layout import Layout
+from .full_precision import FullPrecision
 
 
 def check_codec(call: str, codec: AbstractMomentCodec) -> None:
     if codec in _checked:
         return
     call = f"{call}(moments=...)"
-    _check_learns(call, codec)
     _Steps(call, codec).check()
     if len(_checked) >= _MOST_CHECKED:
         _checked.clear()
@@ -28,17 +26,6 @@ def check_codec(call: str, codec: AbstractMomentCodec) -> None:
 
 _checked: set[AbstractMomentCodec] = set()
 _MOST_CHECKED = 1024
-
-
-def _check_learns(call: str, codec: AbstractMomentCodec) -> None:
-    rational = isinstance(codec, CompandedCodec) and isinstance(
-        codec.curve, RationalCurve
-    )
-    if codec.initial is not None and not rational:
-        raise ValueError(
-            f"`{call}`: only a `flashquinox.RationalCurve` can be learned; `initial` "
-            f"must be None for other curves. Got {shown(codec)}."
-        )
 
 
 _one = jax.ShapeDtypeStruct((), jnp.float32)
@@ -60,44 +47,56 @@ class _Steps:
             self.name = f"CompandedCodec({type(codec.curve).__name__})"
 
     def check(self) -> None:
-        axis = None if self.codec.flattened else -1
-        layout = Layout((8, 64), axis, 32)
-        init = lambda: self.codec.init(layout, jnp.float32)
-        stored = told(self.call, f"{self.name}.init", jax.eval_shape, init)
-        is_quantized = isinstance(stored, QuantMoment)
-        codes = stored.codes.dtype if is_quantized else stored.dtype
-        scales = stored.scales.dtype if is_quantized else None
+        codes, scales = self._dtypes()
         self._check_encoding(codes, scales)
         self._check_decoding(codes, scales)
+
+    def _dtypes(self) -> tuple[Any, Any]:
+        """Those of codes and scales."""
+        if isinstance(self.codec, FullPrecision):
+            return jnp.float32, None
+        dtypes = self.codec.dtypes
+        try:
+            codes, scales = map(jnp.dtype, dtypes)  # pyright: ignore
+        except (TypeError, ValueError):
+            codes = scales = jnp.dtype(jnp.bool_)
+        if not jnp.issubdtype(codes, jnp.integer):
+            raise TypeError(
+                f"`{self.call}`: `{self.name}.dtypes` must be an integer dtype for "
+                "codes and a dtype for scales, such as `(jnp.int8, jnp.bfloat16)`; got "
+                f"{shown(dtypes)}."
+            )
+        return codes, scales
 
     def _check_encoding(self, codes: Any, scales: Any) -> None:
         prepared = self._step("prepare", [_tile], lambda _, codec, m: codec.prepare(m))
         statistics = self._step("statistics", [_like(prepared)], self._statistics)
 
         def fit(shape: Any, codec: Any, of_groups: Any, factor: Any, *dither: Any):
-            found, quantizer = codec.fit(tuple(of_groups), factor, Dither(*dither))
+            found, constants = codec.fit(tuple(of_groups), factor, Dither(*dither))
             self._check("fit", "scales", found, shape, scales)
-            return found, quantizer
+            return found, constants
 
         scalars = [lambda _, x=x: x for x in (_one, _one, _integer)]
-        _, quantizer = self._step("fit", [_like(statistics), *scalars], fit)
+        _, constants = self._step("fit", [_like(statistics), *scalars], fit)
 
-        def quantize(shape: Any, codec: Any, prepared: Any, quantizer: Any):
-            found = codec.quantize(prepared, quantizer)
+        def quantize(shape: Any, codec: Any, prepared: Any, constants: Any):
+            found = codec.quantize(prepared, constants)
             self._check("quantize", "codes", found, shape, codes)
             return found
 
-        self._step("quantize", [_like(prepared), _like(quantizer)], quantize)
+        self._step("quantize", [_like(prepared), _like(constants)], quantize)
 
     def _check_decoding(self, codes: Any, scales: Any) -> None:
         of = lambda dtype: (
             lambda shape: None if dtype is None else jax.ShapeDtypeStruct(shape, dtype)
         )
 
-        def dequantizer(_: Any, codec: Any, scales: Any, factor: Any):
-            return codec.dequantizer(scales, factor, jnp.float32)
+        def decode_constants(_: Any, codec: Any, scales: Any, factor: Any):
+            return codec.decode_constants(scales, factor, jnp.float32)
 
-        constants = self._step("dequantizer", [of(scales), lambda _: _one], dequantizer)
+        arguments = [of(scales), lambda _: _one]
+        constants = self._step("decode_constants", arguments, decode_constants)
 
         def dequantize(shape: Any, codec: Any, codes: Any, constants: Any):
             found = codec.dequantize(codes, constants, jnp.float32)
@@ -129,15 +128,15 @@ class _Steps:
         that of a tile or of the groups of one."""
         codec = self.codec
 
-        def with_parameter(shape: Any, parameter: Any, *args: Any) -> Any:
-            return function(shape, codec.with_parameter(parameter), *args)
+        def learned(shape: Any, parameter: Any, *args: Any) -> Any:
+            return function(shape, with_parameter(codec, parameter), *args)
 
         def of_shape(shape: Any) -> Any:
-            parameter = None if codec.initial is None else _one
+            parameter = None if initial_parameter(codec) is None else _one
             return parameter, *(argument(shape) for argument in arguments)
 
         method = f"{self.name}.{step}"
-        return check_elementwise(self.call, method, with_parameter, of_shape, _REMEDY)
+        return check_elementwise(self.call, method, learned, of_shape, _REMEDY)
 
 
 def _tile(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -9,20 +9,12 @@ from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.arithmetic import rounded_quotient, rounded_root
 from .._rules.rule import check_kind, MomentKind
-from .codec import (
-    AbstractMomentCodec,
-    Dither,
-    GroupConstants,
-    Reduction,
-    StoredMoment,
-    zeros,
-)
-from .curves import AbstractCurve
-from .layout import Layout
+from .codec import AbstractLearnedCodec, Dither, GroupConstants, Reduction
+from .curves import AbstractCurve, RationalCurve
 from .scales import decode_scale, encode_scale
 
 
-class CompandedCodec(AbstractMomentCodec):
+class CompandedCodec(AbstractLearnedCodec):
     r"""Any companding curve, for either kind of moment: see
     [`flashquinox.AbstractCurve`][].
 
@@ -54,19 +46,24 @@ class CompandedCodec(AbstractMomentCodec):
         check_kind("CompandedCodec", self.kind)
 
     @property
+    def kinds(self) -> tuple[MomentKind, ...]:
+        return (self.kind,)
+
+    @property
     def flattened(self) -> bool:
         return False
 
     @property
     def initial(self) -> float | None:
-        return self.curve.initial
+        curve = self.curve
+        return curve.initial if isinstance(curve, RationalCurve) else None
 
-    def with_parameter(self, parameter: Scalar | None) -> "CompandedCodec":
+    def with_parameter(self, parameter: Scalar) -> "CompandedCodec":
         return CompandedCodec(self.kind, self.curve, parameter)
 
-    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
-        del dtype
-        return zeros(self, layout, jnp.int8 if self._signed else jnp.uint8, jnp.uint16)
+    @property
+    def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
+        return jnp.int8 if self._signed else jnp.uint8, jnp.uint16
 
     def prepare(
         self, moment: Float[Array, "*tile"]
@@ -109,11 +106,11 @@ class CompandedCodec(AbstractMomentCodec):
     def quantize(
         self,
         prepared: tuple[Float[Array, "*tile"], ...],
-        quantizer: GroupConstants,
+        encode_constants: GroupConstants,
     ) -> Shaped[Array, "*tile"]:
         magnitude, *moment = prepared
-        inverse_unit, threshold, *parameters = quantizer
-        y = self.curve.compress(magnitude * inverse_unit, *(parameters or [None]))
+        inverse_unit, threshold, *parameters = encode_constants
+        y = self._curve_at(parameters).compress(magnitude * inverse_unit)
         # A scale that was rounded down leaves elements above it.
         if not self._signed:
             codes = jnp.clip(255 * y + threshold, 1, 255)
@@ -122,7 +119,7 @@ class CompandedCodec(AbstractMomentCodec):
         codes = jnp.where(moment[0] < 0, -codes, codes)
         return jnp.round(codes).astype(jnp.int8)
 
-    def dequantizer(
+    def decode_constants(
         self,
         scales: Shaped[Array, "*groups"] | None,
         factor: Scalar | None,
@@ -136,10 +133,10 @@ class CompandedCodec(AbstractMomentCodec):
     def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        dequantizer: GroupConstants,
+        decode_constants: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        unit, *parameters = dequantizer
+        unit, *parameters = decode_constants
         wide = self._widen(codes, dtype)
         magnitude = self._expand(jnp.abs(wide) if self._signed else wide, parameters)
         for _ in range(self._roots):
@@ -167,7 +164,14 @@ class CompandedCodec(AbstractMomentCodec):
         self, magnitude: Float[Array, "*tile"], parameters: Sequence[Scalar]
     ) -> Float[Array, "*tile"]:
         y = magnitude * (1 / (127 if self._signed else 255))
-        return self.curve.expand(y, *(parameters or [None]))
+        return self._curve_at(parameters).expand(y)
+
+    def _curve_at(self, parameters: Sequence[Scalar]) -> AbstractCurve:
+        """The curve; if it learns, with its parameter."""
+        if not parameters:
+            return self.curve
+        assert isinstance(self.curve, RationalCurve)
+        return self.curve.at(*parameters)
 
     @property
     def _signed(self) -> bool:

@@ -18,7 +18,9 @@ class AbstractCurve(eqx.Module):
 
     The roots that a curve begins with are taken before elements are compared with
     others: `compress` and `expand` are of $n$, the `root`-th root of an element in
-    units of the largest one's.
+    units of the largest one's. Both are called for each tile in each step, possibly
+    inside a kernel, with arrays in float32 (float64 for leaves in float64), and must be
+    elementwise.
     """
 
     @property
@@ -26,22 +28,14 @@ class AbstractCurve(eqx.Module):
     def root(self) -> int:
         """1, 2 or 4."""
 
-    @property
     @abc.abstractmethod
-    def initial(self) -> float | None:
-        """What a learned curve begins with. `None` for one that is fixed."""
+    def compress(self, n: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        """From elements to codes: is called when a moment is encoded. A scale that was
+        rounded down leaves some `n` a little above 1."""
 
     @abc.abstractmethod
-    def compress(
-        self, n: Float[Array, "*tile"], parameter: Scalar | None
-    ) -> Float[Array, "*tile"]:
-        """From elements to codes. `parameter` is `None` for a curve that is fixed."""
-
-    @abc.abstractmethod
-    def expand(
-        self, y: Float[Array, "*tile"], parameter: Scalar | None
-    ) -> Float[Array, "*tile"]:
-        """The inverse of `compress`."""
+    def expand(self, y: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        """The inverse of `compress`: is called when a moment is decoded."""
 
 
 class RationalCurve(AbstractCurve):
@@ -80,23 +74,41 @@ class RationalCurve(AbstractCurve):
 
     @property
     def initial(self) -> float | None:
+        """What a learned curve begins with. `None` for one that is fixed."""
         return self.a if self.learned else None
 
-    def compress(
-        self, n: Float[Array, "*tile"], parameter: Scalar | None
-    ) -> Float[Array, "*tile"]:
-        a = self.a if parameter is None else parameter
-        if isinstance(a, float) and a == 0:
-            return n
-        return (1 + a) * rounded_quotient(n, 1 + a * n)
+    def at(self, a: Scalar) -> AbstractCurve:
+        """The curve of this parameter, which may be traced."""
+        return _LearnedRationalCurve(a, self.root)
 
-    def expand(
-        self, y: Float[Array, "*tile"], parameter: Scalar | None
-    ) -> Float[Array, "*tile"]:
-        a = self.a if parameter is None else parameter
-        if isinstance(a, float) and a == 0:
-            return y
-        return y / ((1 + a) - a * y)
+    def compress(self, n: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return _compress(n, self.a)
+
+    def expand(self, y: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return _expand(y, self.a)
+
+
+class _LearnedRationalCurve(AbstractCurve):
+    a: Scalar
+    root: int = eqx.field(static=True, default=1)  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def compress(self, n: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return _compress(n, self.a)
+
+    def expand(self, y: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
+        return _expand(y, self.a)
+
+
+def _compress(n: Float[Array, "*tile"], a: float | Scalar) -> Float[Array, "*tile"]:
+    if isinstance(a, float) and a == 0:
+        return n
+    return (1 + a) * rounded_quotient(n, 1 + a * n)
+
+
+def _expand(y: Float[Array, "*tile"], a: float | Scalar) -> Float[Array, "*tile"]:
+    if isinstance(a, float) and a == 0:
+        return y
+    return y / ((1 + a) - a * y)
 
 
 class MuLawCurve(AbstractCurve):
@@ -121,21 +133,11 @@ class MuLawCurve(AbstractCurve):
             raise ValueError(f"`MuLawCurve(mu={self.mu})`: `mu` must be more than 0.")
 
     @property
-    def initial(self) -> float | None:
-        return None
-
-    @property
     def root(self) -> int:
         return 1
 
-    def compress(
-        self, n: Float[Array, "*tile"], parameter: Scalar | None
-    ) -> Float[Array, "*tile"]:
-        del parameter
+    def compress(self, n: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
         return jnp.log(1 + self.mu * n) * (1 / math.log1p(self.mu))
 
-    def expand(
-        self, y: Float[Array, "*tile"], parameter: Scalar | None
-    ) -> Float[Array, "*tile"]:
-        del parameter
+    def expand(self, y: Float[Array, "*tile"]) -> Float[Array, "*tile"]:
         return (jnp.exp(math.log1p(self.mu) * y) - 1) * (1 / self.mu)

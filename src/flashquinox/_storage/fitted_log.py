@@ -7,15 +7,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Scalar, Shaped, UInt16
 
 from .._common.arithmetic import byte_times
 from .._common.number_checks import check_flag
-from .codec import (
-    AbstractMomentCodec,
-    Dither,
-    GroupConstants,
-    Reduction,
-    StoredMoment,
-    zeros,
-)
-from .layout import Layout
+from .._rules.rule import MomentKind
+from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 from .scales import bits_of, float_of, INFINITY
 
 
@@ -56,12 +49,21 @@ class FittedLogCodec(AbstractMomentCodec):
         check_flag("FittedLogCodec", "fitted", self.fitted)
 
     @property
+    def kinds(self) -> tuple[MomentKind, ...]:
+        return ("nonnegative",)
+
+    @property
     def flattened(self) -> bool:
         return False
 
-    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
-        del dtype
-        return zeros(self, layout, jnp.uint8, jnp.uint16)
+    @property
+    def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
+        return jnp.uint8, jnp.uint16
+
+    def prepare(
+        self, moment: Float[Array, "*tile"]
+    ) -> tuple[Float[Array, "*tile"], ...]:
+        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]
@@ -87,18 +89,18 @@ class FittedLogCodec(AbstractMomentCodec):
         if not self.dithered:
             threshold = jnp.full_like(threshold, 2**15)
         offset = fitted.times_step(jnp.maximum(threshold, 1) - 2**15) - fitted.origin
-        quantizer = (float_of(fitted.origin), offset, fitted.inverse_step)
+        encode_constants = (float_of(fitted.origin), offset, fitted.inverse_step)
         if factor is not None:
-            quantizer = (*quantizer, factor)
-        return fitted.word, quantizer
+            encode_constants = (*encode_constants, factor)
+        return fitted.word, encode_constants
 
     def quantize(
         self,
         prepared: tuple[Float[Array, "*tile"], ...],
-        quantizer: GroupConstants,
+        encode_constants: GroupConstants,
     ) -> Shaped[Array, "*tile"]:
         (moment,) = prepared
-        floor, offset, inverse_step, *factor = quantizer
+        floor, offset, inverse_step, *factor = encode_constants
         if factor:
             moment = moment * factor[0]
         moment = jnp.maximum(moment.astype(jnp.float32), floor)
@@ -106,7 +108,7 @@ class FittedLogCodec(AbstractMomentCodec):
         codes = (bits + offset).astype(jnp.float32) * inverse_step
         return jnp.round(codes).astype(jnp.uint8)
 
-    def dequantizer(
+    def decode_constants(
         self,
         scales: Shaped[Array, "*groups"] | None,
         factor: Scalar | None,
@@ -124,10 +126,10 @@ class FittedLogCodec(AbstractMomentCodec):
     def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        dequantizer: GroupConstants,
+        decode_constants: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        middle, step, *factor = dequantizer
+        middle, step, *factor = decode_constants
         codes = lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
         moment = float_of(byte_times(codes, step) + middle).astype(dtype)
         return moment * factor[0] if factor else moment

@@ -6,15 +6,7 @@ from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.arithmetic import rounded_quotient, rounded_root
 from .._rules.rule import check_kind, MomentKind
-from .codec import (
-    AbstractMomentCodec,
-    Dither,
-    GroupConstants,
-    Reduction,
-    StoredMoment,
-    zeros,
-)
-from .layout import Layout
+from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 
 
 class FlashOptimCodec(AbstractMomentCodec):
@@ -41,12 +33,21 @@ class FlashOptimCodec(AbstractMomentCodec):
         check_kind("FlashOptimCodec", self.kind)
 
     @property
+    def kinds(self) -> tuple[MomentKind, ...]:
+        return (self.kind,)
+
+    @property
     def flattened(self) -> bool:
         return True
 
-    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
-        del dtype
-        return zeros(self, layout, self._code_dtype, jnp.float16)
+    @property
+    def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
+        return self._code_dtype, jnp.float16
+
+    def prepare(
+        self, moment: Float[Array, "*tile"]
+    ) -> tuple[Float[Array, "*tile"], ...]:
+        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]
@@ -71,10 +72,10 @@ class FlashOptimCodec(AbstractMomentCodec):
     def quantize(
         self,
         prepared: tuple[Float[Array, "*tile"], ...],
-        quantizer: GroupConstants,
+        encode_constants: GroupConstants,
     ) -> Shaped[Array, "*tile"]:
         (moment,) = prepared
-        largest, *factor = quantizer
+        largest, *factor = encode_constants
         if factor:
             moment = moment * factor[0]
         codes = rounded_quotient(self._amplitude(moment), largest)
@@ -83,7 +84,7 @@ class FlashOptimCodec(AbstractMomentCodec):
         codes = jnp.floor(codes * self._largest_code + 0.5)
         return codes.astype(self._code_dtype)
 
-    def dequantizer(
+    def decode_constants(
         self,
         scales: Shaped[Array, "*groups"] | None,
         factor: Scalar | None,
@@ -96,10 +97,10 @@ class FlashOptimCodec(AbstractMomentCodec):
     def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        dequantizer: GroupConstants,
+        decode_constants: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        scale, *factor = dequantizer
+        scale, *factor = decode_constants
         # XLA divides by a constant through its rounded reciprocal. In two parts, of
         # which the first has an exact product with any code, it is rounded only once.
         reciprocal = 1 / self._largest_code

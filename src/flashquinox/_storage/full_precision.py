@@ -1,20 +1,29 @@
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
-from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction, StoredMoment
-from .layout import Layout
+from .._rules.rule import MomentKind
+from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 
 
 class FullPrecision(AbstractMomentCodec):
     """No compression: the moment itself, in the precision the leaf computes in."""
 
     @property
+    def kinds(self) -> tuple[MomentKind, ...]:
+        return ("signed", "nonnegative")
+
+    @property
     def flattened(self) -> bool:
         return False
 
-    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
-        return jnp.zeros(layout.shape, dtype)
+    @property
+    def dtypes(self) -> None:
+        return None
+
+    def prepare(
+        self, moment: Float[Array, "*tile"]
+    ) -> tuple[Float[Array, "*tile"], ...]:
+        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]
@@ -34,14 +43,14 @@ class FullPrecision(AbstractMomentCodec):
     def quantize(
         self,
         prepared: tuple[Float[Array, "*tile"], ...],
-        quantizer: GroupConstants,
+        encode_constants: GroupConstants,
     ) -> Shaped[Array, "*tile"]:
         (moment,) = prepared
-        for factor in quantizer:
+        for factor in encode_constants:
             moment = moment * factor
         return moment
 
-    def dequantizer(
+    def decode_constants(
         self,
         scales: Shaped[Array, "*groups"] | None,
         factor: Scalar | None,
@@ -53,10 +62,10 @@ class FullPrecision(AbstractMomentCodec):
     def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        dequantizer: GroupConstants,
+        decode_constants: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
         moment = codes.astype(dtype)
-        for factor in dequantizer:
+        for factor in decode_constants:
             moment = moment * factor
         return moment

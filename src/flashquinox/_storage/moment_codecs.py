@@ -53,11 +53,11 @@ class MomentCodecs(eqx.Module):
                     f"`MomentCodecs({kind}=...)` takes a "
                     f"`flashquinox.AbstractMomentCodec`; got {shown(codec)}."
                 )
-            own = getattr(codec, "kind", kind)
-            if own != kind:
+            if kind not in codec.kinds:
                 raise ValueError(
-                    f"`MomentCodecs({kind}=...)` got a {type(codec).__name__} of the "
-                    f"kind {own!r}. Codecs for signed moments come first."
+                    f"`MomentCodecs({kind}=...)` got a {type(codec).__name__} for "
+                    f"{' and '.join(map(repr, codec.kinds))} moments. Codecs for "
+                    "signed moments come first."
                 )
         check_constant("MomentCodecs", "smallest_vector", self.smallest_vector)
 

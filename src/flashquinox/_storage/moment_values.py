@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from .._common.placement import compute_like, put_like
-from .codec import AbstractMomentCodec, QuantMoment, StoredMoment
+from .codec import AbstractMomentCodec
+from .quant_moment import QuantMoment, StoredMoment
 from .regroup import encode_nearest
 
 
@@ -189,7 +190,7 @@ def _storable(call: str, name: str, values: Any, like: StoredMoment) -> Any:
             f"`{call}`: {name} must have the shape {shape} of the weight; got "
             f"{values.shape}."
         )
-    signed = not isinstance(like, QuantMoment) or like.codes.dtype != jnp.uint8
+    signed = not isinstance(like, QuantMoment) or "signed" in like.codec.kinds
     wrong = _is_wrong(values, signed=signed)
     message = (
         f"`{call}`: {name} must be finite{'' if signed else ' and at least 0'}, and is "

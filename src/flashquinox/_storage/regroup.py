@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Shaped
 
-from .codec import AbstractMomentCodec, Dither, QuantMoment
+from .codec import AbstractMomentCodec, Dither, with_parameter
 from .layout import Layout
+from .quant_moment import QuantMoment
 
 
 def regroup(
@@ -64,7 +65,7 @@ def encode_nearest(
     to nearest."""
     thresholds_of_half = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
     layout = Layout(moment.shape, *groups)
-    codes, scales = codec.with_parameter(parameter).encode(
+    codes, scales = with_parameter(codec, parameter).encode(
         layout.tile(moment), layout.tile_axis, thresholds_of_half
     )
     assert scales is not None

@@ -5,15 +5,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.number_checks import check_flag
-from .codec import (
-    AbstractMomentCodec,
-    Dither,
-    GroupConstants,
-    Reduction,
-    StoredMoment,
-    zeros,
-)
-from .layout import Layout
+from .._rules.rule import MomentKind
+from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 from .scales import decode_scale, encode_scale
 
 
@@ -43,12 +36,16 @@ class SoftsignCodec(AbstractMomentCodec):
         check_flag("SoftsignCodec", "dithered", self.dithered)
 
     @property
+    def kinds(self) -> tuple[MomentKind, ...]:
+        return ("signed",)
+
+    @property
     def flattened(self) -> bool:
         return False
 
-    def init(self, layout: Layout, dtype: DTypeLike) -> StoredMoment:
-        del dtype
-        return zeros(self, layout, jnp.int8, jnp.uint16)
+    @property
+    def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
+        return jnp.int8, jnp.uint16
 
     def prepare(
         self, moment: Float[Array, "*tile"]
@@ -86,10 +83,10 @@ class SoftsignCodec(AbstractMomentCodec):
     def quantize(
         self,
         prepared: tuple[Float[Array, "*tile"], ...],
-        quantizer: GroupConstants,
+        encode_constants: GroupConstants,
     ) -> Shaped[Array, "*tile"]:
         moment, magnitude = prepared
-        scale, *threshold = quantizer
+        scale, *threshold = encode_constants
         # A scale that was rounded down lets this reach 127.3 at most. The quotient
         # comes first here too.
         codes = 256 * (moment / (scale + magnitude))
@@ -97,7 +94,7 @@ class SoftsignCodec(AbstractMomentCodec):
             codes = jnp.clip(codes + threshold[0], -127, 127)
         return jnp.round(codes).astype(jnp.int8)
 
-    def dequantizer(
+    def decode_constants(
         self,
         scales: Shaped[Array, "*groups"] | None,
         factor: Scalar | None,
@@ -110,10 +107,10 @@ class SoftsignCodec(AbstractMomentCodec):
     def dequantize(
         self,
         codes: Shaped[Array, "*tile"],
-        dequantizer: GroupConstants,
+        decode_constants: GroupConstants,
         dtype: DTypeLike,
     ) -> Float[Array, "*tile"]:
-        (scale,) = dequantizer
+        (scale,) = decode_constants
         codes = codes.astype(dtype)
         return codes / (256 - jnp.abs(codes)) * scale
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
-from .._storage.codec import AbstractMomentCodec, Dither
+from .._storage.codec import AbstractMomentCodec, Dither, with_parameter
 from .._storage.split import (
     Correction,
     decode_weight,
@@ -48,8 +48,8 @@ class StepStructure(eqx.Module):
         """What decodes the old moments, and what encodes the new ones."""
         before, after = (
             {
-                name: codec.with_parameter(
-                    scalars.leaf.parameters.get(name, (None, None))[i]
+                name: with_parameter(
+                    codec, scalars.leaf.parameters.get(name, (None, None))[i]
                 )
                 for name, codec in self.codec_of.items()
             }

@@ -265,7 +265,7 @@ class _Kernel:
         dequantizers = {}
         for name, codec in codecs.items():
             scales = old.scales[name]
-            dequantizer = lambda codec, scales, factor: codec.dequantizer(
+            dequantizer = lambda codec, scales, factor: codec.decode_constants(
                 scales, factor, jnp.float32
             )
             dequantizers[name] = scratch.put_constants(
@@ -396,7 +396,7 @@ class _Counts:
             reduction(x, axis=0) for reduction, x in codec.statistics(prepared)
         )
         scales, quantizer = codec.fit(statistics, one, dither)
-        dequantizer = codec.dequantizer(scales, one, jnp.float32)
+        dequantizer = codec.decode_constants(scales, one, jnp.float32)
         constants = len(quantizer) + len(dequantizer)
         return _Counts(len(prepared), len(statistics), constants)
 
