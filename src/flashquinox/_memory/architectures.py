@@ -1,7 +1,7 @@
-"""The shapes of language models that many people train, with stacked layers.
+"""The shapes of common language models, with stacked layers.
 
-Each is a dictionary: what is outside of the layers by its name, and `blocks`, in which
-every shape begins with the number of layers.
+A model is a dictionary of shapes: the weights outside of the layers by their names, and
+`blocks`, a dictionary of shapes that begin with the number of layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -97,12 +97,12 @@ def blocks(model: dict[str, Any]) -> Any:
 
 
 def prologue(model: dict[str, Any]) -> Any:
-    """What is read before the blocks."""
+    """The weights that are read before the blocks."""
     return [model[name] for name in ("token", "position") if name in model]
 
 
 def epilogue(model: dict[str, Any]) -> Any:
-    """What is read after the blocks."""
+    """The weights that are read after the blocks."""
     names = ("norm", "norm.bias", "head" if "head" in model else "token")
     return [model[name] for name in names if name in model]
 
@@ -151,7 +151,7 @@ PRESETS: dict[str, Shapes] = {
 
 
 class _Config:
-    """A `config.json`, of which every number is looked at before it is taken."""
+    """A `config.json`, whose values are checked when they are read."""
 
     def __init__(self, values: Mapping[str, Any]):
         self._values = values
@@ -201,13 +201,14 @@ def _like_llama(
     head_width: int | None = None,
     own_keys: bool = False,
 ) -> Callable[[_Config], Shapes]:
-    """`None` for what the config decides. `own_keys`: every head has its own, unless
-    the config has a number of them."""
+    """How to read the config of a model like Llama, given the defaults of its type. A
+    bias of `None` means that the config decides. With `own_keys`, every head has its
+    own keys and values, unless the config gives their number."""
 
     def read(config: _Config) -> Shapes:
         width, heads = config.size("hidden_size"), config.size("num_attention_heads")
         if head_width is None and width % heads != 0:
-            # Unless it says otherwise.
+            # The width of a head must then be in the config.
             config.size("head_dim")
         bias = config.flag("attention_bias", False)
         ours = query_key_value_bias
@@ -231,26 +232,26 @@ def _like_llama(
     return read
 
 
-# Where a config leaves something out, it is as in the class of this type.
+# The defaults are those of the configuration classes of Transformers.
 _TYPES: dict[str, Callable[[_Config], Shapes]] = {
     "gpt2": _of_gpt2,
     "llama": _like_llama(own_keys=True),
     "mistral": _like_llama(query_key_value_bias=False),
     "qwen2": _like_llama(query_key_value_bias=True),
     "qwen3": _like_llama(query_key_norm=True, head_width=128),
-    # Its matrices are joined, which changes no size.
+    # Its query, key and value matrices are one array, which changes no size.
     "phi3": _like_llama(query_key_value_bias=False, own_keys=True),
     "gemma": _like_llama(tied_head=True, head_width=256),
 }
 
 
 def from_config(config: Any) -> Shapes:
-    """The shapes of a model by its `config.json`, as Hugging Face's Transformers writes
-    it.
+    """The shapes of a model, from the `config.json` that Hugging Face's Transformers
+    writes.
 
     **Raises:**
 
-    `ValueError` if it is of a type that is not known here, or leaves out a size.
+    `ValueError` if the type of the model is not known here, or a size is missing.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind is None:

@@ -1,4 +1,4 @@
-"""A picture of what a device holds."""
+"""A chart of what a device holds."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from .plan import CATEGORIES, MemoryPlan, unit_of
 
 
-# Of Okabe and Ito: distinct to every eye. Gradients, which come and go, are gray.
+# The palette of Okabe and Ito, which color-blind readers can tell apart. Gradients are
+# gray, because they only exist during a step.
 _COLORS = {
     "weights": "#0072B2",
     "corrections": "#56B4E9",
@@ -22,12 +23,12 @@ _HATCHES = {"master_weights": "///"}
 def draw(
     plan: MemoryPlan, title: str, path: Path, device_memory: int | None = None
 ) -> None:
-    """A bar for each column of the table, made of its rows; written to a file whose
-    name says in which format."""
+    """Draws a stacked bar for each column of the table. The suffix of the file decides
+    its format."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # What is not known has no bar.
+    # Columns with unknown gradients have no bar.
     columns = {k: x for k, x in plan.columns().items() if x.total is not None}
     totals = [x.total or 0 for x in columns.values()]
     unit, name = unit_of(max(totals))
@@ -37,7 +38,7 @@ def draw(
         ends = [0.0] * len(columns)
         for category in CATEGORIES:
             sizes = [getattr(x, category) / unit for x in columns.values()]
-            # Less than a pixel.
+            # Would be less than a pixel wide.
             if max(sizes) * unit < max(totals) / 2000:
                 continue
             axes.barh(
@@ -52,10 +53,10 @@ def draw(
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
         for i, (end, x) in enumerate(zip(ends, columns.values(), strict=True)):
             text = f"{end:.3g} {name} ({x.bytes_per_parameter:.3g} B/parameter)"
-            # On white, where the line of the device's memory is behind it.
+            # On white, to be readable on the line of the device's memory.
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.text(end + max(totals) / unit / 50, i, text, va="center", bbox=box)
-        # With room for what is written after the longest bar.
+        # With room for the text after the longest bar.
         limit = 1.5 * max(ends)
         if device_memory is not None and device_memory / unit < 4 * limit:
             limit = max(limit, 1.1 * device_memory / unit)
