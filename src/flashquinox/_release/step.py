@@ -43,66 +43,68 @@ def release_step(
     *,
     max_norm: ScalarLike | None = None,
 ) -> tuple[Model, State, Float[Array, ""]]:
-    r"""Takes one step, with the gradient of one layer at a time.
+    r"""Takes one step in which gradients of only one layer exist at a time.
 
-    The forward pass keeps what each layer gets, $x_0, \dots, x_{L-1}$. The backward
-    pass then goes from the last layer to the first. It computes a layer again from what
-    that got, pulls the cotangent back,
+    The forward pass stores the input of each layer, $x_0, \dots, x_{L-1}$. The backward
+    pass goes from the last layer to the first. It computes a layer again from its
+    input, pulls the cotangent back,
 
     $$(g_l, \bar x_{l-1}) = \bar x_l \cdot
     \partial \, \text{block}(\phi_l, x_{l-1}),$$
 
-    updates the weights $\phi_l$ and their state in place by $g_l$, and goes on with
-    $\bar x_{l-1}$. What only the epilogue reads is updated before the blocks; the rest
-    after them, a tied embedding by the sum of its gradients.
+    updates the weights $\phi_l$ and their state in place by $g_l$, and continues with
+    $\bar x_{l-1}$. Weights that only the epilogue reads are updated before the blocks,
+    and all others after them: a tied embedding by the sum of its gradients.
 
-    The numbers are those of
+    The result is equal to that of
 
     ```python
     value, grads = eqx.filter_value_and_grad(loss)(model, batch, key)
     model, state = optim.step(model, state, grads)
     ```
 
-    for every optimizer of this library. Call it in `jit`, and donate the model and the
-    state; otherwise there are two of them.
+    for every optimizer of this library. Call it inside `jit`, and donate the model and
+    the state: otherwise memory holds two of each.
 
     ??? cite "Reference"
 
         Gonzalez Ortiz, Gupta, Rinard and Blalock, *FlashOptim: Optimizers for Memory
         Efficient Training*, [arXiv:2602.23349](https://arxiv.org/abs/2602.23349), which
-        releases gradients by hooks of PyTorch. Before it, Lv, Yang, Liu, Gao, Guo and
+        releases gradients by hooks of PyTorch. Earlier: Lv, Yang, Liu, Gao, Guo and
         Qiu, *Full Parameter Fine-tuning for Large Language Models with Limited
         Resources*, [arXiv:2306.09782](https://arxiv.org/abs/2306.09782).
 
     **Arguments:**
 
-    - `optim`: a [`flashquinox.Optimizer`][], with its schedules and its mask; or a
-        dictionary of several, each of which trains a group of the weights: the one that
-        `optax.partition` got. What `optax.set_to_zero` freezes there is left out. With
-        `skip_nonfinite`, a part with a NaN or an infinity in its gradient is left as it
-        is, and all others are updated: what only the epilogue reads is such a part,
-        and each layer, and all of the rest. If no part is updated, the step does not
-        count, for a group of weights each.
+    - `optim`: a [`flashquinox.Optimizer`][], with its schedules and its mask; or the
+        dictionary of optimizers that was passed to `optax.partition`, each of which
+        trains a group of the weights, without those of `optax.set_to_zero`.
     - `loss`: a [`flashquinox.LayeredLoss`][].
-    - `model`: any pytree. Every floating-point array in it is trained, but those that
-        `init` got `None` for, or of 8 bits, or that are frozen by `optax.set_to_zero`.
+    - `model`: any pytree. All floating-point arrays are trained, except those that were
+        `None` in `init`, that have 8 bits, or that `optax.set_to_zero` freezes.
     - `state`: `optim.init(model)`, or from the previous step of either kind; for a
         dictionary, `optax.partition(optim, labels).init(model)`.
-    - `batch`, `key`: passed on to `loss`.
+    - `batch`, `key`: passed to `loss`.
     - `max_norm`: the gradient of each part is scaled down to at most this Euclidean
         norm over all its leaves, in float32. `None` is no clipping.
 
+    The parts that `max_norm` and `skip_nonfinite` act on are the weights that only the
+    epilogue reads, each layer, and all other weights. With `skip_nonfinite`, a part
+    with a NaN or an infinity in its gradient is not updated, while other parts are. The
+    step does not count if no part is updated; with several optimizers, each counts its
+    own steps.
+
     **Returns:**
 
-    A 3-tuple of the new model and the new state, in the dtypes of the old, and the
-    loss.
+    A 3-tuple of the new model, the new state and the loss. Dtypes of model and state do
+    not change.
 
     **Raises:**
 
-    `TypeError` if an optimizer is wrapped by Optax: clipping by the global norm and the
-    accumulation of gradients need all gradients at once. `TypeError` or `ValueError` if
-    model, state and loss do not fit together, or the layers of a stack are divided
-    among devices.
+    `TypeError` if an optimizer is in an Optax wrapper, because wrappers may need all
+    gradients at once, as for clipping by the global norm. `TypeError` or `ValueError`
+    if model, state and loss do not fit together, or the axis of layers is divided among
+    devices.
     """
     call = "release_step"
     check_max_norm(call, max_norm)
