@@ -1,7 +1,4 @@
 """What a device holds in training, before anything is allocated."""
 
-from ._memory.plan import (
-    DeviceMemory as DeviceMemory,
-    memory_plan as memory_plan,
-    MemoryPlan as MemoryPlan,
-)
+from ._memory.plan import memory_plan as memory_plan
+from ._memory.report import DeviceMemory as DeviceMemory, MemoryPlan as MemoryPlan

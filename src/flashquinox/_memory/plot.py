@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from .plan import CATEGORIES, MemoryPlan, unit_of
+from .report import CATEGORIES, MemoryPlan, unit_of
 
 
 # The palette of Okabe and Ito, which color-blind readers can tell apart. Gradients are
