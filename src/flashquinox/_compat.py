@@ -19,6 +19,7 @@ Pallas is only imported by backends, when they are needed: see `_backends.platfo
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -153,6 +154,104 @@ def called(eqn: Any) -> Function | None:
         return None
     (name,) = (name for name in _PARAMETERS if name in eqn.params)
     return Function.of(eqn.params[name])
+
+
+class Tape(NamedTuple):
+    """The operations of a traced function, to be applied to arrays of other lengths
+    than those that it was traced with. That takes a tenth of the time of tracing it
+    again."""
+
+    inputs: list[int]
+    outputs: list[int]
+    # Numbers in the function, by the slots of their values.
+    known: dict[int, Any]
+    # Each with the slots that it reads and those that it writes, its parameters, and
+    # which of these is a shape with one of the lengths.
+    operations: list[tuple[Any, list[int], list[int], dict[str, Any], str | None]]
+
+    @staticmethod
+    def of(function: Function, lengths: frozenset[int]) -> "Tape | None":
+        """The tape of a function that was traced with these lengths of axes, which
+        stand for nothing else in it. `None` if the function has other operations than
+        those of all elements: loops, branches, and parts of arrays."""
+        known: dict[int, Any] = {}
+        operations: list[Any] = []
+        slots = itertools.count()
+
+        def value(x: Any) -> int:
+            slot = next(slots)
+            known[slot] = x
+            return slot
+
+        def record(function: Function, inputs: list[int]) -> list[int]:
+            jaxpr = function.jaxpr
+            own = dict(zip(jaxpr.invars, inputs, strict=True))
+            own |= dict(zip(jaxpr.constvars, map(value, function.consts), strict=True))
+            read = lambda atom: (
+                value(atom.val) if isinstance(atom, jex.Literal) else own[atom]
+            )
+            for eqn in jaxpr.eqns:
+                operands = [read(atom) for atom in eqn.invars]
+                inner = called(eqn)
+                if inner is not None:
+                    results = record(inner, operands)
+                else:
+                    shape = _shape_parameter(eqn, lengths)
+                    results = [next(slots) for _ in eqn.outvars]
+                    operations.append(
+                        (eqn.primitive, operands, results, eqn.params, shape)
+                    )
+                own.update(zip(eqn.outvars, results, strict=True))
+            return [read(atom) for atom in jaxpr.outvars]
+
+        inputs = [next(slots) for _ in function.jaxpr.invars]
+        try:
+            outputs = record(function, inputs)
+        except _OtherOperation:
+            return None
+        if any(getattr(x, "shape", ()) != () for x in known.values()):
+            return None
+        return Tape(inputs, outputs, known, operations)
+
+    def replay(self, lengths: dict[int, int], args: Sequence[Any]) -> list[Any]:
+        """What the function gives for these arguments, with new lengths for those that
+        it was traced with."""
+        values = self.known | dict(zip(self.inputs, args, strict=True))
+        for primitive, operands, results, params, shape in self.operations:
+            if shape is not None:
+                new = [lengths.get(length, length) for length in params[shape]]
+                params = params | {shape: tuple(new)}
+            found = primitive.bind(*[values[i] for i in operands], **params)
+            if primitive.multiple_results:
+                values.update(zip(results, found, strict=True))
+            else:
+                values[results[0]] = found
+        return [values[i] for i in self.outputs]
+
+
+class _OtherOperation(Exception):
+    """Of which a tape does not know what lengths do to it."""
+
+
+def _shape_parameter(eqn: Any, lengths: frozenset[int]) -> str | None:
+    """Which parameter of an operation has lengths in it: that of its shape, or none."""
+    found = None
+    for name, value in eqn.params.items():
+        if name in ("shape", "new_sizes"):
+            found = name if lengths & set(value) else found
+        elif name == "sharding" and value is not None:
+            raise _OtherOperation
+        elif isinstance(value, tuple | list) and lengths & {*jax.tree.leaves(value)}:
+            raise _OtherOperation
+        elif any(map(_is_function, value if isinstance(value, tuple) else (value,))):
+            raise _OtherOperation
+    if eqn.effects:
+        raise _OtherOperation
+    return found
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) or hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 class Branches(NamedTuple):

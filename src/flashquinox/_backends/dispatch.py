@@ -26,7 +26,7 @@ class LeafStep(eqx.Module):
     """What a step of one leaf needs."""
 
     structure: StepStructure
-    layout: Layout
+    layout: Layout = eqx.field(static=True)
     scalars: StepScalars
     grad: Float[Array, "*shape"]
     old: TileState

@@ -6,7 +6,8 @@ import jax
 from jaxtyping import Array, Float
 
 from .._storage.layout import Layout
-from .._tile.tile import StepScalars, StepStructure, TileState, update_tile
+from .._tile.shapes import update_tile_of_any_shape
+from .._tile.tile import StepScalars, StepStructure, TileState
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -19,7 +20,7 @@ def update_leaf(
 ) -> TileState:
     """One step of one leaf. Compiled once for all leaves of the same shape and
     dtypes."""
-    tile = update_tile(
+    tile = update_tile_of_any_shape(
         structure,
         scalars,
         layout.tile_axis,

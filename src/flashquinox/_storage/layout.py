@@ -1,14 +1,16 @@
 """Where the groups of a leaf lie: which runs of elements share one scale."""
 
+import dataclasses
 import math
+from functools import cached_property
 
-import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
-class Layout(eqx.Module):
+@dataclasses.dataclass(frozen=True)
+class Layout:
     """A leaf seen as groups of up to `group_size` consecutive elements along one axis.
 
     A *tile* is the leaf with that axis split in two, `(groups, elements of a group)`.
@@ -18,23 +20,23 @@ class Layout(eqx.Module):
     the leaf is flattened first, as for scalars and for the codec of the paper.
     """
 
-    shape: tuple[int, ...] = eqx.field(static=True)
-    axis: int | None = eqx.field(static=True)
-    group_size: int = eqx.field(static=True)
+    shape: tuple[int, ...]
+    axis: int | None
+    group_size: int
 
-    def __check_init__(self):
+    def __post_init__(self):
         if self.axis is not None and not -len(self.shape) <= self.axis < 0:
             raise ValueError(
                 f"`Layout(axis={self.axis})`: the axis of the groups counts from the "
                 f"end and must exist in the shape {self.shape}."
             )
 
-    @property
+    @cached_property
     def tile_axis(self) -> int:
         """The axis of a tile along which a group runs."""
         return -1 if self.axis is None else self.axis
 
-    @property
+    @cached_property
     def scale_shape(self) -> tuple[int, ...]:
         """The shape of the scales at rest: the leaf's, with the group axis divided."""
         shape = list(self._grouped_shape)
@@ -49,13 +51,11 @@ class Layout(eqx.Module):
             padding = [(0, 0)] * x.ndim
             padding[self.tile_axis] = (0, self._padding)
             x = jnp.pad(x, padding, mode="edge")
-        return x.reshape(self._split(self._groups, self._group_length))
+        return x.reshape(self._tile_shape)
 
     def untile(self, x: Shaped[Array, "*tile"]) -> Shaped[Array, "*shape"]:
         """The leaf of a tile: the inverse of `tile`."""
-        padded = list(self._grouped_shape)
-        padded[self.tile_axis] += self._padding
-        x = x.reshape(padded)
+        x = x.reshape(self._padded_shape)
         if self._padding > 0:
             length = self._grouped_shape[self.tile_axis]
             x = lax.slice_in_dim(x, 0, length, axis=self.tile_axis)
@@ -68,27 +68,35 @@ class Layout(eqx.Module):
             return math.prod(parts) == 1
         return _divides(self.shape[self.axis], self.group_size, parts[self.axis])
 
-    @property
+    @cached_property
     def _grouped_shape(self) -> tuple[int, ...]:
         return (math.prod(self.shape),) if self.axis is None else self.shape
 
-    @property
+    @cached_property
     def _group_length(self) -> int:
         # At least 1, for leaves of size 0.
         return max(1, min(self.group_size, self._grouped_shape[self.tile_axis]))
 
-    @property
+    @cached_property
     def _groups(self) -> int:
         return -(-self._grouped_shape[self.tile_axis] // self._group_length)
 
-    @property
+    @cached_property
     def _padding(self) -> int:
         return self._groups * self._group_length - self._grouped_shape[self.tile_axis]
 
-    def _split(self, groups: int, length: int) -> tuple[int, ...]:
+    @cached_property
+    def _padded_shape(self) -> tuple[int, ...]:
         shape = list(self._grouped_shape)
+        shape[self.tile_axis] += self._padding
+        return tuple(shape)
+
+    @cached_property
+    def _tile_shape(self) -> tuple[int, ...]:
+        shape = self._grouped_shape
         position = len(shape) + self.tile_axis
-        return (*shape[:position], groups, length, *shape[position + 1 :])
+        split = self._groups, self._group_length
+        return (*shape[:position], *split, *shape[position + 1 :])
 
 
 def choose_layout(
