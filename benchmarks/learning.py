@@ -58,7 +58,7 @@ def fixed_curves() -> fq.MomentCodecs:
 def seconds_of_step(
     shapes: Shapes, moments: str | fq.MomentCodecs, count: int, plan: Plan
 ) -> float:
-    optim = fq.adamw(1e-4, moments=moments)
+    optim = fq.adamw(1e-4, storage=fq.Storage(moments=moments))
 
     # The number of the step is an operand: of a constant, the compiler would know
     # whether a fit is due.

@@ -31,7 +31,7 @@ import functools as ft
 import pathlib
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -212,7 +212,9 @@ def open_loop(
     # A step of length 1 from the origin: the new weight is the bare Adam update.
     def shadow(name: str, moments: fq.MomentCodecs) -> fq.Optimizer:
         rule = TPUAdam(b2=b2) if name == TPU else fq.Adam(b2=b2)
-        return fq.optimizer(rule, 1.0, moments=moments, master_weight_bits=None)
+        return fq.optimizer(
+            rule, 1.0, storage=fq.Storage(moments=moments, master_weight_bits=None)
+        )
 
     def step(carry, step_key):
         model, exact_state, states = carry
@@ -310,21 +312,15 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]], against: str) -> None
 #
 
 
-class Storage(NamedTuple):
-    moments: str
-    master_weight_bits: int | None = 24
-    dither_weights: bool = False
-
-
 MOMENTS = {
-    "float32 moments": Storage("float32"),
-    "flashoptim": Storage("flashoptim"),
-    "default": Storage("flashquinox"),
+    "float32 moments": fq.Storage(moments="float32"),
+    "flashoptim": fq.Storage(moments="flashoptim"),
+    "default": fq.Storage(),
 }
 WEIGHTS = {
-    "24 bits": Storage("flashquinox"),
-    "16 bits, nearest": Storage("flashquinox", None),
-    "16 bits, dithered": Storage("flashquinox", None, dither_weights=True),
+    "24 bits": fq.Storage(),
+    "16 bits, nearest": fq.Storage(master_weight_bits=None),
+    "16 bits, dithered": fq.Storage(master_weight_bits=None, dither_weights=True),
 }
 
 
@@ -332,7 +328,7 @@ WEIGHTS = {
 def train(
     text: UInt8[Array, " bytes"],
     keys: Key[Array, " seeds"],
-    storage: Storage | None,
+    storage: fq.Storage | None,
     learning_rate: Scalar,
     b2: Scalar,
     steps: int,
@@ -346,8 +342,8 @@ def train(
         weights = fq.cast(weights, jnp.bfloat16)
         if storage is None:
             weights = fq.cast(weights, jnp.float32)
-        stored = storage or Storage("float32", None)
-        optim = fq.adam(learning_rate, b2=b2, **stored._asdict())
+        stored = storage or fq.Storage(master_weight_bits=None, moments="float32")
+        optim = fq.adam(learning_rate, b2=b2, storage=stored)
 
         def step(carry, step_key):
             weights, state = carry
@@ -371,7 +367,7 @@ def train(
 
 def closed_loop(
     text: UInt8[Array, " bytes"],
-    storages: dict[str, Storage],
+    storages: dict[str, fq.Storage],
     setting: tuple[float, float],
     seeds: int,
     steps: int,

@@ -1,8 +1,9 @@
 """The one table of cases over which the tests parametrize, and what they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -79,15 +80,8 @@ OPTIMIZERS = {
 
 class Storage(NamedTuple):
     dtype: DTypeLike
-    master_weight_bits: int | None
+    master_weight_bits: Literal[24, 32] | None
     moments: str
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "master_weight_bits": self.master_weight_bits,
-            "moments": self.moments,
-        }
 
 
 _WIDTHS = [
@@ -135,9 +129,19 @@ class Case(NamedTuple):
     name: str
     storage: Storage
 
-    def optimizer(self, learning_rate: Any, **kwargs: Any) -> fq.Optimizer:
-        make = OPTIMIZERS[self.name].make
-        return make(learning_rate, **(self.storage.arguments | kwargs))
+    def optimizer(
+        self,
+        learning_rate: Any,
+        stored: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> fq.Optimizer:
+        """`stored` are arguments of `fq.Storage` beside those of this case."""
+        fields = {
+            "master_weight_bits": self.storage.master_weight_bits,
+            "moments": self.storage.moments,
+        }
+        storage = fq.Storage(**(fields | dict(stored)))
+        return OPTIMIZERS[self.name].make(learning_rate, storage=storage, **kwargs)
 
     def reference(self, learning_rate: Any) -> optax.GradientTransformation:
         return OPTIMIZERS[self.name].reference(learning_rate)

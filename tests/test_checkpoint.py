@@ -268,7 +268,7 @@ def test_memory_of_the_host(tmp_path):
     there = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
     put = lambda x: jax.device_put(x, there)
     offloaded = _replaced(state, put)
-    like = fq.adamw(1e-2, group_size=64).init(model)
+    like = fq.adamw(1e-2, storage=fq.Storage(group_size=64)).init(model)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, model, offloaded)
         restored = checkpoints.restore(model, offloaded)
@@ -430,8 +430,11 @@ def test_relative_directory(tmp_path, monkeypatch):
     [
         ({}, {"backend": "tpu"}),
         ({"backend": "tpu"}, {}),
-        slow({}, {"group_size": 64}),
-        ({"moments": "flashoptim"}, {"moments": "flashoptim", "group_size": 64}),
+        slow({}, {"storage": fq.Storage(group_size=64)}),
+        (
+            {"storage": fq.Storage(moments="flashoptim")},
+            {"storage": fq.Storage(moments="flashoptim", group_size=64)},
+        ),
     ],
 )
 def test_other_groups(old, new, tmp_path):
@@ -450,7 +453,7 @@ def test_other_groups(old, new, tmp_path):
     assert tree_identical(new_state.steps, state.steps)
     for name, found in new_state.moments.items():
         found, stored = found["layers"], state.moments[name]["layers"]
-        if "flashoptim" not in old.values():
+        if "storage" not in old:
             assert tree_identical(found[1], stored[1])
         assert found[0].scales.shape != stored[0].scales.shape
         _assert_nearest(found[0], stored[0])
@@ -486,9 +489,11 @@ def test_other_groups_of_an_ensemble(tmp_path):
     model = jnp.stack([_model()["layers"][0]] * 2)
     states = {}
     for size in (32, 64):
-        optim = fq.adamw(1e-2, moments="flashoptim", group_size=size)
+        optim = fq.adamw(
+            1e-2, storage=fq.Storage(moments="flashoptim", group_size=size)
+        )
         states[size] = jax.vmap(optim.init)(model)
-    optim = fq.adamw(1e-2, moments="flashoptim")
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="flashoptim"))
     grads = jnp.asarray(
         np.random.default_rng(0).standard_normal(model.shape), model.dtype
     )
@@ -552,19 +557,35 @@ _weight = "['layers'][0]"
             [f"state.moments['mu']{_weight}", "no array", "optimizer"],
         ),
         (
-            lambda: (_model(), fq.adamw(1e-3, master_weight_bits=32).init(_model())),
+            lambda: (
+                _model(),
+                fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=32)).init(
+                    _model()
+                ),
+            ),
             [f"corrections{_weight}", "int8", "int16", "master_weight_bits"],
         ),
         (
-            lambda: (_model(), fq.adamw(1e-3, master_weight_bits=None).init(_model())),
+            lambda: (
+                _model(),
+                fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None)).init(
+                    _model()
+                ),
+            ),
             [f"corrections{_weight}", "int8", "no array", "master_weight_bits"],
         ),
         (
-            lambda: (_model(), fq.adamw(1e-3, moments="float32").init(_model())),
+            lambda: (
+                _model(),
+                fq.adamw(1e-3, storage=fq.Storage(moments="float32")).init(_model()),
+            ),
             [f"['mu']{_weight}", "SoftsignCodec(", "FullPrecision()", "moments="],
         ),
         (
-            lambda: (_model(), fq.adamw(1e-3, moments="flashoptim").init(_model())),
+            lambda: (
+                _model(),
+                fq.adamw(1e-3, storage=fq.Storage(moments="flashoptim")).init(_model()),
+            ),
             [f"['mu']{_weight}", "SoftsignCodec(", "FlashOptimCodec(kind='signed')"],
         ),
         (lambda: (_model(), ()), ["`state", "no array"]),
@@ -648,7 +669,7 @@ def test_what_is_no_damage(saved, monkeypatch):
 
 
 def test_other_codec_of_the_checkpoint(tmp_path):
-    model, state = _trained(fq.adamw(1e-3, moments="float32"))
+    model, state = _trained(fq.adamw(1e-3, storage=fq.Storage(moments="float32")))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, model, state)
         _raises(
@@ -870,19 +891,21 @@ _DATA = Path(__file__).parent / "data"
 # of the first day, with moments as in the paper; one when there were curves to choose;
 # and one when manifests began to list files.
 _WRITTEN = {
-    "checkpoint-format-1": dict(master_weight_bits=24, moments="flashquinox"),
-    "checkpoint-format-1-paper": dict(master_weight_bits=32, moments="flashoptim"),
-    "checkpoint-format-1-curves": dict(
+    "checkpoint-format-1": fq.Storage(master_weight_bits=24),
+    "checkpoint-format-1-paper": fq.Storage(
+        master_weight_bits=32, moments="flashoptim"
+    ),
+    "checkpoint-format-1-curves": fq.Storage(
         master_weight_bits=24, moments=("learned", "sqrt")
     ),
-    "checkpoint-format-1-files": dict(master_weight_bits=24, moments="flashquinox"),
+    "checkpoint-format-1-files": fq.Storage(master_weight_bits=24),
 }
 
 
 def _written(name):
     """What is stored in the repository: bits that follow from the order of the leaves
     alone."""
-    optim = fq.adamw(1e-2, **_WRITTEN[name], group_size=32, backend="xla")
+    optim = fq.adamw(1e-2, storage=_WRITTEN[name], backend="xla")
     model = {"w": jnp.zeros((4, 64), jnp.bfloat16), "b": jnp.zeros(3)}
     state = optim.init(model)
     if name == "checkpoint-format-1":

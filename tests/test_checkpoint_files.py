@@ -488,7 +488,7 @@ def test_what_cannot_be_read(copy, capfd, caplog):
 
 @pytest.mark.parametrize("bits,moments", [(24, "flashquinox"), (32, "float32")])
 def test_weights_alone(bits, moments, tmp_path):
-    optim = fq.adamw(1e-2, master_weight_bits=bits, moments=moments)
+    optim = fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=bits, moments=moments))
     plain = eqx.nn.Sequential(
         [eqx.nn.Linear(8, 8, key=jax.random.key(0)), eqx.nn.LayerNorm(8)]
     )
@@ -516,7 +516,7 @@ def test_weights_alone(bits, moments, tmp_path):
             for x, y in zip(leaves, expected, strict=True):
                 assert x.dtype == np.float32 and np.array_equal(np.asarray(x), y)
         # To go on with another optimizer.
-        other = fq.lion(1e-3, master_weight_bits=bits)
+        other = fq.lion(1e-3, storage=fq.Storage(master_weight_bits=bits))
         _, tuned = fq.from_master_weights(found, model, other.init(model))
         assert tree_identical(tuned.corrections, state.corrections)
         message = _error(lambda: checkpoints.restore(model, other.init(model)))

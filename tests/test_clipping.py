@@ -19,7 +19,9 @@ from .kernels import arrays, assert_same
 
 
 # Of which the new weights are the old ones less the gradients.
-_sgd = ft.partial(fq.sgd, 1.0, master_weight_bits=None, moments="float32")
+_sgd = ft.partial(
+    fq.sgd, 1.0, storage=fq.Storage(master_weight_bits=None, moments="float32")
+)
 
 _SHAPES = {"matrix": (8, 32), "bias": (32,), "scalar": ()}
 _SIZE = 8 * 32 + 32 + 1

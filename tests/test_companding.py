@@ -106,12 +106,16 @@ def test_pairs_of_names():
     assert pair.signed == fq.MomentCodecs.named("learned").signed
     assert pair.nonnegative == fq.FittedLogCodec()
     params = arrays({"w": (4, 64)}, jnp.bfloat16, 0)
-    state = fq.adamw(1e-3, moments=("softsign", "fourth_root")).init(params)
+    state = fq.adamw(
+        1e-3, storage=fq.Storage(moments=("softsign", "fourth_root"))
+    ).init(params)
     assert state.moments["mu"]["w"].codec == fq.SoftsignCodec()
     assert state.moments["nu"]["w"].codec.curve.root == 4
     for bad in (("learned", "cubic"), "cubic"):
-        with pytest.raises(ValueError, match=r"`lion\(moments=\.\.\.\)` must be one"):
-            fq.lion(1e-3, moments=bad)
+        with pytest.raises(
+            ValueError, match=r"`Storage\(moments=\.\.\.\)` must be one"
+        ):
+            fq.lion(1e-3, storage=fq.Storage(moments=bad))
 
 
 def test_wrong_curves():
@@ -155,7 +159,7 @@ _SHAPES = {"stack": (2, 32, 200)}
 def test_kernels_are_plain_xla(backend, name):
     """Of all operations that curves are made of."""
     grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(fq.adamw, 1e-2, moments=name)
+    make = ft.partial(fq.adamw, 1e-2, storage=fq.Storage(moments=name))
     params = arrays(_SHAPES, jnp.bfloat16, 0)
     run(backend, make, params, grads)
 
@@ -167,7 +171,8 @@ def test_kernels_learn(backend):
     shapes = {name: (32, 128) for name in "ab"}
     params = arrays(shapes, jnp.bfloat16, 0)
     plain, kernel = (
-        fq.adamw(1e-2, moments="learned", backend=x) for x in ("xla", backend)
+        fq.adamw(1e-2, storage=fq.Storage(moments="learned"), backend=x)
+        for x in ("xla", backend)
     )
     params, state = _train(plain, params, _EARLY, kernel.init(params))
     state = eqx.tree_at(
@@ -341,7 +346,9 @@ def test_what_counts_is_the_update():
     """The weights of a sample are what its errors do to updates, by Adam's formula: of
     momentum, its share of m / sqrt(v); of v, half of it."""
     params = arrays({"w": (64, 64)}, jnp.float32, 0)
-    optim = fq.adam(1e-2, eps=0.0, moments="learned", master_weight_bits=None)
+    optim = fq.adam(
+        1e-2, eps=0.0, storage=fq.Storage(moments="learned", master_weight_bits=None)
+    )
     params, state = _train(optim, params, 6)
     steps = []
     learn = parts.learn
@@ -389,7 +396,7 @@ def _parameters(state) -> list[float]:
 
 
 def test_steps_learn():
-    optim = fq.adamw(1e-2, moments="learned")
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="learned"))
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
     first = _parameters(optim.init(params))
     assert first == [1.0, 1.0]
@@ -406,7 +413,9 @@ def test_steps_learn():
 def test_a_parameter_belongs_to_its_codes():
     """In the step that changes it, old codes are decoded by the old one."""
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
-    optim = fq.sgd(1e-2, momentum=0.9, moments=EAGER, weight_decay=0.0)
+    optim = fq.sgd(
+        1e-2, momentum=0.9, storage=fq.Storage(moments=EAGER), weight_decay=0.0
+    )
     params, state = _train(optim, params, _EARLY)
     before = state.moments["trace"]["w"]
     zeros = jtu.tree_map(jnp.zeros_like, params)
@@ -419,7 +428,7 @@ def test_a_parameter_belongs_to_its_codes():
 
 def test_skipped_steps_learn_nothing():
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
-    optim = fq.adamw(1e-2, moments=EAGER, skip_nonfinite=True)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments=EAGER), skip_nonfinite=True)
     params, state = _train(optim, params, _EARLY)
     bad = {"w": params["w"].at[0, 0].set(jnp.nan)}
     assert tree_identical(optim.step(params, state, bad), (params, state))
@@ -433,7 +442,9 @@ def test_sharded_learning():
     params = {"a": jnp.ones((128, 64), jnp.bfloat16), "b": jnp.ones((8, 32))}
     grads = arrays({"a": (128, 64), "b": (8, 32)}, jnp.float32, 1)
     params, grads = place((params, grads))
-    optim = fq.adamw(1e-2, moments="learned", master_weight_bits=None)
+    optim = fq.adamw(
+        1e-2, storage=fq.Storage(moments="learned", master_weight_bits=None)
+    )
     state = optim.init(params)
     step = eqx.filter_jit(optim.step)
     for _ in range(2 * _EARLY):
@@ -453,7 +464,7 @@ def test_sharded_learning():
 def test_ensembles_learn_for_themselves():
     shapes = {"w": (2, 32, 64)}
     params = arrays(shapes, jnp.bfloat16, 0)
-    optim = fq.adamw(1e-2, moments="learned")
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="learned"))
     state = jax.vmap(optim.init)(params)
     step = jax.jit(jax.vmap(optim.step))
     single = [jtu.tree_map(lambda x, i=i: x[i], (params, state)) for i in (0, 1)]
@@ -476,7 +487,7 @@ def test_ensembles_learn_for_themselves():
 
 def test_checkpoints_keep_parameters(tmp_path):
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
-    optim = fq.adamw(1e-2, moments="learned")
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="learned"))
     params, state = _train(optim, params, _EARLY + 1)
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, state)
@@ -488,7 +499,9 @@ def test_checkpoints_keep_parameters(tmp_path):
         restored = checkpoints.restore(params, like)
         assert tree_identical(restored[1], state)
         # Of groups that lie elsewhere: with the parameter of the codes.
-        other = fq.adamw(1e-2, moments="learned", backend="tpu").init(params)
+        other = fq.adamw(
+            1e-2, storage=fq.Storage(moments="learned"), backend="tpu"
+        ).init(params)
         _, regrouped = checkpoints.restore(params, other)
     assert _parameters(regrouped) == _parameters(state)
     moment = regrouped.moments["mu"]["w"]
@@ -500,7 +513,8 @@ def test_checkpoints_keep_parameters(tmp_path):
 def test_optax_and_scans():
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
     optim = optax.chain(
-        optax.clip_by_global_norm(1.0), fq.adamw(1e-2, moments="learned")
+        optax.clip_by_global_norm(1.0),
+        fq.adamw(1e-2, storage=fq.Storage(moments="learned")),
     )
     grads = arrays({"w": (64, 64)}, jnp.bfloat16, 1)
 

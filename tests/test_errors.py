@@ -102,8 +102,8 @@ def test_no_number(value):
 def test_master_weight_bits(value):
     assert_raises(
         ValueError,
-        lambda: fq.adamw(1e-3, master_weight_bits=value),
-        "`adamw(master_weight_bits=...)`",
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=value)),
+        "`Storage(master_weight_bits=...)`",
         "24, 32 or None",
         str(value),
     )
@@ -113,8 +113,8 @@ def test_master_weight_bits(value):
 def test_group_size(value):
     assert_raises(
         ValueError,
-        lambda: fq.lion(1e-3, group_size=value),
-        "`lion(group_size=...)`",
+        lambda: fq.lion(1e-3, storage=fq.Storage(group_size=value)),
+        "`Storage(group_size=...)`",
         "multiple of 16 from 16 to 128",
         str(value),
     )
@@ -124,8 +124,8 @@ def test_group_size(value):
 def test_unknown_codec(value):
     assert_raises(
         ValueError,
-        lambda: fq.sgd(1e-3, momentum=0.9, moments=value),
-        "`sgd(moments=...)`",
+        lambda: fq.sgd(1e-3, momentum=0.9, storage=fq.Storage(moments=value)),
+        "`Storage(moments=...)`",
         "'flashquinox', 'flashoptim', 'float32'",
         repr(value),
     )
@@ -152,8 +152,8 @@ def test_peak_learning_rate(name):
     schedule = optax.constant_schedule(1e-3)
     assert_raises(
         ValueError,
-        lambda: make(schedule, decouple_lr=True),
-        f"`{name}(decouple_lr=True)`",
+        lambda: make(schedule, decay="independent"),
+        f"`{name}(decay='independent')`",
         "`peak_learning_rate=...`",
     )
     argument = f"`{name}(peak_learning_rate=...)`"
@@ -161,13 +161,13 @@ def test_peak_learning_rate(name):
         ValueError,
         lambda: make(1e-3, peak_learning_rate=1e-3),
         argument,
-        "decouple_lr=True",
+        "decay='independent'",
     )
     for value in (0.0, -1.0):
         assert_raises(
             ValueError,
             lambda value=value: make(
-                schedule, decouple_lr=True, peak_learning_rate=value
+                schedule, decay="independent", peak_learning_rate=value
             ),
             argument,
         )
@@ -190,12 +190,12 @@ def test_no_rule(rule):
 
 def test_master_weights_without_effect():
     for bits in (24, 32):
-        optim = fq.adamw(1e-3, master_weight_bits=bits)
+        optim = fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=bits))
         for init in (optim.init, jax.jit(optim.init)):
             assert_raises(
                 ValueError,
                 lambda init=init: init({"a": jnp.ones(3), "b": jnp.ones(2)}),
-                f"`adamw(master_weight_bits={bits})`",
+                f"`adamw(...).init`: `Storage(master_weight_bits={bits})`",
                 "no effect",
                 "['a']",
                 "float32",
@@ -310,7 +310,7 @@ def _bad_states():
         "of no moments": (ValueError, made(fq.sgd(1e-3)), ["another optimizer", "[]"]),
         "of no bits": (
             ValueError,
-            made(fq.adamw(1e-3, master_weight_bits=None)),
+            made(fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None))),
             [
                 "master_weight_bits=None",
                 "master_weight_bits=24",
@@ -320,17 +320,17 @@ def _bad_states():
         ),
         "of float32 weights": (
             ValueError,
-            made(fq.adamw(1e-3, master_weight_bits=None), full),
+            made(fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None)), full),
             ["master_weight_bits=None", "master_weight_bits=24", "bfloat16", again],
         ),
         "of another codec": (
             ValueError,
-            made(fq.adamw(1e-3, moments="float32")),
+            made(fq.adamw(1e-3, storage=fq.Storage(moments="float32"))),
             ["FullPrecision", "SoftsignCodec", _path, "moments=", again],
         ),
         "of another group size": (
             ValueError,
-            made(fq.adamw(1e-3, group_size=64)),
+            made(fq.adamw(1e-3, storage=fq.Storage(group_size=64))),
             ["group_size=64", "group_size=32", _path, again],
         ),
         "of another model": (
@@ -491,17 +491,11 @@ def test_messages_name_the_path_of_a_module():
     )
 
 
-def test_inject_hyperparams_of_structure():
-    # Given as integers, they are traced by Optax; only their defaults are not.
+def test_inject_hyperparams_of_storage():
     inject = optax.inject_hyperparams(fq.adamw, hyperparam_dtype=jnp.float32)
-    optim = inject(learning_rate=1e-3, group_size=64)
-    with pytest.raises((TypeError, ValueError), match="group_size"):
-        jax.jit(optim.init)(_model())
-    static = optax.inject_hyperparams(
-        fq.adamw,
-        static_args=("master_weight_bits", "group_size"),
-        hyperparam_dtype=jnp.float32,
-    )
-    optim = static(learning_rate=1e-3, group_size=64, master_weight_bits=32)
+    storage = fq.Storage(group_size=64, master_weight_bits=32)
+    optim = inject(learning_rate=1e-3, storage=storage)
     state = jax.jit(optim.init)(_model())
+    assert set(state.hyperparams) == {"learning_rate"}
     assert _at_matrix(state.inner_state.moments["mu"]).group_size == 64
+    assert _at_matrix(state.inner_state.corrections).dtype == jnp.int16

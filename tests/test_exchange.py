@@ -60,7 +60,7 @@ def _arrays(tree):
 def test_every_number_becomes_weight_and_correction(dtype, bits, patterns):
     master = lax.bitcast_convert_type(jnp.asarray(patterns, jnp.uint32), jnp.float32)
     model = {"w": jnp.zeros(32, dtype)}
-    state = fq.sgd(1e-3, master_weight_bits=bits).init(model)
+    state = fq.sgd(1e-3, storage=fq.Storage(master_weight_bits=bits)).init(model)
     new, new_state = fq.from_master_weights({"w": master}, model, state)
     split = fq.ECCWeight.encode(master, dtype, bits)
     assert tree_identical(new["w"], split.weight)
@@ -77,7 +77,7 @@ def test_a_model_from_master_weights(jit):
     """Whose leaves are of every kind."""
     other = {"steps": jnp.arange(3), "f": jax.nn.relu, "none": None}
     model = {"mlp": fq.cast(_mlp(), jnp.bfloat16, keep="layers.1"), **other}
-    optim = fq.adamw(1e-2, master_weight_bits=32)
+    optim = fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=32))
     state = optim.init(model)
     float32_model = _random(fq.master_weights(model, state), 2) | {"steps": None}
     call = fq.from_master_weights
@@ -102,7 +102,7 @@ def test_models_with_and_without_wraps(wrapped):
     without = fq.cast(mlp, jnp.bfloat16, keep="layers.1", wrap=False)
     assert isinstance(with_wraps.layers[1], fq.Float32Layer)
     model = with_wraps if wrapped else without
-    optim = fq.adamw(1e-2, moments="float32", master_weight_bits=32)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="float32", master_weight_bits=32))
     state = optim.init(model)
     given = _random(mlp if wrapped else with_wraps, 2)
     leaves = jtu.tree_leaves(_arrays(given))
@@ -130,7 +130,7 @@ def test_layers_of_batch_statistics_from_master_weights():
     norm, _ = eqx.nn.make_with_state(eqx.nn.BatchNorm)(64, "batch", mode="batch")
     float32_model = {"norm": _random(norm, 1), "linear": _mlp().layers[0]}
     model = fq.cast(float32_model, jnp.bfloat16)
-    optim = fq.adamw(1e-2, master_weight_bits=32)
+    optim = fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=32))
     new, state = fq.from_master_weights(float32_model, model, optim.init(model))
     found = fq.cast(fq.master_weights(new, state), jnp.float32)
     assert tree_identical(_arrays(found), _arrays(float32_model))
@@ -155,7 +155,7 @@ def test_none_leaves_weights_as_they_are():
 
 def test_numpy_and_plain_rounding():
     model = {"w": jnp.zeros(3, jnp.bfloat16), "v": np.zeros(2, np.float32)}
-    state = fq.sgd(1e-2, master_weight_bits=None).init(model)
+    state = fq.sgd(1e-2, storage=fq.Storage(master_weight_bits=None)).init(model)
     given = {"w": np.float32([1, 1 / 3, -2]), "v": jnp.float32([0.1, 3])}
     new, _ = fq.from_master_weights(given, model, state)
     assert isinstance(new["v"], np.ndarray)
@@ -209,7 +209,7 @@ def _assert_same_values(found, expected):
 
 @_types
 def test_master_weights_on_many_devices(kind):
-    mesh, optim = _mesh(kind), fq.sgd(1e-2, master_weight_bits=32)
+    mesh, optim = _mesh(kind), fq.sgd(1e-2, storage=fq.Storage(master_weight_bits=32))
     model = _put(_tree(0, jnp.bfloat16), mesh, _SPECS)
     state = optim.init(model)
     masters = _tree(1)
@@ -275,7 +275,10 @@ def test_models_in_files(dtype, tmp_path):
 
 
 def test_master_weights_in_files(tmp_path):
-    path, optim = tmp_path / "model.safetensors", fq.adamw(1e-2, master_weight_bits=32)
+    path, optim = (
+        tmp_path / "model.safetensors",
+        fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=32)),
+    )
     model = _mlp(jnp.bfloat16)
     float32_model = _random(model, 1)
     model, state = fq.from_master_weights(float32_model, model, optim.init(model))
@@ -369,17 +372,17 @@ def test_files_are_complete_or_as_they_were(tmp_path, monkeypatch):
 #
 
 
-_exact = {"moments": "float32", "master_weight_bits": 32}
+_exact = fq.Storage(moments="float32", master_weight_bits=32)
 # The same in both.
 _OPTAX = {
-    "adamw": (optax.adamw, ft.partial(fq.adamw, weight_decay=1e-4, **_exact)),
-    "adam": (optax.adam, ft.partial(fq.adam, **_exact)),
-    "nadam": (optax.nadam, ft.partial(fq.adam, nesterov=True, **_exact)),
-    "lion": (optax.lion, ft.partial(fq.lion, weight_decay=1e-3, **_exact)),
-    "sgd": (optax.sgd, ft.partial(fq.sgd, **_exact)),
+    "adamw": (optax.adamw, ft.partial(fq.adamw, weight_decay=1e-4, storage=_exact)),
+    "adam": (optax.adam, ft.partial(fq.adam, storage=_exact)),
+    "nadam": (optax.nadam, ft.partial(fq.adam, nesterov=True, storage=_exact)),
+    "lion": (optax.lion, ft.partial(fq.lion, weight_decay=1e-3, storage=_exact)),
+    "sgd": (optax.sgd, ft.partial(fq.sgd, storage=_exact)),
     "sgd with momentum": (
         ft.partial(optax.sgd, momentum=0.9),
-        ft.partial(fq.sgd, momentum=0.9, **_exact),
+        ft.partial(fq.sgd, momentum=0.9, storage=_exact),
     ),
 }
 _each = pytest.mark.parametrize("name", _OPTAX)
@@ -445,7 +448,7 @@ def test_moments_are_rounded_once(moments):
         "b": jnp.ones(7),
     }
     _, optax_state = _run(theirs, params)
-    optim = fq.adamw(1e-2, moments=moments, master_weight_bits=None)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments=moments, master_weight_bits=None))
     like = optim.init(params)
     if moments == "learned":
         # Not what it begins with.
@@ -514,7 +517,8 @@ def test_states_within_states(wrapper):
     theirs = wrap(optax.adamw)
     ours = wrap(
         lambda learning_rate: fq.adamw(
-            learning_rate, moments="float32", master_weight_bits=None
+            learning_rate,
+            storage=fq.Storage(moments="float32", master_weight_bits=None),
         )
     )
     _, optax_state = _run(theirs, params, steps=4)
@@ -553,7 +557,9 @@ def test_states_within_states(wrapper):
 
 def test_count_of_sgd():
     params = _arrays(_mlp())
-    target = fq.sgd(1e-2, momentum=0.9, master_weight_bits=None).init(params)
+    target = fq.sgd(
+        1e-2, momentum=0.9, storage=fq.Storage(master_weight_bits=None)
+    ).init(params)
     target = optax.tree.set(target, count=jnp.int32(5))
     make = ft.partial(optax.sgd, momentum=0.9)
     for theirs, count in (
@@ -577,7 +583,7 @@ def test_count_of_sgd():
 def test_optax_on_many_devices(kind, moments):
     mesh, theirs = _mesh(kind), optax.adamw(1e-2)
     _, on_one = _run(theirs, _tree(0))
-    optim = fq.adamw(1e-2, moments=moments)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments=moments))
     with pytest.warns(UserWarning) if moments == "flashoptim" else _nothing():
         like = optim.init(_put(_tree(0, jnp.bfloat16), mesh, _SPECS))
     expected = exchange.from_optax(on_one, optim.init(_tree(0, jnp.bfloat16)))
@@ -622,7 +628,10 @@ class _nothing:
 
 
 def test_ensembles_are_exchanged_under_vmap():
-    theirs, ours = optax.adamw(1e-2), fq.adamw(1e-2, moments="flashoptim")
+    theirs, ours = (
+        optax.adamw(1e-2),
+        fq.adamw(1e-2, storage=fq.Storage(moments="flashoptim")),
+    )
     make = lambda seed: jnp.sin(jnp.arange(640.0) + seed).reshape(10, 64)
     params = jax.vmap(make)(jnp.arange(3.0))
     grads = 0.1 * params
@@ -788,7 +797,9 @@ def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
         # As no codec would write them: without the largest.
         codes, _ = torch.bits["out.weight", key]
         codes[...] = codes // 2
-    model, like = _target(optimizer, moments="flashoptim", master_weight_bits=32)
+    model, like = _target(
+        optimizer, storage=fq.Storage(moments="flashoptim", master_weight_bits=32)
+    )
     state_dict, parameters = torch.through_a_file(tmp_path / "checkpoint.npz")
     paths = _PATHS if by_name else None
     model, state = exchange.from_flashoptim(
@@ -815,7 +826,7 @@ def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
 )
 def test_flashoptim_to_other_codecs(moments, compressed):
     torch = _Torch(compressed=compressed)
-    model, like = _target(moments=moments)
+    model, like = _target(storage=fq.Storage(moments=moments))
     model, state = exchange.from_flashoptim(
         torch.state_dict, torch.parameters, model, like
     )
@@ -848,7 +859,9 @@ def test_error_bits(dtype, bits, plain):
                 errors.astype(np.int8) if bits == 24 else errors.view(np.int16)
             )
         del torch.state_dict["param_groups"][0]["master_bytewidth"]
-    model, like = _target("lion", dtype=jnp.float32, master_weight_bits=None)
+    model, like = _target(
+        "lion", dtype=jnp.float32, storage=fq.Storage(master_weight_bits=None)
+    )
     model, _ = exchange.from_flashoptim(torch.state_dict, torch.parameters, model, like)
     for name, master in torch.masters.items():
         assert tree_identical(_at(model, name), jnp.asarray(master.astype(np.float32)))
@@ -859,7 +872,9 @@ def test_flashoptim_converted():
     torch = _Torch()
     model, _ = _target()
     model = {"fc": model["fc"], "out": model["out"].T}
-    optim = fq.adamw(1e-3, moments="flashoptim", master_weight_bits=32)
+    optim = fq.adamw(
+        1e-3, storage=fq.Storage(moments="flashoptim", master_weight_bits=32)
+    )
     new, state = exchange.from_flashoptim(
         torch.state_dict,
         torch.parameters,
@@ -884,10 +899,12 @@ def test_flashoptim_with_names_of_parameters():
     parameters = {"buffer": np.zeros(3, np.float32), **torch.parameters}
     shuffled = dict(sorted(parameters.items(), reverse=True))
     expected = exchange.from_flashoptim(
-        torch.state_dict, torch.parameters, *_target(moments="flashoptim")
+        torch.state_dict,
+        torch.parameters,
+        *_target(storage=fq.Storage(moments="flashoptim")),
     )
     found = exchange.from_flashoptim(
-        torch.state_dict, shuffled, *_target(moments="flashoptim")
+        torch.state_dict, shuffled, *_target(storage=fq.Storage(moments="flashoptim"))
     )
     assert tree_identical(found, expected)
 
@@ -1123,7 +1140,7 @@ def test_errors_of_optax():
 
 @pytest.mark.usefixtures("without_typechecker")
 def test_errors_of_flashoptim():
-    model, state = _target(moments="flashoptim")
+    model, state = _target(storage=fq.Storage(moments="flashoptim"))
 
     def raises(error, *parts, change=lambda torch: None, target=None, **kwargs):
         torch = _Torch()

@@ -100,7 +100,7 @@ def test_other_groups(name, group_size):
     """Also where the kernel has no tile of them."""
     shapes = {"leaf": (9, 384)}
     grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
-    make = ft.partial(Case(name, _ours).optimizer, 1e-2, group_size=group_size)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2, {"group_size": group_size})
     run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
@@ -180,7 +180,7 @@ def test_lowers_for_cuda(case):
 @pytest.mark.parametrize("moments", ["log", "learned"])
 def test_curves_lower_for_cuda(moments):
     params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))
-    optim = fq.adamw(1e-3, moments=moments, backend="gpu")
+    optim = fq.adamw(1e-3, storage=fq.Storage(moments=moments), backend="gpu")
     assert _kernels(optim, params) == 1
 
 
@@ -237,7 +237,7 @@ def test_kernel_on_a_gpu_is_plain_xla(case):
 @pytest.mark.parametrize("moments", ["sqrt", "fourth_root", "log", "learned"])
 def test_curves_on_a_gpu_are_plain_xla(moments):
     grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(fq.adamw, 1e-2, moments=moments)
+    make = ft.partial(fq.adamw, 1e-2, storage=fq.Storage(moments=moments))
     params = arrays(_SHAPES, jnp.bfloat16, 0)
     run("gpu", make, params, grads, device=_gpus()[0])
 

@@ -37,7 +37,7 @@ def _mapped(optim, state, **options):
     ],
 )
 def test_specs(moments, wrap):
-    optim = _WRAPPERS[wrap](fq.adamw(1e-3, moments=moments))
+    optim = _WRAPPERS[wrap](fq.adamw(1e-3, storage=fq.Storage(moments=moments)))
     state = optim.init(_params)
     other = lambda _: "no weight"
     mapped = _mapped(optim, state, transform_non_params=other)

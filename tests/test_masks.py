@@ -281,7 +281,12 @@ def test_haliax(monkeypatch):
     model = jtu.tree_map(
         jnp.asarray, {name: model[name] for name in ("embed", "blocks")}
     )
-    optim = fq.adamw(1e-2, weight_decay=1.0, mask=fq.decay_mask(), moments="float32")
+    optim = fq.adamw(
+        1e-2,
+        weight_decay=1.0,
+        mask=fq.decay_mask(),
+        storage=fq.Storage(moments="float32"),
+    )
     grads = jtu.tree_map(jnp.zeros_like, model)
     new, _ = jax.jit(optim.step)(model, optim.init(model), grads)
     assert np.all(new["embed"].weight.array == np.float32(0.99))
@@ -341,13 +346,15 @@ def test_optimizers_take_masks(wrap):
     decay = optax.add_decayed_weights(**options)
     optim = optax.chain(decay, optax.sgd(1e-2))
     if wrap != "optax":
-        optim = fq.adamw(1e-2, moments="float32", **options)
+        optim = fq.adamw(1e-2, storage=fq.Storage(moments="float32"), **options)
     if wrap == "partition":
         labels = jtu.tree_map(lambda x: "a", params)
         optim = optax.partition({"a": optim, "b": optim}, lambda _: labels)
     if wrap == "inject":
         # Which takes functions for schedules: `_Signature` hides this one.
-        optim = optax.inject_hyperparams(fq.adamw)(1e-2, moments="float32", **options)
+        optim = optax.inject_hyperparams(fq.adamw)(
+            1e-2, storage=fq.Storage(moments="float32"), **options
+        )
         assert set(optim.init(params).hyperparams) == {"learning_rate", "weight_decay"}
     if wrap == "step":
         new, _ = jax.jit(optim.step)(params, optim.init(params), grads)

@@ -165,7 +165,9 @@ def _made(optim, model, devices: int, group_size: int = 32):
     # Not compiled.
     arrays = jtu.tree_map(lambda x: np.zeros(x.shape, x.dtype), model)
     if devices > 1:
-        shardings = fq.fsdp_shardings(model, _cpu_mesh(), group_size=group_size)
+        shardings = fq.fsdp_shardings(
+            model, _cpu_mesh(), storage=fq.Storage(group_size=group_size)
+        )
         arrays = jax.device_put(arrays, shardings)
     else:
         arrays = jtu.tree_map(jnp.asarray, arrays)
@@ -186,11 +188,15 @@ def _argument_bytes(optim, model, state) -> int:
 _OPTIMIZERS = {
     "adamw": lambda: fq.adamw(1e-3),
     "adamw, 32 bits, groups of 64": lambda: fq.adamw(
-        1e-3, master_weight_bits=32, group_size=64
+        1e-3, storage=fq.Storage(master_weight_bits=32, group_size=64)
     ),
-    "lion, no correction": lambda: fq.lion(1e-3, master_weight_bits=None),
+    "lion, no correction": lambda: fq.lion(
+        1e-3, storage=fq.Storage(master_weight_bits=None)
+    ),
     "sgd": lambda: fq.sgd(1e-3),
-    "sgdw, learned": lambda: fq.sgdw(1e-3, momentum=0.9, moments="learned"),
+    "sgdw, learned": lambda: fq.sgdw(
+        1e-3, momentum=0.9, storage=fq.Storage(moments="learned")
+    ),
 }
 
 
@@ -223,9 +229,11 @@ def test_is_what_a_compiled_step_takes(optimizer, name, devices):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: fq.adamw(1e-3, moments="flashoptim"),
-        lambda: fq.lion(1e-3, moments=("log", "flashquinox"), backend="tpu"),
-        lambda: fq.adam(1e-3, moments="float32"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments="flashoptim")),
+        lambda: fq.lion(
+            1e-3, storage=fq.Storage(moments=("log", "flashquinox")), backend="tpu"
+        ),
+        lambda: fq.adam(1e-3, storage=fq.Storage(moments="float32")),
         lambda: optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-3)),
         lambda: optax.MultiSteps(fq.adamw(1e-3), 2),
         lambda: optax.inject_hyperparams(fq.adamw, hyperparam_dtype=jnp.float32)(
@@ -423,8 +431,10 @@ def test_fsdp_shardings():
     }
     assert shardings["stack"]["norm"].spec == P(None, both)
     assert find()["stack"]["norm"].spec == P(both, None)
-    assert find(group_size=128)["longest"].spec == P(None, both)
-    assert find(group_size=128)["whole groups"].spec == P(None, both)
+    assert find(storage=fq.Storage(group_size=128))["longest"].spec == P(None, both)
+    assert find(storage=fq.Storage(group_size=128))["whole groups"].spec == P(
+        None, both
+    )
 
 
 def test_gradient_release():
@@ -641,7 +651,7 @@ def test_help(capsys, command):
         ("plan --params=7B --master-weight-bits=16", "takes 24, 32 or none; got '16'"),
         (
             "plan --params=7B --dtype=float32 --master-weight-bits=24",
-            "`adamw(master_weight_bits=24)` has no effect",
+            "`Storage(master_weight_bits=24)` has no effect",
         ),
         ("plan --params=7B --moments=int4", "takes one of flashquinox, flashoptim"),
         ("plan --params=7B --moments=log,log,log", "or two with a comma"),

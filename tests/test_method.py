@@ -31,16 +31,17 @@ _options = {
     "mask of lists": lambda: {"mask": {"layer": {"w": True}, "b": [False]}},
     "learning rate in an array": lambda: {"learning_rate": jnp.asarray(1e-2)},
     "peak in an array": lambda: {
-        "decouple_lr": True,
+        "decay": "independent",
         "peak_learning_rate": jnp.asarray(1.0),
     },
     "shardings": lambda: {"shardings": _everywhere()},
 }
 
 
-def _make(**options):
-    kwargs = {"learning_rate": 1e-2, "moments": "float32"} | options
-    return fq.adamw(weight_decay=0.1, **kwargs)
+def _make(bits="auto", **options):
+    kwargs = {"learning_rate": 1e-2} | options
+    storage = fq.Storage(moments="float32", master_weight_bits=bits)
+    return fq.adamw(weight_decay=0.1, storage=storage, **kwargs)
 
 
 @pytest.mark.parametrize("name", _options)
@@ -61,7 +62,10 @@ def test_methods_are_functions_for_jit(name):
 def test_mask_that_is_a_module():
     """Which has a `__call__`, but is no function of the parameters."""
     params = {"layer": _Layer(jnp.ones((4, 32))), "b": jnp.ones(8)}
-    optim = _make(master_weight_bits=None, mask={"layer": _Layer(True), "b": False})
+    optim = _make(
+        bits=None,
+        mask={"layer": _Layer(True), "b": False},
+    )
     grads = jax.tree.map(jnp.zeros_like, params)
     state = jax.jit(optim.init)(params)
     new, _ = jax.jit(optim.step)(params, state, grads)
@@ -90,7 +94,10 @@ def test_an_optimizer_is_an_argument(name):
 def test_a_learning_rate_in_an_array_is_an_argument():
     step = eqx.filter_jit(lambda optim, *args: optim.step(*args))
     for rate in (0.5, 0.25):
-        optim = fq.sgd(jnp.asarray(rate), moments="float32", master_weight_bits=None)
+        optim = fq.sgd(
+            jnp.asarray(rate),
+            storage=fq.Storage(moments="float32", master_weight_bits=None),
+        )
         params = {"w": jnp.ones(8)}
         new, _ = step(optim, params, optim.init(params), params)
         assert jnp.all(new["w"] == 1 - rate)
@@ -121,7 +128,7 @@ def test_equal_methods_compute_the_same():
         one.update,
         fq.adamw(jnp.asarray(1e-2), mask=_mask).init,
         fq.adamw(array, mask=_mask | {"b": True}).init,
-        fq.adamw(array, mask=_mask, group_size=64).init,
+        fq.adamw(array, mask=_mask, storage=fq.Storage(group_size=64)).init,
     ):
         assert one.init != other
 
@@ -144,7 +151,7 @@ def test_labels_of_a_partition_in_jit(wrap):
     optim = optax.partition(
         {
             "matrix": _make(mask={"layer": True, "b": None}),
-            "rest": fq.sgd(1e-2, master_weight_bits=None),
+            "rest": fq.sgd(1e-2, storage=fq.Storage(master_weight_bits=None)),
         },
         labels if wrap == "dictionary" else lambda _: labels,
     )

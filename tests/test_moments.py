@@ -48,7 +48,7 @@ def _trained(optim, model, steps=4):
 
 @pytest.fixture(scope="module", params=_MOMENTS)
 def trained(request):
-    optim = fq.adamw(1e-3, moments=request.param)
+    optim = fq.adamw(1e-3, storage=fq.Storage(moments=request.param))
     return optim, *_trained(optim, _model())
 
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_encoded():
     [("flashquinox", 2e38, ["mu"]), ("flashoptim", 1e12, ["mu", "nu"])],
 )
 def test_too_large_for_the_scales(moments, large, names):
-    state = fq.adamw(1e-3, moments=moments).init(_model())
+    state = fq.adamw(1e-3, storage=fq.Storage(moments=moments)).init(_model())
     for name in names:
         moment = state.moments[name]["w"]
         values = jnp.full(moment.codes.shape, large)

@@ -102,7 +102,7 @@ def test_inject_hyperparams(name, dtype):
     make, kwargs = _make[name].func if hasattr(_make[name], "func") else _make[name], {}
     kwargs = getattr(_make[name], "keywords", {})
     if dtype == jnp.float32:
-        kwargs = kwargs | {"master_weight_bits": None}
+        kwargs = kwargs | {"storage": fq.Storage(master_weight_bits=None)}
     inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
     optim = inject(learning_rate=1e-2, **kwargs)
     params = weights(*_names, dtype=dtype)

@@ -186,8 +186,7 @@ def test_dampening(momentum, nesterov):
         momentum=momentum,
         nesterov=nesterov,
         dampening=0.3,
-        master_weight_bits=None,
-        moments="float32",
+        storage=fq.Storage(master_weight_bits=None, moments="float32"),
     )
     w = {"matrix": weights("matrix", dtype=jnp.float32)["matrix"]}
     state = optim.init(w)
@@ -209,7 +208,7 @@ def test_shapes_and_group_sizes(group_size, names):
         name: jnp.asarray(np.full(SHAPES[name], number, dtype)) for name in names
     }
     w, grads = of_all(1, jnp.bfloat16), of_all(0.5, jnp.float32)
-    optim = fq.adamw(0.1, weight_decay=0.0, group_size=group_size)
+    optim = fq.adamw(0.1, weight_decay=0.0, storage=fq.Storage(group_size=group_size))
     new, state = jax.jit(optim.step)(w, optim.init(w), grads)
     assert _specs(new) == _specs(w)
     # The first step of Adam is the learning rate long: within a step of 24 bits.
@@ -463,7 +462,7 @@ def _specials(dtype) -> jax.Array:
     ],
 )
 def test_special_weights_survive(make, dtype, bits):
-    optim = make(0.1, weight_decay=0.0, master_weight_bits=bits)
+    optim = make(0.1, weight_decay=0.0, storage=fq.Storage(master_weight_bits=bits))
     w = _specials(dtype).reshape(2, -1)
     zeros = jnp.zeros_like(w)
     state = optim.init(w)
@@ -610,9 +609,9 @@ def test_decouple_lr(make):
     optim = make(
         schedule,
         weight_decay=0.25,
-        decouple_lr=True,
+        decay="independent",
         peak_learning_rate=2e-4,
-        master_weight_bits=None,
+        storage=fq.Storage(master_weight_bits=None),
     )
     state = optim.init(w)
     first, state = optim.step(w, state, zeros)
@@ -620,7 +619,12 @@ def test_decouple_lr(make):
     np.testing.assert_allclose(first, 1 - 0.25 / 2, rtol=2**-22)
     np.testing.assert_allclose(second, (1 - 0.25 / 2) * 0.75, rtol=2**-22)
     # A constant is its own peak.
-    constant = make(3e-4, weight_decay=0.25, decouple_lr=True, master_weight_bits=None)
+    constant = make(
+        3e-4,
+        weight_decay=0.25,
+        decay="independent",
+        storage=fq.Storage(master_weight_bits=None),
+    )
     new, _ = constant.step(w, constant.init(w), zeros)
     np.testing.assert_allclose(new, 0.75, rtol=2**-22)
 
@@ -634,9 +638,9 @@ def test_decouple_lr(make):
         (fq.sgd(1e-3, momentum=0.9), 4.0625),
         (fq.sgd(1e-3), 3.0),
         (fq.sgd(1e-3, momentum=0.0), 3.0),
-        (fq.adamw(1e-3, master_weight_bits=32), 6.125),
-        (fq.adamw(1e-3, group_size=128), 5.03125),
-        (fq.adamw(1e-3, moments="flashoptim"), 5.125),
+        (fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=32)), 6.125),
+        (fq.adamw(1e-3, storage=fq.Storage(group_size=128)), 5.03125),
+        (fq.adamw(1e-3, storage=fq.Storage(moments="flashoptim")), 5.125),
     ],
 )
 @pytest.mark.parametrize("shape", [(1024, 1024), (64, 128, 128)])
@@ -696,7 +700,7 @@ def test_float64(name):
 def test_float64_beside_bfloat16(moments):
     with jax.enable_x64(True):
         w = weights("matrix", dtype=jnp.float64) | weights("ragged")
-        optim = fq.adamw(1e-2, moments=moments)
+        optim = fq.adamw(1e-2, storage=fq.Storage(moments=moments))
         state = optim.init(w)
         assert state.corrections["matrix"] is None
         grads = weights("matrix", "ragged", dtype=jnp.float32, seed=1)
@@ -742,11 +746,14 @@ def test_checkpoint_of_another_shape(tmp_path):
         {"matrix": jnp.zeros((4, 32), jnp.bfloat16)},
         {"matrix": jnp.zeros((4, 64), jnp.float32)},
     ):
-        like = (like, fq.adamw(1e-2, master_weight_bits=None).init(like))
+        like = (
+            like,
+            fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=None)).init(like),
+        )
         with pytest.raises(Exception, match="matrix"):
             eqx.tree_deserialise_leaves(tmp_path / "x.eqx", like)
     # Of another group size, it is the scales that do not fit.
-    like = (saved, fq.adamw(1e-2, group_size=16).init(saved))
+    like = (saved, fq.adamw(1e-2, storage=fq.Storage(group_size=16)).init(saved))
     with pytest.raises(Exception, match="scales"):
         eqx.tree_deserialise_leaves(tmp_path / "x.eqx", like)
 
@@ -813,8 +820,10 @@ def test_jit_of_init():
 @pytest.mark.parametrize("momentum", [0.9, jnp.asarray(0.9, jnp.float32)])
 def test_rule_of_a_user(momentum):
     params = weights(*_few)
-    ours = fq.sgd(0.1, momentum=0.9, moments="float32")
-    theirs = fq.optimizer(HeavyBall(momentum), 0.1, moments="float32")
+    ours = fq.sgd(0.1, momentum=0.9, storage=fq.Storage(moments="float32"))
+    theirs = fq.optimizer(
+        HeavyBall(momentum), 0.1, storage=fq.Storage(moments="float32")
+    )
     state, their_state = ours.init(params), theirs.init(params)
     their_params = params
     for count in range(4):

@@ -22,36 +22,39 @@ _CASES = {
         lambda: fq.adamw(1e-3)
     ),
     "adamw(learning_rate=0.001, b1=0.9, b2=0.999, eps=0.0, nesterov=True, "
-    "weight_decay=0.1, decouple_lr=True, peak_learning_rate=0.001, mask={'a': True}, "
-    "moments=('learned', 'log'))": (
+    "weight_decay=0.1, mask={'a': True}, decay='independent', "
+    "peak_learning_rate=0.001, storage=Storage(moments=('learned', 'log')))": (
         lambda: fq.adamw(
             1e-3,
             eps=0.0,
             nesterov=True,
             weight_decay=0.1,
-            decouple_lr=True,
+            decay="independent",
             mask={"a": True},
-            moments=("learned", "log"),
+            storage=fq.Storage(moments=("learned", "log")),
         )
     ),
     "lion(learning_rate=cosine_decay_schedule.schedule, b1=0.9, b2=0.99, "
-    "weight_decay=partial(_polynomial, ...), group_size=64, backend='xla')": (
+    "weight_decay=partial(_polynomial, ...), storage=Storage(group_size=64), "
+    "backend='xla')": (
         lambda: fq.lion(
             optax.cosine_decay_schedule(1e-3, 10),
             weight_decay=functools.partial(_polynomial, 2),
-            group_size=64,
+            storage=fq.Storage(group_size=64),
             backend="xla",
         )
     ),
     "sgd(learning_rate=0.5, weight_decay=0.0)": lambda: fq.sgd(jnp.float32(0.5)),
     "sgdw(learning_rate=0.5, momentum=0.75, weight_decay=0.0001, "
-    "master_weight_bits=None, dither_weights=True)": (
+    "storage=Storage(master_weight_bits=None, dither_weights=True))": (
         lambda: fq.sgdw(
-            0.5, np.float32(0.75), master_weight_bits=None, dither_weights=True
+            0.5,
+            np.float32(0.75),
+            storage=fq.Storage(master_weight_bits=None, dither_weights=True),
         )
     ),
     "optimizer(HeavyBall(momentum=0.5), learning_rate=0.01, weight_decay=0.0, "
-    "decoupled=False)": lambda: fq.optimizer(HeavyBall(0.5), 1e-2, decoupled=False),
+    "decay='l2')": lambda: fq.optimizer(HeavyBall(0.5), 1e-2, decay="l2"),
 }
 
 

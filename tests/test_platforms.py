@@ -96,7 +96,7 @@ def no_kernels(monkeypatch):
 def test_one_warning_where_kernels_would_have_been_used(name, no_kernels):
     """On their device, which is not there either: the program is only traced."""
     params = {"w": jnp.ones((32, 64), jnp.bfloat16)}
-    optim = fq.lion(1e-2, moments="float32")
+    optim = fq.lion(1e-2, storage=fq.Storage(moments="float32"))
     state = optim.init(params)
     with compiling_for(*_DEVICES[name]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

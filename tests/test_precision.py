@@ -331,7 +331,7 @@ def test_what_is_lost_does_not_move(dtype, bits, digits, largest):
     half_unit = 2.0 ** (np.floor(np.log2(largest)) - digits)
     for factor, lost in [(0.9, True), (1.1, False)]:
         learning_rate = factor * half_unit
-        optim = fq.sgd(learning_rate, master_weight_bits=bits)
+        optim = fq.sgd(learning_rate, storage=fq.Storage(master_weight_bits=bits))
         state = optim.init(weight)
         report = fq.check_numerics(weight, state, learning_rate)
         (leaf,) = report.leaves
@@ -372,7 +372,7 @@ def test_a_weight_that_is_not_finite_is_lost():
 
 def _trained(dtype, bits: int, steps: int = 3):
     model = weights("matrix", "bias", "ragged", dtype=dtype)
-    optim = fq.adamw(1e-2, master_weight_bits=bits)
+    optim = fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=bits))
     state = optim.init(model)
     for seed in range(1, 1 + steps):
         grads = weights("matrix", "bias", "ragged", dtype=dtype, seed=seed)
@@ -425,7 +425,8 @@ def test_widths_may_differ_in_a_model():
     """Each leaf goes on as in an optimizer of its own width, in one step of all."""
     shapes = {"a": (32, 64), "b": (32, 64), "c": (32, 64)}
     model, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
-    narrow, wide = fq.lion(1e-2), fq.lion(1e-2, master_weight_bits=32)
+    narrow = fq.lion(1e-2)
+    wide = fq.lion(1e-2, storage=fq.Storage(master_weight_bits=32))
     mixed = fq.widen_corrections(model, narrow.init(model), ["b"])
     results = [
         jax.jit(optim.step)(model, state, grads)
@@ -548,7 +549,10 @@ def test_small_steps_arrive(dtype):
     grad, steps = jnp.ones(4, jnp.float32), 1000
 
     def train(dithered):
-        optim = fq.sgd(unit / 100, master_weight_bits=None, dither_weights=dithered)
+        optim = fq.sgd(
+            unit / 100,
+            storage=fq.Storage(master_weight_bits=None, dither_weights=dithered),
+        )
         step = lambda _, carry: optim.step(*carry, grad)
         carry = weight, optim.init(weight)
         return float64(jax.lax.fori_loop(0, steps, step, carry)[0]) - float64(weight)
@@ -563,9 +567,11 @@ def test_kernels_dither_weights(backend, method):
     shapes = {"a": (32, 128), "b": (64, 128)}
     params = arrays(shapes, jnp.bfloat16, 0)
     grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(fq.lion, 1e-2, master_weight_bits=None, dither_weights=True)
+    make = ft.partial(
+        fq.lion, 1e-2, storage=fq.Storage(master_weight_bits=None, dither_weights=True)
+    )
     run(backend, make, params, grads, method=method)
-    plain = fq.lion(1e-2, master_weight_bits=None)
+    plain = fq.lion(1e-2, storage=fq.Storage(master_weight_bits=None))
     dithered, nearest = (
         optim.step(params, optim.init(params), grads[0])[0]["a"]
         for optim in (make(), plain)
@@ -603,7 +609,7 @@ def test_errors():
             text,
         )
     model = weights("matrix", "bias")
-    plain = fq.adamw(1e-3, master_weight_bits=None)
+    plain = fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None))
     bare = plain.init(model)
     for change in (fq.widen_corrections, fq.narrow_corrections):
         assert_raises(
@@ -621,21 +627,19 @@ def test_errors():
     assert_raises(
         TypeError, lambda: fq.widen_corrections(state, model), "`widen_corrections`"
     )
-    wide, narrow = (
-        fq.adamw(1e-3, master_weight_bits=32),
-        fq.narrow_corrections(model, state),
-    )
+    wide = fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=32))
+    narrow = fq.narrow_corrections(model, state)
     assert_raises(
         ValueError,
         lambda: wide.step(model, narrow, model),
-        "`master_weight_bits=24`",
+        "`Storage(master_weight_bits=24)`",
         "flashquinox.widen_corrections",
     )
     assert_raises(
         ValueError,
         lambda: plain.step(model, fq.widen_corrections(model, state), model),
-        "`master_weight_bits=32`",
-        "`master_weight_bits=None`",
+        "`Storage(master_weight_bits=32)`",
+        "`Storage(master_weight_bits=None)`",
     )
 
 
@@ -702,13 +706,15 @@ def test_errors_of_weights_that_are_not_finite():
 def test_errors_of_dithered_weights():
     assert_raises(
         ValueError,
-        lambda: fq.lion(1e-3, dither_weights=True),
-        "`lion(dither_weights=True)`",
+        lambda: fq.lion(1e-3, storage=fq.Storage(dither_weights=True)),
+        "`Storage(dither_weights=True)`",
         "master_weight_bits=None",
     )
     assert_raises(
         TypeError,
-        lambda: fq.sgd(1e-3, dither_weights="yes", master_weight_bits=None),
-        "`sgd(dither_weights=...)`",
+        lambda: fq.sgd(
+            1e-3, storage=fq.Storage(dither_weights="yes", master_weight_bits=None)
+        ),
+        "`Storage(dither_weights=...)`",
         "'yes'",
     )

@@ -214,12 +214,13 @@ def test_is_the_ordinary_step(case, odd, plain_processor):
 
 def _train_both(case: Case, odd: bool) -> list[str]:
     """With a schedule, and a weight that both ends use."""
-    options = {}
+    options, stored = {}, {}
     if odd:
         options["mask"] = lambda model: jtu.tree_map(lambda x: x.ndim > 2, model)
     if case.storage.moments == "learned":
-        options["moments"] = EAGER
-    optim = case.optimizer(optax.linear_schedule(1e-2, 1e-3, 3), **options)
+        stored["moments"] = EAGER
+    schedule = optax.linear_schedule(1e-2, 1e-3, 3)
+    optim = case.optimizer(schedule, stored, **options)
     model = _model(case.storage.dtype, odd=odd, without=["scale"] if odd else _VECTORS)
     results = []
     for step in _steps(optim):
@@ -332,7 +333,7 @@ def _steps_that_are_not_finite() -> tuple[list[str], list[str]]:
 
 def _step_that_learns() -> list[str]:
     """What a layer that is left as it is has stored is in the new codes, too."""
-    optim = fq.adamw(1e-2, moments=EAGER, skip_nonfinite=True)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments=EAGER), skip_nonfinite=True)
     model = _model(without=["bias"])
     state = optim.init(model)
     _, release = _steps(optim)
@@ -358,7 +359,11 @@ def test_max_norm():
     """Of each part, and of no other: what only the epilogue reads, the layers, and the
     rest."""
     # The first momentum is the gradient.
-    optim = fq.sgd(1.0, momentum=0.9, master_weight_bits=None, moments="float32")
+    optim = fq.sgd(
+        1.0,
+        momentum=0.9,
+        storage=fq.Storage(master_weight_bits=None, moments="float32"),
+    )
     model, batch = _model(jnp.float32), _batch(dtype=jnp.float32)
 
     def gradient(**options):
@@ -394,7 +399,11 @@ def test_max_norm():
 
 def test_max_norm_of_gradients_of_any_size():
     """Also where their squares are infinite in float32, or zero."""
-    optim = fq.sgd(1.0, momentum=0.9, master_weight_bits=None, moments="float32")
+    optim = fq.sgd(
+        1.0,
+        momentum=0.9,
+        storage=fq.Storage(master_weight_bits=None, moments="float32"),
+    )
     epilogue = lambda model, x, batch, key: (
         batch["unit"] * _epilogue(model, x, batch, key)
     )

@@ -134,7 +134,9 @@ def test_kernels_take_functions_of_every_kind(functions, backend):
     shapes = {"leaf": (32, 64)}
     moments = _codecs if functions == "calls" else "float32"
     rule = Calls(_FUNCTIONS[functions])
-    make = lambda backend: fq.optimizer(rule, 1e-2, moments=moments, backend=backend)
+    make = lambda backend: fq.optimizer(
+        rule, 1e-2, storage=fq.Storage(moments=moments), backend=backend
+    )
     grads = [arrays(shapes, jnp.float32, 1)]
     run(backend, make, arrays(shapes, jnp.bfloat16, 0), grads)
 
@@ -145,7 +147,9 @@ def test_kernels_take_functions_of_every_kind(functions, backend):
 def test_such_rules_are_lowered(platform, kind):
     rule = Calls((_calls, _names, _branches, _loops))
     backend = "gpu" if platform == "cuda" else "tpu"
-    optim = fq.optimizer(rule, 1e-2, moments=_codecs, backend=backend)
+    optim = fq.optimizer(
+        rule, 1e-2, storage=fq.Storage(moments=_codecs), backend=backend
+    )
     params = {"leaf": jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)}
     state = jax.eval_shape(optim.init, params)
     with compiling_for(kind, platform):
@@ -158,7 +162,7 @@ def test_moments_of_such_rules_can_be_learned():
     """What is learned depends on the rule's derivative, which a `custom_vjp` does not
     have forward."""
     params = {"leaf": jnp.ones((32, 32), jnp.bfloat16)}
-    optim = fq.optimizer(Calls((_calls,)), 1e-2, moments="learned")
+    optim = fq.optimizer(Calls((_calls,)), 1e-2, storage=fq.Storage(moments="learned"))
     state = optim.init(params)
     _, state = jax.eval_shape(optim.step, params, state, params)
     assert state.moments["trace"]["leaf"].parameter is not None
@@ -533,15 +537,15 @@ def _moment_codecs(codec):
 def test_codecs_that_are_none_are_refused(name):
     make, step, message = _CODECS[name]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
-        fq.lion(1e-3, moments=_moment_codecs(make()))
-    assert str(error.value).startswith("`lion(moments=...)`: ")
+        fq.lion(1e-3, storage=fq.Storage(moments=_moment_codecs(make())))
+    assert str(error.value).startswith("`Storage(moments=...)`: ")
     assert step in str(error.value)
 
 
 def test_other_codecs_are_built():
     for codec in (Unscaled(), Bent(jnp.sqrt), Curve()):
-        fq.lion(1e-3, moments=_moment_codecs(codec))
+        fq.lion(1e-3, storage=fq.Storage(moments=_moment_codecs(codec)))
     for name in fq.MomentCodecs.names():
         named = fq.MomentCodecs.named(name)
         again = fq.MomentCodecs(named.signed, named.nonnegative)
-        assert fq.adamw(1e-3, moments=again) is not None
+        assert fq.adamw(1e-3, storage=fq.Storage(moments=again)) is not None

@@ -35,7 +35,7 @@ def test_traced_peak_of_zero():
 
     def step(rate, peak):
         optim = fq.adamw(
-            rate, weight_decay=0.5, decouple_lr=True, peak_learning_rate=peak
+            rate, weight_decay=0.5, decay="independent", peak_learning_rate=peak
         )
         return optim.step(_model, fq.adamw(1e-3).init(_model), _grads)[0]
 

@@ -279,7 +279,7 @@ def test_groups_in_two_parts(moments, types):
     """No axis will do, or the codec flattens: it says so, and is right."""
     shapes = {"matrix": (96, 48)}
     sharding = NamedSharding(_mesh(types), P("data", "model"))
-    optim = fq.adamw(1e-2, moments=moments)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments=moments))
     model, grads = _model(0, shapes=shapes), _model(1, shapes=shapes)
     step = jax.jit(optim.step)
     expected = step(model, optim.init(model), grads)

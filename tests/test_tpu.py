@@ -160,7 +160,7 @@ def _assert_only_words(case: Case, shapes) -> None:
 def test_other_groups(name, group_size):
     shapes = {"leaf": (256, 64)}
     grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
-    make = ft.partial(Case(name, _ours).optimizer, 1e-2, group_size=group_size)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2, {"group_size": group_size})
     run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
@@ -345,20 +345,26 @@ def _bytes(tree) -> int:
 _VARIANTS = {
     "adamw": fq.adamw(1e-3, backend="tpu"),
     "adamw-nesterov-32": fq.adamw(
-        1e-3, nesterov=True, master_weight_bits=32, backend="tpu"
+        1e-3, nesterov=True, storage=fq.Storage(master_weight_bits=32), backend="tpu"
     ),
     "adam-float32-moments": fq.adam(
-        1e-3, weight_decay=0.1, moments="float32", backend="tpu"
+        1e-3, weight_decay=0.1, storage=fq.Storage(moments="float32"), backend="tpu"
     ),
     "lion": fq.lion(1e-3, backend="tpu"),
     "sgd": fq.sgd(1e-3, backend="tpu"),
     "sgdw": fq.sgdw(1e-3, momentum=0.9, skip_nonfinite=True, backend="tpu"),
     "adamw-dithered-weights": fq.adamw(
-        1e-3, master_weight_bits=None, dither_weights=True, backend="tpu"
+        1e-3,
+        storage=fq.Storage(master_weight_bits=None, dither_weights=True),
+        backend="tpu",
     ),
-    "adamw-learned": fq.adamw(1e-3, moments="learned", backend="tpu"),
-    "adamw-log": fq.adamw(1e-3, moments="log", backend="tpu"),
-    "adamw-groups-of-64": fq.adamw(1e-3, group_size=64, backend="tpu"),
+    "adamw-learned": fq.adamw(
+        1e-3, storage=fq.Storage(moments="learned"), backend="tpu"
+    ),
+    "adamw-log": fq.adamw(1e-3, storage=fq.Storage(moments="log"), backend="tpu"),
+    "adamw-groups-of-64": fq.adamw(
+        1e-3, storage=fq.Storage(group_size=64), backend="tpu"
+    ),
 }
 
 
@@ -444,7 +450,7 @@ def test_compiles_what_lies_transposed(shape, variant):
 )
 def test_compiles_other_dtypes_and_updates(chip):
     shape = jax.ShapeDtypeStruct((96, 200), jnp.float32)
-    optim = fq.adamw(1e-3, master_weight_bits=None, backend="tpu")
+    optim = fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None), backend="tpu")
     assert "tpu_custom_call" in _text(_compile(chip, optim, shape, shape))
     narrow = jax.ShapeDtypeStruct((96, 200), jnp.bfloat16)
     optim = fq.adamw(1e-3, backend="tpu")

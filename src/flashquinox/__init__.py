@@ -8,6 +8,7 @@ from ._optimizer.lion import lion as lion
 from ._optimizer.map_moments import map_moments as map_moments
 from ._optimizer.map_params import map_params as map_params
 from ._optimizer.optimizer import Optimizer as Optimizer, optimizer as optimizer
+from ._optimizer.options import Options as Options
 from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
 from ._optimizer.state import OptimizerState as OptimizerState
 from ._rules.adam import Adam as Adam
@@ -36,6 +37,7 @@ from ._storage.moment_codecs import MomentCodecs as MomentCodecs
 from ._storage.quant_moment import QuantMoment as QuantMoment
 from ._storage.softsign import SoftsignCodec as SoftsignCodec
 from ._storage.split import ECCWeight as ECCWeight
+from ._storage.storage import Storage as Storage
 from .memory import (
     DeviceMemory as DeviceMemory,
     memory_plan as memory_plan,

@@ -21,8 +21,7 @@ import flashquinox as fq
 
 from ._memory import architectures
 from ._memory.plan import MOST_DEVICES
-from ._storage.defaults import AUTO_BITS, GROUP_SIZE, MASTER_WEIGHT_BITS
-from ._storage.moment_codecs import MomentCodecs
+from ._storage.storage import AUTO_BITS
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +76,7 @@ def config(text: str) -> Path:
 
 
 def bits(text: str) -> int | str | None:
-    if text == MASTER_WEIGHT_BITS:
+    if text == "auto":
         return text
     if text not in ("24", "32", "none"):
         raise argparse.ArgumentTypeError(f"takes 24, 32 or none; got {text!r}")
@@ -86,9 +85,9 @@ def bits(text: str) -> int | str | None:
 
 def codecs(text: str) -> str | tuple[str, ...]:
     names = tuple(text.split(","))
-    if len(names) > 2 or not set(names) <= set(MomentCodecs.names()):
+    if len(names) > 2 or not set(names) <= set(fq.MomentCodecs.names()):
         raise argparse.ArgumentTypeError(
-            f"takes one of {', '.join(MomentCodecs.names())}, or two with a comma "
+            f"takes one of {', '.join(fq.MomentCodecs.names())}, or two with a comma "
             f"between them; got {text!r}"
         )
     return names[0] if len(names) == 1 else names
@@ -187,7 +186,7 @@ def parser() -> Parser:
     add(
         "--master-weight-bits",
         type=bits,
-        default=MASTER_WEIGHT_BITS,
+        default="auto",
         metavar="N",
         help=f"24, 32 or none ({AUTO_BITS}; none for float32)",
     )
@@ -196,15 +195,15 @@ def parser() -> Parser:
         type=codecs,
         default="flashquinox",
         metavar="NAME",
-        help=f"how moments are stored: {', '.join(MomentCodecs.names())}, or a pair "
+        help=f"how moments are stored: {', '.join(fq.MomentCodecs.names())}, or a pair "
         "with a comma (flashquinox)",
     )
     add(
         "--group-size",
         type=whole,
-        default=int(GROUP_SIZE),
+        default=fq.Storage().group_size,
         metavar="N",
-        help=f"how many elements share a scale ({GROUP_SIZE})",
+        help="how many elements share a scale (%(default)s)",
     )
     add(
         "--device-memory",
@@ -260,11 +259,12 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
 
 
 def make_optimizer(settings: argparse.Namespace) -> fq.Optimizer:
-    arguments: dict[str, Any] = {
-        "master_weight_bits": settings.master_weight_bits,
-        "moments": settings.moments,
-        "group_size": settings.group_size,
-    }
+    storage = fq.Storage(
+        master_weight_bits=settings.master_weight_bits,
+        moments=settings.moments,
+        group_size=settings.group_size,
+    )
+    arguments: dict[str, Any] = {"storage": storage}
     if settings.momentum is not None:
         if settings.optimizer not in ("sgd", "sgdw"):
             raise ValueError("--momentum: only of sgd and sgdw")

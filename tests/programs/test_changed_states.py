@@ -60,7 +60,10 @@ def test_other_dtypes_are_refused(part, without_typechecker):
 @pytest.mark.parametrize("moments", ["flashquinox", "learned", "float32"])
 def test_counts_end(moments):
     schedule = lambda count: 1e-3 / (1 + count.astype(jnp.float32) * 1e-9)
-    optim, reference = fq.adamw(schedule, moments=moments), optax.adamw(schedule)
+    optim, reference = (
+        fq.adamw(schedule, storage=fq.Storage(moments=moments)),
+        optax.adamw(schedule),
+    )
     last = np.iinfo(np.int32).max
     set_count = lambda state: optax.tree.set(state, count=jnp.int32(last - 1))
     grads = new = exact = {"w": jnp.ones((4, 64))}

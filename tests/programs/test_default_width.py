@@ -41,7 +41,7 @@ def test_groups_of_one_dtype():
     updates, _ = optim.update(params, optim.init(params), params)
     assert all(jnp.any(x != 0) for x in jtu.tree_leaves(updates))
     # A width that somebody asked for has to reach something.
-    groups["wide"] = fq.adamw(1e-2, master_weight_bits=24)
+    groups["wide"] = fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=24))
     optim = optax.partition(groups, {name: name for name in params})
     assert_raises(ValueError, lambda: optim.init(params), "no effect", "['wide']")
 
@@ -50,7 +50,7 @@ def test_inject_hyperparams_and_memory_plan():
     inject = optax.inject_hyperparams(fq.adamw, hyperparam_dtype=jnp.float32)
     params = {"wide": _params()["wide"]}
     state = jax.jit(inject(learning_rate=1e-3).init)(params)
-    assert "master_weight_bits" not in state.hyperparams
+    assert set(state.hyperparams) == {"learning_rate"}
     assert fq.memory_plan(params, fq.adamw(1e-3)).step.corrections == 0
 
 
@@ -65,17 +65,24 @@ def test_messages_name_what_differs(without_typechecker):
         "`['w']` is float32",
         "int8 correction",
     )
-    without = fq.adamw(1e-3, master_weight_bits=None).init(params)
+    without = fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None)).init(params)
     assert_raises(
         ValueError,
         lambda: optim.step(params, without, params),
-        "`master_weight_bits=None`",
-        "`master_weight_bits=24`, as 'auto' is",
+        "`Storage(master_weight_bits=None)`",
+        "`Storage(master_weight_bits=24)`, as 'auto' is",
     )
     assert_raises(
-        ValueError, lambda: fq.adamw(1e-3, group_size=32.0), "integer", "32.0"
+        ValueError,
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size=32.0)),
+        "integer",
+        "32.0",
     )
-    assert_raises(ValueError, lambda: fq.adamw(1e-3, master_weight_bits=24.0), "24.0")
+    assert_raises(
+        ValueError,
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=24.0)),
+        "24.0",
+    )
 
 
 def test_state_of_an_ensemble(without_typechecker):

@@ -68,7 +68,8 @@ def _of_kernels(params):
         (fq.adamw(1e-2), freeze),
         (
             optax.chain(
-                optax.clip_by_global_norm(1.0), fq.sgd(1e-2, 0.9, moments="learned")
+                optax.clip_by_global_norm(1.0),
+                fq.sgd(1e-2, 0.9, storage=fq.Storage(moments="learned")),
             ),
             dict,
         ),
@@ -116,7 +117,7 @@ def test_groups_that_lie_elsewhere():
     params, coarse, fine = (
         _params["Dense_0"],
         fq.lion(1e-2),
-        fq.lion(1e-2, group_size=16),
+        fq.lion(1e-2, storage=fq.Storage(group_size=16)),
     )
     _, state = jax.jit(coarse.update)(params, coarse.init(params), params)
     data = serialization.to_bytes(state)
@@ -138,13 +139,21 @@ _other = {"kernel": jnp.zeros((17, 40), jnp.bfloat16), "bias": jnp.zeros(40)}
     "other, params, message",
     [
         (fq.lion(1e-2), _params["Dense_0"], "`./moments/nu/bias`, float32 of"),
-        (fq.adamw(1e-2, master_weight_bits=32), None, "int8 of shape (40,) was stored"),
         (
-            fq.adamw(1e-2, moments="softsign"),
+            fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=32)),
+            None,
+            "int8 of shape (40,) was stored",
+        ),
+        (
+            fq.adamw(1e-2, storage=fq.Storage(moments="softsign")),
             None,
             "`./moments/nu/kernel`, a moment of",
         ),
-        (fq.adamw(1e-2, moments="float32"), None, "`./moments/mu/kernel`, nothing was"),
+        (
+            fq.adamw(1e-2, storage=fq.Storage(moments="float32")),
+            None,
+            "`./moments/mu/kernel`, nothing was",
+        ),
         (fq.adamw(1e-2), {"kernel": _other["kernel"]}, "was stored, where"),
         (fq.adamw(1e-2), _other, "`./corrections/bias`, int8 of shape (40,)"),
         (optax.adamw(1e-2), None, "`./0/0"),

@@ -93,9 +93,13 @@ _inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
     "tx, dtype, wrt",
     [
         (fq.adamw(1e-2), jnp.bfloat16, nnx.Param),
-        (fq.adamw(1e-2, moments="learned"), jnp.bfloat16, nnx.Param),
         (
-            fq.adamw(1e-2, moments="float32"),
+            fq.adamw(1e-2, storage=fq.Storage(moments="learned")),
+            jnp.bfloat16,
+            nnx.Param,
+        ),
+        (
+            fq.adamw(1e-2, storage=fq.Storage(moments="float32")),
             jnp.bfloat16,
             nnx.All(nnx.Param, nnx.PathContains("kernel")),
         ),
@@ -372,7 +376,7 @@ def test_names_of_mesh_axes():
     )
     with nnx.use_eager_sharding(False):
         layer = nnx.Linear(16, 4, kernel_init=init, rngs=nnx.Rngs(0))
-        tx = fq.lion(1e-2, moments="learned")
+        tx = fq.lion(1e-2, storage=fq.Storage(moments="learned"))
         optimizer = nnx.Optimizer(layer, tx, wrt=nnx.Param)
     moment = nnx.get_partition_spec(nnx.state(optimizer)).opt_state.moments["mu"]
     spec = {name: x.get_value() for name, x in moment["kernel"].items()}

@@ -108,7 +108,7 @@ def test_dtypes_that_cannot_be_trained(dtype, without_typechecker):
 
 def test_cast_leaves_quantized_weights_and_states_alone():
     model = _model(jnp.float8_e4m3fn)
-    optim = fq.adamw(1e-2, moments="float32")
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="float32"))
     state = optim.init(model)
     for keep in (None, "base"):
         cast = fq.cast(model, jnp.float32, keep=keep)

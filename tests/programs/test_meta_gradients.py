@@ -105,7 +105,7 @@ def _assert_close(found, expected, rtol=1e-3):
 )
 def test_as_of_optax(name, backend, method):
     ours, reference = _PAIRS[name]
-    make = partial(ours, moments="float32", backend=backend)
+    make = partial(ours, storage=fq.Storage(moments="float32"), backend=backend)
     grad = partial(jax.grad, argnums=(0, 1, 2))
     found = jax.jit(grad(_unrolled(make, method=method)))(*_at, _start())
     expected = jax.jit(grad(_unrolled(reference, method="update")))(*_at, _start())
@@ -114,7 +114,7 @@ def test_as_of_optax(name, backend, method):
 
 
 def test_central_differences():
-    make = partial(_PAIRS["adamw"][0], moments="float32")
+    make = partial(_PAIRS["adamw"][0], storage=fq.Storage(moments="float32"))
     with jax.enable_x64(True):
         params = jtu.tree_map(lambda x: jnp.asarray(np.float64(x)), _start())
         run = jax.jit(_unrolled(make))
@@ -143,7 +143,9 @@ def test_forwards_and_eagerly_and_at_a_rate_of_zero():
 
     theirs = jax.jit(partial(jax.jvp, partial(after, reference, "update")))
     for method in ("step", "update"):
-        ours = partial(after, partial(make, moments="float32"), method)
+        ours = partial(
+            after, partial(make, storage=fq.Storage(moments="float32")), method
+        )
         for rate in (0.0, 1e-2):
             at = (jnp.float32(rate),), (jnp.float32(1.0),)
             _, found = jax.jvp(ours, *at)
@@ -157,7 +159,7 @@ def test_forwards_and_eagerly_and_at_a_rate_of_zero():
 def test_elements_without_gradients():
     # Of these, Optax gives NaN: a root has no derivative at zero.
     params = {"w": jnp.ones(8)}
-    optim = fq.adamw(1e-2, moments="float32")
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="float32"))
 
     def loss(scale):
         grads = {"w": scale * jnp.asarray([0.0, 1.0] * 4)}
@@ -168,7 +170,7 @@ def test_elements_without_gradients():
 
 def test_steps_that_are_not_taken():
     params = {"w": jnp.ones(8)}
-    optim = fq.adamw(1e-2, moments="float32", skip_nonfinite=True)
+    optim = fq.adamw(1e-2, storage=fq.Storage(moments="float32"), skip_nonfinite=True)
 
     def loss(params, bad):
         grads = {"w": params["w"].at[0].set(bad)}
@@ -201,7 +203,7 @@ def test_on_a_mesh():
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     params = {"matrix": _start()["matrix"]}
     divided = jax.device_put(params, {"matrix": sharding})
-    make = partial(_PAIRS["adamw"][0], moments="float32")
+    make = partial(_PAIRS["adamw"][0], storage=fq.Storage(moments="float32"))
 
     def loss(rate, params, state):
         new, _ = make(rate, 0.1).step(params, state, jax.grad(_inner)(params))
@@ -219,25 +221,25 @@ def test_on_a_mesh():
 #
 
 _CODED = {
-    "bfloat16": (jnp.bfloat16, {}, ["bfloat16 with a correction", "8 bits"]),
+    "bfloat16": (jnp.bfloat16, fq.Storage(), ["bfloat16 with a correction", "8 bits"]),
     "no correction": (
         jnp.bfloat16,
-        {"master_weight_bits": None, "moments": "float32"},
+        fq.Storage(master_weight_bits=None, moments="float32"),
         ["bfloat16, to which"],
     ),
-    "moments": (jnp.float32, {}, ["moment 'mu'", "8 bits"]),
-    "learned": (jnp.float32, {"moments": "learned"}, ["8 bits"]),
+    "moments": (jnp.float32, fq.Storage(), ["moment 'mu'", "8 bits"]),
+    "learned": (jnp.float32, fq.Storage(moments="learned"), ["8 bits"]),
 }
 
 
-@pytest.mark.parametrize("storage", _CODED)
-def test_codes_have_no_derivatives(storage, without_typechecker):
-    dtype, arguments, parts = _CODED[storage]
+@pytest.mark.parametrize("name", _CODED)
+def test_codes_have_no_derivatives(name, without_typechecker):
+    dtype, storage, parts = _CODED[name]
     params = weights("matrix", dtype=dtype)
-    state = fq.adamw(1e-2, **arguments).init(params)
+    state = fq.adamw(1e-2, storage=storage).init(params)
 
     def new(rate):
-        optim = fq.adamw(rate, **arguments)
+        optim = fq.adamw(rate, storage=storage)
         params_, state_ = optim.step(params, state, params)
         return jnp.sum(params_["matrix"].astype(jnp.float32)), state_
 

@@ -233,7 +233,10 @@ ARGUMENTS = {
         lambda: fq.adamw(1e-3, betas=(0.9, 0.99)),
         Elsewhere(TypeError, "betas"),
     ),
-    "lr=, as in PyTorch": (lambda: fq.adamw(lr=1e-3), Elsewhere(TypeError, "'lr'")),
+    "lr=, as in PyTorch": (
+        lambda: fq.adamw(lr=1e-3),
+        _type_error("`adamw` has no argument `lr`", "learning_rate"),
+    ),
     "weight_dacay": (
         lambda: fq.adamw(1e-3, weight_dacay=0.1),
         Elsewhere(TypeError, "weight_dacay"),
@@ -292,9 +295,17 @@ ARGUMENTS = {
         lambda: repr(fq.adamw(1e-3, skip_nonfinite=np.bool_(True))),
         _works(lambda text: "skip_nonfinite=True" in text),
     ),
-    "decouple_lr string": (
-        lambda: fq.lion(1e-3, decouple_lr="no"),
-        _type_error("`lion(decouple_lr=...)`", _flag, "'no'"),
+    "decay misspelled": (
+        lambda: fq.lion(1e-3, decay="independant"),
+        _value_error("`lion(decay=...)`", "'independent'", "'independant'"),
+    ),
+    "decay boolean": (
+        lambda: fq.adamw(1e-3, decay=True),
+        _value_error("`adamw(decay=...)`", "'decoupled'", "True"),
+    ),
+    "decay of L2 regularization": (
+        lambda: fq.sgdw(1e-3, decay="l2"),
+        _value_error("`sgdw(decay=...)`", "'l2'", "`flashquinox.adam`, `sgd`"),
     ),
     "nesterov string": (
         lambda: fq.adam(1e-3, nesterov="False"),
@@ -313,89 +324,120 @@ ARGUMENTS = {
         _type_error("`optimizer(nesterov=...)`", _flag, "'no'"),
     ),
     "dither_weights string": (
-        lambda: fq.adamw(1e-3, master_weight_bits=None, dither_weights="no"),
-        _type_error("`adamw(dither_weights=...)`", _flag),
+        lambda: fq.adamw(
+            1e-3, storage=fq.Storage(master_weight_bits=None, dither_weights="no")
+        ),
+        _type_error("`Storage(dither_weights=...)`", _flag),
     ),
     "dither_weights with a correction": (
-        lambda: fq.adamw(1e-3, dither_weights=True),
-        _value_error("`adamw(dither_weights=True)`", "master_weight_bits=None"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(dither_weights=True)),
+        _value_error("`Storage(dither_weights=True)`", "master_weight_bits=None"),
     ),
-    "decoupled string": (
-        lambda: fq.optimizer(fq.Adam(), 1e-3, decoupled="no"),
-        _type_error("`optimizer(decoupled=...)`", _flag),
+    "decay of any rule misspelled": (
+        lambda: fq.optimizer(fq.Adam(), 1e-3, decay="L2"),
+        _value_error("`optimizer(decay=...)`", "'l2'", "got 'L2'"),
+    ),
+    "decay where there is L2 regularization": (
+        lambda: fq.adam(1e-3, decay="l2"),
+        _type_error("`adam` has no argument `decay`"),
+    ),
+    # Options, and arguments that are none.
+    "an option that is none": (
+        lambda: fq.adamw(1e-3, skip_nan=True),
+        _type_error("`adamw` has no argument `skip_nan`", "skip_nonfinite"),
+    ),
+    "moments as an argument": (
+        lambda: fq.lion(1e-3, moments="float32"),
+        _type_error("`lion` has no argument `moments`", "flashquinox.Storage(moments"),
+    ),
+    "storage by name": (
+        lambda: fq.adamw(1e-3, storage="float32"),
+        _type_error("`adamw(storage=...)`", "`flashquinox.Storage`", "'float32'"),
+    ),
+    "storage None": (
+        lambda: fq.adamw(1e-3, storage=None),
+        _type_error("`adamw(storage=...)`", "`flashquinox.Storage`", "None"),
+    ),
+    "storage class": (
+        lambda: fq.sgd(1e-3, storage=fq.Storage),
+        _type_error("`sgd(storage=...)`", "Make one: `Storage(...)`"),
+    ),
+    "storage dict": (
+        lambda: fq.optimizer(fq.Lion(), 1e-3, storage={"group_size": 64}),
+        _type_error("`optimizer(storage=...)`", "{'group_size': 64}"),
     ),
     # How it is stored.
     "bits 16": (
-        lambda: fq.adamw(1e-3, master_weight_bits=16),
-        _value_error("`adamw(master_weight_bits=...)`", _bits, "16"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=16)),
+        _value_error("`Storage(master_weight_bits=...)`", _bits, "16"),
     ),
     "bits '24'": (
-        lambda: fq.adamw(1e-3, master_weight_bits="24"),
-        _value_error("`adamw(master_weight_bits=...)`", _bits, "'24'"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits="24")),
+        _value_error("`Storage(master_weight_bits=...)`", _bits, "'24'"),
     ),
     "bits 24.0": (
-        lambda: fq.adamw(1e-3, master_weight_bits=24.0),
-        _value_error("`adamw(master_weight_bits=...)`", _bits, "24.0"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=24.0)),
+        _value_error("`Storage(master_weight_bits=...)`", _bits, "24.0"),
     ),
     "bits True": (
-        lambda: fq.adamw(1e-3, master_weight_bits=True),
-        _value_error("`adamw(master_weight_bits=...)`", _bits, "True"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=True)),
+        _value_error("`Storage(master_weight_bits=...)`", _bits, "True"),
     ),
     "group 33": (
-        lambda: fq.adamw(1e-3, group_size=33),
-        _value_error("`adamw(group_size=...)`", _size, "33"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size=33)),
+        _value_error("`Storage(group_size=...)`", _size, "33"),
     ),
     "group 0": (
-        lambda: fq.adamw(1e-3, group_size=0),
-        _value_error("`adamw(group_size=...)`", _size, "got 0"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size=0)),
+        _value_error("`Storage(group_size=...)`", _size, "got 0"),
     ),
     "group 32.0": (
-        lambda: fq.adamw(1e-3, group_size=32.0),
-        _value_error("`adamw(group_size=...)`", _size, "32.0"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size=32.0)),
+        _value_error("`Storage(group_size=...)`", _size, "32.0"),
     ),
     "group '32'": (
-        lambda: fq.adamw(1e-3, group_size="32"),
-        _value_error("`adamw(group_size=...)`", _size, "'32'"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size="32")),
+        _value_error("`Storage(group_size=...)`", _size, "'32'"),
     ),
     "group True": (
-        lambda: fq.adamw(1e-3, group_size=True),
-        _value_error("`adamw(group_size=...)`", _size, "True"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size=True)),
+        _value_error("`Storage(group_size=...)`", _size, "True"),
     ),
     "group list": (
-        lambda: fq.adamw(1e-3, group_size=[32]),
-        _value_error("`adamw(group_size=...)`", _size, "[32]"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(group_size=[32])),
+        _value_error("`Storage(group_size=...)`", _size, "[32]"),
     ),
     "moments 'int8'": (
-        lambda: fq.adamw(1e-3, moments="int8"),
-        _value_error("`adamw(moments=...)`", "'flashquinox'", "'int8'"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments="int8")),
+        _value_error("`Storage(moments=...)`", "'flashquinox'", "'int8'"),
     ),
     "moments misspelled": (
-        lambda: fq.adamw(1e-3, moments="flashoptin"),
-        _value_error("`adamw(moments=...)`", "'flashoptim'", "'flashoptin'"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments="flashoptin")),
+        _value_error("`Storage(moments=...)`", "'flashoptim'", "'flashoptin'"),
     ),
     "moments None": (
-        lambda: fq.adamw(1e-3, moments=None),
-        _value_error("`adamw(moments=...)`", "None"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments=None)),
+        _value_error("`Storage(moments=...)`", "None"),
     ),
     "moments dict": (
-        lambda: fq.adamw(1e-3, moments={"mu": "log"}),
-        _value_error("`adamw(moments=...)`", "{'mu': 'log'}"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments={"mu": "log"})),
+        _value_error("`Storage(moments=...)`", "{'mu': 'log'}"),
     ),
     "moments without a hash": (
-        lambda: fq.adamw(1e-3, moments=[["a"], "log"]),
-        _value_error("`adamw(moments=...)`", "[['a'], 'log']"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments=[["a"], "log"])),
+        _value_error("`Storage(moments=...)`", "[['a'], 'log']"),
     ),
     "moments array": (
-        lambda: fq.adamw(1e-3, moments=np.array(["log", "log"])),
-        _value_error("`adamw(moments=...)`", "an array"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments=np.array(["log", "log"]))),
+        _value_error("`Storage(moments=...)`", "an array"),
     ),
     "moments codec": (
-        lambda: fq.adamw(1e-3, moments=fq.SoftsignCodec()),
-        _value_error("`adamw(moments=...)`", "MomentCodecs", "SoftsignCodec"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments=fq.SoftsignCodec())),
+        _value_error("`Storage(moments=...)`", "MomentCodecs", "SoftsignCodec"),
     ),
     "moments class": (
-        lambda: fq.adamw(1e-3, moments=fq.MomentCodecs),
-        _value_error("`adamw(moments=...)`", "MomentCodecs"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(moments=fq.MomentCodecs)),
+        _value_error("`Storage(moments=...)`", "MomentCodecs"),
     ),
     "codecs in the other order": (
         lambda: fq.MomentCodecs(
@@ -432,45 +474,45 @@ ARGUMENTS = {
         _type_error("`adamw(shardings=...)`", "'fsdp'", "['w']"),
     ),
     # The peak of decoupled decay.
-    "decouple_lr with a schedule": (
-        lambda: fq.adamw(lambda c: 1e-3, decouple_lr=True),
-        _value_error("`adamw(decouple_lr=True)`", "peak_learning_rate=..."),
+    "independent decay of a schedule": (
+        lambda: fq.adamw(lambda c: 1e-3, decay="independent"),
+        _value_error("`adamw(decay='independent')`", "peak_learning_rate=..."),
     ),
-    "decouple_lr with an array": (
-        lambda: fq.adamw(jnp.float32(1e-3), decouple_lr=True),
-        _value_error("`adamw(decouple_lr=True)`", "peak_learning_rate=..."),
+    "independent decay of an array": (
+        lambda: fq.adamw(jnp.float32(1e-3), decay="independent"),
+        _value_error("`adamw(decay='independent')`", "peak_learning_rate=..."),
     ),
-    "decouple_lr with a rate of 0": (
-        lambda: _step(fq.adamw(0.0, decouple_lr=True, weight_decay=0.0)),
+    "independent decay of a rate of 0": (
+        lambda: _step(fq.adamw(0.0, decay="independent", weight_decay=0.0)),
         _works(lambda result: bool(jnp.all(result[0]["w"] == 1))),
     ),
-    "decouple_lr with a NumPy rate of 0": (
-        lambda: _step(fq.adamw(np.float32(0), decouple_lr=True)),
+    "independent decay of a NumPy rate of 0": (
+        lambda: _step(fq.adamw(np.float32(0), decay="independent")),
         _works(lambda result: bool(jnp.all(result[0]["w"] == 1))),
     ),
     "peak 0": (
-        lambda: fq.adamw(1e-3, decouple_lr=True, peak_learning_rate=0.0),
+        lambda: fq.adamw(1e-3, decay="independent", peak_learning_rate=0.0),
         _value_error("`adamw(peak_learning_rate=...)`", "must not be 0"),
     ),
     "peak array of 0": (
-        lambda: fq.adamw(1e-3, decouple_lr=True, peak_learning_rate=jnp.zeros(())),
+        lambda: fq.adamw(1e-3, decay="independent", peak_learning_rate=jnp.zeros(())),
         _value_error("`adamw(peak_learning_rate=...)`", "must not be 0"),
     ),
     "peak NumPy 0": (
-        lambda: fq.adamw(1e-3, decouple_lr=True, peak_learning_rate=np.float32(0)),
+        lambda: fq.adamw(1e-3, decay="independent", peak_learning_rate=np.float32(0)),
         _value_error("`adamw(peak_learning_rate=...)`", "must not be 0"),
     ),
     "peak boolean": (
-        lambda: fq.adamw(1e-3, decouple_lr=True, peak_learning_rate=True),
+        lambda: fq.adamw(1e-3, decay="independent", peak_learning_rate=True),
         _type_error("`adamw(peak_learning_rate=...)`", _number),
     ),
-    "peak without decouple_lr": (
+    "peak of decoupled decay": (
         lambda: fq.adamw(1e-3, peak_learning_rate=1e-3),
-        _value_error("`adamw(peak_learning_rate=...)`", "decouple_lr=True"),
+        _value_error("`adamw(peak_learning_rate=...)`", "decay='independent'"),
     ),
-    "decouple_lr of L2 regularization": (
-        lambda: fq.optimizer(fq.Adam(), 1e-3, decoupled=False, decouple_lr=True),
-        _value_error("`optimizer(decouple_lr=True)`", "decoupled=True"),
+    "peak of L2 regularization": (
+        lambda: fq.optimizer(fq.Adam(), 1e-3, decay="l2", peak_learning_rate=1e-3),
+        _value_error("`optimizer(peak_learning_rate=...)`", "decay='independent'"),
     ),
     # Rules.
     "rule class": (
@@ -662,8 +704,8 @@ _LARGE = {"w": jnp.ones((8, 64), _BF16), "b": _model["b"]}
 MODELS = {
     "float32": (lambda: _optim.init({"w": jnp.ones((4, 64))}), _works()),
     "float32, explicit 24": (
-        lambda: fq.adamw(1e-3, master_weight_bits=24).init(_mlp32),
-        _value_error("`adamw(master_weight_bits=24)`", "no effect", "float32"),
+        lambda: fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=24)).init(_mlp32),
+        _value_error("`Storage(master_weight_bits=24)`", "no effect", "float32"),
     ),
     "float16": (
         lambda: _optim.init(fq.cast(_mlp32, jnp.float16)),
@@ -1042,19 +1084,19 @@ CALLS = {
         _value_error(_step_call, "`.layers[2].weight`", "the model has none"),
     ),
     "state of another group size": (
-        lambda: _step(fq.adamw(1e-3, group_size=64)),
+        lambda: _step(fq.adamw(1e-3, storage=fq.Storage(group_size=64))),
         _value_error(_step_call, "group_size=32", "group_size=64", "`init`"),
     ),
     "state of other moments": (
-        lambda: _step(fq.adamw(1e-3, moments="log")),
+        lambda: _step(fq.adamw(1e-3, storage=fq.Storage(moments="log"))),
         _value_error(_step_call, "SoftsignCodec", "moments=..."),
     ),
     "state with corrections, optimizer without": (
-        lambda: _step(fq.adamw(1e-3, master_weight_bits=None)),
+        lambda: _step(fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None))),
         _value_error(_step_call, "master_weight_bits=None", "`init`"),
     ),
     "state of 24 bits, optimizer of 32": (
-        lambda: _step(fq.adamw(1e-3, master_weight_bits=32)),
+        lambda: _step(fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=32))),
         _value_error(_step_call, "flashquinox.widen_corrections"),
     ),
     "state of float32 weights, weights of bfloat16": (
@@ -1139,7 +1181,8 @@ OTHERS = {
     ),
     "master_weights without corrections": (
         lambda: fq.master_weights(
-            _model, fq.adamw(1e-3, master_weight_bits=None).init(_model)
+            _model,
+            fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None)).init(_model),
         ),
         _works(lambda model: model["w"].dtype == jnp.float32),
     ),
@@ -1204,9 +1247,9 @@ OTHERS = {
         lambda: fq.fsdp_shardings(None, _model),
         _type_error("`fsdp_shardings(model, mesh)`", "{'w'"),
     ),
-    "fsdp_shardings of another group size": (
-        lambda: fq.fsdp_shardings(_model, _mesh, group_size="32"),
-        _value_error("`fsdp_shardings(group_size=...)`", _size, "'32'"),
+    "fsdp_shardings of a group size": (
+        lambda: fq.fsdp_shardings(_model, _mesh, storage=32),
+        _type_error("`fsdp_shardings(storage=...)`", "`flashquinox.Storage`", "32"),
     ),
     "fsdp_shardings of blocks by name": (
         lambda: fq.fsdp_shardings(_model, _mesh, blocks="layers"),
@@ -1267,7 +1310,12 @@ FILES = {
         Elsewhere(RuntimeError, "changed dtype"),
     ),
     "Equinox's file into corrections of 32 bits": (
-        lambda: _reloaded((_model, fq.adamw(1e-3, master_weight_bits=32).init(_model))),
+        lambda: _reloaded(
+            (
+                _model,
+                fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=32)).init(_model),
+            )
+        ),
         Elsewhere(RuntimeError, "changed dtype"),
     ),
     "save_safetensors(model, path)": (

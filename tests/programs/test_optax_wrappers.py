@@ -68,7 +68,9 @@ def _train(optim, params, **extra):
     return result
 
 
-_sgd = partial(fq.sgd, _RATE, master_weight_bits=32, verify_weights="error")
+_sgd = partial(
+    fq.sgd, _RATE, storage=fq.Storage(master_weight_bits=32), verify_weights="error"
+)
 
 
 def _assert_close(masters, expected):
@@ -226,7 +228,9 @@ def test_schedule_free_on_float32_weights():
 def test_plateau():
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
     optim = optax.inject_hyperparams(
-        partial(fq.sgd, verify_weights="error", master_weight_bits=32),
+        partial(
+            fq.sgd, verify_weights="error", storage=fq.Storage(master_weight_bits=32)
+        ),
         hyperparam_dtype=jnp.float32,
     )(learning_rate=_RATE)
     grads = _grad_fn(_NARROW, 0)

@@ -87,7 +87,11 @@ def arguments(mesh: Mesh, net: Net) -> None:
     fq.adam(jnp.asarray(1e-3), b1=0.9)
     fq.sgdw(lambda count: 1e-3 / (1 + count), momentum=0.9)
     fq.lion(1e-3, mask={"weight": True}, shardings=fq.fsdp_shardings(net, mesh))
-    fq.adamw(1e-3, moments="float32", master_weight_bits=32, backend="xla")
+    fq.adamw(
+        1e-3,
+        storage=fq.Storage(moments="float32", master_weight_bits=32),
+        backend="xla",
+    )
     fq.optimizer(fq.Adam(), 1e-3)
     eqx.tree_serialise_leaves(io.BytesIO(), fq.adamw(1e-3).init(net))
 

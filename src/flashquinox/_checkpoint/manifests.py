@@ -210,7 +210,7 @@ def check(
             raise CheckpointError(
                 f"`{call}`: in {where}, `{name}` was stored by {found['codec']}; the "
                 f"state to restore to uses {wanted}. Make that state with the "
-                "`moments=...` of the checkpoint."
+                "`Storage(moments=...)` of the checkpoint."
             )
         if name in moments:
             moment = moments[name]
@@ -252,15 +252,15 @@ def _text(description: dict[str, Any]) -> str:
 def _hint(name: str) -> str:
     if ".corrections" in name:
         return (
-            " Make the state with the `master_weight_bits=...` of the checkpoint, for "
-            "a model of its dtypes; or pass a state of `None` to restore the weights "
-            "alone."
+            " Make the state with the `Storage(master_weight_bits=...)` of the "
+            "checkpoint, for a model of its dtypes; or pass a state of `None` to "
+            "restore the weights alone."
         )
     if ".moments[" in name:
         return (
-            " Make the state with the optimizer, and the `moments=...`, of the "
-            "checkpoint, for the same model; or pass a state of `None` to restore the "
-            "weights alone."
+            " Make the state with the optimizer, and the `Storage(moments=...)`, of "
+            "the checkpoint, for the same model; or pass a state of `None` to restore "
+            "the weights alone."
         )
     if name.startswith("state"):
         return (

@@ -116,7 +116,7 @@ def _check(wanted: dict[str, Any], stored: Any) -> None:
                 f"`flax.serialization.from_state_dict`: at `{where}`, {texts[1]} was "
                 f"stored, where the state to restore to has {texts[0]}. Restore to a "
                 "state of the same model and of the same optimizer, with the same "
-                "arguments, `moments=` and `master_weight_bits=` among them."
+                "arguments, `storage=` among them."
             )
 
 

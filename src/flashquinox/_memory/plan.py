@@ -23,8 +23,8 @@ from .._optimizer.optimizer import Optimizer, transformation_of
 from .._optimizer.state import OptimizerState
 from .._sharding.fsdp import fsdp_shardings
 from .._sharding.resolve import as_explicit
-from .._storage.defaults import GROUP_SIZE
 from .._storage.quant_moment import QuantMoment
+from .._storage.storage import Storage
 from .device_bytes import (
     arrays_of_state,
     as_struct,
@@ -217,14 +217,13 @@ def _shardings(
     """The sharding of each array, on a mesh with axes of type `Explicit`: then the
     types of arrays that are computed from them have shardings too. `None` on one
     device."""
-    given, group_size = [None] * len(leaves), int(GROUP_SIZE)
+    given, storage = [None] * len(leaves), Storage()
     if isinstance(optim, Optimizer):
         transformation = transformation_of(optim)
         values, structure = transformation.shardings
         tree = jtu.tree_unflatten(structure, values)
         given = match(call, "shardings", tree, leaves, prefix=True)
-        if isinstance(transformation.group_size, int):
-            group_size = transformation.group_size
+        storage = transformation.storage
     own = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     own = [x if isinstance(x, NamedSharding) and x.mesh.size > 1 else None for x in own]
     known = next((x.mesh for x in (*given, *own) if x is not None), None)
@@ -238,7 +237,7 @@ def _shardings(
     )
     defaults = [NamedSharding(axes, PartitionSpec())] * len(leaves)
     if mesh is not None:
-        tree = fsdp_shardings(model, axes, blocks=blocks, group_size=group_size)
+        tree = fsdp_shardings(model, axes, blocks=blocks, storage=storage)
         defaults = match(call, "shardings", tree, leaves)
     chosen = []
     for leaf, here, there, otherwise in zip(leaves, given, own, defaults, strict=True):

@@ -1,17 +1,18 @@
-from jaxtyping import Array, PyTree, ScalarLike
+from typing import Unpack
 
-from .._backends.dispatch import Backend
+from jaxtyping import ScalarLike
+
 from .._common.number_checks import check_flag
 from .._rules.adam import Adam
-from .._storage.defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
-from .._storage.moment_codecs import MomentCodecs
-from .checksums import Verify
-from .defaults import with_static_defaults
-from .engine import Mask, ScalarOrSchedule
+from .._storage.storage import Storage
+from .factory import factory
 from .optimizer import build_optimizer, Optimizer
+from .options import Options
+from .schedules import ScalarOrSchedule
+from .weight_decay import decoupled, DecoupledDecay, l2, Mask
 
 
-@with_static_defaults
+@factory
 def adamw(
     learning_rate: ScalarOrSchedule,
     b1: ScalarLike = 0.9,
@@ -21,16 +22,10 @@ def adamw(
     weight_decay: ScalarOrSchedule = 1e-4,
     mask: Mask | None = None,
     nesterov: bool = False,
-    decouple_lr: bool = False,
+    decay: DecoupledDecay = "decoupled",
     peak_learning_rate: ScalarLike | None = None,
-    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
-    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
-    group_size: Integer | Array = GROUP_SIZE,
-    skip_nonfinite: bool = False,
-    dither_weights: bool = False,
-    verify_weights: Verify = None,
-    backend: Backend = "auto",
-    shardings: PyTree = None,
+    storage: Storage = Storage(),
+    **options: Unpack[Options],
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: [`flashquinox.Adam`][] and
 
@@ -56,12 +51,14 @@ def adamw(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
-    - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
-        \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
-        moments are stored, rounded and checked, what a NaN does, and where they are:
-        see [`flashquinox.optimizer`][].
+    - `decay`: `"decoupled"`, or `"independent"` of the height of the learning rate:
+        $\lambda \alpha_t / \alpha_\text{peak}$ in place of $\lambda\alpha_t$.
+    - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
+        unless `learning_rate` is a number, which is its own peak.
+    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
+    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
+        NaN does, whether weights are checked, and how a step is computed and divided
+        among devices: see [`flashquinox.Options`][].
 
     **Returns:**
 
@@ -75,24 +72,14 @@ def adamw(
     return build_optimizer(
         "adamw",
         Adam(b1, b2, eps, check_flag("adamw", "nesterov", nesterov)),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        decoupled=True,
-        decouple_lr=decouple_lr,
-        peak_learning_rate=peak_learning_rate,
-        mask=mask,
-        master_weight_bits=master_weight_bits,
-        moments=moments,
-        group_size=group_size,
-        skip_nonfinite=skip_nonfinite,
-        dither_weights=dither_weights,
-        verify_weights=verify_weights,
-        backend=backend,
-        shardings=shardings,
+        learning_rate,
+        decoupled("adamw", weight_decay, mask, decay, peak_learning_rate),
+        storage,
+        options,
     )
 
 
-@with_static_defaults
+@factory
 def adam(
     learning_rate: ScalarOrSchedule,
     b1: ScalarLike = 0.9,
@@ -102,14 +89,8 @@ def adam(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
     nesterov: bool = False,
-    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
-    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
-    group_size: Integer | Array = GROUP_SIZE,
-    skip_nonfinite: bool = False,
-    dither_weights: bool = False,
-    verify_weights: Verify = None,
-    backend: Backend = "auto",
-    shardings: PyTree = None,
+    storage: Storage = Storage(),
+    **options: Unpack[Options],
 ) -> Optimizer:
     r"""Adam, with L2 regularization if wanted: [`flashquinox.Adam`][] with
     $g_t + \lambda w_{t-1}$ for the gradient.
@@ -130,10 +111,10 @@ def adam(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `nesterov`: whether to use Nesterov momentum.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
-        moments are stored, rounded and checked, what a NaN does, and where they are:
-        see [`flashquinox.optimizer`][].
+    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
+    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
+        NaN does, whether weights are checked, and how a step is computed and divided
+        among devices: see [`flashquinox.Options`][].
 
     **Returns:**
 
@@ -147,18 +128,8 @@ def adam(
     return build_optimizer(
         "adam",
         Adam(b1, b2, eps, check_flag("adam", "nesterov", nesterov)),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        decoupled=False,
-        decouple_lr=False,
-        peak_learning_rate=None,
-        mask=mask,
-        master_weight_bits=master_weight_bits,
-        moments=moments,
-        group_size=group_size,
-        skip_nonfinite=skip_nonfinite,
-        dither_weights=dither_weights,
-        verify_weights=verify_weights,
-        backend=backend,
-        shardings=shardings,
+        learning_rate,
+        l2(weight_decay, mask),
+        storage,
+        options,
     )

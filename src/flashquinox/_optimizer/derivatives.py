@@ -140,8 +140,8 @@ def _message(call: str, name: str, reasons: list[str]) -> str:
         f"`{call}`: the step was differentiated at `{name}`, where that has no "
         f"meaning: {' and '.join(reasons)}. To differentiate through steps, have "
         "weights in float32, by `flashquinox.cast(model, jnp.float32)`, and pass "
-        '`moments="float32"`; to treat what a step gives as constant, put it, or what '
-        "comes into it, in `jax.lax.stop_gradient`."
+        '`storage=flashquinox.Storage(moments="float32")`; to treat what a step gives '
+        "as constant, put it, or what comes into it, in `jax.lax.stop_gradient`."
     )
 
 

@@ -2,7 +2,7 @@
 take a step."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,6 @@ from .._backends import dispatch
 from .._backends.dispatch import Backend, LeafStep
 from .._common import meshes
 from .._common.dtypes import compute_dtype, NARROW_DTYPES
-from .._common.number_checks import is_zero
 from .._model.trained import has_gradient, is_trainable, with_state
 from .._model.trees import flatten, Leaf, match, Model, Rebuild
 from .._rules.rule import AbstractRule, rule_scalars, rule_structure
@@ -31,16 +30,15 @@ from .._sharding import (
 )
 from .._sharding.resolve import resolve_all, Resolved
 from .._storage.codec import AbstractMomentCodec
-from .._storage.defaults import StaticBits, Unknown
 from .._storage.full_precision import FullPrecision
 from .._storage.layout import Layout
-from .._storage.moment_codecs import MomentCodecs
 from .._storage.quant_moment import QuantMoment, StoredMoment, zeros
 from .._storage.split import Correction
+from .._storage.storage import Storage
 from .._tile.clipping import Clipping
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import derivatives as differentiable
-from .argument_checks import check_max_norm, scheduled
+from .argument_checks import check_max_norm
 from .call_checks import (
     check_grads,
     check_has_values,
@@ -57,9 +55,9 @@ from .device_checks import (
 from .leaf_checks import (
     check_correction_has_effect,
     check_grad,
-    check_structure_is_known,
 )
 from .mask import decayed
+from .schedules import ScalarOrSchedule, scheduled
 from .state import OptimizerState, StepCount
 from .state_checks import (
     check_checksum,
@@ -69,25 +67,16 @@ from .state_checks import (
     check_state,
     check_width,
 )
-
-
-ScalarOrSchedule: TypeAlias = ScalarLike | Callable[[Scalar], ScalarLike]
-Mask: TypeAlias = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
+from .weight_decay import WeightDecay
 
 
 class Transformation(eqx.Module):
     call: str = eqx.field(static=True)
     rule: AbstractRule
     learning_rate: ScalarOrSchedule
-    weight_decay: ScalarOrSchedule
-    decoupled: bool = eqx.field(static=True)
-    peak_learning_rate: ScalarLike | None
-    mask: Mask | None
-    master_weight_bits: StaticBits = eqx.field(static=True)
-    codecs: MomentCodecs = eqx.field(static=True)
-    group_size: int | Unknown = eqx.field(static=True)
+    decay: WeightDecay
+    storage: Storage = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
-    dither_weights: bool = eqx.field(static=True)
     verify_weights: Verify = eqx.field(static=True)
     backend: Backend = eqx.field(static=True)
     # As leaves and their structure, which have a hash.
@@ -97,24 +86,19 @@ class Transformation(eqx.Module):
         call = f"{self.call}(...).init"
         check_model(call, params)
         leaves, rebuild = flatten(params)
-        correction_dtype, group_size = check_structure_is_known(
-            self.call, self.master_weight_bits, self.group_size
-        )
         trained = {
             index: leaf for index, leaf in enumerate(leaves) if is_trainable(leaf.value)
         }
         warn_of_nothing_to_train(call, leaves, trained)
         if trained:
             # What a step would find wrong.
-            decayed(call, self.mask, params, leaves)
+            decayed(call, self.decay.mask, params, leaves)
             self._rates(jnp.zeros((), jnp.int32))
-        check_correction_has_effect(
-            self.call, self.master_weight_bits, list(trained.values())
-        )
+        check_correction_has_effect(call, self.storage, list(trained.values()))
         are_trained = [index in trained for index in range(len(leaves))]
         shardings, _ = self._shardings(call, leaves, are_trained, recorded=())
         makers = [
-            partial(self._zeros, leaf, shardings[index], correction_dtype, group_size)
+            partial(self._zeros, leaf, shardings[index])
             for index, leaf in trained.items()
         ]
         *made, count = sharded.make(
@@ -153,22 +137,20 @@ class Transformation(eqx.Module):
         return rebuild.state(new)
 
     def _zeros(
-        self,
-        leaf: Leaf,
-        sharding: NamedSharding | None,
-        correction_dtype: DTypeLike | None,
-        group_size: int,
+        self, leaf: Leaf, sharding: NamedSharding | None
     ) -> tuple[dict[str, StoredMoment], Correction | None]:
         """The moments and the correction of a leaf that has not been trained yet."""
         shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
-        layout = self._new_layout(shape, group_size, sharding)
+        layout = self._new_layout(shape, sharding)
         moments = {
-            name: zeros(self.codecs.of(moment, shape), layout, compute_dtype(dtype))
+            name: zeros(
+                self.storage.codecs.of(moment, shape), layout, compute_dtype(dtype)
+            )
             for name, moment in self.rule.moments.items()
         }
-        if correction_dtype is None or dtype not in NARROW_DTYPES:
+        if self.storage.correction_dtype is None or dtype not in NARROW_DTYPES:
             return moments, None
-        return moments, jnp.zeros(shape, correction_dtype)
+        return moments, jnp.zeros(shape, self.storage.correction_dtype)
 
     def step(
         self,
@@ -262,7 +244,7 @@ class Transformation(eqx.Module):
             leaves=leaves,
             rebuild=rebuild,
             trained=trained,
-            decayed=decayed(call, self.mask, params, leaves),
+            decayed=decayed(call, self.decay.mask, params, leaves),
             shardings=shardings,
             # XLA cannot divide a kernel.
             backend="xla" if unknown else self.backend,
@@ -286,11 +268,13 @@ class Transformation(eqx.Module):
         )
 
     def _new_layout(
-        self, shape: tuple[int, ...], group_size: int, sharding: NamedSharding | None
+        self, shape: tuple[int, ...], sharding: NamedSharding | None
     ) -> Layout:
         parts = None if sharding is None else meshes.divisions(sharding)
         rows = dispatch.prefers_rows(self.backend)
-        return self.codecs.layout(shape, group_size, prefer_rows=rows, parts=parts)
+        return self.storage.codecs.layout(
+            shape, self.storage.group_size, prefer_rows=rows, parts=parts
+        )
 
     def _shardings(
         self,
@@ -320,7 +304,7 @@ class Transformation(eqx.Module):
         """The learning rate and the weight decay after so many steps."""
         return (
             scheduled(self.call, "learning_rate", self.learning_rate, count),
-            scheduled(self.call, "weight_decay", self.weight_decay, count),
+            scheduled(self.call, "weight_decay", self.decay.rate, count),
         )
 
     def _scalars(
@@ -334,16 +318,7 @@ class Transformation(eqx.Module):
         # of its own, after a copy: 3% of a step of 4096 x 4096 weights (H100).
         number = jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
         rule = rule_scalars(self.rule, number, learning_rate, dtype)
-        if is_zero(self.weight_decay):
-            return rule, None
-        decay = jnp.asarray(rates[1], dtype)
-        if not self.decoupled:
-            return rule, decay
-        if self.peak_learning_rate is None:
-            return rule, 1 - learning_rate * decay
-        peak = jnp.asarray(self.peak_learning_rate, dtype)
-        # A traced peak of 0 counts as 1, as that of a constant learning rate of 0.
-        return rule, 1 - learning_rate / jnp.where(peak == 0, 1, peak) * decay
+        return rule, self.decay.scalar(rates[1], learning_rate, dtype)
 
 
 # Of moments whose codecs learn, by their names: the parameter before a step and after.
@@ -389,9 +364,9 @@ class OpenedStep:
         """Whether a leaf that is trained and its state go together."""
         call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
         optim, (_, stored, correction) = self.transformation, self.read(index)
-        check_moments(call, leaf, stored, optim.rule, optim.codecs, optim.group_size)
+        check_moments(call, leaf, stored, optim.rule, optim.storage)
         check_correction(call, leaf, correction)
-        check_width(call, leaf, correction, optim.master_weight_bits)
+        check_width(call, leaf, correction, optim.storage)
         check_checksum(
             call, leaf, correction, self.checksums[index], optim.verify_weights
         )
@@ -555,9 +530,9 @@ class OpenedStep:
             StepStructure(
                 rule_structure(optim.rule),
                 _codecs(old.moments),
-                optim.decoupled,
+                optim.decay.is_decoupled,
                 as_update,
-                optim.dither_weights,
+                optim.storage.dither_weights,
             ),
             _layout(old),
             StepScalars(

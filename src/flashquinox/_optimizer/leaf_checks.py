@@ -1,6 +1,6 @@
 """Checks of single weights, gradients and master weights."""
 
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,8 +11,7 @@ from .._common.dtypes import compute_dtype, NARROW_DTYPES
 from .._common.text import shown
 from .._model.trained import is_float_array, TRAINABLE_DTYPES
 from .._model.trees import Leaf
-from .._storage.defaults import AUTO_BITS, StaticBits, Unknown
-from .._storage.split import CORRECTION_DTYPES
+from .._storage.storage import Storage
 
 
 def check_floating_dtype(call: str, value: Any) -> Any:
@@ -31,42 +30,20 @@ def check_floating_dtype(call: str, value: Any) -> Any:
 
 
 def check_correction_has_effect(
-    call: str, bits: StaticBits, trained: list[Leaf]
+    call: str, storage: Storage, trained: list[Leaf]
 ) -> None:
+    bits = storage.master_weight_bits
     if bits in (None, "auto") or not trained:
         return
     if any(jnp.dtype(leaf.value.dtype) in NARROW_DTYPES for leaf in trained):
         return
     raise ValueError(
-        f"`{call}(master_weight_bits={bits})` has no effect: none of the "
+        f"`{call}`: `Storage(master_weight_bits={bits})` has no effect: none of the "
         f"{len(trained)} weights is bfloat16 or float16 (`{trained[0].name}` is "
         f"{trained[0].value.dtype}). Cast the model first, "
         "`model = flashquinox.cast(model, jnp.bfloat16)`, or pass "
         "`master_weight_bits=None`, or leave it out."
     )
-
-
-def check_structure_is_known(
-    call: str, bits: StaticBits, size: int | Unknown
-) -> tuple[Any, int]:
-    """The dtype of corrections and the group size, of which neither may be traced."""
-    for name, value in (("master_weight_bits", bits), ("group_size", size)):
-        if value is Unknown.TRACED:
-            raise TypeError(
-                f"`{call}({name}=...)` is a traced array, but decides the "
-                "structure of the state. With `optax.inject_hyperparams`, pass "
-                f'`static_args=("master_weight_bits", "group_size")`, or leave it out.'
-            )
-    assert not isinstance(bits, Unknown) and not isinstance(size, Unknown)
-    return correction_dtype(bits), size
-
-
-def correction_dtype(bits: int | Literal["auto"] | None) -> Any:
-    """The dtype of corrections for master weights of this many bits; `None` without
-    corrections."""
-    if bits is None:
-        return None
-    return CORRECTION_DTYPES[AUTO_BITS if bits == "auto" else bits]
 
 
 def check_grad(call: str, leaf: Leaf, grad: Any) -> None:

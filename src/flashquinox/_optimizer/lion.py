@@ -1,16 +1,17 @@
-from jaxtyping import Array, PyTree, ScalarLike
+from typing import Unpack
 
-from .._backends.dispatch import Backend
+from jaxtyping import ScalarLike
+
 from .._rules.lion import Lion
-from .._storage.defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
-from .._storage.moment_codecs import MomentCodecs
-from .checksums import Verify
-from .defaults import with_static_defaults
-from .engine import Mask, ScalarOrSchedule
+from .._storage.storage import Storage
+from .factory import factory
 from .optimizer import build_optimizer, Optimizer
+from .options import Options
+from .schedules import ScalarOrSchedule
+from .weight_decay import decoupled, DecoupledDecay, Mask
 
 
-@with_static_defaults
+@factory
 def lion(
     learning_rate: ScalarOrSchedule,
     b1: ScalarLike = 0.9,
@@ -18,16 +19,10 @@ def lion(
     *,
     weight_decay: ScalarOrSchedule = 1e-3,
     mask: Mask | None = None,
-    decouple_lr: bool = False,
+    decay: DecoupledDecay = "decoupled",
     peak_learning_rate: ScalarLike | None = None,
-    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
-    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
-    group_size: Integer | Array = GROUP_SIZE,
-    skip_nonfinite: bool = False,
-    dither_weights: bool = False,
-    verify_weights: Verify = None,
-    backend: Backend = "auto",
-    shardings: PyTree = None,
+    storage: Storage = Storage(),
+    **options: Unpack[Options],
 ) -> Optimizer:
     r"""Lion with decoupled weight decay: [`flashquinox.Lion`][] and
 
@@ -51,12 +46,14 @@ def lion(
     - `weight_decay`: $\lambda$, times the learning rate, as in Optax.
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
-    - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
-        \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
-        moments are stored, rounded and checked, what a NaN does, and where they are:
-        see [`flashquinox.optimizer`][].
+    - `decay`: `"decoupled"`, or `"independent"` of the height of the learning rate:
+        $\lambda \alpha_t / \alpha_\text{peak}$ in place of $\lambda\alpha_t$.
+    - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
+        unless `learning_rate` is a number, which is its own peak.
+    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
+    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
+        NaN does, whether weights are checked, and how a step is computed and divided
+        among devices: see [`flashquinox.Options`][].
 
     **Returns:**
 
@@ -70,18 +67,8 @@ def lion(
     return build_optimizer(
         "lion",
         Lion(b1, b2),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        decoupled=True,
-        decouple_lr=decouple_lr,
-        peak_learning_rate=peak_learning_rate,
-        mask=mask,
-        master_weight_bits=master_weight_bits,
-        moments=moments,
-        group_size=group_size,
-        skip_nonfinite=skip_nonfinite,
-        dither_weights=dither_weights,
-        verify_weights=verify_weights,
-        backend=backend,
-        shardings=shardings,
+        learning_rate,
+        decoupled("lion", weight_decay, mask, decay, peak_learning_rate),
+        storage,
+        options,
     )

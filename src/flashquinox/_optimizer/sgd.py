@@ -1,18 +1,19 @@
-import jax
-from jaxtyping import Array, PyTree, ScalarLike
+from typing import Unpack
 
-from .._backends.dispatch import Backend
+import jax
+from jaxtyping import ScalarLike
+
 from .._common.number_checks import check_flag, check_number, is_zero
 from .._rules.sgd import SGD
-from .._storage.defaults import Bits, GROUP_SIZE, Integer, MASTER_WEIGHT_BITS
-from .._storage.moment_codecs import MomentCodecs
-from .checksums import Verify
-from .defaults import with_static_defaults
-from .engine import Mask, ScalarOrSchedule
+from .._storage.storage import Storage
+from .factory import factory
 from .optimizer import build_optimizer, Optimizer
+from .options import Options
+from .schedules import ScalarOrSchedule
+from .weight_decay import decoupled, DecoupledDecay, l2, Mask
 
 
-@with_static_defaults
+@factory
 def sgd(
     learning_rate: ScalarOrSchedule,
     momentum: ScalarLike | None = None,
@@ -21,14 +22,8 @@ def sgd(
     dampening: ScalarLike = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
-    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
-    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
-    group_size: Integer | Array = GROUP_SIZE,
-    skip_nonfinite: bool = False,
-    dither_weights: bool = False,
-    verify_weights: Verify = None,
-    backend: Backend = "auto",
-    shardings: PyTree = None,
+    storage: Storage = Storage(),
+    **options: Unpack[Options],
 ) -> Optimizer:
     r"""Stochastic gradient descent, with L2 regularization if wanted:
     [`flashquinox.SGD`][] with $g_t + \lambda w_{t-1}$ for the gradient; in 4.0625 bytes
@@ -49,10 +44,10 @@ def sgd(
         decay use [`flashquinox.sgdw`][].
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
-        moments are stored, rounded and checked, what a NaN does, and where they are:
-        see [`flashquinox.optimizer`][].
+    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
+    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
+        NaN does, whether weights are checked, and how a step is computed and divided
+        among devices: see [`flashquinox.Options`][].
 
     **Returns:**
 
@@ -66,24 +61,14 @@ def sgd(
     return build_optimizer(
         "sgd",
         _rule("sgd", momentum, nesterov, dampening),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        decoupled=False,
-        decouple_lr=False,
-        peak_learning_rate=None,
-        mask=mask,
-        master_weight_bits=master_weight_bits,
-        moments=moments,
-        group_size=group_size,
-        skip_nonfinite=skip_nonfinite,
-        dither_weights=dither_weights,
-        verify_weights=verify_weights,
-        backend=backend,
-        shardings=shardings,
+        learning_rate,
+        l2(weight_decay, mask),
+        storage,
+        options,
     )
 
 
-@with_static_defaults
+@factory
 def sgdw(
     learning_rate: ScalarOrSchedule,
     momentum: ScalarLike | None = None,
@@ -92,16 +77,10 @@ def sgdw(
     dampening: ScalarLike = 0.0,
     weight_decay: ScalarOrSchedule = 1e-4,
     mask: Mask | None = None,
-    decouple_lr: bool = False,
+    decay: DecoupledDecay = "decoupled",
     peak_learning_rate: ScalarLike | None = None,
-    master_weight_bits: Bits = MASTER_WEIGHT_BITS,
-    moments: str | tuple[str, str] | MomentCodecs = "flashquinox",
-    group_size: Integer | Array = GROUP_SIZE,
-    skip_nonfinite: bool = False,
-    dither_weights: bool = False,
-    verify_weights: Verify = None,
-    backend: Backend = "auto",
-    shardings: PyTree = None,
+    storage: Storage = Storage(),
+    **options: Unpack[Options],
 ) -> Optimizer:
     r"""Stochastic gradient descent with decoupled weight decay: [`flashquinox.SGD`][]
     and
@@ -123,12 +102,14 @@ def sgdw(
     - `weight_decay`: $\lambda$, times the learning rate.
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
-    - `decouple_lr`, `peak_learning_rate`: make the decay $\lambda\alpha_t /
-        \alpha_\text{peak}$ instead of $\lambda\alpha_t$.
-    - `master_weight_bits`, `moments`, `group_size`, `skip_nonfinite`,
-        `dither_weights`, `verify_weights`, `backend`, `shardings`: how weights and
-        moments are stored, rounded and checked, what a NaN does, and where they are:
-        see [`flashquinox.optimizer`][].
+    - `decay`: `"decoupled"`, or `"independent"` of the height of the learning rate:
+        $\lambda \alpha_t / \alpha_\text{peak}$ in place of $\lambda\alpha_t$.
+    - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
+        unless `learning_rate` is a number, which is its own peak.
+    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
+    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
+        NaN does, whether weights are checked, and how a step is computed and divided
+        among devices: see [`flashquinox.Options`][].
 
     **Returns:**
 
@@ -142,20 +123,10 @@ def sgdw(
     return build_optimizer(
         "sgdw",
         _rule("sgdw", momentum, nesterov, dampening),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        decoupled=True,
-        decouple_lr=decouple_lr,
-        peak_learning_rate=peak_learning_rate,
-        mask=mask,
-        master_weight_bits=master_weight_bits,
-        moments=moments,
-        group_size=group_size,
-        skip_nonfinite=skip_nonfinite,
-        dither_weights=dither_weights,
-        verify_weights=verify_weights,
-        backend=backend,
-        shardings=shardings,
+        learning_rate,
+        decoupled("sgdw", weight_decay, mask, decay, peak_learning_rate),
+        storage,
+        options,
     )
 
 

@@ -16,12 +16,10 @@ from jaxtyping import Array
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
 from .._rules.rule import AbstractRule
-from .._storage.defaults import AUTO_BITS, StaticBits, Unknown
 from .._storage.full_precision import FullPrecision
-from .._storage.moment_codecs import MomentCodecs
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction, CORRECTION_DTYPES
-from .leaf_checks import correction_dtype
+from .._storage.storage import AUTO_BITS, Storage
 from .state import OptimizerState
 from .state_dtypes import check_correction_dtype, check_count_dtype, check_moment_dtypes
 
@@ -90,25 +88,24 @@ def check_moments(
     leaf: Leaf,
     stored: Mapping[str, StoredMoment | None],
     rule: AbstractRule,
-    codecs: MomentCodecs,
-    size: int | Unknown,
+    storage: Storage,
 ) -> None:
     for name, of_rule in rule.moments.items():
-        moment = stored[name]
-        _check_moment(call, leaf, name, moment, codecs.of(of_rule, leaf.value.shape))
-        if size is Unknown.TRACED or not isinstance(moment, QuantMoment):
+        moment, codec = stored[name], storage.codecs.of(of_rule, leaf.value.shape)
+        _check_moment(call, leaf, name, moment, codec)
+        if not isinstance(moment, QuantMoment):
             continue
-        if moment.group_size != size:
+        if moment.group_size != storage.group_size:
             raise ValueError(
                 f"`{call}`: the state at `{leaf.name}` was made with "
-                f"`group_size={moment.group_size}`, this optimizer with "
-                f"`group_size={size}`. Make a new state with `init`, or pass "
-                "the state's group size."
+                f"`Storage(group_size={moment.group_size})`, this optimizer with "
+                f"`Storage(group_size={storage.group_size})`. Make a new state with "
+                "`init`, or pass the state's group size."
             )
 
 
 def check_width(
-    call: str, leaf: Leaf, correction: Correction | None, bits: StaticBits
+    call: str, leaf: Leaf, correction: Correction | None, storage: Storage
 ) -> None:
     """A correction must have the width of `master_weight_bits`, or more: single leaves
     have more after `flashquinox.widen_corrections`."""
@@ -119,24 +116,23 @@ def check_width(
             f"{correction.dtype} correction for it: when the state was made, it was "
             "bfloat16 or float16. Cast the model back, or make a new state with `init`."
         )
-    if isinstance(bits, Unknown) or dtype not in NARROW_DTYPES:
-        return
-    expected = correction_dtype(bits)
+    expected = storage.correction_dtype
     found = None if correction is None else jnp.dtype(correction.dtype)
-    if found == expected:
+    if found == expected or dtype not in NARROW_DTYPES:
         return
     remedy = ""
     if found is not None and expected is not None:
-        if found.itemsize > expected.itemsize:
+        if found.itemsize > jnp.dtype(expected).itemsize:
             return
         remedy = ", or move it to more bits with `flashquinox.widen_corrections`"
     widths = {width_dtype: width for width, width_dtype in CORRECTION_DTYPES.items()}
-    wanted = f"{AUTO_BITS}`, as 'auto' is here" if bits == "auto" else f"{bits}`"
+    bits = storage.master_weight_bits
+    wanted = f"{AUTO_BITS})`, as 'auto' is here" if bits == "auto" else f"{bits})`"
     raise ValueError(
         f"`{call}`: at `{leaf.name}`, a {dtype} weight, the state was made with "
-        f"`master_weight_bits={None if found is None else widths[found]}`, this "
-        f"optimizer with `master_weight_bits={wanted}. Make a new state with `init`, "
-        f"or pass the state's width{remedy}."
+        f"`Storage(master_weight_bits={None if found is None else widths[found]})`, "
+        f"this optimizer with `Storage(master_weight_bits={wanted}. Make a new state "
+        f"with `init`, or pass the state's width{remedy}."
     )
 
 
@@ -163,7 +159,7 @@ def check_has_correction(call: str, leaf: Leaf, correction: Any) -> None:
         raise ValueError(
             f"`{call}`: the state has no correction for the {leaf.value.dtype} weight "
             f"at `{leaf.name}`. Make a state with `init`, of an optimizer with "
-            "`master_weight_bits=24` or 32."
+            "`Storage(master_weight_bits=24)` or 32."
         )
 
 
@@ -178,7 +174,7 @@ def _check_moment(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> 
     if found != codec:
         raise ValueError(
             f"{where} was stored by {found}, but this optimizer uses {codec}. Make a "
-            "new state with `init`, or pass the same `moments=...`."
+            "new state with `init`, or pass the same `Storage(moments=...)`."
         )
     check_moment_dtypes(call, leaf, name, moment)
     codes = moment.codes if isinstance(moment, QuantMoment) else moment

@@ -10,9 +10,12 @@ import numpy as np
 
 from .._common.number_checks import is_zero
 from .._common.text import function_name, shown
-from .._storage.defaults import GROUP_SIZE, MASTER_WEIGHT_BITS
-from .._storage.moment_codecs import MomentCodecs
+from .._storage.storage import Storage
 from .engine import Transformation
+
+
+# Where weight decay is L2 regularization, and `decay` no argument.
+_FORM = {"adam": "l2", "sgd": "l2"}
 
 
 def optimizer_text(optim: Transformation) -> str:
@@ -24,17 +27,14 @@ def optimizer_text(optim: Transformation) -> str:
     if optim.call == "optimizer":
         first = [f"{type(optim.rule).__name__}({_joined(of_rule)})"]
         arguments = {"learning_rate": optim.learning_rate}
-    arguments["weight_decay"] = optim.weight_decay
+    arguments["weight_decay"] = optim.decay.rate
     others = {
-        "decoupled": (optim.decoupled or optim.call != "optimizer", True),
-        "decouple_lr": (optim.peak_learning_rate is not None, False),
-        "peak_learning_rate": (optim.peak_learning_rate, None),
-        "mask": (optim.mask, None),
-        "master_weight_bits": (optim.master_weight_bits, MASTER_WEIGHT_BITS),
-        "moments": (_name(optim.codecs), "flashquinox"),
-        "group_size": (optim.group_size, GROUP_SIZE),
+        "mask": (optim.decay.mask, None),
+        "decay": (optim.decay.form, _FORM.get(optim.call, "decoupled")),
+        "peak_learning_rate": (optim.decay.peak_learning_rate, None),
+        "storage": (optim.storage, Storage()),
         "skip_nonfinite": (optim.skip_nonfinite, False),
-        "dither_weights": (optim.dither_weights, False),
+        "verify_weights": (optim.verify_weights, None),
         "backend": (optim.backend, "auto"),
     }
     arguments |= {
@@ -60,21 +60,8 @@ def _of_rule(rule: Any) -> dict[str, Any]:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    is_plain = isinstance(value, bool | int | str | None)
+    is_plain = isinstance(value, bool | int | str | Storage | None)
     return is_plain and bool(value == default)
-
-
-def _name(codecs: MomentCodecs) -> Any:
-    """What `moments=` may be for these codecs."""
-    names = MomentCodecs.names()
-    for signed in names:
-        if MomentCodecs.named(signed) == codecs:
-            return signed
-    for signed in names:
-        for nonnegative in names:
-            if MomentCodecs.named((signed, nonnegative)) == codecs:
-                return signed, nonnegative
-    return codecs
 
 
 def _joined(arguments: dict[str, Any]) -> str:
@@ -84,8 +71,8 @@ def _joined(arguments: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, jax.core.Tracer):
         return f"<traced {jax.typeof(value).str_short()}>"
-    if isinstance(value, MomentCodecs):
-        return f"MomentCodecs({value.signed!r}, {value.nonnegative!r})"
+    if isinstance(value, Storage):
+        return repr(value)
     if isinstance(value, eqx.Module):
         return f"{type(value).__name__}(...)"
     if isinstance(value, jax.Array) and value.is_deleted():

@@ -12,9 +12,8 @@ from jaxtyping import PyTree
 from .._common.number_checks import check_flag, check_number
 from .._common.text import aligned
 from .._model.trees import dotted_name, State
-from .._optimizer.argument_checks import check_takes_count, scheduled
-from .._optimizer.engine import ScalarOrSchedule
 from .._optimizer.leaf_checks import check_not_traced
+from .._optimizer.schedules import check_takes_count, ScalarOrSchedule, scheduled
 from .._optimizer.states import open_states
 from .._storage.split import master_digits
 from .width import widen_corrections

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from .._common.text import shown
 from .._model.blocks import part_of
 from .._model.trees import flatten, is_array
-from .._storage.defaults import check_group_size, GROUP_SIZE, Unknown
+from .._storage.storage import check_storage, Storage
 
 
 def fsdp_shardings(
@@ -18,16 +18,16 @@ def fsdp_shardings(
     mesh: Mesh | AbstractMesh,
     *,
     blocks: Callable[[PyTree], PyTree] | None = None,
-    group_size: int = int(GROUP_SIZE),
+    storage: Storage = Storage(),
 ) -> PyTree[NamedSharding | None]:
     """Shardings that divide every array of a model among all devices of a mesh, such
     that each device holds whole groups of moments.
 
     An array is divided along one axis. This is the longest axis whose length is a
-    multiple of the number of devices times `group_size`. If there is none, and the
-    array has several axes, it is the longest whose length is a multiple of the number
-    of devices: groups then run along another axis. Otherwise the array is replicated,
-    as small vectors are.
+    multiple of the number of devices times `storage.group_size`. If there is none, and
+    the array has several axes, it is the longest whose length is a multiple of the
+    number of devices: groups then run along another axis. Otherwise the array is
+    replicated, as small vectors are.
 
     ??? Example
 
@@ -45,7 +45,7 @@ def fsdp_shardings(
         over all of its axes.
     - `blocks`: a function from the model to its stacked blocks. Their first axis, that
         of the layers, is not divided.
-    - `group_size`: that of the optimizer.
+    - `storage`: that of the optimizer.
 
     **Returns:**
 
@@ -54,8 +54,8 @@ def fsdp_shardings(
 
     **Raises:**
 
-    `ValueError` if `blocks` gives no part of the model, or for a `group_size` that no
-    optimizer takes; `TypeError` if `mesh` is none.
+    `ValueError` if `blocks` gives no part of the model; `TypeError` if `mesh` or
+    `storage` is none.
     """
     call = "fsdp_shardings"
     if not isinstance(mesh, Mesh | AbstractMesh):
@@ -63,8 +63,7 @@ def fsdp_shardings(
             f"`{call}(model, mesh)` takes a `jax.sharding.Mesh` or an `AbstractMesh`; "
             f"got {shown(mesh)}."
         )
-    size = check_group_size(call, group_size)
-    assert not isinstance(size, Unknown)
+    size = check_storage(call, storage).group_size
     leaves, rebuild = flatten(model)
     stacked = (
         set() if blocks is None else set(part_of(call, "blocks", blocks, model)[0])

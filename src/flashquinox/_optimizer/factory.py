@@ -1,0 +1,98 @@
+"""How the functions that make optimizers take their arguments."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from .options import DEFAULTS, Options
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+_OF_STORAGE = ("master_weight_bits", "moments", "group_size", "dither_weights")
+
+
+class _Static:
+    """An argument that `optax.inject_hyperparams` leaves alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class _Signature(inspect.Signature):
+    """That of a function with a mask. `optax.inject_hyperparams`, which binds arguments
+    to it, takes every function for a schedule: the mask of a step count is False, or
+    True, for all weights."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        if callable(bound.arguments.get("mask")):
+            bound.arguments["mask"] = _Static(bound.arguments["mask"])
+        return bound
+
+
+def factory(
+    function: Callable[_Parameters, _Result],
+) -> Callable[_Parameters, _Result]:
+    """For a function of [`flashquinox.Options`][] and others that makes an optimizer.
+
+    - Its signature names each option.
+    - A keyword that is none of its arguments is an error that names the call.
+    - Its defaults, and masks that are functions, are left alone by
+        `optax.inject_hyperparams`. That looks defaults up in the signature, and makes
+        arrays of what it knows as numbers: in the dtype of bfloat16 weights, 0.999
+        would be 1.
+    """
+    declared = inspect.signature(function)
+    parameters: list[inspect.Parameter] = []
+    for parameter in declared.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            parameters.extend(_options())
+        elif type(parameter.default) in (int, float):
+            # Not booleans, which stay what they are.
+            parameters.append(parameter.replace(default=_Static(parameter.default)))
+        else:
+            parameters.append(parameter)
+    signature = _Signature(parameters, return_annotation=declared.return_annotation)
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        _check_names(function.__name__, kwargs, signature)
+        known: Any = {name: _value(x) for name, x in kwargs.items()}
+        return function(*map(_value, args), **known)  # pyright: ignore
+
+    call.__signature__ = signature  # pyright: ignore
+    return call
+
+
+def _options() -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=DEFAULTS[name],
+            annotation=annotation,
+        )
+        for name, annotation in Options.__annotations__.items()
+    ]
+
+
+def _check_names(
+    call: str, arguments: dict[str, Any], signature: inspect.Signature
+) -> None:
+    for name in arguments:
+        if name in signature.parameters:
+            continue
+        remedy = f"It takes {', '.join(signature.parameters)}."
+        if name in _OF_STORAGE:
+            remedy = f"Pass `storage=flashquinox.Storage({name}=...)`."
+        raise TypeError(f"`{call}` has no argument `{name}`. {remedy}")
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, _Static) else argument

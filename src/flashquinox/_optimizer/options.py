@@ -1,0 +1,89 @@
+"""How the steps of an optimizer are executed: what all optimizers take beside what they
+compute and how they store it."""
+
+from typing import Any, TypedDict
+
+import jax.tree_util as jtu
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+
+from .._backends import platforms
+from .._backends.dispatch import Backend, BACKENDS
+from .._common.number_checks import check_flag
+from .._common.text import shown
+from .._model.trees import path_name
+from .checksums import check_verify_weights, Verify
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every optimizer of this library: how its steps are executed.
+
+    - `skip_nonfinite` (`False`): if `True`, a step with a NaN or an infinity in any
+        gradient, or in what a schedule returns, changes neither weights nor state. If
+        `False`, it damages the leaves it came to, no others.
+    - `verify_weights` (`None`): whether each step checks that the weights it gets are
+        those to which their corrections belong, as they are not if something scales the
+        updates of the last step, or changes weights by hand. `"error"` raises, `"warn"`
+        warns from the host; both name the leaf. The state then has a checksum of each
+        weight with a correction, and a step reads these weights twice more. `None` is
+        no check.
+    - `backend` (`"auto"`): `"auto"` takes the kernels of the platform that a program is
+        compiled for, and plain XLA where there is none. `"xla"` takes plain XLA
+        everywhere. `"tpu"` makes states for TPUs on any machine, and takes their
+        kernels, which platforms without them interpret (slowly: for debugging). `"gpu"`
+        likewise takes the kernels for NVIDIA GPUs, also in a program that is made
+        without one: `"auto"` takes them where JAX's default device is one.
+    - `shardings` (`None`): a tree like the model, or a prefix of it, of
+        `jax.sharding.NamedSharding`s, or `None` where that is known: how weights are
+        divided among devices. Only needed where JAX does not tell and `init` has not
+        seen it: see [Train on many devices](../sharding.md).
+    """
+
+    skip_nonfinite: bool
+    verify_weights: Verify
+    backend: Backend
+    shardings: PyTree
+
+
+DEFAULTS: dict[str, Any] = {
+    "skip_nonfinite": False,
+    "verify_weights": None,
+    "backend": "auto",
+    "shardings": None,
+}
+
+
+def check_options(call: str, options: Options) -> dict[str, Any]:
+    """All options as the engine has them, those that are left out at their defaults."""
+    given = DEFAULTS | dict(options)
+    return {
+        "skip_nonfinite": check_flag(call, "skip_nonfinite", given["skip_nonfinite"]),
+        "verify_weights": check_verify_weights(call, given["verify_weights"]),
+        "backend": _check_backend(call, given["backend"]),
+        "shardings": _check_shardings(call, given["shardings"]),
+    }
+
+
+def _check_backend(call: str, backend: Any) -> Backend:
+    if isinstance(backend, str) and backend in BACKENDS:
+        if backend in ("gpu", "tpu"):
+            platforms.require(call, backend)
+        elif backend == "auto":
+            platforms.load()
+        return backend
+    names = ", ".join(repr(name) for name in BACKENDS)
+    raise ValueError(
+        f"`{call}(backend=...)` must be one of {names}; got {shown(backend)}."
+    )
+
+
+def _check_shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
+    """The argument of this name, as its leaves and their structure."""
+    for path, x in jtu.tree_leaves_with_path(value):
+        if not isinstance(x, NamedSharding):
+            raise TypeError(
+                f"`{call}(shardings=...)` takes a tree of `jax.sharding.NamedSharding`s"
+                f"; got {shown(x)} at `{path_name(path)}`."
+            )
+    leaves, structure = jtu.tree_flatten(value)
+    return tuple(leaves), structure

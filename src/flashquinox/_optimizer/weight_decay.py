@@ -1,0 +1,120 @@
+"""Weight decay: how strong, of which weights, and in which of three forms."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, get_args, Literal, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree, Scalar, ScalarLike
+
+from .._common.number_checks import check_in_range, is_zero, known_number
+from .._common.text import shown
+from .schedules import ScalarOrSchedule
+
+
+Mask: TypeAlias = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
+DecoupledDecay: TypeAlias = Literal["decoupled", "independent"]
+Decay: TypeAlias = Literal[DecoupledDecay, "l2"]
+
+
+class WeightDecay(eqx.Module):
+    """What an optimizer's arguments say of weight decay."""
+
+    rate: ScalarOrSchedule
+    mask: Mask | None
+    form: Decay = eqx.field(static=True)
+    peak_learning_rate: ScalarLike | None
+
+    @property
+    def is_decoupled(self) -> bool:
+        return self.form != "l2"
+
+    def scalar(
+        self, rate: ScalarLike, learning_rate: Scalar, dtype: DTypeLike
+    ) -> Scalar | None:
+        """What a step computes with, in the precision `dtype`: of decoupled decay, the
+        factor on the weight; of L2 regularization, its coefficient; `None` if nothing
+        ever decays. `rate` and `learning_rate` are those of this step."""
+        if is_zero(self.rate):
+            return None
+        decay = jnp.asarray(rate, dtype)
+        if not self.is_decoupled:
+            return decay
+        if self.peak_learning_rate is None:
+            return 1 - learning_rate * decay
+        peak = jnp.asarray(self.peak_learning_rate, dtype)
+        # A traced peak of 0 counts as 1, as that of a constant learning rate of 0.
+        return 1 - learning_rate / jnp.where(peak == 0, 1, peak) * decay
+
+
+def l2(weight_decay: ScalarOrSchedule, mask: Mask | None) -> WeightDecay:
+    return WeightDecay(weight_decay, mask, "l2", None)
+
+
+def decoupled(
+    call: str,
+    weight_decay: ScalarOrSchedule,
+    mask: Mask | None,
+    decay: DecoupledDecay,
+    peak_learning_rate: ScalarLike | None,
+) -> WeightDecay:
+    """Of optimizers that are named after decoupled weight decay."""
+    if isinstance(decay, str) and decay in get_args(DecoupledDecay):
+        return WeightDecay(weight_decay, mask, decay, peak_learning_rate)
+    raise ValueError(
+        f"`{call}(decay=...)` must be 'decoupled' or 'independent'; got "
+        f"{shown(decay)}. For L2 regularization use `flashquinox.adam`, `sgd` or "
+        "`optimizer(..., decay='l2')`."
+    )
+
+
+def check_weight_decay(
+    call: str, decay: WeightDecay, learning_rate: Any
+) -> WeightDecay:
+    """The same, with the peak of the learning rate where it is needed. The rate itself
+    is checked with the other numbers."""
+    if decay.mask is not None and is_zero(decay.rate):
+        warnings.warn(
+            f"`{call}(mask=...)` has no effect: the mask says which weights decay, and "
+            "`weight_decay` is 0. Pass `weight_decay=...`, or leave the mask out.",
+            stacklevel=5,
+        )
+    forms = "decoupled", "independent", "l2"
+    if not isinstance(decay.form, str) or decay.form not in forms:
+        raise ValueError(
+            f"`{call}(decay=...)` must be 'decoupled', 'independent' or 'l2'; got "
+            f"{shown(decay.form)}."
+        )
+    peak = _peak(call, decay, learning_rate)
+    return WeightDecay(decay.rate, decay.mask, decay.form, peak)
+
+
+def _peak(call: str, decay: WeightDecay, learning_rate: Any) -> Any:
+    """The peak learning rate of independent decay, or None for another form."""
+    peak = decay.peak_learning_rate
+    if decay.form != "independent":
+        if peak is not None:
+            raise ValueError(
+                f"`{call}(peak_learning_rate=...)` only has a meaning with "
+                "`decay='independent'`."
+            )
+        return None
+    if peak is not None:
+        check_in_range(call, "peak_learning_rate", peak, 0.0, float("inf"))
+        if known_number(peak) == 0:
+            raise ValueError(f"`{call}(peak_learning_rate=...)` must not be 0.")
+        return peak
+    # `optax.inject_hyperparams` gives an array, also where it is not traced, and
+    # another one in each step.
+    if callable(learning_rate) or isinstance(learning_rate, jax.Array | np.ndarray):
+        raise ValueError(
+            f"`{call}(decay='independent')` divides by the peak of the learning rate, "
+            "which a schedule or an array does not tell: pass "
+            "`peak_learning_rate=...`."
+        )
+    # A constant learning rate of 0 is its own peak as well.
+    return 1.0 if known_number(learning_rate) == 0 else learning_rate
