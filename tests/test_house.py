@@ -1,6 +1,7 @@
 """Floors of the library: what may import what."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def test_every_module_has_its_floor():
     at_the_top = {path.stem for path in _ROOT.iterdir() if path.suffix == ".py"}
     folders = {path.name for path in _ROOT.iterdir() if any(path.glob("*.py"))}
     assert at_the_top | folders == {*_FLOORS, *_WINGS, *_PUBLIC}
+
+
+def test_contributing_shows_every_folder():
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("```text\n")[2].partition("```")[0]
+    shown = set(re.findall(r"\b(_\w+)(?:/|\.py)", tree))
+    assert shown == {*_FLOORS, *_WINGS}
 
 
 def test_imports_run_down():

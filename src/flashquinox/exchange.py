@@ -1,5 +1,5 @@
-"""Models and states from other libraries, and for them: safetensors files, the states
-of Optax's optimizers, and checkpoints of FlashOptim."""
+"""Exchange with other libraries: safetensors files, the states of Optax's optimizers,
+and checkpoints of PyTorch's FlashOptim."""
 
 from ._exchange.files import (
     load_safetensors as load_safetensors,

@@ -1,4 +1,5 @@
-"""The precision of a model: narrow weights, and the master weights behind them."""
+"""The precision of a model: narrow weights, master weights, and changing between
+them."""
 
 from ._model.float32_layer import Float32Layer as Float32Layer
 from ._optimizer.master_weights import (
