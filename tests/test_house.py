@@ -64,7 +64,7 @@ def test_imports_run_down():
         ("_exchange.files", "_precision.cast", False),
         ("_optimizer.engine", "_exchange.files", False),
         ("_optimizer.engine", "precision", False),
-        ("__main__", "_memory.plan", True),
+        ("__main__", "_memory.command", True),
     ],
 )
 def test_down(who: str, what: str, down: bool):
