@@ -14,8 +14,9 @@ from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox._backends import learning
-from flashquinox._backends.kernel_arithmetic import Arithmetic
-from flashquinox._backends.tpu import kernel as tpu, layout as tpu_layout
+from flashquinox._backends.interpreter.arithmetic import Arithmetic
+from flashquinox._backends.tpu import block as tpu_block, layout as tpu_layout
+from flashquinox._backends.tpu.chip import Chip
 from flashquinox._storage.layout import Layout
 from flashquinox._tile.tile import TileState
 
@@ -120,7 +121,7 @@ def test_odd_shapes(name, shape):
 def test_several_chunks_in_a_block(monkeypatch):
     """Along both axes, of few groups each: three times two, of which the last are not
     full. Of many matrices, for it to be worth it."""
-    monkeypatch.setattr(tpu, "_groups", lambda structure: 2)
+    monkeypatch.setattr(tpu_block, "groups_of_chunk", lambda structure: 2)
     _assert_odd_shape("lion", (8, 160, 130))
 
 
@@ -152,7 +153,7 @@ def _assert_only_words(case: Case, shapes) -> None:
     grads = [arrays(shapes, case.storage.dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     with compiling_for("TPU v4", "tpu"):
-        assert tpu._Chip.current().arithmetic.only_words
+        assert Chip.current().arithmetic.only_words
         run("tpu", make, arrays(shapes, case.storage.dtype, 0), grads)
 
 

@@ -29,6 +29,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 
 
 Primitive: TypeAlias = jex.Primitive
+Literal: TypeAlias = jex.Literal
 
 
 #
@@ -95,9 +96,10 @@ def inputs_read(function: Callable[[Any], Any], values: Any) -> list[bool]:
 
 # Primitives that only call a function. What else they mean concerns derivatives,
 # compilation or memory.
-_CALLS = frozenset(
+CALLS = frozenset(
     """
     jit pjit closed_call core_call eval_jaxpr composite checkpoint remat remat2
+    call_hi_primitive
     custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
     """.split()
 )
@@ -132,14 +134,14 @@ def evaluate(
     jaxpr = function.jaxpr
     known = [*map(constant, function.consts), *args]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True))
-    # A `def` would be instrumented at each call in tests, which check types.
-    read = lambda atom: (
-        literal(atom.val) if isinstance(atom, jex.Literal) else values[atom]
-    )
     for eqn in jaxpr.eqns:
-        results = apply(eqn, [read(atom) for atom in eqn.invars])
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        operands = [
+            literal(x.val) if isinstance(x, Literal) else values[x] for x in eqn.invars
+        ]
+        values.update(zip(eqn.outvars, apply(eqn, operands), strict=True))
+    return [
+        literal(x.val) if isinstance(x, Literal) else values[x] for x in jaxpr.outvars
+    ]
 
 
 def called(eqn: Any) -> Function | None:
@@ -150,9 +152,9 @@ def called(eqn: Any) -> Function | None:
         primitive = eqn.params["_prim"]
         expand = lambda *args: primitive.expand(*primitive.in_tree.unflatten(args))
         return Function.of(jax.make_jaxpr(expand)(*(x.aval for x in eqn.invars)))
-    if eqn.primitive.name not in _CALLS:
+    if eqn.primitive.name not in CALLS:
         return None
-    (name,) = (name for name in _PARAMETERS if name in eqn.params)
+    (name,) = [name for name in _PARAMETERS if name in eqn.params]
     return Function.of(eqn.params[name])
 
 
@@ -188,7 +190,7 @@ class Tape(NamedTuple):
             own = dict(zip(jaxpr.invars, inputs, strict=True))
             own |= dict(zip(jaxpr.constvars, map(value, function.consts), strict=True))
             read = lambda atom: (
-                value(atom.val) if isinstance(atom, jex.Literal) else own[atom]
+                value(atom.val) if isinstance(atom, Literal) else own[atom]
             )
             for eqn in jaxpr.eqns:
                 operands = [read(atom) for atom in eqn.invars]

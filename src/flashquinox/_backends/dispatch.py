@@ -1,35 +1,37 @@
 """Which backend takes a step of which leaves."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.lax as lax
-import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from .._storage.layout import Layout
+from .. import _compat as compat
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from . import platforms, xla
-from .tpu import layout as tpu_layout
+from . import platforms
+from .base import AbstractBackend, each_alone, LeafStep as LeafStep, Update, View
+from .platforms import Backend as Backend
+from .xla import BACKEND as XLA
 
 
-Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]
-# A `View` of the GPU backend, which need not be there.
-View: TypeAlias = Any
-BACKENDS: tuple[Backend, ...] = ("auto", "xla", "tpu", "gpu")
-
-
-class LeafStep(eqx.Module):
-    """What a step of one leaf needs."""
+class _Batch(NamedTuple):
+    """Leaves that are updated together, but for their arrays: what a program that
+    updates them depends on."""
 
     structure: StepStructure
-    layout: Layout = eqx.field(static=True)
-    scalars: StepScalars
-    grad: Float[Array, "*shape"]
-    old: TileState
+    # The one that the leaves are batched for.
+    leader: AbstractBackend
+    # As plain XLA sees each leaf.
+    plain: tuple[View, ...]
+    # The other backends that the program may take, and how each sees each leaf. `None`
+    # stands for leaves that it cannot take; no backend is here of which all are.
+    kernels: tuple[tuple[AbstractBackend, tuple[View | None, ...]], ...]
+    # Whether a backend was asked for: on other platforms, it is interpreted.
+    is_asked: bool
+    # Kernels ask for the device that they are traced for.
+    device: Any
 
 
 def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
@@ -39,135 +41,114 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
     may make. The state decides the layout, and the layout whether there is a kernel:
     without one, and on other platforms, plain XLA.
     """
-    views = [_gpu_view(backend, step) for step in steps]
+    device = compat.traced_device()
+    kernels = platforms.chosen(backend, device)
+    views = {kernel: [kernel.view(step) for step in steps] for kernel in kernels}
+    leader = XLA
+    if kernels and (backend != "auto" or kernels[0].serves(device)):
+        leader = kernels[0]
+
     new: dict[int, TileState] = {}
-    for batch in _batches(steps, views):
-        updated = _update_batch(
-            backend, [steps[i] for i in batch], tuple(views[i] for i in batch)
+    for numbers in _batches(leader, steps, views.get(leader)):
+        here = [steps[i] for i in numbers]
+        batch = _Batch(
+            here[0].structure,
+            leader,
+            tuple([XLA.view(step) for step in here]),
+            tuple(
+                [
+                    (kernel, tuple(own))
+                    for kernel, of_all in views.items()
+                    if (own := [of_all[i] for i in numbers]).count(None) < len(own)
+                ]
+            ),
+            is_asked=backend != "auto",
+            device=device,
         )
-        new.update(zip(batch, updated, strict=True))
+        updated = _update_batch(
+            batch,
+            here[0].scalars,
+            tuple([step.scalars.leaf for step in here]),
+            tuple([step.grad for step in here]),
+            tuple([step.old for step in here]),
+        )
+        new.update(zip(numbers, updated, strict=True))
     return [new[i] for i in range(len(steps))]
 
 
 def prefers_rows(backend: Backend) -> bool:
     """Whether new states shall have their groups along rows, as TPUs need them."""
-    return backend == "tpu" or (backend == "auto" and jax.default_backend() == "tpu")
-
-
-def _gpu_view(backend: Backend, step: LeafStep) -> View | None:
-    if backend != "gpu" and not (backend == "auto" and platforms.is_gpu()):
-        return None
-    gpu = platforms.kernels("gpu")
-    return None if gpu is None else gpu.view_of(step.layout, step.grad, step.old)
-
-
-def _batches(steps: list[LeafStep], views: list[View | None]) -> Iterator[list[int]]:
-    """Which leaves share a kernel on GPUs: those that are stored alike. First leaves of
-    the same size, so that many kernels are the same one, which is compiled once; then
-    what is left of them."""
-    alike: dict[Any, dict[View, list[int]]] = {}
-    for i, (step, view) in enumerate(zip(steps, views, strict=True)):
-        if view is None:
-            yield [i]
-        else:
-            same_kind = alike.setdefault(_kind(step, view), {})
-            same_kind.setdefault(view, []).append(i)
-    for same_kind in alike.values():
-        most = next(iter(same_kind)).most_leaves
-        rest = []
-        for indices in same_kind.values():
-            size = _even_size(len(indices), most)
-            whole = len(indices) // size * size
-            yield from _split(indices[:whole], size)
-            rest += indices[whole:]
-        yield from _split(rest, most)
-
-
-def _even_size(number: int, most: int) -> int:
-    """How many of so many equal leaves shall share a kernel: where that can be, so many
-    that none are left."""
-    sizes = range(most, most // 2, -1)
-    return next((size for size in sizes if number % size == 0), most)
-
-
-def _split(indices: list[int], most: int) -> list[list[int]]:
-    return [indices[i : i + most] for i in range(0, len(indices), most)]
-
-
-def _kind(step: LeafStep, view: View) -> tuple[Any, ...]:
-    """What leaves must have in common to share a kernel."""
-    leaves, structure = jtu.tree_flatten((step.grad, step.old))
-    dtypes = tuple(x.dtype for x in leaves)
-    scalars = jtu.tree_structure(step.scalars)
-    return step.structure, scalars, view.kind, structure, dtypes
-
-
-def _update_batch(
-    backend: Backend, steps: list[LeafStep], views: tuple[View | None, ...]
-) -> tuple[TileState, ...]:
-    structure = steps[0].structure
-    layouts = [step.layout for step in steps]
-    operands = (
-        steps[0].scalars,
-        tuple(step.scalars.leaf for step in steps),
-        tuple(step.grad for step in steps),
-        tuple(step.old for step in steps),
-    )
-    plain = partial(_one_by_one, xla.update_leaf, structure, layouts)
-    kernels: dict[str, Callable] = {}
-    if backend in ("auto", "tpu") and any(map(_suits_tpu, steps)):
-        # A program that is made on another machine may be for a TPU as well.
-        tpu = platforms.kernels("tpu", warn=platforms.is_tpu())
-        if tpu is not None:
-            on_tpu = partial(_tpu_or_plain, tpu.update_leaf)
-            kernels["tpu"] = partial(_one_by_one, on_tpu, structure, layouts)
-    if None not in views:
-        gpu = platforms.kernels("gpu")
-        assert gpu is not None
-        kernels["cuda"] = partial(gpu.update_leaves, structure, views)
-    if not kernels:
-        return plain(*operands)
-    default = plain
     if backend != "auto":
-        (kernel,) = kernels.values()
-        default = partial(kernel, interpret=True)
-    return lax.platform_dependent(*operands, **kernels, default=default)
+        return platforms.named(backend).prefers_rows
+    here = jax.local_devices()[0]
+    return any(x.prefers_rows and x.serves(here) for x in platforms.backends())
 
 
-def _one_by_one(
-    update_leaf: Callable[..., TileState],
-    structure: StepStructure,
-    layouts: list[Layout],
+def _batches(
+    leader: AbstractBackend, steps: list[LeafStep], views: list[View | None] | None
+) -> list[list[int]]:
+    """The numbers of the leaves of each batch: as the backend wants them that was
+    chosen, and one by one those that it cannot take."""
+    if views is None:
+        return each_alone(steps)
+    taken = [i for i, view in enumerate(views) if view is not None]
+    found = leader.batches([steps[i] for i in taken], [views[i] for i in taken])
+    left = [[i] for i, view in enumerate(views) if view is None]
+    return sorted(left + [[taken[i] for i in batch] for batch in found])
+
+
+# Leaves that are alike are traced once, and compiled once where the caller does not.
+@partial(jax.jit, static_argnums=0)
+def _update_batch(
+    batch: _Batch,
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
     grads: tuple[Array, ...],
     old: tuple[TileState, ...],
-    **options: Any,
 ) -> tuple[TileState, ...]:
-    def one(
-        layout: Layout, leaf: LeafScalars, grad: Array, old: TileState
-    ) -> TileState:
-        of_leaf = eqx.tree_at(lambda x: x.leaf, scalars, leaf)
-        return update_leaf(structure, layout, of_leaf, grad, old, **options)
+    operands = scalars, leaves, grads, old
+    plain = _update_for(batch, XLA, batch.plain)
+    if not batch.kernels:
+        return plain(*operands)
+    updates = {
+        kernel.platform: _update_for(batch, kernel, views)
+        for kernel, views in batch.kernels
+    }
+    default = plain
+    if batch.is_asked:
+        (kernel,) = updates.values()
+        default = partial(kernel, interpret=True)
+    return lax.platform_dependent(*operands, **updates, default=default)
 
-    return tuple(map(one, layouts, leaves, grads, old))
+
+def _update_for(
+    batch: _Batch, backend: AbstractBackend, views: tuple[View | None, ...]
+) -> Update:
+    """What updates the leaves of a batch, of their scalars and arrays."""
+    update = platforms.update_of(backend)
+    assert update is not None
+    if backend is batch.leader or len(views) == 1:
+        return partial(update, batch.structure, views)
+    return partial(_one_by_one, batch, update, views)
 
 
-def _suits_tpu(step: LeafStep) -> bool:
-    layout = tpu_layout.layout_of(step.layout, step.old)
-    return tpu_layout.supports(layout, step.old, step.grad)
-
-
-def _tpu_or_plain(
-    update_leaf: Callable[..., TileState],
-    structure: StepStructure,
-    layout: Layout,
+def _one_by_one(
+    batch: _Batch,
+    update: Update,
+    views: tuple[View | None, ...],
     scalars: StepScalars,
-    grad: Float[Array, "*shape"],
-    old: TileState,
-    interpret: bool = False,
-) -> TileState:
-    own = tpu_layout.layout_of(layout, old)
-    if not tpu_layout.supports(own, old, grad):
-        return xla.update_leaf(structure, layout, scalars, grad, old)
-    return update_leaf(structure, own, scalars, grad, old, interpret=interpret)
+    leaves: tuple[LeafScalars, ...],
+    grads: tuple[Array, ...],
+    old: tuple[TileState, ...],
+) -> tuple[TileState, ...]:
+    """The leaves of another backend's batch."""
+    new = []
+    for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
+        update_leaf = update
+        if view is None:
+            view, update_leaf = batch.plain[i], platforms.update_of(XLA)
+            assert update_leaf is not None
+        own = dataclasses.replace(scalars, leaf=leaf)
+        operands = own, (leaf,), (grads[i],), (old[i],)
+        new += update_leaf(batch.structure, (view,), *operands)
+    return tuple(new)

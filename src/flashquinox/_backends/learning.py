@@ -21,7 +21,7 @@ from .._storage.codec import initial_parameter
 from .._storage.companded import CompandedCodec
 from .._storage.layout import Layout
 from .._tile.tile import StepScalars, StepStructure, TileState
-from .kernel_arithmetic import Arithmetic
+from .interpreter.arithmetic import Arithmetic
 
 
 # Elements of a leaf, and how many of them along its groups at least. They are others

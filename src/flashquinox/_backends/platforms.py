@@ -1,4 +1,4 @@
-"""For which platform a program is traced, and whether its kernels are there.
+"""Which backends there are, and whether this version of JAX has what they need.
 
 Kernels are imported when the first optimizer is built that may take them, and not with
 this library: they need parts of JAX that are experimental, which other versions of it
@@ -10,81 +10,93 @@ would be compiled twice.
 import functools
 import importlib
 import warnings
-from types import ModuleType
-from typing import Literal
+from typing import Any, get_args, Literal, TypeAlias
 
 import jax
 
-from .. import _compat as compat
+from .base import AbstractBackend, Update
 
 
-Kernels = Literal["gpu", "tpu"]
-# The part of JAX that kernels are made with.
-_NEEDED = {
-    "gpu": "jax.experimental.pallas.triton",
-    "tpu": "jax.experimental.pallas.tpu",
-}
+# The list of backends. Each is a module or folder of this name beside this file, whose
+# `BACKEND` is an `AbstractBackend`; "auto" chooses among them by the device.
+Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]
 
 
-def kernels(name: Kernels, warn: bool = True) -> ModuleType | None:
-    """The backend of this name; `None` if JAX has no more what it is made with. With
-    `warn`, that is said, once."""
-    backend, reason = _imported(name)
-    if backend is None and warn:
-        _warn_of_plain_xla(name, reason)
-    return backend
+def names() -> tuple[Backend, ...]:
+    """What an optimizer takes as `backend`."""
+    return get_args(Backend)
+
+
+@functools.cache
+def named(name: str) -> AbstractBackend:
+    """The backend of this name, which is not "auto"."""
+    return importlib.import_module(f"{__package__}.{name}").BACKEND
+
+
+def backends() -> list[AbstractBackend]:
+    return [named(name) for name in names() if name != "auto"]
+
+
+def chosen(name: Backend, device: Any) -> list[AbstractBackend]:
+    """The backends, but for plain XLA, that a program which is traced for a device may
+    contain: first the one that its leaves are batched for, if that is not plain XLA.
+    """
+    if name != "auto":
+        candidates = [named(name)]
+    else:
+        # Those that serve the device first.
+        candidates = sorted(backends(), key=lambda x: not x.serves(device))
+    return [
+        backend
+        for backend in candidates
+        if backend.platform != "default"
+        and (name != "auto" or backend.in_every_program or backend.serves(device))
+        and update_of(backend, warn=backend.serves(device)) is not None
+    ]
+
+
+def update_of(backend: AbstractBackend, warn: bool = True) -> Update | None:
+    """What updates batches of a backend; `None` if JAX has no more what it is made
+    with. With `warn`, that is said, once."""
+    update, reason = _loaded(backend)
+    if update is None and warn:
+        _warn_of_plain_xla(backend, reason)
+    return update
 
 
 def load() -> None:
-    """Imports what there is. Asks for no device: an optimizer may be built before
-    `jax.distributed.initialize`."""
-    for name in _NEEDED:
-        _imported(name)
+    """Imports all backends that there are. Asks for no device: an optimizer may be
+    built before `jax.distributed.initialize`."""
+    for backend in backends():
+        _loaded(backend)
 
 
-def require(call: str, name: Kernels) -> None:
-    """Raises `ImportError` if these kernels, which were asked for, are not there."""
-    backend, reason = _imported(name)
-    if backend is None:
+def check_loads(call: str, name: str) -> None:
+    """Raises `ImportError` if this backend, which was asked for, is not there."""
+    backend = named(name)
+    update, reason = _loaded(backend)
+    if update is None:
         raise ImportError(
-            f'`{call}(backend="{name}")` needs `{_NEEDED[name]}`, which cannot be '
+            f'`{call}(backend="{name}")` needs `{backend.needs}`, which cannot be '
             f"imported from this JAX ({jax.__version__}): {reason}. Install a version "
             'that has it, or pass `backend="auto"` for plain XLA.'
         )
 
 
 @functools.cache
-def _imported(name: Kernels) -> tuple[ModuleType | None, str]:
+def _loaded(backend: AbstractBackend) -> tuple[Update | None, str]:
     try:
-        return importlib.import_module(f"{__package__}.{name}.kernel"), ""
+        return backend.load(), ""
     except ImportError as error:
         return None, str(error)
 
 
 @functools.cache
-def _warn_of_plain_xla(name: Kernels, reason: str) -> None:
+def _warn_of_plain_xla(backend: AbstractBackend, reason: str) -> None:
     warnings.warn(
-        f"flashquinox: no kernels for {name.upper()}s, as `{_NEEDED[name]}` cannot be "
-        f"imported from this JAX ({jax.__version__}): {reason}. Steps take plain XLA "
-        "instead: the same results, in more time and memory. Install a version of JAX "
-        "that has it for the kernels.",
+        f"flashquinox: no kernels for {backend.name.upper()}s, as `{backend.needs}` "
+        f"cannot be imported from this JAX ({jax.__version__}): {reason}. Steps take "
+        "plain XLA instead: the same results, in more time and memory. Install a "
+        "version of JAX that has it for the kernels.",
         stacklevel=2,
     )
-
-
-def is_gpu() -> bool:
-    """Whether this program is traced for a GPU that there are kernels for. It must be
-    known: by the default device, or by that of an abstract mesh.
-    """
-    device = compat.traced_device()
-    if isinstance(device, jax.sharding.AbstractDevice):
-        return device.platform in ("gpu", "cuda")
-    capability = getattr(device, "compute_capability", "")
-    # Of other makers, it is a name.
-    known = device.platform == "gpu" and capability.replace(".", "").isdigit()
-    return known and float(capability) >= 8
-
-
-def is_tpu() -> bool:
-    """Whether this program is traced for a TPU, as far as that is known."""
-    return compat.traced_device().platform == "tpu"

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from .._backends import platforms
-from .._backends.dispatch import Backend, BACKENDS
+from .._backends.dispatch import Backend
 from .._common.number_checks import check_flag
 from .._common.text import shown
 from .._model.trees import path_name
@@ -65,13 +65,13 @@ def check_options(call: str, options: Options) -> dict[str, Any]:
 
 
 def _check_backend(call: str, backend: Any) -> Backend:
-    if isinstance(backend, str) and backend in BACKENDS:
-        if backend in ("gpu", "tpu"):
-            platforms.require(call, backend)
-        elif backend == "auto":
+    if isinstance(backend, str) and backend in platforms.names():
+        if backend == "auto":
             platforms.load()
+        else:
+            platforms.check_loads(call, backend)
         return backend
-    names = ", ".join(repr(name) for name in BACKENDS)
+    names = ", ".join(repr(name) for name in platforms.names())
     raise ValueError(
         f"`{call}(backend=...)` must be one of {names}; got {shown(backend)}."
     )

@@ -8,7 +8,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32, Shaped
 
-from ..kernel_arithmetic import Arithmetic
+from ..interpreter.arithmetic import Arithmetic
 
 
 def _per_element(

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32
 
-from ..kernel_arithmetic import Arithmetic
+from ..interpreter.arithmetic import Arithmetic
 
 
 # JAX moved it.

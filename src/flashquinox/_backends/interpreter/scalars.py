@@ -1,7 +1,6 @@
 """The scalars of a step as two small arrays, which kernels take."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -18,28 +17,24 @@ def pack(
     none of the scalars, but a number that a compiler does not know.
     """
     leaves, structure = jtu.tree_flatten(scalars)
+    floats = [x for x in leaves if x.dtype == jnp.float32]
+    integers = [x for x in leaves if x.dtype != jnp.float32]
     dtypes = [x.dtype for x in leaves]
-    are_floats = [dtype == jnp.float32 for dtype in dtypes]
-    floats = [x for x, is_float in zip(leaves, are_floats, strict=True) if is_float]
-    integers = [
-        x for x, is_float in zip(leaves, are_floats, strict=True) if not is_float
-    ]
 
     def unpack(float_at: Callable, integer_at: Callable) -> PyTree[Scalar]:
         next_float, next_integer = iter(range(len(floats))), iter(range(len(integers)))
-
-        def read(dtype: Any, is_float: bool) -> Any:
-            if is_float:
-                return float_at(next(next_float))
-            value = integer_at(1 + next(next_integer))
-            return value != 0 if dtype == jnp.bool_ else value
-
-        values = [read(*x) for x in zip(dtypes, are_floats, strict=True)]
+        values = []
+        for dtype in dtypes:
+            if dtype == jnp.float32:
+                values.append(float_at(next(next_float)))
+            else:
+                value = integer_at(1 + next(next_integer))
+                values.append(value != 0 if dtype == jnp.bool_ else value)
         return jtu.tree_unflatten(structure, values)
 
     zero = jnp.zeros((), jnp.int32)
     return (
         jnp.stack(floats),
-        jnp.stack([zero, *(x.astype(jnp.int32) for x in integers)]),
+        jnp.stack([zero, *[x.astype(jnp.int32) for x in integers]]),
         unpack,
     )

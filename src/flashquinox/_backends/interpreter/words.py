@@ -7,10 +7,12 @@ stores with a stride do that, and nothing in between needs to know.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
@@ -51,6 +53,10 @@ class Words:
         wide = jnp.concatenate(quarters)
         # bfloat16 is the high half of a float32.
         return lax.bitcast_convert_type(wide, jnp.float32) if floating else wide
+
+    def narrow(self) -> Array:
+        """The numbers as an ordinary array of the dtype."""
+        return self.widen().astype(self.dtype)
 
     def bitcast(self, dtype: DTypeLike) -> "Words":
         """The same bits as numbers of another dtype, of the same width."""
@@ -105,6 +111,17 @@ class Words:
             word = word + (shifted[i] << (8 * i))
         words = Words((word,), jnp.dtype(dtype))
         return words ^ 2**7 if signed else words
+
+
+def _unflatten(dtype: Any, words: Iterable[Any]) -> Words:
+    # JAX puts other things than arrays here, which are not checked.
+    new = object.__new__(Words)
+    object.__setattr__(new, "words", tuple(words))
+    object.__setattr__(new, "dtype", dtype)
+    return new
+
+
+jtu.register_pytree_node(Words, lambda x: (x.words, x.dtype), _unflatten)
 
 
 def load(ref: Any, start: Any, size: int, lanes: Any) -> Any:

@@ -1,0 +1,113 @@
+"""What dispatch knows of a backend.
+
+A backend says how tiles of leaves reach the one tile function on devices of one
+platform. To add one, add a folder beside this file with a `BACKEND`, and its name to
+the line of `Backend` in `platforms.py`.
+"""
+
+import abc
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import equinox as eqx
+from jaxtyping import Array, Float
+
+from .._storage.layout import Layout
+from .._tile.tile import StepScalars, StepStructure, TileState
+
+
+class LeafStep(eqx.Module):
+    """What a step of one leaf needs."""
+
+    structure: StepStructure
+    layout: Layout = eqx.field(static=True)
+    scalars: StepScalars
+    grad: Float[Array, "*shape"]
+    old: TileState
+
+
+# How a backend sees a leaf: whatever its update needs to know of it beside its arrays.
+View: TypeAlias = Hashable
+# See `AbstractBackend.load`.
+Update: TypeAlias = Callable[..., tuple[TileState, ...]]
+
+
+class AbstractBackend(abc.ABC):
+    """One way to take steps of leaves.
+
+    There is one object of each subclass. Its methods are called in this order: `load`
+    once in a process; then, whenever a step is traced, `serves`, `view` for each leaf,
+    and `batches`. The function from `load` is called for each batch, and JAX caches
+    what it traces: once for each distinct batch in a process.
+    """
+
+    # By which users choose the backend: `backend="tpu"`.
+    name: ClassVar[str]
+    # What `jax.lax.platform_dependent` calls the platform whose programs take this
+    # backend: "tpu", "cuda". "default" means all platforms without a backend of their
+    # own.
+    platform: ClassVar[str]
+    # The part of JAX that `load` imports, for messages. `None` if every JAX has it.
+    needs: ClassVar[str | None]
+    # Whether new states should have their groups along rows.
+    prefers_rows: ClassVar[bool]
+    # Whether `backend="auto"` puts this backend also into programs that are traced for
+    # a device of another platform, as they may be compiled for this one elsewhere. Each
+    # leaf is a batch there.
+    in_every_program: ClassVar[bool]
+
+    @abc.abstractmethod
+    def load(self) -> Update:
+        """Imports what the backend is made with, and gives the function that updates a
+        batch.
+
+        It is called when the first optimizer is built that may take this backend, and
+        not when this library is imported: kernels need parts of JAX that are
+        experimental.
+
+        **Returns:**
+
+        A function `update(structure, views, scalars, leaves, grads, old, interpret)`:
+
+        - `structure`: the `StepStructure` that the leaves of the batch share;
+        - `views`: what `view` gave for each of them;
+        - `scalars`: the `StepScalars` of the first one; of the others, only
+            `scalars.leaf` differs;
+        - `leaves`: that part, the `LeafScalars`, of each leaf;
+        - `grads`, `old`: the gradient and the `TileState` of each leaf, in arrays of
+            its shape;
+        - `interpret`: whether the program is for a device of another platform, where
+            kernels are interpreted. `False` by default.
+
+        It returns the new `TileState` of each leaf. `structure` and `views` are static:
+        JAX finds what it has traced by their equality.
+
+        **Raises:**
+
+        `ImportError` if this version of JAX does not have what `needs` says. Steps then
+        take plain XLA; an optimizer that was asked for this backend is an error.
+        """
+
+    @abc.abstractmethod
+    def serves(self, device: Any) -> bool:
+        """Whether `backend="auto"` chooses this backend in programs for a device: a
+        `jax.Device` or, of an abstract mesh, a `jax.sharding.AbstractDevice`."""
+
+    @abc.abstractmethod
+    def view(self, step: LeafStep) -> View | None:
+        """How the backend sees a leaf. `None` if it cannot take it: then plain XLA
+        does. Called after `load`."""
+
+    @abc.abstractmethod
+    def batches(
+        self, steps: Sequence[LeafStep], views: Sequence[View]
+    ) -> list[list[int]]:
+        """Which of these leaves are updated together: numbers from 0, each once. They
+        have the same structure, the same scalars but for their own, and arrays of the
+        same dtypes. Called with all leaves of a step that the backend can take, if it
+        is the one that was chosen."""
+
+
+def each_alone(steps: Sequence[LeafStep]) -> list[list[int]]:
+    """Batches of one leaf."""
+    return [[i] for i in range(len(steps))]
