@@ -32,7 +32,7 @@ warnings.simplefilter("error")
 import jax, jax.numpy as jnp
 import flashquinox as fq
 params = {"w": jnp.ones((32, 32), jnp.bfloat16)}
-optim = fq.lion(1e-2, moments="float32")
+optim = fq.lion(1e-2, storage=fq.Storage(moments="float32"))
 jax.eval_shape(optim.step, params, optim.init(params), params)
 for backend in ("gpu", "tpu"):
     try:

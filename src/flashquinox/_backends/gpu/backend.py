@@ -42,7 +42,7 @@ class Gpu(AbstractBackend):
         """Leaves that are stored alike share a kernel. First leaves of the same size,
         so that many kernels are the same one, which is compiled once; then what is left
         of them."""
-        alike: dict[Any, dict[View, list[int]]] = {}
+        alike: dict[Any, dict[Any, list[int]]] = {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
             same_kind = alike.setdefault(_kind(step, view), {})
             same_kind.setdefault(view, []).append(i)

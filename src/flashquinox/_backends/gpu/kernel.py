@@ -55,7 +55,10 @@ def update_leaves(
         jnp.concatenate([words, integers]),
         jnp.stack([_word(x) for x in jtu.tree_leaves(leaves)]),
     )
-    operands = [view.reshape(*x) for view, *x in zip(views, grads, old, strict=True)]
+    operands = [
+        view.reshape(grad, state)
+        for view, grad, state in zip(views, grads, old, strict=True)
+    ]
     arrays, treedef = jtu.tree_flatten(operands)
     # Which of all arrays are those of the state.
     numbers = jtu.tree_unflatten(treedef, range(len(arrays)))
