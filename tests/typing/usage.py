@@ -2,7 +2,7 @@
 and an optimizer goes where one of Optax's does. Pyright and mypy check it."""
 
 import io
-from typing import Any, assert_type
+from typing import Any, assert_type, Unpack
 
 import equinox as eqx
 import jax
@@ -92,8 +92,26 @@ def arguments(mesh: Mesh, net: Net) -> None:
         storage=fq.Storage(moments="float32", master_weight_bits=32),
         backend="xla",
     )
-    fq.optimizer(fq.Adam(), 1e-3)
+    fq.optimizer(fq.Adam(), 1e-3, decay="l2")
     eqx.tree_serialise_leaves(io.BytesIO(), fq.adamw(1e-3).init(net))
+
+
+def mine(learning_rate: float, **options: Unpack[fq.Options]) -> fq.Optimizer:
+    """A user's own factory, with the options of those of the library."""
+    storage: fq.Storage = fq.Storage(group_size=64)
+    assert_type(storage.codecs, fq.MomentCodecs)
+    return fq.lion(learning_rate, decay="independent", storage=storage, **options)
+
+
+def wrong() -> None:
+    """Each line is an error for pyright and for mypy, which say if it is none."""
+    mine(1e-3, moments="float32")  # type: ignore[call-arg]
+    mine(1e-3, backend="cuda")  # type: ignore[arg-type]
+    fq.adamw(1e-3, moments="float32")  # type: ignore[call-arg]
+    fq.adamw(1e-3, storage="float32")  # type: ignore[arg-type]
+    fq.adamw(1e-3, decay="l2")  # type: ignore[arg-type]
+    fq.sgd(1e-3, skip_nonfinite="no")  # type: ignore[arg-type]
+    fq.Storage(master_weight_bits=16)  # type: ignore[arg-type]
 
 
 class Compiled:

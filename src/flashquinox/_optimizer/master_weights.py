@@ -55,10 +55,10 @@ def from_master_weights(
     """The inverse of [`flashquinox.master_weights`][]: splits the weights of a float32
     model into weights and corrections, to train it.
 
-    For bfloat16 weights with `master_weight_bits=32`, `master_weights` of the result is
-    `float32_model` again, bit for bit for every finite number. Otherwise weights are
-    rounded to nearest, as [`flashquinox.ECCWeight`][] describes: to 16 significant bits
-    for bfloat16 with 24 bits.
+    For bfloat16 weights with `Storage(master_weight_bits=32)`, `master_weights` of the
+    result is `float32_model` again, bit for bit for every finite number. Otherwise
+    weights are rounded to nearest, as [`flashquinox.ECCWeight`][] describes: to 16
+    significant bits for bfloat16 with 24 bits.
 
     ??? Example
 

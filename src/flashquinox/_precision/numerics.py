@@ -119,9 +119,9 @@ def check_numerics(
 
     **Returns:**
 
-    A [`flashquinox.NumericsReport`][]. It does not know of `dither_weights=True`, with
-    which no step is lost: a step below half a unit then changes the weight by one unit
-    in the corresponding share of steps.
+    A [`flashquinox.NumericsReport`][]. It does not know of
+    `Storage(dither_weights=True)`, with which no step is lost: a step below half a unit
+    then changes the weight by one unit in the corresponding share of steps.
 
     **Raises:**
 
@@ -164,8 +164,8 @@ def ensure_precision(
 
     [`flashquinox.NumericsError`][] if steps are lost in weights whose corrections
     cannot be widened: the master weights have 32 bits already, or there are no
-    corrections, as with `master_weight_bits=None`. Likewise if weights are not finite.
-    The state is then not changed. Other errors are those of `check_numerics`.
+    corrections, as with `Storage(master_weight_bits=None)`. Likewise if weights are not
+    finite. The state is then not changed. Other errors are those of `check_numerics`.
     """
     call = "ensure_precision"
     report = _report(call, model, state, learning_rate, update_size)

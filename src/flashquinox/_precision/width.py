@@ -18,7 +18,7 @@ def widen_corrections(model: PyTree, state: State, leaves: Selectors = None) -> 
     of 24 bits are too coarse for the steps: see [`flashquinox.check_numerics`][].
 
     Every master weight keeps its value. The same optimizer takes the new state: with
-    `master_weight_bits=24`, corrections may have either width.
+    `Storage(master_weight_bits=24)`, corrections may have either width.
 
     $$\ell_{16} = 2^8 \, \ell_8 \text{ (bfloat16)}, \qquad
     \ell_{16} = 2^5 \, \ell_8 \text{ (float16)}$$
@@ -40,8 +40,8 @@ def widen_corrections(model: PyTree, state: State, leaves: Selectors = None) -> 
     **Raises:**
 
     `ValueError` if a chosen weight has no correction, as with
-    `master_weight_bits=None`; if the state is not one of this model; or for a pattern
-    that is nowhere in it.
+    `Storage(master_weight_bits=None)`; if the state is not one of this model; or for a
+    pattern that is nowhere in it.
 
     ??? cite "Reference"
 
@@ -60,8 +60,8 @@ def narrow_corrections(model: PyTree, state: State, leaves: Selectors = None) ->
     weight: the weights of the model do not change.
 
     Arguments, results and errors are those of [`flashquinox.widen_corrections`][]. An
-    optimizer with `master_weight_bits=32` does not take the new state: make one with
-    24.
+    optimizer with `Storage(master_weight_bits=32)` does not take the new state: make
+    one with 24.
     """
     return _change("narrow_corrections", 24, model, state, leaves)
 

@@ -59,12 +59,13 @@ class Moment:
     **Arguments:**
 
     - `kind`: `"signed"`, or `"nonnegative"` for averages of squares, which are stored
-        without a sign. The optimizer's `moments=...` has a codec for each kind.
+        without a sign. `Storage(moments=...)` has a codec for each kind.
     - `before`: the name of a scalar, or `None`.
     - `after`: the name of a scalar, or `None`.
     - `kept`: `"compressed"`, or `"exact"` for a moment that must not be rounded, such
         as a previous gradient. That one is stored in the dtype in which its leaf is
-        computed, whatever `moments=...` says: 4 bytes per parameter in float32.
+        computed, whatever `Storage(moments=...)` says: 4 bytes per parameter in
+        float32.
 
     **Raises:**
 

@@ -19,7 +19,7 @@ from .softsign import SoftsignCodec
 class MomentCodecs(eqx.Module):
     r"""Which codec stores which moment.
 
-    `MomentCodecs.named` gives those that `moments=` accepts by name:
+    `MomentCodecs.named` gives those that [`flashquinox.Storage`][] accepts by name:
 
     - `"flashquinox"`: softsign, rounded to nearest, for signed moments; fitted
         logarithm with rotating dither for averages of squares.
@@ -34,7 +34,7 @@ class MomentCodecs(eqx.Module):
         the square root for averages of squares.
 
     Of a pair of names, the first is for signed moments and the second for averages of
-    squares: `moments=("learned", "flashquinox")`.
+    squares: `Storage(moments=("learned", "flashquinox"))`.
 
     Leaves of at most one axis (biases, the scales of norms) with fewer than
     `smallest_vector` elements keep their moments in full precision: they hold a
