@@ -59,6 +59,11 @@ OPTIMIZERS = {
     "adam": OptimizerCase(
         partial(fq.adam, weight_decay=0.1), lambda lr: _l2(0.1, optax.adam(lr))
     ),
+    # With this b2, Optax's formula is that of the paper.
+    "adan": OptimizerCase(
+        partial(fq.adan, b2=0.5, weight_decay=0.1),
+        partial(optax.adan, b2=0.5, weight_decay=0.1),
+    ),
     "lion": OptimizerCase(
         partial(fq.lion, weight_decay=0.1), partial(optax.lion, weight_decay=0.1)
     ),
@@ -168,6 +173,7 @@ _QUICK = {
     "adamw": _PAIRS,
     "adamw-nesterov": [_FEW[0], _FEW[1]],
     "adam": [_FEW[0], _FEW[2]],
+    "adan": [_FEW[0], _FEW[1], _FEW[2]],
     "lion": _FEW,
     "sgd": [_FEW[0], _FEW[3]],
     "sgd-momentum": [_FEW[0], _FEW[1]],
@@ -476,11 +482,10 @@ def exact_step(
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, grads, moments = jtu.tree_map(jnp.asarray, (masters, grads, moments))
         state = reference.init(params)
-        found = [
-            path[-1].name for path, _ in optax.tree.get_all_with_path(state, "count")
-        ]
-        if found:
-            state = optax.tree.set(state, count=jnp.asarray(count, jnp.int32))
+        # `optax.adan` counts in `t`.
+        for name in ("count", "t"):
+            if optax.tree.get_all_with_path(state, name):
+                state = optax.tree.set(state, **{name: jnp.asarray(count, jnp.int32)})
         state = optax.tree.set(state, **moments) if moments else state
         updates, state = reference.update(grads, state, params)
         params = optax.apply_updates(params, updates)

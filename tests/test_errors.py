@@ -66,6 +66,7 @@ _ranges += [
     for argument, value in [("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", 1.5)]
 ]
 _ranges += [(name, "eps", -1e-8) for name in ("adamw", "adam")]
+_ranges += [("adan", "b3", 1.0), ("adan", "eps_root", -0.5)]
 _ranges += [
     (name, "momentum", value) for name in ("sgd", "sgdw") for value in (1.0, -0.5)
 ]

@@ -378,6 +378,11 @@ _OPTAX = {
     "adamw": (optax.adamw, ft.partial(fq.adamw, weight_decay=1e-4, storage=_exact)),
     "adam": (optax.adam, ft.partial(fq.adam, storage=_exact)),
     "nadam": (optax.nadam, ft.partial(fq.adam, nesterov=True, storage=_exact)),
+    # With this b2, Optax's formula is that of the paper.
+    "adan": (
+        ft.partial(optax.adan, b2=0.5),
+        ft.partial(fq.adan, b2=0.5, storage=_exact),
+    ),
     "lion": (optax.lion, ft.partial(fq.lion, weight_decay=1e-3, storage=_exact)),
     "sgd": (optax.sgd, ft.partial(fq.sgd, storage=_exact)),
     "sgd with momentum": (

@@ -42,6 +42,7 @@ _QUICK = [
     Case("adamw", Storage(jnp.float16, 24, "flashoptim")),
     Case("adamw-nesterov", Storage(jnp.bfloat16, 32, "float32")),
     Case("adam", Storage(jnp.float32, None, "float32")),
+    Case("adan", _ours),
     Case("lion", Storage(jnp.bfloat16, 32, "flashquinox")),
     Case("lion", Storage(jnp.bfloat16, None, "flashoptim")),
     Case("lion", Storage(jnp.float16, 24, "flashquinox")),

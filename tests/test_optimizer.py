@@ -117,7 +117,7 @@ def test_every_step_is_exact_but_for_one_rounding(case):
                 # Three roundings of numbers as large as the largest, which is that of
                 # the gradient too. Squared: 2 g dg = 2 sqrt(nu) max(sqrt(nu)) 2^-22.
                 largest = np.max(np.abs(tree[name]))
-                if moment == "nu":
+                if moment in ("nu", "n"):
                     largest = tree[name] + np.sqrt(tree[name] * largest)
                 atol = 2.0**-21 * largest
                 if isinstance(stored, fq.QuantMoment):
@@ -128,7 +128,7 @@ def test_every_step_is_exact_but_for_one_rounding(case):
 
 def _assert_initial(case, params, state):
     assert int(state.count) == 0
-    assert set(state.moments) <= {"mu", "nu", "trace"}
+    assert set(state.moments) <= {"mu", "nu", "trace", "m", "v", "n", "g"}
     bits = case.storage.master_weight_bits
     dtypes = {leaf.dtype for leaf in jtu.tree_leaves(state.corrections)}
     expected = {24: {jnp.dtype(jnp.int8)}, 32: {jnp.dtype(jnp.int16)}, None: set()}
@@ -176,6 +176,45 @@ def test_trajectory(case):
         # zero: two in a hundred steps, by 2 where the path of n steps is sqrt(n) long.
         bound = 0.3 if case.name == "lion" else 0.03
         assert np.linalg.norm(error) <= bound * np.linalg.norm(path)
+
+
+def test_adan_is_that_of_the_paper():
+    """With its b2, for which Optax's formula is another one."""
+    b1, b2, b3, eps, eps_root = 0.98, 0.92, 0.99, 1e-8, 1e-8
+    storage = fq.Storage(master_weight_bits=None, moments="float32")
+    optim = fq.adan(0.1, weight_decay=0.2, storage=storage)
+    w = weights("matrix", dtype=jnp.float32)
+    state, expected = optim.init(w), float64(w["matrix"])
+    m = v = n = np.zeros_like(expected)
+    previous = None
+    for t in range(1, 6):
+        grads = weights("matrix", dtype=jnp.float32, seed=t)
+        w, state = optim.step(w, state, grads)
+        g = float64(grads["matrix"])
+        difference = 0 * g if previous is None else g - previous
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * difference
+        n = b3 * n + (1 - b3) * (g + b2 * difference) ** 2
+        numerator = m / (1 - b1**t) + b2 * v / (1 - b2**t)
+        denominator = np.sqrt(n / (1 - b3**t) + eps_root) + eps
+        expected = (1 - 0.1 * 0.2) * expected - 0.1 * numerator / denominator
+        previous = g
+        assert np.array_equal(state.moments["g"]["matrix"], grads["matrix"])
+    np.testing.assert_allclose(float64(w["matrix"]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["flashquinox", "flashoptim", "learned"])
+def test_exact_moments_are_never_compressed(storage):
+    """A previous gradient is kept bit for bit, whatever compresses the others."""
+    w, grads = (weights("matrix", "kernel", seed=seed) for seed in (0, 1))
+    optim = fq.adan(1e-2, storage=fq.Storage(moments=storage))
+    _, state = jax.jit(optim.step)(w, optim.init(w), grads)
+    for name, grad in grads.items():
+        kept = state.moments["g"][name]
+        assert kept.dtype == jnp.float32
+        assert np.array_equal(float64(kept), float64(grad))
+        for moment in ("m", "v", "n"):
+            assert isinstance(state.moments[moment][name], fq.QuantMoment)
 
 
 @pytest.mark.parametrize("momentum,nesterov", [(0.9, False), (0.9, True)])

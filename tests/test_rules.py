@@ -324,7 +324,7 @@ def test_other_rules_are_refused(name):
     assert operation in message and "`scalars`" in message
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd", "sgdw"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "adan", "lion", "sgd", "sgdw"])
 def test_hyperparameters_may_be_traced(name):
     make = getattr(fq, name)
     optim = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(1e-3)

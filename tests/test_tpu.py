@@ -55,6 +55,7 @@ _QUICK = [
     Case("adamw", Storage(jnp.bfloat16, 32, "float32")),
     Case("adamw-nesterov", Storage(jnp.bfloat16, None, "flashquinox")),
     Case("adam", Storage(jnp.float32, None, "float32")),
+    Case("adan", _ours),
     Case("lion", Storage(jnp.bfloat16, 32, "flashquinox")),
     Case("lion", Storage(jnp.bfloat16, None, "float32")),
     Case("sgd", Storage(jnp.float32, None, "float32")),

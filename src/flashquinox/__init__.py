@@ -4,6 +4,7 @@ from ._checkpoint import serialization as _serialization  # noqa: F401
 from ._common.version import __version__ as __version__
 from ._model.decay_mask import decay_mask as decay_mask
 from ._optimizer.adam import adam as adam, adamw as adamw
+from ._optimizer.adan import adan as adan
 from ._optimizer.lion import lion as lion
 from ._optimizer.map_moments import map_moments as map_moments
 from ._optimizer.map_params import map_params as map_params
@@ -12,6 +13,7 @@ from ._optimizer.options import Options as Options
 from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
 from ._optimizer.state import OptimizerState as OptimizerState
 from ._rules.adam import Adam as Adam
+from ._rules.adan import Adan as Adan
 from ._rules.lion import Lion as Lion
 from ._rules.rule import (
     AbstractRule as AbstractRule,

@@ -18,8 +18,8 @@ from .._storage.quant_moment import StoredMoment
 from .optax_counts import (
     as_count,
     CALL_COUNTERS,
+    count_field,
     counts_of_steps,
-    has_count,
     is_traced,
     schedule_states,
     the_one_count,
@@ -30,6 +30,7 @@ from .optax_counts import (
 # Optax's states with moments of these names.
 _STATES = {
     frozenset({"mu", "nu"}): optax.ScaleByAdamState,
+    frozenset({"m", "v", "n", "g"}): optax.ScaleByAdanState,
     frozenset({"mu"}): optax.ScaleByLionState,
     frozenset({"trace"}): optax.TraceState,
 }
@@ -38,12 +39,13 @@ _T = TypeVar("_T")
 
 
 def from_optax(optax_state: PyTree, state: State) -> State:
-    """Resumes a run of `optax.adamw`, `optax.adam`, `optax.nadam`, `optax.lion` or
-    `optax.sgd`: fills moments and count from its state.
+    """Resumes a run of `optax.adamw`, `optax.adam`, `optax.nadam`, `optax.adan`,
+    `optax.lion` or `optax.sgd`: fills moments and count from its state.
 
     | moments of `state` | come from |
     | --- | --- |
     | `mu`, `nu` | `optax.ScaleByAdamState` |
+    | `m`, `v`, `n`, `g` | `optax.ScaleByAdanState` |
     | `mu` | `optax.ScaleByLionState` |
     | `trace` | `optax.TraceState` |
 
@@ -165,8 +167,9 @@ def to_optax(state: PyTree, optax_state: State) -> State:
                 stored,
                 getattr(target, name),
             )
-        if has_count(target):
-            fields["count"] = as_count(call, count, target.count)
+        field = count_field(target)
+        if field is not None:
+            fields[field] = as_count(call, count, getattr(target, field))
         filled = target._replace(**fields)
         optax_state = find(optax_state, kind).replace([filled])
     else:
@@ -235,9 +238,11 @@ def _check_no_moments(call: str, optax_state: PyTree) -> None:
     """The state must be that of an optimizer without moments, such as `optax.sgd`
     without momentum."""
 
+    moments = frozenset().union(*_STATES)
+
     def keeps(x: Any) -> bool:
         is_optax = type(x).__module__.partition(".")[0] == "optax"
-        return is_optax and bool({"mu", "nu", "trace"} & {*getattr(x, "_fields", ())})
+        return is_optax and not moments.isdisjoint(getattr(x, "_fields", ()))
 
     for node in jtu.tree_leaves(optax_state, is_leaf=keeps):
         if keeps(node):

@@ -23,7 +23,8 @@ CALL_COUNTERS: dict[Any, str] = {
 
 def counts_of_steps(tree: PyTree, moments: Any) -> list[Any]:
     """All counts of steps in a state. They must be equal."""
-    counts = [moments.count] if has_count(moments) else []
+    field = count_field(moments)
+    counts = [] if field is None else [getattr(moments, field)]
     counts += [x.count for kind in schedule_states() for x in find(tree, kind).values]
     if counts:
         return counts
@@ -38,9 +39,12 @@ def schedule_states() -> tuple[Any, ...]:
     return optax.ScaleByScheduleState, type(wrapped.init())
 
 
-def has_count(moments: Any) -> bool:
-    # Of the other states, `count` is a method of tuples.
-    return "count" in getattr(moments, "_fields", ())
+def count_field(moments: Any) -> str | None:
+    """The field with the count of steps in a state with moments; `None` if it has
+    none."""
+    # `count` is a method of every tuple, so the fields tell. Adan's count is `t`.
+    fields = getattr(moments, "_fields", ())
+    return next((name for name in ("count", "t") if name in fields), None)
 
 
 def the_one_count(call: str, counts: list[Any]) -> Any:

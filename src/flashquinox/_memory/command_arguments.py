@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._optimizer.adam import adam, adamw
+from .._optimizer.adan import adan
 from .._optimizer.lion import lion
 from .._optimizer.sgd import sgd, sgdw
 from .._storage.moment_codecs import MomentCodecs
@@ -16,7 +17,14 @@ from . import architectures
 from .plan import MOST_DEVICES
 
 
-OPTIMIZERS = {"adamw": adamw, "adam": adam, "lion": lion, "sgd": sgd, "sgdw": sgdw}
+OPTIMIZERS = {
+    "adamw": adamw,
+    "adam": adam,
+    "adan": adan,
+    "lion": lion,
+    "sgd": sgd,
+    "sgdw": sgdw,
+}
 
 _PLAN = """Will it fit? Prints what each device holds in training: weights, corrections,
 moments, scales and gradients, with and without gradient release, beside mixed precision
@@ -68,7 +76,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--optimizer",
         default="adamw",
         choices=tuple(OPTIMIZERS),
-        help="adamw (the default), adam, lion, sgd or sgdw",
+        help="adamw (the default), adam, adan, lion, sgd or sgdw",
         metavar="NAME",
     )
     add("--momentum", type=float, metavar="B", help="of sgd and sgdw (none)")

@@ -19,8 +19,9 @@ from .weight_decay import check_weight_decay, Decay, Mask, WeightDecay
 
 class Optimizer(optax.GradientTransformationExtraArgs):
     """An optimizer with compressed state, made by [`flashquinox.adamw`][],
-    [`flashquinox.adam`][], [`flashquinox.lion`][], [`flashquinox.sgd`][],
-    [`flashquinox.sgdw`][], or, from a rule of your own, by [`flashquinox.optimizer`][].
+    [`flashquinox.adam`][], [`flashquinox.adan`][], [`flashquinox.lion`][],
+    [`flashquinox.sgd`][], [`flashquinox.sgdw`][], or, from a rule of your own, by
+    [`flashquinox.optimizer`][].
 
     It is also an `optax.GradientTransformationExtraArgs`, and so goes wherever one
     goes: `optax.chain`, `optax.MultiSteps`, `optax.inject_hyperparams`, and so on.

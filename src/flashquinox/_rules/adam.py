@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
+from .bias_correction import bias_correction
 from .rule import AbstractRule, hyperparameter, Moment
 
 
@@ -38,8 +39,8 @@ class Adam(AbstractRule):
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         # With r = sqrt(1 - b2^t): m/(sqrt(v)/r + eps) = m r / (sqrt(v) + eps r).
-        root_correction2 = jnp.sqrt(_bias_correction(self.b2, count))
-        correction1 = _bias_correction(self.b1, count)
+        root_correction2 = jnp.sqrt(bias_correction(self.b2, count))
+        correction1 = bias_correction(self.b1, count)
         step = -learning_rate * root_correction2
         scalars = {
             "decay": self.b1 / (1 - self.b1),
@@ -51,7 +52,7 @@ class Adam(AbstractRule):
         # `update` has m / (1 - b1).
         step = step * (1 - self.b1)
         if self.nesterov:
-            next_correction1 = _bias_correction(self.b1, count + 1)
+            next_correction1 = bias_correction(self.b1, count + 1)
             scalars["mu_step"] = step * self.b1 / next_correction1
             scalars["grad_step"] = step / correction1
         else:
@@ -73,8 +74,3 @@ class Adam(AbstractRule):
             numerator = numerator + scalars["grad_step"] * grad
         update = numerator / (jnp.sqrt(nu) + scalars["eps"])
         return update, {"mu": mu, "nu": nu}
-
-
-def _bias_correction(decay: ScalarLike, count: Scalar) -> Scalar:
-    """`1 - decay^count`, without the cancellation for `decay` close to 1."""
-    return -jnp.expm1(count * jnp.log1p(jnp.asarray(decay - 1, count.dtype)))
