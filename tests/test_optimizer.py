@@ -640,7 +640,7 @@ def test_optax_schedules():
 
 
 @pytest.mark.parametrize("make", [fq.adamw, fq.lion, fq.sgdw])
-def test_decouple_lr(make):
+def test_independent_decay(make):
     # Decay times the learning rate over its peak, whatever the peak.
     schedule = lambda count: jnp.asarray([1e-4, 2e-4])[count]
     w = jnp.ones((2, 32), jnp.float32)

@@ -156,6 +156,20 @@ class _ModuleSchedule(eqx.Module):
         return self.peak
 
 
+class _Scaled(fq.AbstractCurve):
+    by: jax.Array
+
+    @property
+    def root(self):
+        return 1
+
+    def compress(self, n):
+        return n * self.by
+
+    def expand(self, y):
+        return y / self.by
+
+
 def _polynomial(power, count):
     return 1e-3 * (count + 1).astype(float) ** power
 
@@ -231,7 +245,7 @@ ARGUMENTS = {
     "b1 schedule": (lambda: fq.adamw(1e-3, lambda c: 0.9), _type_error("b1", _number)),
     "betas, as in PyTorch": (
         lambda: fq.adamw(1e-3, betas=(0.9, 0.99)),
-        Elsewhere(TypeError, "betas"),
+        _type_error("`adamw` has no argument `betas`", "b1, b2"),
     ),
     "lr=, as in PyTorch": (
         lambda: fq.adamw(lr=1e-3),
@@ -239,7 +253,7 @@ ARGUMENTS = {
     ),
     "weight_dacay": (
         lambda: fq.adamw(1e-3, weight_dacay=0.1),
-        Elsewhere(TypeError, "weight_dacay"),
+        _type_error("`adamw` has no argument `weight_dacay`", "weight_decay"),
     ),
     "weight_decay negative": (
         lambda: fq.adamw(1e-3, weight_decay=-0.1),
@@ -438,6 +452,14 @@ ARGUMENTS = {
     "moments class": (
         lambda: fq.adamw(1e-3, storage=fq.Storage(moments=fq.MomentCodecs)),
         _value_error("`Storage(moments=...)`", "MomentCodecs"),
+    ),
+    "moments of a curve with an array": (
+        lambda: fq.Storage(
+            moments=fq.MomentCodecs(
+                fq.CompandedCodec("signed", _Scaled(jnp.ones(()))), fq.FullPrecision()
+            )
+        ),
+        _type_error("`Storage(moments=...)`", "CompandedCodec has no hash", "static"),
     ),
     "codecs in the other order": (
         lambda: fq.MomentCodecs(

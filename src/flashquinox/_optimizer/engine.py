@@ -141,11 +141,9 @@ class Transformation(eqx.Module):
     ) -> tuple[dict[str, StoredMoment], Correction | None]:
         """The moments and the correction of a leaf that has not been trained yet."""
         shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
-        layout = self._new_layout(shape, sharding)
+        layout, codecs = self._new_layout(shape, sharding), self.storage.codecs
         moments = {
-            name: zeros(
-                self.storage.codecs.of(moment, shape), layout, compute_dtype(dtype)
-            )
+            name: zeros(codecs.of(moment, shape), layout, compute_dtype(dtype))
             for name, moment in self.rule.moments.items()
         }
         if self.storage.correction_dtype is None or dtype not in NARROW_DTYPES:

@@ -90,9 +90,10 @@ def check_moments(
     rule: AbstractRule,
     storage: Storage,
 ) -> None:
+    codecs = storage.codecs
     for name, of_rule in rule.moments.items():
-        moment, codec = stored[name], storage.codecs.of(of_rule, leaf.value.shape)
-        _check_moment(call, leaf, name, moment, codec)
+        moment = stored[name]
+        _check_moment(call, leaf, name, moment, codecs.of(of_rule, leaf.value.shape))
         if not isinstance(moment, QuantMoment):
             continue
         if moment.group_size != storage.group_size:
@@ -122,7 +123,7 @@ def check_width(
         return
     remedy = ""
     if found is not None and expected is not None:
-        if found.itemsize > jnp.dtype(expected).itemsize:
+        if found.itemsize > expected.itemsize:
             return
         remedy = ", or move it to more bits with `flashquinox.widen_corrections`"
     widths = {width_dtype: width for width, width_dtype in CORRECTION_DTYPES.items()}

@@ -14,10 +14,6 @@ from .._storage.storage import Storage
 from .engine import Transformation
 
 
-# Where weight decay is L2 regularization, and `decay` no argument.
-_FORM = {"adam": "l2", "sgd": "l2"}
-
-
 def optimizer_text(optim: Transformation) -> str:
     """The call that makes such an optimizer: with its learning rate and
     hyperparameters, and what else is not as by default."""
@@ -30,7 +26,7 @@ def optimizer_text(optim: Transformation) -> str:
     arguments["weight_decay"] = optim.decay.rate
     others = {
         "mask": (optim.decay.mask, None),
-        "decay": (optim.decay.form, _FORM.get(optim.call, "decoupled")),
+        "decay": (optim.decay.form, _default_form(optim)),
         "peak_learning_rate": (optim.decay.peak_learning_rate, None),
         "storage": (optim.storage, Storage()),
         "skip_nonfinite": (optim.skip_nonfinite, False),
@@ -57,6 +53,13 @@ def _of_rule(rule: Any) -> dict[str, Any]:
         if value is not None and value is not False and not is_off:
             found[field.name] = value
     return found
+
+
+def _default_form(optim: Transformation) -> str:
+    """The form of weight decay without an argument `decay`. Factories other than
+    `optimizer` either have no such argument, or no L2 regularization."""
+    is_named = optim.call != "optimizer"
+    return "l2" if is_named and optim.decay.form == "l2" else "decoupled"
 
 
 def _is_default(value: Any, default: Any) -> bool:

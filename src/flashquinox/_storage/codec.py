@@ -74,7 +74,7 @@ class AbstractMomentCodec(eqx.Module):
     A backend chooses the shapes. So each method must be elementwise: over the elements
     of a tile, or over groups. What `fit` and `decode_constants` return for each group
     is broadcast to all of its elements before `quantize` and `dequantize` get it.
-    [`flashquinox.optimizer`][] checks all this when it is called.
+    [`flashquinox.Storage`][] checks all this when it is made.
 
     `factor`, a scalar or `None` for 1, is what the stored moment is multiplied by when
     it is decoded, and what a new moment is multiplied by before it is stored (see

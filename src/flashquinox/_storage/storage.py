@@ -4,12 +4,11 @@ import functools
 from typing import Any, final, Literal, TypeAlias
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from .._common.number_checks import check_flag
 from .._common.text import shown
+from .codec import AbstractMomentCodec
 from .codec_checks import check_codec
 from .moment_codecs import MomentCodecs
 from .split import CORRECTION_DTYPES
@@ -99,12 +98,12 @@ class Storage(eqx.Module):
         return _named(self.moments)
 
     @property
-    def correction_dtype(self) -> DTypeLike | None:
+    def correction_dtype(self) -> np.dtype | None:
         """The dtype of the corrections of bfloat16 and float16 weights."""
         bits = self.master_weight_bits
         if bits is None:
             return None
-        return jnp.dtype(CORRECTION_DTYPES[AUTO_BITS if bits == "auto" else bits])
+        return CORRECTION_DTYPES[AUTO_BITS if bits == "auto" else bits]
 
     def __repr__(self) -> str:
         """One line: the call that makes this, without what is left at its default."""
@@ -163,6 +162,7 @@ def _as_python(value: Any) -> Any:
 def _check_moments(moments: Any) -> MomentCodecs:
     if isinstance(moments, MomentCodecs):
         for codec in (moments.signed, moments.nonnegative):
+            _check_hash(codec)
             check_codec("Storage", codec)
         return moments
     known = MomentCodecs.names()
@@ -179,6 +179,17 @@ def _check_moments(moments: Any) -> MomentCodecs:
         "moments and for averages of squares), or a `flashquinox.MomentCodecs`; got "
         f"{shown(moments)}."
     )
+
+
+def _check_hash(codec: AbstractMomentCodec) -> None:
+    try:
+        hash(codec)
+    except TypeError as error:
+        raise TypeError(
+            f"`Storage(moments=...)`: a {type(codec).__name__} has no hash ({error}), "
+            "but is part of programs. Its fields must be static: numbers, strings, "
+            "curves and the like, not arrays."
+        ) from None
 
 
 def _shortest(codecs: MomentCodecs) -> Moments:
