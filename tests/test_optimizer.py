@@ -178,45 +178,6 @@ def test_trajectory(case):
         assert np.linalg.norm(error) <= bound * np.linalg.norm(path)
 
 
-def test_adan_is_that_of_the_paper():
-    """With its b2, for which Optax's formula is another one."""
-    b1, b2, b3, eps, eps_root = 0.98, 0.92, 0.99, 1e-8, 1e-8
-    storage = fq.Storage(master_weight_bits=None, moments="float32")
-    optim = fq.adan(0.1, weight_decay=0.2, storage=storage)
-    w = weights("matrix", dtype=jnp.float32)
-    state, expected = optim.init(w), float64(w["matrix"])
-    m = v = n = np.zeros_like(expected)
-    previous = None
-    for t in range(1, 6):
-        grads = weights("matrix", dtype=jnp.float32, seed=t)
-        w, state = optim.step(w, state, grads)
-        g = float64(grads["matrix"])
-        difference = 0 * g if previous is None else g - previous
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * difference
-        n = b3 * n + (1 - b3) * (g + b2 * difference) ** 2
-        numerator = m / (1 - b1**t) + b2 * v / (1 - b2**t)
-        denominator = np.sqrt(n / (1 - b3**t) + eps_root) + eps
-        expected = (1 - 0.1 * 0.2) * expected - 0.1 * numerator / denominator
-        previous = g
-        assert np.array_equal(state.moments["g"]["matrix"], grads["matrix"])
-    np.testing.assert_allclose(float64(w["matrix"]), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("storage", ["flashquinox", "flashoptim", "learned"])
-def test_exact_moments_are_never_compressed(storage):
-    """A previous gradient is kept bit for bit, whatever compresses the others."""
-    w, grads = (weights("matrix", "kernel", seed=seed) for seed in (0, 1))
-    optim = fq.adan(1e-2, storage=fq.Storage(moments=storage))
-    _, state = jax.jit(optim.step)(w, optim.init(w), grads)
-    for name, grad in grads.items():
-        kept = state.moments["g"][name]
-        assert kept.dtype == jnp.float32
-        assert np.array_equal(float64(kept), float64(grad))
-        for moment in ("m", "v", "n"):
-            assert isinstance(state.moments[moment][name], fq.QuantMoment)
-
-
 @pytest.mark.parametrize("momentum,nesterov", [(0.9, False), (0.9, True)])
 def test_dampening(momentum, nesterov):
     # The formula of `torch.optim.SGD`.

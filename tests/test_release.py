@@ -196,6 +196,7 @@ _SLOW_CASES = [
     (Case("sgd-momentum", Storage(jnp.bfloat16, None, "flashoptim")), False),
     (Case("sgd-nesterov", Storage(jnp.bfloat16, 32, "float32")), False),
     (Case("sgdw", _ours), False),
+    (Case("adan", _ours), False),
 ]
 
 
