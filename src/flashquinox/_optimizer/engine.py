@@ -527,7 +527,7 @@ class OpenedStep:
         return LeafStep(
             StepStructure(
                 rule_structure(optim.rule),
-                _codecs(old.moments),
+                tuple(_codec(old.moments[name]) for name in optim.rule.moments),
                 optim.decay.is_decoupled,
                 as_update,
                 optim.storage.dither_weights,
@@ -622,11 +622,8 @@ def _layout(leaf: LeafState) -> Layout:
     return Layout(leaf.value.shape, None, max(1, leaf.value.size))
 
 
-def _codecs(stored: dict[str, StoredMoment]) -> tuple[AbstractMomentCodec, ...]:
-    return tuple(
-        moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
-        for moment in stored.values()
-    )
+def _codec(moment: StoredMoment) -> AbstractMomentCodec:
+    return moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
 
 
 def _tile_state(leaf: LeafState) -> TileState:
