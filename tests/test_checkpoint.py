@@ -28,6 +28,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
+from flashquinox._checkpoint import files
 from flashquinox._common.digest import digest
 from flashquinox._storage.scales import decode_scale
 from flashquinox.checkpoint import CheckpointError, Checkpoints
@@ -652,7 +653,7 @@ def test_what_is_no_damage(saved, monkeypatch):
             def read(*_):
                 raise error
 
-            monkeypatch.setattr(checkpoints, "_read_arrays", read)
+            monkeypatch.setattr(files, "read", read)
 
         # The machine has too little memory: that is for the caller to see.
         for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")):

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import flashquinox as fq
 from flashquinox.__main__ import main
-from flashquinox._memory import architectures
+from flashquinox._memory import architectures, command
 
 from .helpers import slow
 from .kernels import compiling_for, tpu_devices
@@ -726,7 +726,7 @@ def _fails(error):
 
 def test_interrupted(capsys, monkeypatch):
 
-    monkeypatch.setattr(fq, "memory_plan", _fails(KeyboardInterrupt))
+    monkeypatch.setattr(command, "memory_plan", _fails(KeyboardInterrupt))
     with pytest.raises(SystemExit) as exit:
         main(["plan", "--params=7B"])
     assert exit.value.code == 130
