@@ -15,7 +15,7 @@ def _per_element(
     name: str, *args: Float32[Array, "*shape"]
 ) -> Float32[Array, "*shape"]:
     """An instruction on float32."""
-    operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    operands = ", ".join([f"${i}" for i in range(len(args) + 1)])
     return _assembly(f"{name} {operands};", args, jnp.float32, 1)
 
 
@@ -27,7 +27,7 @@ def _assembly(
     out = jax.ShapeDtypeStruct(args[0].shape, dtype)
     registers = [
         prefix + ("f" if x.dtype == jnp.float32 else "r")
-        for prefix, x in [("=", out), *(("", x) for x in args)]
+        for prefix, x in [("=", out), *[("", x) for x in args]]
         for _ in range(pack * x.dtype.itemsize // 4)
     ]
     (result,) = plt.elementwise_inline_asm(

@@ -55,73 +55,80 @@ def update_leaves(
         jnp.concatenate([words, integers]),
         jnp.stack([_word(x) for x in jtu.tree_leaves(leaves)]),
     )
-    operands = [
-        view.reshape(grad, state)
+    # Of each leaf, the gradient and the arrays of its state, of which the last ones are
+    # scales.
+    scales = len(jtu.tree_leaves(old[0].scales))
+    arrays = [
+        view.reshape([grad, *jtu.tree_leaves(state)], scales)
         for view, grad, state in zip(views, grads, old, strict=True)
     ]
-    arrays, treedef = jtu.tree_flatten(operands)
-    # Which of all arrays are those of the state.
-    numbers = jtu.tree_unflatten(treedef, range(len(arrays)))
-    state_numbers, state_treedef = jtu.tree_flatten([state for _, state in numbers])
+    width = len(arrays[0])
+    state_structure = jtu.tree_structure(old[0])
+    scalar_leaves, scalar_structure = jtu.tree_flatten(scalars)
+    static = {"structure": structure, "axis": views[0].axis, "keep_unmoved": False}
 
     def kernel(words, leaves, *refs):
-        inputs = jtu.tree_unflatten(treedef, refs[: len(arrays)])
-        outputs = jtu.tree_unflatten(state_treedef, refs[len(arrays) :])
+        inputs = [refs[i * width : (i + 1) * width] for i in range(len(views))]
+        outputs = refs[len(views) * width :]
         program = pl.program_id(0)
         leaf = sum((program >= start).astype(jnp.int32) for start in tiles[1:-1])
         # The first of the integers is 0, which Triton does not know.
         zero = words[len(floats)]
 
-        def of_leaf(function: Callable[[int, Any], Any]) -> Any:
+        def of_leaf(function: Callable[[int, Tile], Any]) -> Any:
+            """What a function of the number of this leaf and of its tile gives."""
             branches = [
                 partial(lambda i: function(i, Tile(program - int(tiles[i]), zero)), i)
                 for i in range(len(views))
             ]
             return _choose(leaf, branches)
 
-        grad, tile = of_leaf(lambda i, tile: views[i].load(inputs[i], tile))
+        grad, *state = of_leaf(lambda i, tile: views[i].load(inputs[i], scales, tile))
         here = unpack(
             lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
             lambda i: words[len(floats) + i],
         )
         own_words = [leaves[leaf * len(own) + i] for i in range(len(own))]
         own_here = jtu.tree_unflatten(
-            own_structure, map(_of_word, own_words, [x.dtype for x in own])
+            own_structure,
+            [_of_word(x, like.dtype) for x, like in zip(own_words, own, strict=True)],
         )
         here = eqx.tree_at(of_one, here, own_here, is_leaf=lambda x: x is None)
-        here = jtu.tree_map(lambda x, like: x.astype(like.dtype), here, scalars)
-        new = arithmetic.evaluate(
-            update_tile,
-            scalars=here,
-            grad=grad,
-            old=tile,
-            static={
-                "structure": structure,
-                "axis": views[0].axis,
-                "keep_unmoved": False,
-            },
+        here = [
+            x.astype(like.dtype)
+            for x, like in zip(jtu.tree_leaves(here), scalar_leaves, strict=True)
+        ]
+        operands = {
+            "scalars": scalar_structure.unflatten(here),
+            "grad": grad,
+            "old": state_structure.unflatten(state),
+        }
+        new = arithmetic.trace(update_tile, **operands, static=static)(**operands)
+        new, size = jtu.tree_leaves(new), width - 1
+        of_leaf(
+            lambda i, tile: views[i].store(
+                outputs[i * size : (i + 1) * size], scales, tile, new
+            )
         )
-        of_leaf(lambda i, tile: views[i].store(outputs[i], tile, new))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    flat = [x for of_leaf in arrays for x in of_leaf]
+    # The numbers of the arrays of states among all.
+    states = [i for i in range(len(flat)) if i % width > 0]
     new = pl.pallas_call(
         kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype)
-            for i in state_numbers
-        ],
+        out_shape=[jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in states],
         grid=(int(tiles[-1]),),
-        in_specs=[anywhere] * (len(arguments) + len(arrays)),
-        out_specs=[anywhere] * len(state_numbers),
-        input_output_aliases={
-            len(arguments) + i: j for j, i in enumerate(state_numbers)
-        },
+        in_specs=[anywhere] * (len(arguments) + len(flat)),
+        out_specs=[anywhere] * len(states),
+        input_output_aliases={len(arguments) + i: j for j, i in enumerate(states)},
         compiler_params=plt.CompilerParams(num_warps=views[0].warps),
         interpret=interpret,
         name=f"flashquinox_{type(structure.rule).__name__.lower()}",
-    )(*arguments, *arrays)
-    new = jtu.tree_unflatten(state_treedef, new)
-    return jtu.tree_map(lambda x, like: x.reshape(like.shape), tuple(new), old)
+    )(*arguments, *flat)
+    like, structure_of_all = jtu.tree_flatten(old)
+    new = [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
+    return structure_of_all.unflatten(new)
 
 
 def _word(x: Scalar) -> Scalar:

@@ -1,6 +1,7 @@
 """Parts of arrays in the memory of a GPU."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ class MaskedSlice:
     # Which elements there are: `None` for all.
     mask: Any
 
-    def load(self, ref: Any) -> Array:
+    def load(self, refs: Sequence[Any]) -> list[Array]:
+        """This part of each of these arrays."""
+        at = [ref.at[self.index] for ref in refs]
         if self.mask is None:
-            return plt.load(ref.at[self.index])
-        return plt.load(ref.at[self.index], mask=self.mask, other=0)
+            return [plt.load(x) for x in at]
+        return [plt.load(x, mask=self.mask, other=0) for x in at]
 
-    def store(self, ref: Any, value: Array) -> None:
-        plt.store(ref.at[self.index], value, mask=self.mask)
+    def store(self, refs: Sequence[Any], values: Sequence[Array]) -> None:
+        for ref, value in zip(refs, values, strict=True):
+            plt.store(ref.at[self.index], value, mask=self.mask)
 
 
 def below(x: Any, end: int) -> Any:

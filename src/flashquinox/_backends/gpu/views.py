@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -89,39 +90,31 @@ class AbstractView(abc.ABC):
 
     @abc.abstractmethod
     def scale_slice(self, tile: Tile) -> MaskedSlice:
-        """Where the scales of a tile are. Not called for leaves without scales."""
+        """Where the scales of a tile are. Of a leaf without scales, anything."""
 
-    def reshape(self, grad: Array, state: TileState) -> tuple[Array, TileState]:
+    # Below, the arrays of a leaf or a tile are in a list, of which the last ones are
+    # `scales` arrays of scales.
+
+    def reshape(self, arrays: Sequence[Array], scales: int) -> list[Array]:
         """The arrays of a leaf as the kernel takes them."""
-        shape, scale_shape = self.shape, self.scale_shape
-        reshaped = _map(
-            lambda x: x.reshape(shape), lambda x: x.reshape(scale_shape), state
-        )
-        return grad.reshape(shape), TileState(*reshaped)
+        shapes = [self.shape] * (len(arrays) - scales) + [self.scale_shape] * scales
+        return [x.reshape(shape) for x, shape in zip(arrays, shapes, strict=True)]
 
-    def load(self, refs: tuple[Any, TileState], tile: Tile) -> tuple[Array, TileState]:
-        """The gradient and the state of a tile."""
-        grad, state = refs
-        load, load_scale = self.element_slice(tile).load, self.scale_slice(tile).load
-        return load(grad), TileState(*_map(load, load_scale, state))
+    def load(self, refs: Sequence[Any], scales: int, tile: Tile) -> list[Array]:
+        """The arrays of a tile."""
+        slices, first = self._slices(tile), len(refs) - scales
+        return slices[0].load(refs[:first]) + slices[1].load(refs[first:])
 
-    def store(self, refs: TileState, tile: Tile, values: TileState) -> None:
-        """Writes the new state of a tile."""
-        store = self.element_slice(tile).store
-        _map(store, self.scale_slice(tile).store, refs, values)
+    def store(
+        self, refs: Sequence[Any], scales: int, tile: Tile, values: Sequence[Array]
+    ) -> None:
+        """Writes the arrays of a tile."""
+        slices, first = self._slices(tile), len(refs) - scales
+        slices[0].store(refs[:first], values[:first])
+        slices[1].store(refs[first:], values[first:])
 
-
-def _map(
-    of_elements: Callable, of_scales: Callable, state: TileState, *others: TileState
-) -> tuple[Any, Any, Any, Any]:
-    """The fields of a `TileState`, of functions for the two sorts of its arrays."""
-    states = (state, *others)
-    fields = [(x.weight, x.correction, x.codes) for x in states]
-    scales = [x.scales for x in states]
-    return (
-        *jtu.tree_map(of_elements, *fields),
-        jtu.tree_map(of_scales, *scales),
-    )
+    def _slices(self, tile: Tile) -> tuple[MaskedSlice, MaskedSlice]:
+        return self.element_slice(tile), self.scale_slice(tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +136,7 @@ class Lanes(AbstractView):
     def kind(self) -> tuple[Any, ...]:
         return Lanes, self.group_size
 
-    @property
+    @cached_property
     def _groups_of_tile(self) -> int:
         return max(1, self.tile_size // self.group_size)
 
@@ -204,11 +197,11 @@ class Rows(AbstractView):
     def scale_shape(self) -> tuple[int, ...]:
         return self.matrices, self.columns
 
-    @property
+    @cached_property
     def _columns_of_tile(self) -> int:
         return max(self.neighbours, self.tile_size // self.group_size)
 
-    @property
+    @cached_property
     def _tiles_across(self) -> int:
         return pl.cdiv(self.columns, self._columns_of_tile)
 

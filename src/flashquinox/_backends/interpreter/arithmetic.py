@@ -68,19 +68,24 @@ class Arithmetic:
         """The same without approximations."""
         return Arithmetic(only_words=self.only_words)
 
-    def evaluate(
+    def evaluate(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)` with this arithmetic: see `trace`."""
+        return self.trace(function, *args)(*args)
+
+    def trace(
         self,
         function: Callable[..., Any],
         *args: Any,
         static: Mapping[str, Hashable] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> "Program":
         """`function(*args, **kwargs, **static)` with this arithmetic, of trees of
-        arrays (and of [`Words`][], which the function takes as arrays).
+        arrays (and of [`Words`][], which the function takes as arrays): a program for
+        these and other arguments of the same structure, shapes and dtypes.
 
-        Two stages are cached by JAX: what the function is in plain JAX, and what it is
-        with this arithmetic. So `function` should be one of a module, and depend on
-        nothing but its arguments; of others, nothing is found again.
+        JAX caches two stages: what the function is in plain JAX, and what it is with
+        this arithmetic. So `function` should be one of a module, and depend on nothing
+        but its arguments; nothing that was found out about others is found again.
         """
         static = static or {}
         leaves, structure = jtu.tree_flatten((args, kwargs), is_leaf=_is_words)
@@ -89,7 +94,7 @@ class Arithmetic:
             for x in leaves
         ]
         shape_args, shape_kwargs = jtu.tree_unflatten(structure, shapes)
-        traced = _jitted(function, tuple(static)).trace(
+        plain = _jitted(function, tuple(static)).trace(
             *shape_args, **shape_kwargs, **static
         )
         # Numbers that are known now, which some rules ask for.
@@ -100,11 +105,12 @@ class Arithmetic:
             ]
         )
         arrays = [x for x in leaves if isinstance(x, jax.Array | Words)]
-        own = _evaluate.trace(self, traced.jaxpr, constants, arrays)
-        found = compat.as_function(own.jaxpr)(*jtu.tree_leaves(arrays))
-        found = [x if isinstance(x, jax.Array) else np.asarray(x)[()] for x in found]
-        outs = jtu.tree_unflatten(jtu.tree_structure(own.out_info), found)
-        return jtu.tree_unflatten(jtu.tree_structure(traced.out_info), outs)
+        own = _evaluate.trace(self, plain.jaxpr, constants, arrays)
+        return Program(
+            compat.as_function(own.jaxpr),
+            jtu.tree_structure(own.out_info),
+            jtu.tree_structure(plain.out_info),
+        )
 
     def call(self, function: compat.Function, args: Sequence[Value]) -> list[Value]:
         """The results of a traced function."""
@@ -117,19 +123,48 @@ class Arithmetic:
                 Value(x.val) if isinstance(x, compat.Literal) else values[x]
                 for x in eqn.invars
             ]
-            rule = _rule_of(eqn.primitive)
-            if eqn.primitive in operations.RULES_OF_FLOATS:
+            primitive = eqn.primitive
+            rule = _rule_of(primitive)
+            if primitive in operations.RULES_OF_FLOATS:
                 aval = eqn.outvars[0].aval
                 if aval.dtype != jnp.float32 or not aval.shape:
                     rule = None
             found = None if rule is None else rule(self, eqn, operands)
             if found is None:
-                found = results(eqn, operands)
+                arrays = [x.held if x.make is None else x.array for x in operands]
+                constant_arrays = [
+                    x
+                    for x in arrays
+                    if not isinstance(x, jax.Array) and getattr(x, "shape", ())
+                ]
+                if constant_arrays or primitive.multiple_results:
+                    found = results(eqn, operands)
+                else:
+                    # Most operations: here, for no call of a function.
+                    params = primitive.get_bind_params(eqn.params)
+                    found = [Value(primitive.bind(*arrays, **params))]
             values.update(zip(eqn.outvars, found, strict=True))
         return [
             Value(x.val) if isinstance(x, compat.Literal) else values[x]
             for x in jaxpr.outvars
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function with an arithmetic. Numbers among its arguments are those that it was
+    traced with."""
+
+    function: Callable[..., list[Any]]
+    # The structures of the results: with words as trees, and with words as leaves.
+    words_structure: Any
+    structure: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = jtu.tree_leaves((args, kwargs))
+        found = self.function(*[x for x in leaves if isinstance(x, jax.Array)])
+        found = [x if isinstance(x, jax.Array) else np.asarray(x)[()] for x in found]
+        return self.structure.unflatten(self.words_structure.unflatten(found))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,28 +84,29 @@ class Value:
 
 def result(eqn: Any, operands: Sequence[Value], **known: Any) -> Value:
     """The result of an operation as it is, with what is known of it."""
-    return Value(None, partial(_first_result, eqn, operands), **known)
-
-
-def _first_result(eqn: Any, operands: Sequence[Value]) -> Any:
-    return results(eqn, operands)[0].held
+    return Value(None, partial(_apply, eqn, operands), **known)
 
 
 def results(eqn: Any, operands: Sequence[Value]) -> list[Value]:
     """The results of an operation as it is."""
+    found = _apply(eqn, operands)
+    return [Value(x) for x in found] if isinstance(found, list) else [Value(found)]
+
+
+def _apply(eqn: Any, operands: Sequence[Value]) -> Any:
+    """The result of an operation as it is; a list if it has several."""
     arrays = [x.held if x.make is None else x.array for x in operands]
     primitive = eqn.primitive
     params = primitive.get_bind_params(eqn.params)
-    found = None
     if any([not isinstance(x, jax.Array) and np.ndim(x) > 0 for x in arrays]):
         # Kernels take no constant arrays.
         if not any([isinstance(x, jax.Array) for x in arrays]):
             with jax.ensure_compile_time_eval():
-                found = jtu.tree_leaves(primitive.bind(*arrays, **params))
-            return [Value(np.asarray(x)[()]) for x in found]
+                found = primitive.bind(*arrays, **params)
+            found = [np.asarray(x)[()] for x in jtu.tree_leaves(found)]
+            return found if primitive.multiple_results else found[0]
         arrays = [_filled(x) for x in arrays]
-    found = primitive.bind(*arrays, **params)
-    return [Value(x) for x in found] if primitive.multiple_results else [Value(found)]
+    return primitive.bind(*arrays, **params)
 
 
 def _filled(x: Any) -> Any:

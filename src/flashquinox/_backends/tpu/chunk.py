@@ -53,31 +53,33 @@ class ChunkStep:
         scratch = Scratch(*self.scratch, self.zero, self.block)
         codecs, new_codecs = self.structure.codecs_before_and_after(self.scalars)
         factors = self.structure.factors(self.scalars)
-        evaluate, old, new = self.arithmetic.evaluate, self.old, self.new
+        arithmetic, old, new = self.arithmetic, self.old, self.new
 
         decoding = {}
         for name, codec in codecs.items():
             scales = old.scales[name]
             scales = None if scales is None else scales[at.scales]
-            constants = evaluate(_decode_constants, codec, scales, factors[name][0])
+            constants = arithmetic.evaluate(
+                _decode_constants, codec, scales, factors[name][0]
+            )
             decoding[name] = scratch.put_constants(constants)
 
+        update_group = None
         for group in range(self.block.groups):
-            rows = _GroupSlice(at, group)
-            constants = {
-                name: scratch.constants(x, group) for name, x in decoding.items()
-            }
-            weight, correction, prepared, maxima = evaluate(
-                _update_group,
+            rows = _GroupSlice.of(at, group)
+            operands = (
                 self.scalars,
                 self.threshold,
+                {name: scratch.constants(x, group) for name, x in decoding.items()},
                 self._load(rows, self.grad),
                 self._load(rows, old.weight),
                 None if old.correction is None else self._load(rows, old.correction),
                 {name: self._load(rows, codes) for name, codes in old.codes.items()},
-                constants,
-                static={"structure": self.structure},
             )
+            if update_group is None:
+                static = {"structure": self.structure}
+                update_group = arithmetic.trace(_update_group, *operands, static=static)
+            weight, correction, prepared, maxima = update_group(*operands)
             self._store(rows, new.weight, weight)
             if new.correction is not None:
                 self._store(rows, new.correction, correction)
@@ -90,7 +92,7 @@ class ChunkStep:
             for reduction in Counts.of(self.structure.codec_of[name]).reductions:
                 statistics.append(scratch.reduced(first, reduction))
                 first += 1
-            scales, constants = evaluate(
+            scales, constants = arithmetic.evaluate(
                 _fit, codec, tuple(statistics), factors[name][1], self.dither
             )
             target = new.scales[name]
@@ -98,29 +100,31 @@ class ChunkStep:
                 target[at.scales] = scales
             encoding[name] = scratch.put_constants(constants)
 
+        quantize = {}
         for group in range(self.block.groups):
-            rows, first = _GroupSlice(at, group), 0
+            rows, first = _GroupSlice.of(at, group), 0
             for name, codec in codecs.items():
                 count = Counts.of(self.structure.codec_of[name]).prepared
-                codes = evaluate(
-                    _quantize,
+                operands = (
                     codec,
                     scratch.prepared(first, count, group),
                     scratch.constants(encoding[name], group),
                 )
-                self._store(rows, new.codes[name], codes)
+                if name not in quantize:
+                    quantize[name] = arithmetic.trace(_quantize, *operands)
+                self._store(rows, new.codes[name], quantize[name](*operands))
                 first += count
 
     def _load(self, rows: "_GroupSlice", ref: Any) -> Any:
         if self.arithmetic.only_words:
-            return words.load(ref, rows.start, rows.size, rows.chunk.lanes)
-        return ref[rows.index]
+            return words.load(ref, rows.start, rows.size, rows.lanes)
+        return ref[0, pl.ds(rows.start, rows.size), rows.lanes]
 
     def _store(self, rows: "_GroupSlice", ref: Any, value: Any) -> None:
         if self.arithmetic.only_words:
-            words.store(ref, rows.start, rows.size, rows.chunk.lanes, value)
+            words.store(ref, rows.start, rows.size, rows.lanes, value)
         else:
-            ref[rows.index] = value
+            ref[0, pl.ds(rows.start, rows.size), rows.lanes] = value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +152,19 @@ class _ChunkSlice:
 class _GroupSlice:
     """The elements of one group of each lane of a chunk."""
 
-    chunk: _ChunkSlice
+    first_group: Any
     group: int
+    size: int
+    lanes: Any
 
-    @property
-    def size(self) -> int:
-        return self.chunk.block.group_size
+    @staticmethod
+    def of(chunk: _ChunkSlice, group: int) -> "_GroupSlice":
+        size = chunk.block.group_size
+        return _GroupSlice(chunk.first_group, group, size, chunk.lanes)
 
     @property
     def start(self) -> Any:
-        start = (self.chunk.first_group + self.group) * self.size
-        return pl.multiple_of(start, self.size)
-
-    @property
-    def index(self) -> tuple[Any, Any, Any]:
-        return 0, pl.ds(self.start, self.size), self.chunk.lanes
+        return pl.multiple_of((self.first_group + self.group) * self.size, self.size)
 
 
 # The functions that are evaluated are traced once for all chunks of the same shape.
@@ -177,11 +179,11 @@ def _decode_constants(
 def _update_group(
     scalars: StepScalars,
     threshold: Any,
+    constants: dict[str, GroupConstants],
     grad: Array,
     weight: Array,
     correction: Array | None,
     codes: dict[str, Array],
-    constants: dict[str, GroupConstants],
     structure: StepStructure,
 ) -> tuple[Array, Array | None, list[Array], list[Array]]:
     """A group of each lane: its new weights, its moments prepared for their codecs, and
