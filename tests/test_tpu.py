@@ -3,6 +3,7 @@ real compiler, for every generation. No TPU is needed."""
 
 import functools as ft
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from flashquinox._storage.layout import Layout
 from flashquinox._tile.tile import TileState
 
 from .helpers import Case, parametrize_cases, slow, Storage
-from .kernels import arrays, assert_same, compiling_for, run, run_ensemble, tpu_devices
+from .kernels import arrays, compiling_for, run, run_ensemble, tpu_devices
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -30,18 +31,16 @@ _needs_views = pytest.mark.skipif(
 )
 
 # Lanes that fill a register and some that do not, and leading axes.
-_SHAPES = {"matrix": (64, 128), "stack": (2, 64, 200)}
-_STACK = {"stack": _SHAPES["stack"]}
-# One group in each lane.
-_GROUP = {"leaf": (32, 200)}
-# Few lanes, rows that are no whole chunks, several leading axes, many lanes, and groups
-# along columns.
+_STACK = {"stack": (2, 64, 200)}
+# One group in each lane: the smallest program.
+_GROUP = {"leaf": (32, 128)}
+# Few lanes, rows that are no whole chunks, many lanes below several leading axes, and
+# groups along columns.
 _ODD_SHAPES = {
     "narrow": (32, 5),
     "high": (1056, 130),
-    "deep": (2, 3, 32, 128),
-    "wide": (32, 700),
-    "transposed": (2, 128, 96),
+    "wide": (2, 1, 32, 700),
+    "transposed": (64, 96),
 }
 
 
@@ -49,40 +48,49 @@ def _supported(case: Case) -> bool:
     return case.storage.dtype != jnp.float16 and case.storage.moments != "flashoptim"
 
 
-# Every storage, with some rule.
+# Every storage, with some rule; what is ours, in the simulator.
 _QUICK = [
-    Case("adamw", _ours),
     Case("adamw", Storage(jnp.bfloat16, 32, "float32")),
-    Case("adamw-nesterov", Storage(jnp.bfloat16, None, "flashquinox")),
+    Case("adamw-nesterov", Storage(jnp.bfloat16, None, "float32")),
     Case("adam", Storage(jnp.float32, None, "float32")),
     Case("adan", _ours),
     Case("lion", Storage(jnp.bfloat16, 32, "flashquinox")),
-    Case("lion", Storage(jnp.bfloat16, None, "float32")),
+    Case("lion", Storage(jnp.bfloat16, None, "flashquinox")),
     Case("sgd", Storage(jnp.float32, None, "float32")),
     Case("sgd-momentum", Storage(jnp.bfloat16, 24, "float32")),
     Case("sgd-nesterov", Storage(jnp.float32, None, "flashquinox")),
-    Case("sgdw", _ours),
 ]
 
 
 @parametrize_cases(_supported, quick=_QUICK.__contains__)
 def test_interpreted_kernel_is_plain_xla(case):
     dtype = case.storage.dtype
-    grads = [arrays(_STACK, dtype, seed) for seed in (1, 2, 3)]
+    shapes = _GROUP if case in _QUICK else _STACK
+    grads = [arrays(shapes, dtype, seed) for seed in (1, 2, 3)]
     make = ft.partial(case.optimizer, 1e-2)
-    run("tpu", make, arrays(_STACK, dtype, 0), grads)
+    run("tpu", make, arrays(shapes, dtype, 0), grads)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd-momentum", "sgdw"])
-def test_simulated_kernel_is_plain_xla(name, capfd):
+@pytest.mark.parametrize(
+    "name, blocks",
+    [
+        ("adamw-flashquinox", 1),
+        ("adam-float32", 1),
+        ("lion-flashquinox", 1),
+        ("sgdw-float32", 1),
+        ("sgd-momentum-flashquinox", 2),
+        *(slow(f"{name}-flashquinox", 2) for name in ("adamw", "adam", "lion", "sgdw")),
+    ],
+)
+def test_simulated_kernel_is_plain_xla(name, blocks, capfd):
     """With memory as it is on a TPU: NaN before it is written, and copied while another
     block is computed; and no two accesses race."""
-    # Two blocks, of two chunks each.
-    shapes = {"stack": (2, 64, 256)}
-    blocks = set()
+    # The two have two chunks each.
+    shapes = _GROUP if blocks == 1 else {"stack": (2, 64, 256)}
+    seen = set()
 
     def record(token, block, core):
-        blocks.add(tuple(map(int, block)))
+        seen.add(tuple(map(int, block)))
         return token
 
     simulator = pltpu.InterpretParams(
@@ -91,16 +99,20 @@ def test_simulated_kernel_is_plain_xla(name, capfd):
         grid_point_recorder=record,
     )
     with pltpu.force_tpu_interpret_mode(simulator):
-        make = ft.partial(Case(name, _ours).optimizer, 1e-2)
-        grads = [arrays(shapes, jnp.bfloat16, 1)]
-        run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
-    assert blocks == {(0, 0, 0), (1, 0, 0)}
+        rule, _, moments = name.rpartition("-")
+        case = Case(rule, _ours._replace(moments=moments))
+        make = ft.partial(case.optimizer, 1e-2)
+        grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
+        # From moments that are not zero.
+        run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads, first=1)
+    assert seen == {(i, 0, 0) for i in range(blocks)}
     # Where JAX does not raise, it prints.
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def test_groups_run_along_rows():
-    state = fq.adamw(1e-3, backend="tpu").init(arrays(_SHAPES, jnp.bfloat16, 0))
+    params = arrays(_GROUP | _STACK, jnp.bfloat16, 0)
+    state = jax.eval_shape(fq.adamw(1e-3, backend="tpu").init, params)
     moments = jtu.tree_leaves(
         state.moments, is_leaf=lambda x: isinstance(x, fq.QuantMoment)
     )
@@ -134,13 +146,16 @@ def _assert_odd_shape(name: str, shape: tuple[int, ...]) -> None:
 
 @_needs_views
 @parametrize_cases(
-    lambda case: _supported(case) and case.name in ("adamw", "lion"),
-    quick=lambda case: case in (Case("adamw", _ours), _QUICK[4]),
+    lambda case: _supported(case) and case.name in ("adamw", "lion", "sgd"),
+    # Corrections of each width.
+    quick=lambda case: (
+        case
+        in (Case("adamw", _ours), Case("sgd", _ours._replace(master_weight_bits=32)))
+    ),
 )
 def test_only_words(case):
     """Of TPUs that have no instructions for bytes, such as v4."""
-    shapes = _GROUP if case.name == "adamw" else {"narrow": _ODD_SHAPES["narrow"]}
-    _assert_only_words(case, shapes)
+    _assert_only_words(case, {"narrow": _ODD_SHAPES["narrow"]})
 
 
 @pytest.mark.slow
@@ -160,7 +175,7 @@ def _assert_only_words(case: Case, shapes) -> None:
 
 @pytest.mark.parametrize("name, group_size", [("adamw", 64), ("lion", 128)])
 def test_other_groups(name, group_size):
-    shapes = {"leaf": (256, 64)}
+    shapes = {"leaf": (128, 64)}
     grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
     make = ft.partial(Case(name, _ours).optimizer, 1e-2, {"group_size": group_size})
     run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
@@ -169,11 +184,12 @@ def test_other_groups(name, group_size):
 @pytest.mark.parametrize(
     "name, bits",
     [
-        ("lion", 24),
-        ("lion", 32),
-        ("adamw", None),
-        slow("adamw", 24),
+        ("adamw", 24),
+        ("sgd", 32),
+        ("sgd", None),
         slow("adamw", 32),
+        slow("adamw", None),
+        *(slow("lion", bits) for bits in (24, 32, None)),
     ],
 )
 def test_updates(name, bits):
@@ -206,58 +222,66 @@ def test_a_rule_of_the_user():
             return update, {"second": second, "first": first}
 
     grads = [arrays(_GROUP, jnp.float32, seed) for seed in (1, 2)]
-    make = ft.partial(fq.optimizer, Normalized(), 1e-2)
+    storage = fq.Storage(moments="float32")
+    make = ft.partial(fq.optimizer, Normalized(), 1e-2, storage=storage)
     run("tpu", make, arrays(_GROUP, jnp.bfloat16, 0), grads)
 
 
-@pytest.mark.parametrize("method", ["step", "update"])
-def test_nonfinite_steps_are_skipped(method):
-    shapes = {"first": (32, 128), "second": (32, 128)}
+@pytest.mark.parametrize("name, method", [("adamw", "step"), ("sgd", "update")])
+def test_nonfinite_steps_are_skipped(name, method):
+    """Also if what is not finite is in a leaf that no kernel takes."""
+    shapes = _GROUP | {"vector": (40,)}
     good, bad, again = (arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3))
-    bad["second"] = bad["second"].at[3, 4].set(jnp.nan)
-    make = ft.partial(Case("lion", _ours).optimizer, 1e-2, skip_nonfinite=True)
+    bad["vector"] = bad["vector"].at[3].set(jnp.nan)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2, skip_nonfinite=True)
     params = arrays(shapes, jnp.bfloat16, 0)
     run("tpu", make, params, [good, bad, again], method=method)
 
 
 def test_damage_shows():
-    params = arrays({"leaf": (64, 128)}, jnp.bfloat16, 0)
-    grads = arrays({"leaf": (64, 128)}, jnp.bfloat16, 1)
-    grads["leaf"] = grads["leaf"].at[40, 4].set(jnp.nan)
+    params, grads = (arrays(_GROUP, jnp.bfloat16, seed) for seed in (0, 1))
+    grads["leaf"] = grads["leaf"].at[20, 4].set(jnp.nan)
     optim = fq.adamw(1e-2, backend="tpu")
     step = jax.jit(optim.step)
     new, state = step(params, optim.init(params), grads)
     found = np.isnan(np.asarray(new["leaf"], np.float32))
-    assert found[40, 4] and found.sum() == 1
+    assert found[20, 4] and found.sum() == 1
     # And stays.
-    grads = arrays({"leaf": (64, 128)}, jnp.bfloat16, 2)
-    new, _ = step(new, state, grads)
-    assert np.isnan(np.asarray(new["leaf"], np.float32))[40, 4]
+    new, _ = step(new, state, arrays(_GROUP, jnp.bfloat16, 2))
+    assert np.isnan(np.asarray(new["leaf"], np.float32))[20, 4]
 
 
 def test_ensembles():
-    run_ensemble("tpu", {"leaf": (3, 64, 128)})
+    run_ensemble("tpu", {"leaf": (2, 32, 128)})
+
+
+_NOT_FOR_KERNELS = {
+    "ragged": jax.ShapeDtypeStruct((37, 5), jnp.bfloat16),
+    "vector": jax.ShapeDtypeStruct((40,), jnp.bfloat16),
+    "scalar": jax.ShapeDtypeStruct((), jnp.float32),
+    "half": jax.ShapeDtypeStruct((64, 64), jnp.float16),
+    "lanes": jax.ShapeDtypeStruct((5, 64), jnp.bfloat16),
+    "empty": jax.ShapeDtypeStruct((0, 32), jnp.bfloat16),
+}
 
 
 def test_what_the_kernel_cannot_take_goes_through_xla():
-    """Nothing raises with `backend="tpu"` that works without it."""
-    shapes = {"ragged": (37, 5), "vector": (40,), "scalar": (), "empty": (0, 32)}
-    params = arrays({**shapes, "lanes": (5, 64)}, jnp.bfloat16, 0)
-    params["half"] = jnp.ones((64, 64), jnp.float16)
-    grads = jtu.tree_map(jnp.ones_like, params)
+    """Nothing raises with `backend="tpu"` that works without it: it is the same
+    program."""
     kernel, plain = (
-        fq.sgd(1e-2, momentum=0.9, backend=backend) for backend in ("tpu", "xla")
+        fq.adamw(1e-2, weight_decay=0.1, backend=backend) for backend in ("tpu", "xla")
     )
-    state = kernel.init(params)
+    state = jax.eval_shape(kernel.init, _NOT_FOR_KERNELS)
     ours, reference = (
-        jax.jit(optim.step)(params, state, grads) for optim in (kernel, plain)
+        jax.jit(optim.step).lower(_NOT_FOR_KERNELS, state, _NOT_FOR_KERNELS).as_text()
+        for optim in (kernel, plain)
     )
-    assert_same(ours, reference, params, state, grads)
+    assert ours == reference
 
 
 def test_support():
     def supports(shape, axis=-2, group_size=32, dtype=jnp.bfloat16):
-        leaf = jnp.zeros(shape, dtype)
+        leaf: Any = jnp.asarray(np.zeros(shape, dtype))
         return tpu_layout.supports(
             Layout(shape, axis, group_size), TileState(leaf, None, {}, {}), leaf
         )
@@ -288,8 +312,8 @@ def test_arithmetic_evaluates_any_function():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(-0.49, 0.49, (8, 128)), jnp.float32)
     y = jnp.asarray(rng.uniform(0.5, 2, (8, 128)), jnp.float32)
-    found = Arithmetic().evaluate(function, x, y)
-    expected = function(x, y)
+    found = jax.jit(ft.partial(Arithmetic().evaluate, function))(x, y)
+    expected = jax.jit(function)(x, y)
     assert jtu.tree_structure(found) == jtu.tree_structure(expected)
     for ours, reference in zip(
         jtu.tree_leaves(found), jtu.tree_leaves(expected), strict=True
@@ -363,23 +387,45 @@ _VARIANTS = {
     "adamw-learned": fq.adamw(
         1e-3, storage=fq.Storage(moments="learned"), backend="tpu"
     ),
+    "sgdw-learned": fq.sgdw(
+        1e-3, momentum=0.9, storage=fq.Storage(moments="learned"), backend="tpu"
+    ),
     "adamw-log": fq.adamw(1e-3, storage=fq.Storage(moments="log"), backend="tpu"),
     "adamw-groups-of-64": fq.adamw(
         1e-3, storage=fq.Storage(group_size=64), backend="tpu"
+    ),
+    "adamw-log-dithered-weights-groups-of-64": fq.adamw(
+        1e-3,
+        storage=fq.Storage(
+            master_weight_bits=None, dither_weights=True, moments="log", group_size=64
+        ),
+        backend="tpu",
     ),
 }
 
 
 # A few groups, and chunks that are full: as of the matrices of Llama, below.
 _SMALL, _FULL = (64, 128, 384), (2, 1024, 384)
+# Every generation and every option.
 _COMPILED = [
     ("v4", "adamw", _SMALL),
+    ("v5e", "sgdw-learned", _SMALL),
+    ("v5e", "adam-float32-moments", _SMALL),
+    ("v5e", "sgd", _SMALL),
     ("v5p", "sgdw", _SMALL),
+    ("v6e", "adamw-log-dithered-weights-groups-of-64", _SMALL),
     ("v6e", "lion", _SMALL),
-    ("tpu7x", "adamw", _SMALL),
-    *(("v5e", variant, _SMALL) for variant in _VARIANTS),
+    ("tpu7x", "adamw-nesterov-32", _SMALL),
 ]
 _MORE_COMPILED = [
+    ("tpu7x", "adamw", _SMALL),
+    *(
+        ("v5e", variant, _SMALL)
+        for variant in _VARIANTS
+        if ("v5e", variant, _SMALL) not in _COMPILED
+    ),
+]
+_MORE_COMPILED += [
     (chip, variant, _FULL)
     for variant in _VARIANTS
     for chip in (_TOPOLOGIES if variant in ("adamw", "lion", "sgdw") else ("v5e",))
@@ -401,14 +447,14 @@ def test_compiles_without_temporaries(chip, variant, shape):
     # the scalars; and what is learned from, whatever the size of a leaf: some arrays of
     # float32, of a sample of each moment.
     assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
-    sample = 8 * 4 * 2 * learning._SAMPLE if variant == "adamw-learned" else 0
+    sample = 8 * 4 * 2 * learning._SAMPLE if "learned" in variant else 0
     assert memory.temp_size_in_bytes <= 2**20 + sample
 
 
 def test_clipping_compiles_without_temporaries():
     """Gradients are not scaled in memory."""
     params = {"stack": jax.ShapeDtypeStruct((128, 128, 384), jnp.bfloat16)}
-    optim = _VARIANTS["adamw"]
+    optim = _VARIANTS["sgd"]
     state = jax.eval_shape(optim.init, params)
     clipping = lambda params, state, grads, bound: optim.step(
         params, state, grads, max_norm=bound
@@ -443,33 +489,29 @@ def test_compiles_what_lies_transposed(shape, variant):
 
 
 @pytest.mark.parametrize(
-    "chip",
+    "chip, method",
     [
-        "v4",
-        "v5e",
-        *(slow(x) for x in ("v5p", "v6e", "tpu7x")),
+        slow(chip, method, unless=(chip, method) in (("v4", "update"), ("v5e", "step")))
+        for chip in _TOPOLOGIES
+        for method in ("step", "update")
     ],
 )
-def test_compiles_other_dtypes_and_updates(chip):
-    shape = jax.ShapeDtypeStruct((96, 200), jnp.float32)
-    optim = fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None), backend="tpu")
-    assert "tpu_custom_call" in _text(_compile(chip, optim, shape, shape))
-    narrow = jax.ShapeDtypeStruct((96, 200), jnp.bfloat16)
-    optim = fq.adamw(1e-3, backend="tpu")
-    compiled = _compile(chip, optim, narrow, shape, method="update")
-    assert "tpu_custom_call" in _text(compiled)
+def test_compiles_other_dtypes_and_updates(chip, method):
+    """Gradients of float32, of weights of float32 or for updates of bfloat16."""
+    grads = jax.ShapeDtypeStruct((32, 200), jnp.float32)
+    params = grads
+    storage = fq.Storage(master_weight_bits=None)
+    if method == "update":
+        params = jax.ShapeDtypeStruct(grads.shape, jnp.bfloat16)
+        storage = fq.Storage()
+    optim = fq.adamw(1e-3, storage=storage, backend="tpu")
+    assert "tpu_custom_call" in _text(_compile(chip, optim, params, grads, method))
 
 
 def test_compiles_what_the_kernel_cannot_take():
-    params = {
-        "ragged": jax.ShapeDtypeStruct((37, 5), jnp.bfloat16),
-        "vector": jax.ShapeDtypeStruct((40,), jnp.bfloat16),
-        "scalar": jax.ShapeDtypeStruct((), jnp.float32),
-        "half": jax.ShapeDtypeStruct((64, 64), jnp.float16),
-        "lanes": jax.ShapeDtypeStruct((5, 64), jnp.bfloat16),
-    }
-    optim = fq.adamw(1e-3, backend="tpu")
-    assert "tpu_custom_call" not in _text(_compile("v5e", optim, params, params))
+    optim = fq.lion(1e-3, backend="tpu")
+    compiled = _compile("v5e", optim, _NOT_FOR_KERNELS, _NOT_FOR_KERNELS)
+    assert "tpu_custom_call" not in _text(compiled)
 
 
 def _llama(layers: int, width: int, hidden: int, keys: int, vocabulary: int):
@@ -494,8 +536,7 @@ def _llama(layers: int, width: int, hidden: int, keys: int, vocabulary: int):
 
 def test_the_largest_matrices_of_llama_3_1_8b_compile():
     whole = _llama(32, 4096, 14336, 1024, 128256)
-    layers = {name: whole["layers"][name] for name in ("down", "mlp_norm")}
-    _assert_compiles_without_temporaries({"norm": whole["norm"], "layers": layers})
+    _assert_compiles_without_temporaries({"down": whole["layers"]["down"]})
 
 
 @pytest.mark.slow
@@ -522,10 +563,10 @@ def _assert_compiles_without_temporaries(params) -> None:
 
 def test_unrolled_layers_release_their_gradients():
     """XLA updates each as soon as its gradient is there."""
-    width, layers = 2048, 8
+    width, layers = 2048, 3
     weights = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
     params = {str(i): weights for i in range(layers)}
-    optim = fq.adamw(1e-3, backend="tpu")
+    optim = _VARIANTS["sgd"]
 
     def loss(params, x):
         for i in range(layers):
@@ -542,15 +583,16 @@ def test_unrolled_layers_release_their_gradients():
 
 
 @pytest.mark.parametrize(
-    "name",
+    "name, how",
     [
-        slow("adamw"),
-        slow("lion"),
-        "sgd-momentum",
+        ("sgd-momentum", "release"),
+        slow("sgd-momentum", "ordinary"),
+        slow("lion", "release"),
+        slow("adamw", "release"),
     ],
 )
-def test_stacked_layers_release_their_gradients(name):
-    """Where they are asked to."""
+def test_stacked_layers_release_their_gradients(name, how):
+    """Where they are asked to, and only there."""
     # Few groups, of which kernels are compiled soon; and more than VMEM has room for.
     layers, width, hidden = 32, 96, 2**14
     layer = 2 * width * hidden
@@ -565,16 +607,15 @@ def test_stacked_layers_release_their_gradients(name):
         epilogue=lambda params, x, batch, key: jnp.mean(x.astype(jnp.float32)),
     )
 
-    def ordinary(params, state, x):
+    def step(params, state, x):
+        if how == "release":
+            return fq.release_step(optim, loss, params, state, x)[:2]
         return optim.step(params, state, jax.grad(loss)(params, x))
 
-    def release(params, state, x):
-        return fq.release_step(optim, loss, params, state, x)[:2]
-
     x = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
-    compiled = _compile_function("v5e", release, params, state, x)
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * layer
-    assert memory.alias_size_in_bytes >= _bytes((params, state)) - 4096
-    memory = _compile_function("v5e", ordinary, params, state, x).memory_analysis()
-    assert memory.temp_size_in_bytes >= layers * layer
+    memory = _compile_function("v5e", step, params, state, x).memory_analysis()
+    if how == "release":
+        assert memory.temp_size_in_bytes < 2 * layer
+        assert memory.alias_size_in_bytes >= _bytes((params, state)) - 4096
+    else:
+        assert memory.temp_size_in_bytes >= layers * layer
