@@ -19,7 +19,7 @@ from .._common.text import shown
 from .._model.blocks import part_of
 from .._model.trained import TRAINABLE_DTYPES
 from .._model.trees import flatten, is_array, Leaf, match
-from .._optimizer.optimizer import Optimizer, transformation_of
+from .._optimizer.optimizer import Optimizer, settings_of
 from .._optimizer.state import OptimizerState
 from .._sharding.fsdp import fsdp_shardings
 from .._sharding.resolve import as_explicit
@@ -219,11 +219,11 @@ def _shardings(
     device."""
     given, storage = [None] * len(leaves), Storage()
     if isinstance(optim, Optimizer):
-        transformation = transformation_of(optim)
-        values, structure = transformation.shardings
+        settings = settings_of(optim)
+        values, structure = settings.shardings
         tree = jtu.tree_unflatten(structure, values)
         given = match(call, "shardings", tree, leaves, prefix=True)
-        storage = transformation.storage
+        storage = settings.storage
     own = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     own = [x if isinstance(x, NamedSharding) and x.mesh.size > 1 else None for x in own]
     known = next((x.mesh for x in (*given, *own) if x is not None), None)

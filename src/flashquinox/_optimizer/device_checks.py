@@ -35,11 +35,11 @@ def warn_of_divided_groups(
     call: str,
     leaf: Leaf,
     stored: dict[str, StoredMoment],
-    sharding: NamedSharding | None,
+    sharding: NamedSharding,
 ) -> None:
     """Warns of a division that cuts through groups: it is correct, but slow."""
     for moment in stored.values():
-        if sharding is None or not isinstance(moment, QuantMoment):
+        if not isinstance(moment, QuantMoment):
             continue
         if not state_specs.holds_whole_groups(moment.layout, sharding):
             warnings.warn(
@@ -63,11 +63,9 @@ def check_state_is_with_weight(
     leaf: Leaf,
     stored: dict[str, StoredMoment],
     correction: Correction | None,
-    sharding: NamedSharding | None,
+    sharding: NamedSharding,
 ) -> None:
     """The state of a leaf must be divided as its weight is."""
-    if sharding is None:
-        return
     state = stored, correction
     found = jtu.tree_leaves(state)
     expected = jtu.tree_leaves(state_specs.of_arrays(state, sharding))

@@ -7,11 +7,12 @@ from .._model.trees import Model, Updates
 from .._rules.rule import AbstractRule
 from .._storage.storage import check_storage, Storage
 from .argument_checks import check_hyperparameters
-from .engine import Transformation
+from .engine import StepEngine
 from .factory import factory
 from .method import Method
 from .options import check_options, Options
 from .schedules import ScalarOrSchedule
+from .settings import Settings
 from .state import OptimizerState
 from .text import optimizer_text
 from .weight_decay import check_weight_decay, Decay, Mask, WeightDecay
@@ -40,7 +41,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         ```
     """
 
-    # At run time, the two fields of the tuple: `Method`s of one `Transformation`.
+    # At run time, the two fields of the tuple: `Method`s of one `StepEngine`.
     if TYPE_CHECKING:
 
         def init(self, params: PyTree) -> OptimizerState: ...
@@ -56,7 +57,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     def __repr__(self) -> str:
         """One line: the call that makes such an optimizer, without what is left at its
         default in it."""
-        return optimizer_text(transformation_of(self))
+        return optimizer_text(settings_of(self))
 
     def step(
         self,
@@ -91,11 +92,15 @@ class Optimizer(optax.GradientTransformationExtraArgs):
         `TypeError` or `ValueError` if the trees, shapes or dtypes do not fit together,
         or the state is that of another optimizer. The message names the leaf.
         """
-        return transformation_of(self).step(model, state, grads, max_norm)
+        return _engine_of(self).advance("step", model, state, grads, max_norm)
 
 
-def transformation_of(optim: Optimizer) -> Transformation:
-    """What makes and takes the steps of an optimizer."""
+def settings_of(optim: Optimizer) -> Settings:
+    """What an optimizer was built from."""
+    return _engine_of(optim).settings
+
+
+def _engine_of(optim: Optimizer) -> StepEngine:
     return cast(Any, optim.update).module
 
 
@@ -166,7 +171,7 @@ def build_optimizer(
 ) -> Optimizer:
     """`optimizer`, for errors that name `call` as the user wrote it."""
     check_hyperparameters(call, rule, learning_rate, decay.rate)
-    transformation = Transformation(
+    settings = Settings(
         call=call,
         rule=rule,
         learning_rate=learning_rate,
@@ -175,5 +180,6 @@ def build_optimizer(
         **check_options(call, options),
     )
     # Optax's types know no state that is not made of arrays.
-    init, update = Method(transformation, "init"), Method(transformation, "update")
+    engine = StepEngine(settings)
+    init, update = Method(engine, "init"), Method(engine, "update")
     return Optimizer(cast(Any, init), cast(Any, update))

@@ -11,27 +11,27 @@ import numpy as np
 from .._common.number_checks import is_zero
 from .._common.text import function_name, shown
 from .._storage.storage import Storage
-from .engine import Transformation
+from .settings import Settings
 
 
-def optimizer_text(optim: Transformation) -> str:
+def optimizer_text(settings: Settings) -> str:
     """The call that makes such an optimizer: with its learning rate and
     hyperparameters, and what else is not as by default."""
-    of_rule = _of_rule(optim.rule)
-    arguments = {"learning_rate": optim.learning_rate, **of_rule}
+    of_rule = _of_rule(settings.rule)
+    arguments = {"learning_rate": settings.learning_rate, **of_rule}
     first = []
-    if optim.call == "optimizer":
-        first = [f"{type(optim.rule).__name__}({_joined(of_rule)})"]
-        arguments = {"learning_rate": optim.learning_rate}
-    arguments["weight_decay"] = optim.decay.rate
+    if settings.call == "optimizer":
+        first = [f"{type(settings.rule).__name__}({_joined(of_rule)})"]
+        arguments = {"learning_rate": settings.learning_rate}
+    arguments["weight_decay"] = settings.decay.rate
     others = {
-        "mask": (optim.decay.mask, None),
-        "decay": (optim.decay.form, _default_form(optim)),
-        "peak_learning_rate": (optim.decay.peak_learning_rate, None),
-        "storage": (optim.storage, Storage()),
-        "skip_nonfinite": (optim.skip_nonfinite, False),
-        "verify_weights": (optim.verify_weights, None),
-        "backend": (optim.backend, "auto"),
+        "mask": (settings.decay.mask, None),
+        "decay": (settings.decay.form, _default_form(settings)),
+        "peak_learning_rate": (settings.decay.peak_learning_rate, None),
+        "storage": (settings.storage, Storage()),
+        "skip_nonfinite": (settings.skip_nonfinite, False),
+        "verify_weights": (settings.verify_weights, None),
+        "backend": (settings.backend, "auto"),
     }
     arguments |= {
         name: value
@@ -39,9 +39,9 @@ def optimizer_text(optim: Transformation) -> str:
         if not _is_default(value, default)
     }
     parts = [*first, _joined(arguments)]
-    if optim.shardings[0]:
+    if settings.shardings[0]:
         parts.append("shardings=...")
-    return f"{optim.call}({', '.join(parts)})"
+    return f"{settings.call}({', '.join(parts)})"
 
 
 def _of_rule(rule: Any) -> dict[str, Any]:
@@ -55,11 +55,11 @@ def _of_rule(rule: Any) -> dict[str, Any]:
     return found
 
 
-def _default_form(optim: Transformation) -> str:
+def _default_form(settings: Settings) -> str:
     """The form of weight decay without an argument `decay`. Factories other than
     `optimizer` either have no such argument, or no L2 regularization."""
-    is_named = optim.call != "optimizer"
-    return "l2" if is_named and optim.decay.form == "l2" else "decoupled"
+    is_named = settings.call != "optimizer"
+    return "l2" if is_named and settings.decay.form == "l2" else "decoupled"
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -2,7 +2,7 @@
 `optax.partition` divides a model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,12 +13,17 @@ from jaxtyping import Array, Bool, PyTree, ScalarLike
 
 from .._common.text import shown
 from .._model.trees import flatten, is_within, Leaf
-from .._optimizer.engine import LeafState, Learned, OpenedStep, Transformation
-from .._optimizer.optimizer import Optimizer, transformation_of
+from .._optimizer.open_step import open_step
+from .._optimizer.optimizer import Optimizer, settings_of
+from .._optimizer.settings import Settings
 from .._optimizer.state import OptimizerState
 from .._optimizer.state_checks import check_has_one_state, check_not_in_two_states
 from .._optimizer.states import find
+from .._optimizer.step_in_progress import StepInProgress
+from .._optimizer.stored_leaf import Learned
+from .._storage.layout import Layout
 from .._tile.clipping import Clipping
+from .._tile.tile import TileState
 
 
 # For each group, whether its gradients and its learning rate are all finite. `None`
@@ -40,7 +45,7 @@ class GroupedStep:
 
     leaves: list[Leaf]
     rebuild: Callable[[list[Any]], PyTree]
-    groups: list[OpenedStep]
+    groups: list[StepInProgress]
     owners: dict[int, tuple[int, int]]
     replace: Callable[[list[OptimizerState]], PyTree]
     updated: list[list[Bool[Array, ""]]]
@@ -56,13 +61,28 @@ class GroupedStep:
         group, index = self.owners[number]
         return self.groups[group].shardings[index]
 
-    def read(self, number: int) -> LeafState:
+    def read(self, number: int) -> TileState:
         group, index = self.owners[number]
         return self.groups[group].read(index)
 
-    def write(self, number: int, new: LeafState) -> None:
+    def write(self, number: int, new: TileState, learned: Learned) -> None:
         group, index = self.owners[number]
-        self.groups[group].write(index, new)
+        self.groups[group].write(index, new, learned)
+
+    def read_updated(
+        self, numbers: Iterable[int]
+    ) -> dict[int, tuple[TileState, Learned]]:
+        """Leaves that have been updated, as `write` takes them."""
+        found = {}
+        for number in numbers:
+            group, index = self.owners[number]
+            step = self.groups[group]
+            found[number] = step.new[index], step.learned[index]
+        return found
+
+    def layout(self, number: int) -> Layout:
+        group, index = self.owners[number]
+        return self.groups[group].layout(index)
 
     def update(self, grads: dict[int, Array], max_norm: ScalarLike | None) -> None:
         """Updates the leaves that `grads` has, after scaling these gradients to at most
@@ -98,7 +118,7 @@ class GroupedStep:
         """For each group, whether these gradients of it are all finite."""
         found: AllFinite = [None for _ in self.groups]
         for group, numbers in self._divided([*grads]).items():
-            found[group] = self.groups[group].take(
+            found[group] = self.groups[group].all_finite(
                 [grads[number] for number in numbers],
                 [shardings[number] for number in numbers],
                 clip,
@@ -113,20 +133,20 @@ class GroupedStep:
         learned = {}
         for group, here in self._divided(numbers).items():
             step = self.groups[group]
-            all_finite = finite() if step.transformation.skip_nonfinite else None
+            all_finite = finite() if step.settings.skip_nonfinite else None
             found = step.learn([self.owners[number][1] for number in here], all_finite)
             learned.update(zip(here, found, strict=True))
         return learned
 
     def update_parts(
         self,
-        parts: dict[int, LeafState],
+        parts: dict[int, TileState],
         shardings: dict[int, NamedSharding | None],
         grads: dict[int, Array],
         learned: dict[int, Learned],
         finite: AllFinite,
         clip: Clipping | None,
-    ) -> dict[int, LeafState]:
+    ) -> dict[int, TileState]:
         """Updates parts of leaves, such as single layers of stacks."""
         new = {}
         for group, numbers in self._divided([*parts]).items():
@@ -147,14 +167,14 @@ class GroupedStep:
         states = []
         for group, updated in zip(self.groups, self.updated, strict=True):
             all_finite = None
-            if group.transformation.skip_nonfinite:
+            if group.settings.skip_nonfinite:
                 all_finite = (
                     jnp.any(jnp.stack(updated)) if updated else jnp.asarray(True)
                 )
             states.append(group.close(all_finite)[1])
         values = [leaf.value for leaf in self.leaves]
         for number in self.owners:
-            values[number] = self.read(number).value
+            values[number] = self.read(number).weight
         return self.rebuild(values), self.replace(states)
 
     def _divided(self, numbers: list[int]) -> dict[int, list[int]]:
@@ -168,33 +188,33 @@ class GroupedStep:
 def check_optimizers(call: str, optim: Any) -> None:
     if isinstance(optim, Mapping):
         for label, one in optim.items():
-            _transformation(call, f"optim[{label!r}]", one)
+            _settings(call, f"optim[{label!r}]", one)
     else:
-        _transformation(call, "optim", optim)
+        _settings(call, "optim", optim)
 
 
 def open_groups(call: str, optim: Any, model: PyTree, state: PyTree) -> GroupedStep:
     """Begins a step: takes apart a model and the state of its optimizers."""
     leaves, rebuild = flatten(model)
     if isinstance(optim, Mapping):
-        transformations, states, replace = _of_partition(call, optim, state)
+        settings, states, replace = _of_partition(call, optim, state)
         masked = [_masked(x) for x in states]
     else:
-        transformations = [_transformation(call, "optim", optim)]
+        settings = [_settings(call, "optim", optim)]
         states, replace = [state], lambda new: new[0]
         masked = [set()]
     groups, owners = [], {}
-    for group, transformation in enumerate(transformations):
+    for group, of_group in enumerate(settings):
         # Codecs dither by the numbers that leaves have in a group, which must be those
         # that they have in the tree that `optax.partition` passes on.
         hidden = lambda leaf, group=group: is_within(leaf.unwrapped, masked[group])
         own = rebuild(
             [optax.MaskedNode() if hidden(leaf) else leaf.value for leaf in leaves]
         )
-        opened = transformation.open(call, own, states[group])
+        opened = open_step(of_group, call, own, states[group])
         numbers = {leaf.unwrapped: i for i, leaf in enumerate(leaves)}
         for index, leaf in enumerate(opened.leaves):
-            if opened.trained[index]:
+            if index in opened.stored:
                 number = numbers[leaf.unwrapped]
                 owner, _ = owners.get(number, (None, None))
                 check_not_in_two_states(call, leaf, owner)
@@ -208,7 +228,7 @@ def open_groups(call: str, optim: Any, model: PyTree, state: PyTree) -> GroupedS
 
 def _of_partition(
     call: str, optim: Mapping[Any, Any], state: Any
-) -> tuple[list[Transformation], list[OptimizerState], Callable[[list[Any]], PyTree]]:
+) -> tuple[list[Settings], list[OptimizerState], Callable[[list[Any]], PyTree]]:
     """For each group, the engine of its optimizer and its state; and a function from
     new states to that of `optax.partition`."""
     if not isinstance(state, optax.PartitionState):
@@ -230,10 +250,10 @@ def _of_partition(
             "labels of `optax.partition`, and none for weights that are frozen by "
             "`optax.set_to_zero`."
         )
-    transformations, states = [], []
+    settings, states = [], []
     for label in labels:
         name = f"optim[{label!r}]"
-        transformations.append(_transformation(call, name, optim[label]))
+        settings.append(_settings(call, name, optim[label]))
         check_has_one_state(call, ours[label].values)
         states.append(ours[label].values[0])
 
@@ -244,12 +264,12 @@ def _of_partition(
         }
         return state._replace(inner_states=inner | changed)
 
-    return transformations, states, replace
+    return settings, states, replace
 
 
-def _transformation(call: str, name: str, optim: Any) -> Transformation:
+def _settings(call: str, name: str, optim: Any) -> Settings:
     if isinstance(optim, Optimizer):
-        return transformation_of(optim)
+        return settings_of(optim)
     raise TypeError(
         f"`{call}`: `{name}` is no `flashquinox.Optimizer` but {shown(optim)}. What "
         "`optax.chain`, `optax.MultiSteps` and other wrappers add, such as clipping by "

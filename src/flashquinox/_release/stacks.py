@@ -2,28 +2,24 @@
 
 import math
 
+import equinox as eqx
 import jax.lax as lax
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, PyTree
 
 from .._common import meshes
-from .._optimizer.engine import LeafState, Learned
 from .._sharding import state_specs
-from .._storage.quant_moment import QuantMoment, StoredMoment
+from .._storage.layout import Layout
+from .._tile.tile import TileState
 
 
-def layers_have_own_groups(stack: LeafState) -> bool:
-    """Whether no group of a moment spans several layers."""
-    shape = stack.value.shape[1:]
-    for moment in stack.moments.values():
-        if not isinstance(moment, QuantMoment):
-            continue
-        if moment.axis is None and math.prod(shape) % moment.group_size != 0:
-            return False
-        if moment.axis == -len(shape) - 1:
-            return False
-    return True
+def layers_have_own_groups(layout: Layout) -> bool:
+    """Whether no group of a stack spans several layers."""
+    shape = layout.shape[1:]
+    if layout.axis is None:
+        return math.prod(shape) % layout.group_size == 0
+    return layout.axis != -len(shape) - 1
 
 
 def update_batches(sizes: dict[int, int]) -> list[list[int]]:
@@ -40,47 +36,24 @@ def update_batches(sizes: dict[int, int]) -> list[list[int]]:
     return batches
 
 
-def by_layer(stack: LeafState, layers: int) -> LeafState:
-    """The state of a stack such that every array has the axis of layers first. Scales
-    of a flattened leaf get that axis, and the parameters of codecs, which all layers
-    share, are left out."""
-
-    def one(moment: StoredMoment) -> StoredMoment:
-        if not isinstance(moment, QuantMoment):
-            return moment
-        scales = moment.scales
-        if moment.axis is None:
-            scales = scales.reshape(layers, -1)
-        return _with_scales(moment, scales, None)
-
-    return stack._replace(moments={k: one(x) for k, x in stack.moments.items()})
+def by_layer(stack: TileState, layout: Layout) -> TileState:
+    """The state of a stack such that every array has the axis of layers first: scales
+    of a flattened leaf get that axis."""
+    return _with_scales_of_shape(stack, layout, (layout.shape[0], -1))
 
 
-def whole_stack(stack: LeafState, learned: Learned) -> LeafState:
-    """The inverse of `by_layer`, with the parameters that codecs have learned."""
-
-    def one(name: str, moment: StoredMoment) -> StoredMoment:
-        if not isinstance(moment, QuantMoment):
-            return moment
-        scales = moment.scales
-        if moment.axis is None:
-            scales = scales.reshape(-1)
-        return _with_scales(moment, scales, learned.get(name, (None, None))[1])
-
-    return stack._replace(moments={k: one(k, x) for k, x in stack.moments.items()})
+def whole_stack(stack: TileState, layout: Layout) -> TileState:
+    """The inverse of `by_layer`."""
+    return _with_scales_of_shape(stack, layout, (-1,))
 
 
-def _with_scales(
-    moment: QuantMoment, scales: Array, parameter: Scalar | None
-) -> QuantMoment:
-    return QuantMoment(
-        moment.codes,
-        scales,
-        moment.axis,
-        moment.group_size,
-        moment.codec,
-        parameter,
-    )
+def _with_scales_of_shape(
+    stack: TileState, layout: Layout, shape: tuple[int, ...]
+) -> TileState:
+    if layout.axis is not None:
+        return stack
+    scales = jtu.tree_map(lambda x: x.reshape(shape), stack.scales)
+    return eqx.tree_at(lambda x: x.scales, stack, scales)
 
 
 def layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
@@ -111,12 +84,14 @@ def write_layer(
     )
 
 
-def place_stack(stack: LeafState, sharding: NamedSharding | None) -> LeafState:
+def place_stack(
+    stack: TileState, layout: Layout, sharding: NamedSharding | None
+) -> TileState:
     """Keeps a stack divided among devices as it was. XLA might choose the division of
     the gradients instead."""
     if sharding is None:
         return stack
-    where = state_specs.of_arrays(stack, sharding)
+    where = state_specs.of_leaf(stack, layout, sharding)
     return jtu.tree_map(meshes.constrain, stack, where)
 
 

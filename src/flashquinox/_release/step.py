@@ -151,20 +151,21 @@ def release_step(
     step.update(done, max_norm)
     # A barrier makes XLA take these updates now, so that their gradients are freed
     # before the blocks begin.
-    x_bar, new = lax.optimization_barrier((x_bar, {i: step.read(i) for i in done}))
-    for index, leaf in new.items():
-        step.write(index, leaf)
+    x_bar, new = lax.optimization_barrier((x_bar, step.read_updated(done)))
+    for index, of_leaf in new.items():
+        step.write(index, *of_leaf)
 
     # The blocks, from the last to the first. Leaves whose groups span several layers
     # cannot be updated layer by layer: they wait for the gradients of all layers.
     layers = layered.layers
+    layouts = {i: step.layout(i) for i in blocks}
     waiting = {
-        i: x for i, x in blocks.items() if not layers_have_own_groups(step.read(i))
+        i: x for i, x in blocks.items() if not layers_have_own_groups(layouts[i])
     }
-    stacks = {i: by_layer(step.read(i), layers) for i in blocks if i not in waiting}
+    stacks = {i: by_layer(step.read(i), layouts[i]) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
     divided = {i: layer_sharding(step.sharding(i)) for i in blocks}
-    groups = update_batches({i: stack.value.size for i, stack in stacks.items()})
+    groups = update_batches({i: stack.weight.size for i, stack in stacks.items()})
 
     # Codecs learn before the gradients of layers are known. A cotangent that is not
     # finite here makes those of all layers so, and then nothing is learned.
@@ -182,7 +183,7 @@ def release_step(
         def block(weights, x):
             return _split(layered.block(weights | static, key, eqx.combine(x, fixed)))
 
-        weights = read_layer({i: stack.value for i, stack in stacks.items()}, layer)
+        weights = read_layer({i: stack.weight for i, stack in stacks.items()}, layer)
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
         grads = materialized(grads)
@@ -206,7 +207,9 @@ def release_step(
                 clip,
             )
             stacks = stacks | {
-                i: place_stack(write_layer(stacks[i], part, layer), step.sharding(i))
+                i: place_stack(
+                    write_layer(stacks[i], part, layer), layouts[i], step.sharding(i)
+                )
                 for i, part in new.items()
             }
         return (stacks, x_bar), ({i: grads[i] for i in waiting}, finite)
@@ -216,8 +219,8 @@ def release_step(
         backward, (stacks, x_bar), inputs, reverse=True
     )
     for index, stack in stacks.items():
-        whole = whole_stack(place_stack(stack, step.sharding(index)), learned[index])
-        step.write(index, whole)
+        stack = place_stack(stack, layouts[index], step.sharding(index))
+        step.write(index, whole_stack(stack, layouts[index]), learned[index])
     for group in {step.owners[index][0] for index in stacks}:
         all_finite = finite[group]
         step.count(group, None if all_finite is None else jnp.any(all_finite))

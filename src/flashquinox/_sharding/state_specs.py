@@ -19,6 +19,7 @@ from .._common.meshes import (
 )
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
+from .._tile.tile import TileState
 
 
 def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:
@@ -50,6 +51,17 @@ def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
         return eqx.tree_at(where, x, (*parts, alone))
 
     return jtu.tree_map(one, tree, is_leaf=lambda x: isinstance(x, QuantMoment))
+
+
+def of_leaf(
+    state: TileState, layout: Layout, sharding: NamedSharding
+) -> PyTree[NamedSharding]:
+    """The shardings of the arrays of a leaf that is taken apart."""
+    scales = NamedSharding(sharding.mesh, of_scales(layout, sharding))
+    alike = lambda sharding, tree: jtu.tree_map(lambda _: sharding, tree)
+    return eqx.tree_at(
+        lambda x: x.scales, alike(sharding, state), alike(scales, state.scales)
+    )
 
 
 def where_the_weight_is(tree: PyTree, sharding: NamedSharding | None) -> PyTree:

@@ -12,12 +12,12 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .. import _compat as compat
+from .. import _compat
 from .tile import StepScalars, StepStructure, TileState, update_tile
 
 
 # Primes that no function has another use for, one for each axis.
-_LENGTHS = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079)
+_LENGTHS: tuple[int, ...] = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079)
 
 
 def update_tile_of_any_shape(
@@ -27,25 +27,24 @@ def update_tile_of_any_shape(
     grad: Float[Array, "*tile"],
     old: TileState,
 ) -> TileState:
-    """[`update_tile`][], from a trace that all tiles of so many axes share."""
+    """[`update_tile`][], by a trace that all tiles of so many axes share. Only the
+    length of a group is always its own."""
     shape = grad.shape
-    group = len(shape) + axis
-    tape = None
-    # Types of arrays that are divided by them would be those of another mesh.
-    if jax.sharding.get_abstract_mesh().empty and len(shape) <= len(_LENGTHS):
-        stand_ins = list(_LENGTHS[: len(shape)])
-        stand_ins[group] = shape[group]
-        operands, treedef = jtu.tree_flatten((scalars, grad, old))
-        kinds = tuple(
-            [(len(x.shape), x.dtype, getattr(x, "weak_type", False)) for x in operands]
-        )
-        x64 = bool(jax.config.jax_enable_x64)
-        tape = _tape(structure, axis, tuple(stand_ins), treedef, kinds, x64)
-    if tape is None:
+    # Types of arrays on meshes with `Explicit` axes say how they are divided.
+    if not jax.sharding.get_abstract_mesh().empty or len(shape) > len(_LENGTHS):
         return update_tile(structure, scalars, axis, grad, old)
-    tape, out_structure = tape
-    lengths = dict(zip(stand_ins, shape, strict=True))
-    return out_structure.unflatten(tape.replay(lengths, operands))
+    lengths = list(_LENGTHS[: len(shape)])
+    lengths[axis] = shape[axis]
+    operands, treedef = jtu.tree_flatten((scalars, grad, old))
+    kinds = [(len(x.shape), x.dtype, getattr(x, "weak_type", False)) for x in operands]
+    # Numbers in a function have other types with 64 bits.
+    x64 = bool(jax.config.jax_enable_x64)
+    found = _tape(structure, axis, tuple(lengths), treedef, tuple(kinds), x64)
+    if found is None:
+        return update_tile(structure, scalars, axis, grad, old)
+    tape, out_treedef = found
+    new_lengths = dict(zip(lengths, shape, strict=True))
+    return out_treedef.unflatten(tape.replay(new_lengths, operands))
 
 
 @functools.lru_cache(maxsize=256)
@@ -56,8 +55,7 @@ def _tape(
     treedef: Any,
     kinds: tuple[tuple[int, Any, bool], ...],
     x64: bool,
-) -> tuple[compat.Tape, Any] | None:
-    # By which numbers in a function have other types.
+) -> tuple[_compat.Tape, Any] | None:
     del x64
     groups = list(shape)
     del groups[axis]
@@ -66,9 +64,8 @@ def _tape(
         jax.ShapeDtypeStruct(shapes[ndim], dtype, weak_type=weak)
         for ndim, dtype, weak in kinds
     ]
-    scalars, grad, old = treedef.unflatten(structs)
-    update = lambda scalars, grad, old: update_tile(structure, scalars, axis, grad, old)
-    traced, out = jax.make_jaxpr(update, return_shape=True)(scalars, grad, old)
-    lengths = frozenset(_LENGTHS)
-    tape = compat.Tape.of(compat.Function.of(traced), lengths)
+    update = lambda scalars, *tile: update_tile(structure, scalars, axis, *tile)
+    operands = treedef.unflatten(structs)
+    traced, out = jax.make_jaxpr(update, return_shape=True)(*operands)
+    tape = _compat.Tape.of(_compat.Function.of(traced), frozenset(_LENGTHS))
     return None if tape is None else (tape, jtu.tree_structure(out))

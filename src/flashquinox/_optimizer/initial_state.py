@@ -1,0 +1,118 @@
+"""The state of a model that has not been trained yet."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+
+from .._backends import dispatch
+from .._common import meshes
+from .._common.dtypes import compute_dtype, NARROW_DTYPES
+from .._model.trained import is_trainable
+from .._model.trees import flatten, Leaf, Rebuild
+from .._sharding import (
+    parts,
+    record,
+)
+from .._storage.layout import Layout
+from .._storage.quant_moment import StoredMoment, zeros
+from .._storage.split import Correction
+from .call_checks import (
+    check_model,
+    warn_of_nothing_to_train,
+)
+from .checksums import checksums
+from .device_checks import (
+    warn_of_divided_groups,
+)
+from .leaf_checks import (
+    check_correction_has_effect,
+)
+from .mask import decayed
+from .settings import Settings
+from .state import OptimizerState, StepCount
+
+
+def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
+    call = f"{settings.call}(...).init"
+    check_model(call, params)
+    leaves, rebuild = flatten(params)
+    trained = {
+        index: leaf for index, leaf in enumerate(leaves) if is_trainable(leaf.value)
+    }
+    warn_of_nothing_to_train(call, leaves, trained)
+    if trained:
+        # What a step would find wrong.
+        decayed(call, settings.decay.mask, params, leaves)
+        settings.rates(jnp.zeros((), jnp.int32))
+    check_correction_has_effect(call, settings.storage, list(trained.values()))
+    are_trained = [index in trained for index in range(len(leaves))]
+    shardings, _ = settings.resolve_shardings(call, leaves, are_trained, recorded=())
+    makers = [
+        partial(_zeros, settings, leaf, shardings[index])
+        for index, leaf in trained.items()
+    ]
+    *made, count = parts.make(
+        [*makers, lambda: jnp.zeros((), jnp.int32)],
+        [*(shardings[index] for index in trained), meshes.everywhere(shardings)],
+        is_traced=record.are_traced(leaves),
+    )
+    moments = {name: [None for _ in leaves] for name in settings.rule.moments}
+    corrections: list[Any] = [None for _ in leaves]
+    for index, (stored, correction) in zip(trained, made, strict=True):
+        sharding = shardings[index]
+        if sharding is not None:
+            warn_of_divided_groups(call, leaves[index], stored, sharding)
+        corrections[index] = correction
+        for name, moment in stored.items():
+            moments[name][index] = moment
+    return OptimizerState(
+        steps=StepCount(count),
+        moments={name: rebuild.state(x) for name, x in moments.items()},
+        corrections=rebuild.state(corrections),
+        shardings=record.record(leaves, shardings, ()),
+        checksums=_checksums(settings, leaves, corrections, rebuild),
+    )
+
+
+def _checksums(
+    settings: Settings,
+    leaves: list[Leaf],
+    corrections: list[Any],
+    rebuild: Rebuild,
+) -> PyTree:
+    if settings.verify_weights is None:
+        return None
+    new: list[Any] = [None for _ in leaves]
+    kept = [i for i, correction in enumerate(corrections) if correction is not None]
+    found = checksums([jnp.asarray(leaves[i].value) for i in kept])
+    for index, x in zip(kept, found, strict=True):
+        new[index] = x
+    return rebuild.state(new)
+
+
+def _zeros(
+    settings: Settings, leaf: Leaf, sharding: NamedSharding | None
+) -> tuple[dict[str, StoredMoment], Correction | None]:
+    """The moments and the correction of a leaf that has not been trained yet."""
+    shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
+    layout, codecs = _new_layout(settings, shape, sharding), settings.storage.codecs
+    moments = {
+        name: zeros(codecs.of(moment, shape), layout, compute_dtype(dtype))
+        for name, moment in settings.rule.moments.items()
+    }
+    if settings.storage.correction_dtype is None or dtype not in NARROW_DTYPES:
+        return moments, None
+    return moments, jnp.zeros(shape, settings.storage.correction_dtype)
+
+
+def _new_layout(
+    settings: Settings, shape: tuple[int, ...], sharding: NamedSharding | None
+) -> Layout:
+    cut = None if sharding is None else meshes.divisions(sharding)
+    rows = dispatch.prefers_rows(settings.backend)
+    return settings.storage.codecs.layout(
+        shape, settings.storage.group_size, prefer_rows=rows, parts=cut
+    )

@@ -1,0 +1,338 @@
+"""A step in progress."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Int32, PyTree, Scalar, ScalarLike
+
+from .._backends.dispatch import Backend, LeafStep
+from .._common import meshes
+from .._common.dtypes import compute_dtype
+from .._model.trees import Leaf, Rebuild
+from .._rules.rule import AbstractRule
+from .._sharding import (
+    parts,
+    record,
+    reductions,
+)
+from .._storage.layout import Layout
+from .._tile.clipping import Clipping
+from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from . import derivatives
+from .checksums import checksums, verified
+from .device_checks import (
+    check_state_is_with_weight,
+    warn_of_divided_groups,
+)
+from .settings import Settings
+from .state import OptimizerState, StepCount
+from .state_checks import (
+    check_checksum,
+    check_correction,
+    check_moments,
+    check_width,
+)
+from .stored_leaf import Learned, StoredLeaf
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInProgress:
+    """A step in progress: a model and its state, leaf by leaf.
+
+    - `leaves`, `rebuild`: the model. Everything else that belongs to leaves goes by
+        their numbers in this list.
+    - `decayed`: whether weight decay applies to a leaf.
+    - `shardings`: how a leaf is divided among devices, if it is.
+    - `recorded`: what the state remembers of that.
+    - `count`: the number of steps before this one.
+    - `rule`: the rule without its numbers, which are among the scalars.
+    - `rates`: the learning rate and the weight decay of this step.
+    - `scalars`: what is the same for all leaves, for each dtype that computes.
+    - `stored`: what the state had, for each leaf that is trained.
+    - `new`, `learned`: what leaves that have been updated are now.
+    """
+
+    call: str
+    settings: Settings
+    leaves: list[Leaf]
+    rebuild: Rebuild
+    decayed: list[bool]
+    shardings: list[NamedSharding | None]
+    backend: Backend
+    recorded: record.Shardings
+    count: Int32[Array, ""]
+    rule: AbstractRule
+    rates: tuple[ScalarLike, ScalarLike]
+    scalars: dict[Any, tuple[dict[str, Scalar], Scalar | None]]
+    stored: dict[int, StoredLeaf]
+    new: dict[int, TileState] = dataclasses.field(default_factory=dict)
+    learned: dict[int, Learned] = dataclasses.field(default_factory=dict)
+
+    def check(self, index: int) -> None:
+        """Checks that a leaf that is trained and its state go together."""
+        call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
+        settings, (moments, correction, checksum) = self.settings, self.stored[index]
+        check_moments(call, leaf, moments, settings.rule, settings.storage)
+        check_correction(call, leaf, correction)
+        check_width(call, leaf, correction, settings.storage)
+        check_checksum(call, leaf, correction, checksum, settings.verify_weights)
+        if sharding is not None:
+            check_state_is_with_weight(call, leaf, moments, correction, sharding)
+            warn_of_divided_groups(call, leaf, moments, sharding)
+
+    def verified(self) -> "StepInProgress":
+        """The same step, which does not begin before its weights are verified: after
+        `check` of all leaves that are trained."""
+        verify = self.settings.verify_weights
+        kept = {
+            index: checksum
+            for index, (_, _, checksum) in self.stored.items()
+            if checksum is not None
+        }
+        if verify is None or not kept:
+            return self
+        on = meshes.everywhere(self.shardings)
+        count = verified(
+            self.call,
+            verify,
+            self.count,
+            [self.leaves[i].name for i in kept],
+            [jnp.asarray(self.leaves[i].value) for i in kept],
+            [*kept.values()],
+            None if on is None else on.mesh,
+        )
+        return dataclasses.replace(
+            self,
+            count=count,
+            scalars={
+                dtype: self.settings.scalars(self.rates, count, dtype)
+                for dtype in self.scalars
+            },
+        )
+
+    def read(self, index: int) -> TileState:
+        """The arrays of a leaf that is trained, as they are now."""
+        if index in self.new:
+            return self.new[index]
+        return self.stored[index].taken_apart(self.leaves[index].value)
+
+    def write(self, index: int, new: TileState, learned: Learned) -> None:
+        self.new[index], self.learned[index] = new, learned
+
+    def layout(self, index: int) -> Layout:
+        """The groups of a leaf that is trained."""
+        return self.stored[index].layout(self.leaves[index].value.shape)
+
+    def update(
+        self,
+        grads: dict[int, Array],
+        clip: Clipping | None,
+        as_update: bool = False,
+    ) -> Bool[Array, ""] | None:
+        """Updates the leaves of these numbers.
+
+        **Returns:**
+
+        Whether all gradients were finite, or else nothing has changed. `None` if that
+        was not asked.
+        """
+        shardings = [self.shardings[index] for index in grads]
+        arrived = _as_typed([*grads.values()], shardings)
+        all_finite = self.all_finite(arrived, shardings, clip)
+        steps = [
+            self._leaf_step(
+                index,
+                self.read(index),
+                grad,
+                all_finite,
+                clip,
+                self.stored[index].not_learned,
+                as_update,
+            )
+            for index, grad in zip(grads, arrived, strict=True)
+        ]
+        steps = parts.learn(steps, shardings)
+        names = [self.leaves[index].name for index in grads]
+        updated = derivatives.update_leaves(
+            self.call, self.backend, names, steps, shardings
+        )
+        for index, step, new in zip(grads, steps, updated, strict=True):
+            self.write(index, new, step.scalars.leaf.parameters)
+        return all_finite
+
+    def learn(
+        self, numbers: list[int], all_finite: Bool[Array, ""] | None
+    ) -> list[Learned]:
+        """For each of these leaves, the parameters of its codecs that learn, before
+        this step and after: what `update_parts` asks of parts of them."""
+        shardings = [self.shardings[number] for number in numbers]
+        steps = []
+        for number in numbers:
+            old, not_learned = self.read(number), self.stored[number].not_learned
+            # No gradient is looked at; the weight stands for it.
+            steps.append(
+                self._leaf_step(number, old, old.weight, all_finite, None, not_learned)
+            )
+        steps = parts.learn(steps, shardings)
+        return [step.scalars.leaf.parameters for step in steps]
+
+    def update_parts(
+        self,
+        numbers: list[int],
+        old: list[TileState],
+        shardings: list[NamedSharding | None],
+        grads: list[Array],
+        learned: list[Learned],
+        all_finite: Bool[Array, ""] | None,
+        clip: Clipping | None,
+    ) -> list[TileState]:
+        """One step of parts of leaves, which need not be those of this object: only
+        what does not depend on their values is. `numbers` are those of their leaves."""
+        steps = [
+            self._leaf_step(number, part, grad, all_finite, clip, parameters)
+            for number, part, grad, parameters in zip(
+                numbers, old, _as_typed(grads, shardings), learned, strict=True
+            )
+        ]
+        names = [self.leaves[number].name for number in numbers]
+        return derivatives.update_leaves(
+            self.call, self.backend, names, steps, shardings
+        )
+
+    def clip(
+        self,
+        grads: list[Array],
+        shardings: list[NamedSharding | None],
+        max_norm: ScalarLike | None,
+    ) -> Clipping | None:
+        """The scaling of these gradients together to at most this norm."""
+        if max_norm is None or not grads:
+            return None
+        return reductions.clip(_as_typed(grads, shardings), shardings, max_norm)
+
+    def all_finite(
+        self,
+        grads: list[Array],
+        shardings: list[NamedSharding | None],
+        clip: Clipping | None,
+    ) -> Bool[Array, ""] | None:
+        """Whether all of these gradients are finite, which their norm tells if it is
+        known, and the learning rate and the weight decay. `None` if that was not
+        asked."""
+        if not self.settings.skip_nonfinite:
+            return None
+        if clip is not None:
+            finite = clip.is_finite
+        else:
+            finite = reductions.all_finite(_as_typed(grads, shardings), shardings)
+        for rate in self.rates:
+            if isinstance(rate, jax.Array):
+                finite = finite & jnp.isfinite(rate)
+        return finite
+
+    def _leaf_step(
+        self,
+        number: int,
+        old: TileState,
+        grad: Array,
+        all_finite: Bool[Array, ""] | None,
+        clip: Clipping | None,
+        parameters: Learned,
+        as_update: bool = False,
+    ) -> LeafStep:
+        settings, stored = self.settings, self.stored[number]
+        dtype = compute_dtype(old.weight.dtype)
+        rule_values, decay = self.scalars[dtype]
+        factors = None
+        if clip is not None:
+            # A float64 gradient may only fit a float32 weight once it is scaled.
+            dtypes = jnp.dtype(dtype), jnp.dtype(compute_dtype(grad.dtype))
+            factors = clip.factors_for(max(dtypes, key=lambda x: x.itemsize))
+        return LeafStep(
+            StepStructure(
+                self.rule,
+                tuple([stored.codec(name) for name in self.rule.moments]),
+                settings.decay.is_decoupled,
+                as_update,
+                settings.storage.dither_weights,
+            ),
+            stored.layout(old.weight.shape),
+            StepScalars(
+                rule=rule_values,
+                decay=decay if self.decayed[number] else None,
+                count=self.count,
+                leaf=LeafScalars(jnp.asarray(np.uint32(number)), parameters),
+                take=all_finite,
+                clip=factors,
+            ),
+            grad,
+            old,
+        )
+
+    def close(
+        self,
+        all_finite: Bool[Array, ""] | None,
+        has_value: Sequence[bool] | None = None,
+        as_update: bool = False,
+    ) -> tuple[PyTree, OptimizerState]:
+        """The new model, or the updates, and the new state. A step of gradients that
+        were not all finite does not count. Where `has_value` is False, the model has
+        `None`."""
+        count = jnp.asarray(optax.safe_increment(self.count))
+        if all_finite is not None:
+            count = jnp.where(all_finite, count, self.count)
+        values: list[Any] = [leaf.value for leaf in self.leaves]
+        moments: dict[str, list[Any]] = {
+            name: [None for _ in values] for name in self.rule.moments
+        }
+        corrections: list[Any] = [None for _ in values]
+        for index, stored in self.stored.items():
+            of_leaf, corrections[index] = stored.moments, stored.correction
+            if index in self.new:
+                new = self.new[index]
+                values[index], corrections[index] = new.weight, new.correction
+                of_leaf = stored.put_together(new, self.learned[index])
+            for name, moment in of_leaf.items():
+                moments[name][index] = moment
+        if has_value is not None:
+            values = [
+                x if has else None for x, has in zip(values, has_value, strict=True)
+            ]
+        return self.rebuild(values), OptimizerState(
+            steps=StepCount(count),
+            moments={name: self.rebuild.state(x) for name, x in moments.items()},
+            corrections=self.rebuild.state(corrections),
+            shardings=record.record(self.leaves, self.shardings, self.recorded),
+            checksums=self._new_checksums(as_update),
+        )
+
+    def _new_checksums(self, as_update: bool) -> PyTree:
+        if self.settings.verify_weights is None:
+            return None
+        new: list[Any] = [None for _ in self.leaves]
+        for index, stored in self.stored.items():
+            new[index] = stored.checksum
+        changed = [i for i in sorted(self.new) if new[i] is not None]
+        held = [self.new[i].weight for i in changed]
+        if as_update:
+            # As the caller will round them.
+            held = [
+                jnp.asarray(self.leaves[i].value) + update
+                for i, update in zip(changed, held, strict=True)
+            ]
+        for index, x in zip(changed, checksums(held), strict=True):
+            new[index] = x
+        return self.rebuild.state(new)
+
+
+def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list[Array]:
+    return [
+        meshes.as_typed(grad, sharding)
+        for grad, sharding in zip(grads, shardings, strict=True)
+    ]

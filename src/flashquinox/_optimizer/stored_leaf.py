@@ -1,0 +1,74 @@
+"""What a state stores for a leaf of the model: taken apart once for a step, and put
+together once after it."""
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar, UInt32
+
+from .._storage.codec import AbstractMomentCodec
+from .._storage.full_precision import FullPrecision
+from .._storage.layout import Layout
+from .._storage.quant_moment import QuantMoment, StoredMoment
+from .._storage.split import Correction
+from .._tile.tile import TileState
+
+
+# Of moments whose codecs learn, by their names: the parameter before a step and after.
+Learned: TypeAlias = dict[str, tuple[Scalar, Scalar]]
+
+
+class StoredLeaf(NamedTuple):
+    """What a state has at a leaf that is trained."""
+
+    moments: dict[str, StoredMoment]
+    correction: Correction | None
+    checksum: UInt32[Array, ""] | None
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The groups of a leaf of this shape, or of one layer of a stack. The state
+        decides, not the options of the optimizer."""
+        for moment in self.moments.values():
+            if isinstance(moment, QuantMoment):
+                return Layout(shape, moment.axis, moment.group_size)
+        # Without groups, a tile is a row of all elements.
+        return Layout(shape, None, max(1, math.prod(shape)))
+
+    def codec(self, name: str) -> AbstractMomentCodec:
+        """The codec of the moment of this name."""
+        moment = self.moments[name]
+        return moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
+
+    @property
+    def not_learned(self) -> Learned:
+        """The parameters of codecs that learn, in a step that learns nothing."""
+        return {
+            name: (moment.parameter, moment.parameter)
+            for name, moment in self.moments.items()
+            if isinstance(moment, QuantMoment) and moment.parameter is not None
+        }
+
+    def taken_apart(self, weight: Float[Array, "..."]) -> TileState:
+        """The arrays of the leaf."""
+        codes, scales = {}, {}
+        for name, moment in self.moments.items():
+            quantized = isinstance(moment, QuantMoment)
+            codes[name] = moment.codes if quantized else moment
+            scales[name] = moment.scales if quantized else None
+        return TileState(jnp.asarray(weight), self.correction, codes, scales)
+
+    def put_together(self, new: TileState, learned: Learned) -> dict[str, StoredMoment]:
+        """The moments of a new state of the leaf, stored as the old ones were."""
+        moments = {}
+        for name, old in self.moments.items():
+            codes, scales = new.codes[name], new.scales[name]
+            if not isinstance(old, QuantMoment):
+                moments[name] = codes
+                continue
+            assert scales is not None
+            _, parameter = learned.get(name, (None, None))
+            moments[name] = QuantMoment(
+                codes, scales, old.axis, old.group_size, old.codec, parameter
+            )
+        return moments
