@@ -1,0 +1,117 @@
+"""Without the parts of JAX that kernels are made with, steps take plain XLA."""
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flashquinox as fq
+from flashquinox._backends import platforms
+
+from ..kernels import compiling_for
+
+
+# Each absent part, and what cannot be done then.
+_PARTS = {
+    "jax.experimental.pallas.triton": ["gpu"],
+    "jaxlib.triton": ["gpu"],
+    "jax.experimental.pallas.tpu": ["tpu"],
+    "jax.experimental.pallas": ["gpu", "tpu"],
+}
+
+# As a module that was removed: to import it is an error.
+_PROGRAM = """
+import sys, warnings
+sys.modules[sys.argv[1]] = None
+warnings.simplefilter("error")
+import jax, jax.numpy as jnp
+import flashquinox as fq
+params = {"w": jnp.ones((32, 32), jnp.bfloat16)}
+optim = fq.lion(1e-2, storage=fq.Storage(moments="float32"))
+jax.eval_shape(optim.step, params, optim.init(params), params)
+for backend in ("gpu", "tpu"):
+    try:
+        fq.lion(1e-2, backend=backend)
+        print(backend)
+    except ImportError as error:
+        assert f'`lion(backend="{backend}")` needs `jax.' in str(error), error
+"""
+
+
+@pytest.mark.parametrize("part", _PARTS)
+def test_import_and_step_without(part):
+    """Without a word, where no kernel would have been used: on a CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, part], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [name for name in ("gpu", "tpu") if name not in _PARTS[part]]
+    assert done.stdout.split() == expected
+
+
+_FIRST_STEPS = """
+import sys, jax, jax.numpy as jnp, flashquinox as fq
+assert not any(name.startswith("jax.experimental.pallas") for name in sys.modules)
+params = {"w": jnp.ones((64, 64))}
+optim = fq.sgd(1e-2)
+state, traces = optim.init(params), []
+
+def step(params, state):
+    traces.append(params)
+    return optim.step(params, state, params)
+
+step = jax.jit(step)
+for _ in range(2):
+    params, state = step(params, state)
+print(len(traces))
+"""
+
+
+def test_the_first_step_is_traced_once():
+    """Kernels are not imported while it is."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_STEPS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
+
+
+_DEVICES = {"gpu": ("NVIDIA H100 80GB HBM3", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    loaded = platforms._loaded
+    absent = lambda backend: (None, "absent") if backend.needs else loaded(backend)
+    monkeypatch.setattr(platforms, "_loaded", absent)
+    platforms._warn_of_plain_xla.cache_clear()
+    yield
+    platforms._warn_of_plain_xla.cache_clear()
+
+
+@pytest.mark.parametrize("name", _DEVICES)
+def test_one_warning_where_kernels_would_have_been_used(name, no_kernels):
+    """On their device, which is not there either: the program is only traced."""
+    params = {"w": jnp.ones((32, 64), jnp.bfloat16)}
+    optim = fq.lion(1e-2, storage=fq.Storage(moments="float32"))
+    state = optim.init(params)
+    with compiling_for(*_DEVICES[name]), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = [jax.make_jaxpr(optim.step)(params, state, params) for _ in range(2)]
+    messages = [str(x.message) for x in caught if "flashquinox" in str(x.message)]
+    assert len(messages) == 1
+    assert f"`{platforms.named(name).needs}`" in messages[0]
+    assert "plain XLA" in messages[0]
+    assert all("pallas_call" not in str(x) for x in traced)
+
+
+def test_nothing_stands_in_for_modules():
+    """Other libraries see the modules that there are."""
+    for path in Path(fq.__file__).parent.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"sys\.modules\[.*\] *=|sys\.modules\.(setd|upd)", source)

@@ -1,0 +1,298 @@
+"""Moments edited as numbers: encoded as they were stored, and training goes on as it
+does in Optax."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import flashquinox as fq
+
+from ..helpers import tree_identical
+
+
+_MOMENTS = ["flashquinox", ("learned", "flashoptim"), "float32"]
+
+
+def _model(rows=8, columns=96):
+    rng = np.random.default_rng(0)
+    return {
+        "w": jnp.asarray(0.1 * rng.standard_normal((rows, columns)), jnp.bfloat16),
+        "b": jnp.zeros(rows, jnp.bfloat16),
+    }
+
+
+def _grads(model, seed):
+    rng = np.random.default_rng(seed)
+
+    def one(x):
+        size = 1 + 10 * rng.random(x.shape)
+        return jnp.asarray(size * rng.standard_normal(x.shape), jnp.bfloat16)
+
+    return jtu.tree_map(one, model)
+
+
+def _trained(optim, model, steps=4):
+    state = optim.init(model)
+    step = eqx.filter_jit(optim.step)
+    for seed in range(steps):
+        model, state = step(model, state, _grads(model, seed))
+    return model, state
+
+
+@pytest.fixture(scope="module", params=_MOMENTS)
+def trained(request):
+    optim = fq.adamw(1e-3, storage=fq.Storage(moments=request.param))
+    return optim, *_trained(optim, _model())
+
+
+def _quant(state):
+    is_moment = lambda x: isinstance(x, fq.QuantMoment)
+    return [x for x in jtu.tree_leaves(state, is_leaf=is_moment) if is_moment(x)]
+
+
+def test_encode_is_nearest_and_keeps_the_form(trained):
+    _, _, state = trained
+    rng = np.random.default_rng(1)
+    for moment in _quant(state):
+        values = rng.standard_normal(moment.codes.shape).astype(np.float32)
+        if moment.codes.dtype == jnp.uint8:
+            values = values**2
+        new = moment.encode(values)
+        assert jtu.tree_structure(new) == jtu.tree_structure(moment)
+        for x, y in zip(jtu.tree_leaves(new), jtu.tree_leaves(moment), strict=True):
+            assert x.shape == y.shape and x.dtype == y.dtype
+        # The largest distance between two codes of 256 is one of curves, 1/20 of the
+        # largest of the group.
+        error = np.abs(np.asarray(new.decode()) - values)
+        assert np.max(error) <= np.max(np.abs(values)) / 20
+        # Without dither, and of what is stored nothing but the form counts.
+        assert tree_identical(new, jax.jit(lambda m, v: m.encode(v))(moment, values))
+        if moment.parameter is None:
+            assert tree_identical(new, moment.encode(values).encode(values))
+        zeros = moment.encode(jnp.zeros(moment.codes.shape))
+        assert not np.any(np.asarray(zeros.decode()))
+        nothing = moment.encode(np.where(np.arange(96) == 0, 0, values))
+        assert np.all(np.asarray(nothing.decode())[:, 0] <= np.max(values) * 2.0**-15)
+
+
+def test_encode_under_vmap_and_sharded(trained):
+    optim, model, state = trained
+    states = jax.vmap(optim.init)(jtu.tree_map(lambda x: jnp.stack([x, x]), model))
+    for many, one in zip(_quant(states), _quant(state), strict=True):
+        values = jnp.abs(jnp.sin(jnp.arange(2.0 * one.codes.size)))
+        values = values.reshape(2, *one.codes.shape)
+        found = jax.vmap(lambda m, v: m.encode(v))(many, values)
+        for i in range(2):
+            like = fq.QuantMoment(
+                one.codes,
+                one.scales,
+                one.axis,
+                one.group_size,
+                one.codec,
+                _member(many, i).parameter,
+            )
+            assert tree_identical(_member(found, i), like.encode(values[i]))
+        if many.scales.shape != many.layout.scale_shape:
+            with pytest.raises(ValueError, match="vmap"):
+                many.encode(values)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+
+            def put(x, mesh=mesh):
+                spec = P("x") if x.ndim == 2 else P()
+                return jax.device_put(x, NamedSharding(mesh, spec))
+
+            there = jtu.tree_map(put, one)
+            found_there = there.encode(values[0])
+            for x, y in zip(
+                jtu.tree_leaves(found_there), jtu.tree_leaves(there), strict=True
+            ):
+                assert x.sharding == y.sharding
+            assert tree_identical(
+                jtu.tree_map(np.asarray, found_there),
+                jtu.tree_map(np.asarray, one.encode(values[0])),
+            )
+
+
+def _member(tree, index):
+    return jtu.tree_map(lambda x: x[index], tree)
+
+
+@pytest.mark.usefixtures("without_typechecker")
+def test_what_cannot_be_encoded():
+    moment = fq.adamw(1e-3).init(_model()).moments["nu"]["w"]
+    ones = jnp.ones((8, 96))
+    for values, kind, part in (
+        (ones.at[3, 5].set(jnp.nan), ValueError, "finite"),
+        (ones.at[3, 5].set(jnp.inf), ValueError, "finite"),
+        (ones.at[3, 5].set(-1), ValueError, "at least 0"),
+        (ones[:, 1:], ValueError, "(8, 96)"),
+        (jnp.ones((8, 96), jnp.int32), TypeError, "int32"),
+        (3.0, TypeError, "float"),
+        (None, TypeError, "NoneType"),
+    ):
+        with pytest.raises(kind) as info:
+            moment.encode(values)
+        message = str(info.value)
+        assert message.startswith("`QuantMoment.encode`: `values` must ")
+        assert part in message and message.endswith(".")
+    with pytest.raises(Exception, match="at least 0"):
+        jax.block_until_ready(jax.jit(lambda x: moment.encode(x))(-ones))
+
+
+@pytest.mark.parametrize(
+    "moments, large, names",
+    # Those of `flashoptim` are float16.
+    [("flashquinox", 2e38, ["mu"]), ("flashoptim", 1e12, ["mu", "nu"])],
+)
+def test_too_large_for_the_scales(moments, large, names):
+    state = fq.adamw(1e-3, storage=fq.Storage(moments=moments)).init(_model())
+    for name in names:
+        moment = state.moments[name]["w"]
+        values = jnp.full(moment.codes.shape, large)
+        with pytest.raises(ValueError, match="too large for the scales"):
+            moment.encode(values)
+        with pytest.raises(Exception, match="too large for the scales"):
+            jax.block_until_ready(
+                eqx.filter_jit(lambda m, v: m.encode(v))(moment, values)
+            )
+    with pytest.raises(ValueError, match=r"`map_moments`: .*too large for the scales"):
+        fq.map_moments(lambda m: m + large, state)
+
+
+def test_map_moments(trained):
+    _, _, state = trained
+    unchanged = fq.map_moments(lambda m: m, state)
+    assert tree_identical(unchanged, state)
+    mask = {"w": jnp.arange(8)[:, None] % 2 == 0, "b": jnp.arange(8) % 2 == 0}
+    reset = lambda state: fq.map_moments(
+        lambda m, d: jnp.where(d, 0, m), state, mask, names="mu"
+    )
+    found = reset(state)
+    # Groups lie along rows, or the leaf is flattened with rows of whole groups.
+    dead = np.arange(8) % 2 == 0
+    for key in ("w", "b"):
+        before, after = (_decoded(s.moments["mu"][key]) for s in (state, found))
+        assert not np.any(after[dead])
+        np.testing.assert_allclose(after[~dead], before[~dead], rtol=0.02)
+    assert tree_identical(found.moments["nu"], state.moments["nu"])
+    assert tree_identical(eqx.filter_jit(reset)(state), found)
+
+
+def _decoded(stored):
+    stored = stored.decode() if isinstance(stored, fq.QuantMoment) else stored
+    return np.asarray(stored)
+
+
+def test_map_moments_in_wrappers():
+    optim = fq.adamw(1e-3)
+    model = _model()
+    half = lambda state: fq.map_moments(lambda m, c: c * m, state, 0.5)
+    _, state = _trained(optim, model, steps=1)
+    is_state = lambda x: isinstance(x, fq.OptimizerState)
+    expected = half(state)
+    for wrapped in (
+        optax.chain(optax.identity(), optim),
+        optax.MultiSteps(optim, 2),
+        optax.partition({"all": optim}, {"w": "all", "b": "all"}),
+    ):
+        tree = wrapped.init(model)
+        tree = jtu.tree_map(
+            lambda x: state if is_state(x) else x, tree, is_leaf=is_state
+        )
+        found = [
+            x for x in jtu.tree_leaves(half(tree), is_leaf=is_state) if is_state(x)
+        ]
+        assert len(found) == 1 and tree_identical(found[0], expected)
+
+
+@pytest.mark.usefixtures("without_typechecker")
+def test_errors_of_map_moments():
+    optim = fq.adamw(1e-3)
+    model = _model()
+    state = optim.init(model)
+    for arguments, names, kind, part in (
+        (((),), None, TypeError, "OptimizerState"),
+        ((state, {"w": 1.0}), None, ValueError, "nothing at `['b']`"),
+        ((state, {"w": 1.0}), None, ValueError, "or a state of the same kind"),
+        ((state, fq.lion(1e-3).init(model)), None, ValueError, "no moment 'nu'"),
+        ((state,), "v", ValueError, "'mu', 'nu'"),
+    ):
+        with pytest.raises(kind) as info:
+            fq.map_moments(lambda m, *_: m, *arguments, names=names)
+        assert "`map_moments" in str(info.value) and part in str(info.value)
+    for function, part in (
+        (lambda m: m[:3], "got (3,"),
+        (lambda m: m - 1, "at least 0"),
+        (lambda m: None, "NoneType"),
+    ):
+        with pytest.raises((ValueError, TypeError)) as info:
+            fq.map_moments(function, state, names="nu")
+        assert "the function returned" in str(info.value)
+        assert part in str(info.value)
+
+
+def test_reset_neurons_train_as_in_optax(trained):
+    optim, model, state = trained
+    dead = {"w": (jnp.arange(8) % 4 == 0)[:, None], "b": jnp.arange(8) % 4 == 0}
+    # Neurons in columns share groups with others.
+    mixed = {"w": (jnp.arange(96) % 5 == 0)[None, :], "b": dead["b"]}
+    reference = optax.adamw(1e-3)
+    for mask, bound in ((dead, 0.05), (mixed, 0.3)):
+        reset = fq.map_moments(lambda m, d: jnp.where(d, 0, m), state, mask)
+        weights = fq.master_weights(model, state)
+        now = {
+            key: jtu.tree_map(
+                lambda x, d: jnp.where(d, 0, _decoded(x)),
+                state.moments[key],
+                mask,
+                is_leaf=lambda x: isinstance(x, fq.QuantMoment),
+            )
+            for key in ("mu", "nu")
+        }
+        theirs: Any = reference.init(weights)
+        theirs = (theirs[0]._replace(count=state.count, **now), *theirs[1:])
+        grads = _grads(model, 99)
+        step = eqx.filter_jit(optim.step)
+        new, new_state = step(model, reset, grads)
+        wide = jtu.tree_map(lambda g: g.astype(jnp.float32), grads)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = reference.update(wide, theirs, weights)
+        moved = jtu.tree_map(jnp.subtract, fq.master_weights(new, new_state), weights)
+        for key in ("w", "b"):
+            where = np.broadcast_to(np.asarray(mask[key]), moved[key].shape)
+            want, got = (np.asarray(t[key])[where] for t in (updates, moved))
+            # In a group with others, 0 is stored as their smallest code: elements with
+            # small gradients move by less.
+            error = np.linalg.norm(got - want) / np.linalg.norm(want)
+            assert error < bound, (key, error)
+            # Never by more.
+            assert np.max(np.abs(got)) <= 1.05 * np.max(np.abs(want))
+
+
+def test_grown_rows(trained):
+    # Two more neurons, as of a vocabulary: new rows begin at zero, old ones go on.
+    optim, model, state = trained
+    grow = lambda old, like: jnp.zeros(like.shape, old.dtype).at[: len(old)].set(old)
+    weights = fq.master_weights(model, state)
+    like = _model(rows=10)
+    weights = jtu.tree_map(grow, weights, like)
+    new, empty = fq.from_master_weights(weights, like, optim.init(like))
+    grown = fq.map_moments(lambda new, old: grow(old, new), empty, state)
+    grown = eqx.tree_at(lambda s: s.steps, grown, state.steps)
+    assert tree_identical(
+        jtu.tree_map(lambda x: x[:8], fq.master_weights(new, grown)),
+        fq.master_weights(model, state),
+    )
+    for name in ("mu", "nu"):
+        for key in ("w", "b"):
+            before, after = (_decoded(s.moments[name][key]) for s in (state, grown))
+            assert not np.any(after[8:])
+            np.testing.assert_allclose(after[:8], before, rtol=0.07, atol=1e-9)
