@@ -105,7 +105,14 @@ _AFTER = {
 _ONLY_COMPILED = {("docs/exchange.md", number) for number in (6, 7)}
 _WITH_HALIAX = ("docs/equinox.md", 2)
 # Nothing that other tests do not do, and many programs to compile.
-_SLOW = ("docs/checkpoints.md", "docs/flax.md", "docs/optax.md", "docs/release.md")
+_SLOW = (
+    "docs/checkpoints.md",
+    "docs/exchange.md",
+    "docs/faq.md",
+    "docs/flax.md",
+    "docs/optax.md",
+    "docs/release.md",
+)
 
 
 def test_first_page_is_that_of_the_repository():

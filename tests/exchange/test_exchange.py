@@ -48,6 +48,11 @@ def _arrays(tree):
     return eqx.filter(tree, eqx.is_array)
 
 
+# One program in place of one for each of their operations.
+_from_optax = eqx.filter_jit(exchange.from_optax)
+_decode = eqx.filter_jit(lambda stored: stored.decode())
+
+
 #
 # Master weights
 #
@@ -393,6 +398,13 @@ _OPTAX = {
 _each = pytest.mark.parametrize("name", _OPTAX)
 
 
+def _filled(state):
+    """A state of Optax's AdamW with any numbers in it, of step 3."""
+    mu, nu = (_random(optax.tree.get(state, "mu"), seed, 0.1) for seed in (1, 2))
+    nu = jtu.tree_map(lambda x: jnp.asarray(np.square(x)), nu)
+    return optax.tree.set(state, mu=mu, nu=nu, count=jnp.int32(3))
+
+
 def _run(optim, params, steps=3):
     """Parameters and state of an Optax optimizer after some steps."""
     state = optim.init(params)
@@ -411,7 +423,7 @@ def _advance(optim, params, state, seed):
 def _numbers(tree):
     """Of every moment, the arrays: decoded."""
     is_moment = lambda x: isinstance(x, fq.QuantMoment)
-    decode = lambda x: x.decode() if is_moment(x) else x
+    decode = lambda x: _decode(x) if is_moment(x) else x
     return jtu.tree_map(decode, tree, is_leaf=is_moment)
 
 
@@ -452,14 +464,14 @@ def test_moments_are_rounded_once(moments):
         "ragged": jnp.ones((3, 2, 5)),
         "b": jnp.ones(7),
     }
-    _, optax_state = _run(theirs, params)
+    optax_state = _filled(theirs.init(params))
     optim = fq.adamw(1e-2, storage=fq.Storage(moments=moments, master_weight_bits=None))
     like = optim.init(params)
     if moments == "learned":
         # Not what it begins with.
         where = lambda s: [s.moments[k]["matrix"].parameter for k in ("mu", "nu")]
         like = eqx.tree_at(where, like, [jnp.float32(3.0), jnp.float32(0.25)])
-    state = exchange.from_optax(optax_state, like)
+    state = _from_optax(optax_state, like)
     assert int(state.count) == 3
     assert jtu.tree_structure(state) == jtu.tree_structure(like)
     for kind in ("mu", "nu"):
@@ -469,7 +481,7 @@ def test_moments_are_rounded_once(moments):
                 assert_code_of(stored, exact)
                 # To nearest: not more often down than up.
                 large = np.abs(exact) > np.median(np.abs(exact))
-                error = (float64(stored.decode()) / exact - 1)[large]
+                error = (float64(_decode(stored)) / exact - 1)[large]
                 assert name == "ragged" or abs(np.mean(error)) < 0.003
                 assert tree_identical(
                     stored.parameter, like.moments[kind][name].parameter
@@ -479,7 +491,7 @@ def test_moments_are_rounded_once(moments):
     # What is decoded and stored again does not move by more than that.
     back = exchange.to_optax(state, theirs.init(params))
     _assert_close(optax.tree.get(back, "mu"), _numbers(state.moments["mu"]))
-    again = exchange.from_optax(back, like)
+    again = _from_optax(back, like)
     for name, stored in again.moments["mu"].items():
         if isinstance(stored, fq.QuantMoment):
             assert_code_of(stored, float64(optax.tree.get(back, "mu")[name]))
@@ -526,7 +538,8 @@ def test_states_within_states(wrapper):
             storage=fq.Storage(moments="float32", master_weight_bits=None),
         )
     )
-    _, optax_state = _run(theirs, params, steps=4)
+    jitted = optax.GradientTransformation(theirs.init, jax.jit(theirs.update))
+    _, optax_state = _run(jitted, params, steps=4)
     state = exchange.from_optax(optax_state, ours.init(params))
     steps = 2 if wrapper in ("MultiSteps", "all") else 4
     (inner,) = (
@@ -587,40 +600,39 @@ def test_count_of_sgd():
 )
 def test_optax_on_many_devices(kind, moments):
     mesh, theirs = _mesh(kind), optax.adamw(1e-2)
-    _, on_one = _run(theirs, _tree(0))
+    on_one = _filled(theirs.init(_tree(0)))
     optim = fq.adamw(1e-2, storage=fq.Storage(moments=moments))
     with pytest.warns(UserWarning) if moments == "flashoptim" else _nothing():
         like = optim.init(_put(_tree(0, jnp.bfloat16), mesh, _SPECS))
-    expected = exchange.from_optax(on_one, optim.init(_tree(0, jnp.bfloat16)))
+    expected = _from_optax(on_one, optim.init(_tree(0, jnp.bfloat16)))
     params = _put(_tree(0), mesh, _DIVIDED)
     optax_like = theirs.init(params)
     optax_state = jtu.tree_map(
         lambda x, y: jax.device_put(x, y.sharding), on_one, optax_like
     )
-    for given in (on_one, optax_state):
-        for context in (_nothing(), jax.set_mesh(mesh)):
-            with context:
-                found = exchange.from_optax(given, like)
-            _assert_like(found, like)
-            for name in ("mu", "nu"):
-                # On several devices, groups may lie along another axis.
-                same = [
-                    (x, y)
-                    for x, y in zip(
-                        found.moments[name].values(),
-                        expected.moments[name].values(),
-                        strict=True,
-                    )
-                    if getattr(x, "axis", 0) == getattr(y, "axis", 0)
-                ]
-                assert len(same) >= 2
-                _assert_same_values(*zip(*same, strict=True))
+    for given, context in ((on_one, _nothing()), (optax_state, jax.set_mesh(mesh))):
+        with context:
+            found = exchange.from_optax(given, like)
+        _assert_like(found, like)
+        for name in ("mu", "nu"):
+            # On several devices, groups may lie along another axis.
+            same = [
+                (x, y)
+                for x, y in zip(
+                    found.moments[name].values(),
+                    expected.moments[name].values(),
+                    strict=True,
+                )
+                if getattr(x, "axis", 0) == getattr(y, "axis", 0)
+            ]
+            assert len(same) >= 2
+            _assert_same_values(*zip(*same, strict=True))
     back = exchange.to_optax(found, optax_like)
     _assert_like(back, optax_like)
     for name, x in optax.tree.get(back, "nu").items():
         stored = jax.device_get(found.moments["nu"][name])
         if isinstance(stored, fq.QuantMoment):
-            stored = jtu.tree_map(jnp.asarray, stored).decode()
+            stored = _decode(jtu.tree_map(jnp.asarray, stored))
         _assert_close(x, stored)
 
 
@@ -637,20 +649,22 @@ def test_ensembles_are_exchanged_under_vmap():
         optax.adamw(1e-2),
         fq.adamw(1e-2, storage=fq.Storage(moments="flashoptim")),
     )
-    make = lambda seed: jnp.sin(jnp.arange(640.0) + seed).reshape(10, 64)
-    params = jax.vmap(make)(jnp.arange(3.0))
-    grads = 0.1 * params
-    start = jax.vmap(theirs.init)(params)
-    with jax.numpy_dtype_promotion("standard"):
-        _, optax_state = jax.vmap(theirs.update)(grads, start, params)
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal((3, 10, 64)), jnp.float32)
+    optax_state = _filled(jax.jit(jax.vmap(theirs.init))(params))
+    optax_state = optax.tree.set(optax_state, count=jnp.asarray([3, 3, 3], jnp.int32))
     model = params.astype(jnp.bfloat16)
-    like = jax.vmap(ours.init)(model)
-    found = jax.vmap(exchange.from_optax)(optax_state, like)
-    model, found = jax.vmap(fq.from_master_weights)(params, model, found)
+    like = jax.jit(jax.vmap(ours.init))(model)
+    found = jax.jit(jax.vmap(exchange.from_optax))(optax_state, like)
+    model, found = jax.jit(jax.vmap(fq.from_master_weights))(params, model, found)
     for i in range(3):
-        member = lambda tree, i=i: jtu.tree_map(lambda x: x[i], tree)
-        expected = exchange.from_optax(member(optax_state), member(like))
-        assert tree_identical(member(found).moments, expected.moments)
+        member = lambda tree, i=i: jtu.tree_map(
+            lambda x: jnp.asarray(np.asarray(x)[i]), tree
+        )
+        expected = _from_optax(member(optax_state), member(like))
+        assert tree_identical(
+            jax.device_get(member(found).moments), jax.device_get(expected.moments)
+        )
     with pytest.raises(ValueError, match=r"under `jax\.vmap`"):
         exchange.from_optax(optax_state, like)
 
@@ -820,7 +834,7 @@ def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
         assert np.array_equal(stored.codes, codes) and stored.codes.dtype == codes.dtype
         assert tree_identical(np.asarray(stored.scales), scales)
         if name != "out.weight":
-            decoded, exact = float64(stored.decode()), torch.moments[name, key]
+            decoded, exact = float64(_decode(stored)), torch.moments[name, key]
             assert np.allclose(decoded, exact, rtol=1e-6, atol=1e-30)
 
 
@@ -946,18 +960,23 @@ def _size(path):
     return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
 
 
-@pytest.mark.parametrize("format", ["equinox", "orbax"])
-def test_checkpoints_are_less_than_half(format, tmp_path):
-    """Of those of float32 AdamW, as files."""
+@pytest.fixture(scope="module")
+def plain_and_compressed():
+    """Weights and a state of float32 AdamW, and what we keep in their place."""
     params = _random(
-        {"a": jnp.zeros((512, 256)), "b": jnp.zeros((512, 512)), "c": jnp.zeros(512)}
+        {"a": np.zeros((512, 256)), "b": np.zeros((512, 512)), "c": np.zeros(512)}
     )
     theirs, ours = optax.adamw(1e-2), fq.adamw(1e-2)
-    moments = jtu.tree_map(lambda x: x * x, _random(theirs.init(params)))
-    plain = params, moments
-    model = fq.cast(plain[0], jnp.bfloat16)
-    state = exchange.from_optax(plain[1], ours.init(model))
-    compressed = fq.from_master_weights(plain[0], model, state)
+    plain = params, _filled(theirs.init(params))
+    model = fq.cast(params, jnp.bfloat16)
+    state = _from_optax(plain[1], ours.init(model))
+    return plain, eqx.filter_jit(fq.from_master_weights)(params, model, state)
+
+
+@pytest.mark.parametrize("format", ["equinox", "orbax"])
+def test_checkpoints_are_less_than_half(format, plain_and_compressed, tmp_path):
+    """Of those of float32 AdamW, as files."""
+    plain, compressed = plain_and_compressed
     sizes = []
     for name, tree in (("plain", plain), ("compressed", compressed)):
         path = tmp_path / name

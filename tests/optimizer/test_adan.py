@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import flashquinox as fq
 from flashquinox.checkpoint import Checkpoints
 
-from ..helpers import float64, tree_identical, weights
+from ..helpers import float64, slow, tree_identical, weights
 from ..kernels import arrays
 
 
@@ -45,7 +45,7 @@ def test_adan_is_that_of_the_paper():
     np.testing.assert_allclose(float64(w["matrix"]), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("storage", ["flashquinox", "flashoptim", "learned"])
+@pytest.mark.parametrize("storage", ["flashquinox", "flashoptim", slow("learned")])
 def test_exact_moments_are_never_compressed(storage):
     """A previous gradient is kept bit for bit, whatever compresses the others."""
     w, grads = (weights("matrix", "kernel", seed=seed) for seed in (0, 1))

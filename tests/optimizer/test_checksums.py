@@ -6,7 +6,6 @@ import warnings
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
@@ -39,40 +38,46 @@ def _params():
     }
 
 
-def _grads(count):
-    key = jr.fold_in(jr.key(3), count)
+def _grads(steps):
+    """Of all steps: their first axis."""
+    rng = np.random.default_rng(3)
     grads = {
-        name: jr.normal(jr.fold_in(key, i), x.shape).astype(jnp.bfloat16)
-        for i, (name, x) in enumerate(_params().items())
+        name: array_of(rng.standard_normal((steps, *x.shape)), jnp.bfloat16)
+        for name, x in _params().items()
     }
     # One step in five is not taken.
-    bad = jnp.where(count % 5 == 4, jnp.nan, 1.0)
-    scaled = grads["float32"].astype(jnp.float32) * bad
-    return grads | {"float32": scaled, "frozen": None}
+    wide = np.asarray(grads["float32"]).astype(np.float32)
+    wide[4::5] = np.nan
+    return grads | {"float32": jnp.asarray(wide), "frozen": None}
+
+
+def _first(grads):
+    return jtu.tree_map(lambda x: jnp.asarray(np.asarray(x)[0]), grads)
 
 
 def _train(optim, steps=50, method="update"):
     """Steps of a loop, with the weights and the state at its end."""
 
+    grads = _grads(steps)
+
     @eqx.filter_jit
-    def run(params):
-        def body(carry, count):
+    def run(params, grads):
+        def body(carry, grads):
             params, state = carry
             if method == "step":
-                return optim.step(params, state, _grads(count)), None
-            grads = {name: _grads(count)[name] for name in params}
+                return optim.step(params, state, grads), None
             updates, state = optim.update(grads, state, params, value=jnp.asarray(1.0))
             return (eqx.apply_updates(params, updates), state), None
 
         carry = params, optim.init(params)
-        return jax.lax.scan(body, carry, jnp.arange(steps))[0]
+        return jax.lax.scan(body, carry, grads)[0]
 
     params = _params()
     if method == "update":
         # Optax's wrappers take all gradients, and no mixture of 16-bit dtypes.
         params["float16"] = params["float16"].astype(jnp.bfloat16)
-        del params["frozen"]
-    result = run(params)
+        del params["frozen"], grads["frozen"]
+    result = run(params, grads)
     jax.effects_barrier()
     return result
 
@@ -185,30 +190,33 @@ def test_every_bit_and_every_place_counts(dtype):
 
 def test_our_edits_are_no_error():
     optim = optax.chain(fq.sgd(1e-3, verify_weights="error"))
-    params = _params()
+    names = ("bfloat16", "frozen")
+    params, grads = ({k: x[k] for k in names} for x in (_params(), _first(_grads(1))))
     state = optim.init(params)
     update = eqx.filter_jit(optim.update)
-    grads = _grads(0)
+    masters_of = eqx.filter_jit(fq.master_weights)
 
     def go_on(params, state):
         updates, state = update(grads, state, params)
         return eqx.apply_updates(params, updates), state
 
     params, state = go_on(params, state)
-    masters = jtu.tree_map(lambda x: 1.01 * x, fq.master_weights(params, state))
+    masters = jtu.tree_map(
+        lambda x: jnp.asarray(np.float32(1.01) * x), masters_of(params, state)
+    )
     masters["frozen"] = None
     params, state = fq.from_master_weights(masters, params, state)
     params, state = go_on(params, fq.widen_corrections(params, state))
     params, state = go_on(params, fq.narrow_corrections(params, state))
     edit = eqx.filter_jit(fq.from_master_weights)
-    params, state = edit(fq.master_weights(params, state), params, state)
+    params, state = edit(masters_of(params, state), params, state)
     params, state = go_on(params, state)
     with pytest.raises(RuntimeError):
         go_on(jtu.tree_map(lambda x: 2 * x, params), state)
 
 
 def test_states_of_the_other_kind_are_refused():
-    params, grads = _params(), _grads(0)
+    params, grads = _params(), _first(_grads(1))
     off, on = fq.sgd(1e-3), fq.sgd(1e-3, verify_weights="error")
     without, kept = off.init(params), on.init(params)
     with pytest.raises(ValueError, match=r"no checksum .*`verify_weights='error'`"):

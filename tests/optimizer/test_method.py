@@ -41,7 +41,7 @@ _options = {
 def _make(bits="auto", **options):
     kwargs = {"learning_rate": 1e-2} | options
     storage = fq.Storage(moments="float32", master_weight_bits=bits)
-    return fq.adamw(weight_decay=0.1, storage=storage, **kwargs)
+    return fq.lion(weight_decay=0.1, storage=storage, **kwargs)
 
 
 @pytest.mark.parametrize("name", _options)

@@ -57,6 +57,10 @@ def _quant(state):
     return [x for x in jtu.tree_leaves(state, is_leaf=is_moment) if is_moment(x)]
 
 
+_encode = jax.jit(lambda moment, values: moment.encode(values))
+_decode = jax.jit(lambda moment: moment.decode())
+
+
 def test_encode_is_nearest_and_keeps_the_form(trained):
     _, _, state = trained
     rng = np.random.default_rng(1)
@@ -64,31 +68,35 @@ def test_encode_is_nearest_and_keeps_the_form(trained):
         values = rng.standard_normal(moment.codes.shape).astype(np.float32)
         if moment.codes.dtype == jnp.uint8:
             values = values**2
-        new = moment.encode(values)
+        new = _encode(moment, values)
         assert jtu.tree_structure(new) == jtu.tree_structure(moment)
         for x, y in zip(jtu.tree_leaves(new), jtu.tree_leaves(moment), strict=True):
             assert x.shape == y.shape and x.dtype == y.dtype
         # The largest distance between two codes of 256 is one of curves, 1/20 of the
         # largest of the group.
-        error = np.abs(np.asarray(new.decode()) - values)
+        error = np.abs(np.asarray(_decode(new)) - values)
         assert np.max(error) <= np.max(np.abs(values)) / 20
         # Without dither, and of what is stored nothing but the form counts.
-        assert tree_identical(new, jax.jit(lambda m, v: m.encode(v))(moment, values))
+        assert tree_identical(new, moment.encode(values))
         if moment.parameter is None:
-            assert tree_identical(new, moment.encode(values).encode(values))
-        zeros = moment.encode(jnp.zeros(moment.codes.shape))
-        assert not np.any(np.asarray(zeros.decode()))
-        nothing = moment.encode(np.where(np.arange(96) == 0, 0, values))
-        assert np.all(np.asarray(nothing.decode())[:, 0] <= np.max(values) * 2.0**-15)
+            assert tree_identical(new, _encode(new, values))
+        zeros = _encode(moment, np.zeros_like(values))
+        assert not np.any(np.asarray(_decode(zeros)))
+        nothing = _encode(moment, np.where(np.arange(96) == 0, 0, values))
+        assert np.all(np.asarray(_decode(nothing))[:, 0] <= np.max(values) * 2.0**-15)
 
 
 def test_encode_under_vmap_and_sharded(trained):
     optim, model, state = trained
-    states = jax.vmap(optim.init)(jtu.tree_map(lambda x: jnp.stack([x, x]), model))
-    for many, one in zip(_quant(states), _quant(state), strict=True):
-        values = jnp.abs(jnp.sin(jnp.arange(2.0 * one.codes.size)))
+    models = jtu.tree_map(lambda x: jnp.asarray(np.stack([x, x])), model)
+    states = jax.jit(jax.vmap(optim.init))(models)
+    ones = _quant(state)
+    # Each moment under one kind of axes.
+    kinds = (AxisType.Auto, AxisType.Explicit)[: len(ones)]
+    for many, one, kind in zip(_quant(states), ones, kinds, strict=True):
+        values = np.abs(np.sin(np.arange(2.0 * one.codes.size, dtype=np.float32)))
         values = values.reshape(2, *one.codes.shape)
-        found = jax.vmap(lambda m, v: m.encode(v))(many, values)
+        found = jax.jit(jax.vmap(lambda m, v: m.encode(v)))(many, values)
         for i in range(2):
             like = fq.QuantMoment(
                 one.codes,
@@ -98,31 +106,30 @@ def test_encode_under_vmap_and_sharded(trained):
                 one.codec,
                 _member(many, i).parameter,
             )
-            assert tree_identical(_member(found, i), like.encode(values[i]))
+            assert tree_identical(_member(found, i), _encode(like, values[i]))
         if many.scales.shape != many.layout.scale_shape:
             with pytest.raises(ValueError, match="vmap"):
                 many.encode(values)
-        for kind in (AxisType.Auto, AxisType.Explicit):
-            mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
 
-            def put(x, mesh=mesh):
-                spec = P("x") if x.ndim == 2 else P()
-                return jax.device_put(x, NamedSharding(mesh, spec))
+        def put(x, mesh=mesh):
+            spec = P("x") if x.ndim == 2 else P()
+            return jax.device_put(x, NamedSharding(mesh, spec))
 
-            there = jtu.tree_map(put, one)
-            found_there = there.encode(values[0])
-            for x, y in zip(
-                jtu.tree_leaves(found_there), jtu.tree_leaves(there), strict=True
-            ):
-                assert x.sharding == y.sharding
-            assert tree_identical(
-                jtu.tree_map(np.asarray, found_there),
-                jtu.tree_map(np.asarray, one.encode(values[0])),
-            )
+        there = jtu.tree_map(put, one)
+        found_there = there.encode(values[0])
+        for x, y in zip(
+            jtu.tree_leaves(found_there), jtu.tree_leaves(there), strict=True
+        ):
+            assert x.sharding == y.sharding
+        assert tree_identical(
+            jtu.tree_map(np.asarray, found_there),
+            jtu.tree_map(np.asarray, _encode(one, values[0])),
+        )
 
 
 def _member(tree, index):
-    return jtu.tree_map(lambda x: x[index], tree)
+    return jtu.tree_map(lambda x: jnp.asarray(np.asarray(x)[index]), tree)
 
 
 @pytest.mark.usefixtures("without_typechecker")
@@ -187,7 +194,7 @@ def test_map_moments(trained):
 
 
 def _decoded(stored):
-    stored = stored.decode() if isinstance(stored, fq.QuantMoment) else stored
+    stored = _decode(stored) if isinstance(stored, fq.QuantMoment) else stored
     return np.asarray(stored)
 
 
@@ -281,15 +288,19 @@ def test_grown_rows(trained):
     # Two more neurons, as of a vocabulary: new rows begin at zero, old ones go on.
     optim, model, state = trained
     grow = lambda old, like: jnp.zeros(like.shape, old.dtype).at[: len(old)].set(old)
-    weights = fq.master_weights(model, state)
-    like = _model(rows=10)
-    weights = jtu.tree_map(grow, weights, like)
-    new, empty = fq.from_master_weights(weights, like, optim.init(like))
-    grown = fq.map_moments(lambda new, old: grow(old, new), empty, state)
-    grown = eqx.tree_at(lambda s: s.steps, grown, state.steps)
+
+    @jax.jit
+    def run(model, state, like):
+        weights = fq.master_weights(model, state)
+        bigger = jtu.tree_map(grow, weights, like)
+        new, empty = fq.from_master_weights(bigger, like, optim.init(like))
+        grown = fq.map_moments(lambda new, old: grow(old, new), empty, state)
+        grown = eqx.tree_at(lambda s: s.steps, grown, state.steps)
+        return grown, weights, fq.master_weights(new, grown)
+
+    grown, weights, found = run(model, state, _model(rows=10))
     assert tree_identical(
-        jtu.tree_map(lambda x: x[:8], fq.master_weights(new, grown)),
-        fq.master_weights(model, state),
+        jtu.tree_map(lambda x: np.asarray(x)[:8], found), jax.device_get(weights)
     )
     for name in ("mu", "nu"):
         for key in ("w", "b"):

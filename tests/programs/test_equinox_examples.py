@@ -94,9 +94,9 @@ _WAYS = {
     "norms": ("arrays", "step"),
     "frozen": ("inexact", "whole"),
 }
-# The others take minutes to compile.
+# The others take long to compile.
 _QUICK = {
-    *((name, True) for name in ("classification", "recurrent", "bert", "norms")),
+    *((name, True) for name in ("classification", "norms")),
     ("frozen", False),
 }
 

@@ -53,7 +53,11 @@ def _same(restored, trained):
     return tree_identical(*(jtu.tree_map(jnp.asarray, x) for x in (restored, trained)))
 
 
-@jax.jit
+# Most of the time goes to compilers.
+_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@_jit
 def _step(state):
     return state.apply_gradients(grads=jtu.tree_map(jnp.sin, state.params))
 
@@ -237,7 +241,7 @@ class _BatchState(TrainState):
 
 def test_a_network():
     net = _Net()
-    variables = jax.jit(partial(net.init, train=True))(jax.random.key(0), _x)
+    variables = _jit(partial(net.init, train=True))(jax.random.key(0), _x)
     make = lambda: _BatchState.create(
         apply_fn=net.apply,
         params=variables["params"],
@@ -245,7 +249,7 @@ def test_a_network():
         batch_stats=variables["batch_stats"],
     )
 
-    @jax.jit
+    @_jit
     def step(state):
         def loss(params):
             variables = {"params": params, "batch_stats": state.batch_stats}

@@ -76,7 +76,7 @@ def test_leaves_without_anything_in_the_state():
 
 @_frozen_dtypes
 def test_dtypes_that_cannot_be_trained(dtype, without_typechecker):
-    model, optim = _model(dtype), fq.adamw(1e-2)
+    model, optim = _model(dtype), fq.lion(1e-2)
     state = optim.init(model)
     assert state.moments["mu"]["base"] is None and state.corrections["base"] is None
     new, state = jax.jit(optim.step)(model, state, _grads(model))
@@ -99,7 +99,7 @@ def test_dtypes_that_cannot_be_trained(dtype, without_typechecker):
         assert_raises(
             TypeError,
             lambda: optim.step(model, state, model),
-            "`adamw(...).step`",
+            "`lion(...).step`",
             "`['base']`",
             jnp.dtype(dtype).name,
             "None",
