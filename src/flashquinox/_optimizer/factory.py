@@ -25,9 +25,9 @@ class _Static:
 
 
 class _Signature(inspect.Signature):
-    """That of a function with a mask. `optax.inject_hyperparams`, which binds arguments
-    to it, takes every function for a schedule: the mask of a step count is False, or
-    True, for all weights."""
+    """Hides masks that are functions from `optax.inject_hyperparams`, which binds
+    arguments to this signature and takes every function for a schedule: it would call
+    the mask with the number of steps."""
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
@@ -39,14 +39,15 @@ class _Signature(inspect.Signature):
 def factory(
     function: Callable[_Parameters, _Result],
 ) -> Callable[_Parameters, _Result]:
-    """For a function of [`flashquinox.Options`][] and others that makes an optimizer.
+    """A decorator for functions that make an optimizer and have an argument
+    `**options: Unpack[Options]`.
 
-    - Its signature names each option.
-    - A keyword that is none of its arguments is an error that names the call.
-    - Its defaults, and masks that are functions, are left alone by
-        `optax.inject_hyperparams`. That looks defaults up in the signature, and makes
-        arrays of what it knows as numbers: in the dtype of bfloat16 weights, 0.999
-        would be 1.
+    - Their signature names each option, for `help` and for `optax.inject_hyperparams`,
+        which binds arguments to it.
+    - An unknown keyword argument is an error that names the call.
+    - `optax.inject_hyperparams` leaves defaults alone. Of those that it finds in a
+        signature, it turns numbers into arrays in the dtype of the weights: in
+        bfloat16, 0.999 is 1.
     """
     declared = inspect.signature(function)
     parameters: list[inspect.Parameter] = []
@@ -54,7 +55,7 @@ def factory(
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             parameters.extend(_options())
         elif type(parameter.default) in (int, float):
-            # Not booleans, which stay what they are.
+            # Optax leaves booleans alone.
             parameters.append(parameter.replace(default=_Static(parameter.default)))
         else:
             parameters.append(parameter)

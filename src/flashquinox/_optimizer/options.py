@@ -1,5 +1,4 @@
-"""How the steps of an optimizer are executed: what all optimizers take beside what they
-compute and how they store it."""
+"""The arguments of all optimizers that say how steps are executed."""
 
 from typing import Any, TypedDict
 
@@ -16,27 +15,34 @@ from .checksums import check_verify_weights, Verify
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every optimizer of this library: how its steps are executed.
+    """Keyword arguments that every optimizer takes: how its steps are executed.
+
+    A function of yours that makes an optimizer can pass them on:
+
+    ```python
+    def my_adamw(learning_rate: float, **options: Unpack[fq.Options]) -> fq.Optimizer:
+        return fq.adamw(learning_rate, b2=0.95, **options)
+    ```
 
     - `skip_nonfinite` (`False`): if `True`, a step with a NaN or an infinity in any
         gradient, or in what a schedule returns, changes neither weights nor state. If
         `False`, it damages the leaves it came to, no others.
     - `verify_weights` (`None`): whether each step checks that the weights it gets are
-        those to which their corrections belong, as they are not if something scales the
-        updates of the last step, or changes weights by hand. `"error"` raises, `"warn"`
-        warns from the host; both name the leaf. The state then has a checksum of each
-        weight with a correction, and a step reads these weights twice more. `None` is
-        no check.
-    - `backend` (`"auto"`): `"auto"` takes the kernels of the platform that a program is
-        compiled for, and plain XLA where there is none. `"xla"` takes plain XLA
-        everywhere. `"tpu"` makes states for TPUs on any machine, and takes their
-        kernels, which platforms without them interpret (slowly: for debugging). `"gpu"`
-        likewise takes the kernels for NVIDIA GPUs, also in a program that is made
-        without one: `"auto"` takes them where JAX's default device is one.
-    - `shardings` (`None`): a tree like the model, or a prefix of it, of
-        `jax.sharding.NamedSharding`s, or `None` where that is known: how weights are
-        divided among devices. Only needed where JAX does not tell and `init` has not
-        seen it: see [Train on many devices](../sharding.md).
+        those that the last step returned. They are not if something scales the updates,
+        or changes weights by hand, and then their corrections are wrong. `"error"`
+        raises, `"warn"` warns from the host; both name the leaf. The state then has a
+        checksum of each weight with a correction, and a step reads these weights twice
+        more. `None` is no check.
+    - `backend` (`"auto"`): what computes a step. `"auto"` is the kernels of the
+        platform for which a program is compiled, and plain XLA on platforms without
+        kernels; those for GPUs only if JAX's default device is one. `"xla"` is plain
+        XLA everywhere. `"tpu"` and `"gpu"` are the kernels of that platform, with
+        states laid out for it, on any machine: other platforms interpret the kernels,
+        slowly, for debugging.
+    - `shardings` (`None`): how weights are divided among devices: a tree like the
+        model, or a prefix of it, of `jax.sharding.NamedSharding`s, with `None` where
+        JAX knows. Only needed where JAX does not tell and `init` has not seen the
+        weights on their devices: see [Train on many devices](../sharding.md).
     """
 
     skip_nonfinite: bool
@@ -54,7 +60,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def check_options(call: str, options: Options) -> dict[str, Any]:
-    """All options as the engine has them, those that are left out at their defaults."""
+    """All options, those that are left out at their defaults; shardings as their leaves
+    and their structure, which have a hash."""
     given = DEFAULTS | dict(options)
     return {
         "skip_nonfinite": check_flag(call, "skip_nonfinite", given["skip_nonfinite"]),
@@ -78,7 +85,6 @@ def _check_backend(call: str, backend: Any) -> Backend:
 
 
 def _check_shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:
-    """The argument of this name, as its leaves and their structure."""
     for path, x in jtu.tree_leaves_with_path(value):
         if not isinstance(x, NamedSharding):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Learning rates and weight decays: numbers, or functions of the number of steps."""
+"""Learning rates and weight decays are numbers, or functions of the number of steps."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ def check_takes_count(call: str, name: str, schedule: Callable[..., Any]) -> Non
     try:
         signature = inspect.signature(schedule)
     except (TypeError, ValueError):
-        # Some callables have none that Python knows.
+        # Some callables, such as built-in ones, have no signature.
         return
     try:
         signature.bind(0)
@@ -32,10 +32,10 @@ def check_takes_count(call: str, name: str, schedule: Callable[..., Any]) -> Non
 
 
 def scheduled(call: str, name: str, value: Any, count: Scalar) -> ScalarLike:
-    """A learning rate or weight decay in the step after so many.
+    """A learning rate or weight decay after `count` steps.
 
-    What a schedule returns must be a number. If that is known, as it is outside of
-    `jit`, it must also be one that the argument itself could be.
+    A schedule must return a scalar. Outside of `jit`, where its value is known, it must
+    also be in the range of the argument: at least 0 and finite.
     """
     if not callable(value):
         return value

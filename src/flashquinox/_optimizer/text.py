@@ -11,12 +11,13 @@ import numpy as np
 from .._common.number_checks import is_zero
 from .._common.text import function_name, shown
 from .._storage.storage import Storage
+from .options import DEFAULTS
 from .settings import Settings
 
 
 def optimizer_text(settings: Settings) -> str:
-    """The call that makes such an optimizer: with its learning rate and
-    hyperparameters, and what else is not as by default."""
+    """The call that makes this optimizer: with its learning rate, its hyperparameters,
+    its weight decay, and all other arguments that are not at their defaults."""
     of_rule = _of_rule(settings.rule)
     arguments = {"learning_rate": settings.learning_rate, **of_rule}
     first = []
@@ -29,10 +30,9 @@ def optimizer_text(settings: Settings) -> str:
         "decay": (settings.decay.form, _default_form(settings)),
         "peak_learning_rate": (settings.decay.peak_learning_rate, None),
         "storage": (settings.storage, Storage()),
-        "skip_nonfinite": (settings.skip_nonfinite, False),
-        "verify_weights": (settings.verify_weights, None),
-        "backend": (settings.backend, "auto"),
     }
+    for name in ("skip_nonfinite", "verify_weights", "backend"):
+        others[name] = (getattr(settings, name), DEFAULTS[name])
     arguments |= {
         name: value
         for name, (value, default) in others.items()
@@ -40,6 +40,7 @@ def optimizer_text(settings: Settings) -> str:
     }
     parts = [*first, _joined(arguments)]
     if settings.shardings[0]:
+        # A tree of them would be long.
         parts.append("shardings=...")
     return f"{settings.call}({', '.join(parts)})"
 

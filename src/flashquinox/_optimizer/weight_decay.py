@@ -22,7 +22,19 @@ Decay: TypeAlias = Literal[DecoupledDecay, "l2"]
 
 
 class WeightDecay(eqx.Module):
-    """What an optimizer's arguments say of weight decay."""
+    r"""The arguments of an optimizer that weight decay depends on.
+
+    - `rate`: $\lambda$, or a schedule of it.
+    - `mask`: which weights decay; `None` for all.
+    - `form`: what a step computes, with $\alpha$ for the learning rate and
+        $\alpha_\text{peak}$ for its peak:
+
+        | | |
+        | --- | --- |
+        | `"decoupled"` | $w \leftarrow (1 - \alpha\lambda) w + u$ |
+        | `"independent"` | the same with $\lambda/\alpha_\text{peak}$ for $\lambda$ |
+        | `"l2"` | $g \leftarrow g + \lambda w$, before the rule |
+    """
 
     rate: ScalarOrSchedule
     mask: Mask | None
@@ -36,9 +48,12 @@ class WeightDecay(eqx.Module):
     def scalar(
         self, rate: ScalarLike, learning_rate: Scalar, dtype: DTypeLike
     ) -> Scalar | None:
-        """What a step computes with, in the precision `dtype`: of decoupled decay, the
-        factor on the weight; of L2 regularization, its coefficient; `None` if nothing
-        ever decays. `rate` and `learning_rate` are those of this step."""
+        r"""The number by which a step applies weight decay, in the dtype `dtype`: the
+        factor on the weight if it is decoupled, $\lambda$ if it is L2 regularization,
+        `None` if the rate is the constant 0.
+
+        `rate` and `learning_rate` are the values of this step.
+        """
         if is_zero(self.rate):
             return None
         decay = jnp.asarray(rate, dtype)
@@ -47,7 +62,8 @@ class WeightDecay(eqx.Module):
         if self.peak_learning_rate is None:
             return 1 - learning_rate * decay
         peak = jnp.asarray(self.peak_learning_rate, dtype)
-        # A traced peak of 0 counts as 1, as that of a constant learning rate of 0.
+        # A traced peak of 0 cannot be refused. It counts as 1, as does the peak of a
+        # constant learning rate of 0.
         return 1 - learning_rate / jnp.where(peak == 0, 1, peak) * decay
 
 
@@ -62,7 +78,7 @@ def decoupled(
     decay: DecoupledDecay,
     peak_learning_rate: ScalarLike | None,
 ) -> WeightDecay:
-    """Of optimizers that are named after decoupled weight decay."""
+    """The weight decay of an optimizer that has no L2 regularization."""
     if isinstance(decay, str) and decay in get_args(DecoupledDecay):
         return WeightDecay(weight_decay, mask, decay, peak_learning_rate)
     raise ValueError(
@@ -75,8 +91,13 @@ def decoupled(
 def check_weight_decay(
     call: str, decay: WeightDecay, learning_rate: Any
 ) -> WeightDecay:
-    """The same, with the peak of the learning rate where it is needed. The rate itself
-    is checked with the other numbers."""
+    """Checks all but the rate, which is checked with the other numbers.
+
+    **Returns:**
+
+    The same weight decay, with the peak of the learning rate filled in where it is
+    needed and the learning rate is a number.
+    """
     if decay.mask is not None and is_zero(decay.rate):
         warnings.warn(
             f"`{call}(mask=...)` has no effect: the mask says which weights decay, and "
@@ -94,7 +115,7 @@ def check_weight_decay(
 
 
 def _peak(call: str, decay: WeightDecay, learning_rate: Any) -> Any:
-    """The peak learning rate of independent decay, or None for another form."""
+    """The peak learning rate of independent decay; `None` for other forms."""
     peak = decay.peak_learning_rate
     if decay.form != "independent":
         if peak is not None:
@@ -108,13 +129,12 @@ def _peak(call: str, decay: WeightDecay, learning_rate: Any) -> Any:
         if known_number(peak) == 0:
             raise ValueError(f"`{call}(peak_learning_rate=...)` must not be 0.")
         return peak
-    # `optax.inject_hyperparams` gives an array, also where it is not traced, and
-    # another one in each step.
+    # An array may have another value in each step, as with `optax.inject_hyperparams`.
     if callable(learning_rate) or isinstance(learning_rate, jax.Array | np.ndarray):
         raise ValueError(
             f"`{call}(decay='independent')` divides by the peak of the learning rate, "
             "which a schedule or an array does not tell: pass "
             "`peak_learning_rate=...`."
         )
-    # A constant learning rate of 0 is its own peak as well.
+    # With a learning rate of 0 nothing decays, whatever the peak.
     return 1.0 if known_number(learning_rate) == 0 else learning_rate

@@ -41,15 +41,16 @@ class Storage(eqx.Module):
         optim = fq.adamw(1e-3, storage=storage)
         ```
 
-    All fields are static. A storage is hashable and equal to every other one that
-    stores alike, however it was spelled.
+    All fields are static, and a storage has a hash. `moments` keeps the shortest
+    spelling of the codecs: `Storage(moments=("log", "log"))` equals
+    `Storage(moments="log")`.
 
     **Arguments:**
 
     - `master_weight_bits`: the precision in which bfloat16 and float16 weights
         accumulate updates. 24 adds an `int8` correction per weight, 32 an `int16`;
-        `None` none. `"auto"` is 24 for such weights, and nothing for a model, or a
-        group of weights, that has none; a number is an error there.
+        `None` none. `"auto"` is 24, but does not ask for such weights: 24 and 32 are an
+        error for a model, or a group of weights, that has none.
     - `moments`: how moments are stored: `"flashquinox"` (8 bits), `"learned"` (8 bits,
         by curves that follow the moments), `"flashoptim"` (8 bits, the paper's codec),
         `"float32"` (uncompressed), another name or a pair of names in
@@ -57,8 +58,8 @@ class Storage(eqx.Module):
     - `group_size`: how many elements share a scale: a multiple of 16 from 16 to 128.
     - `dither_weights`: with `master_weight_bits=None`, whether bfloat16 and float16
         weights are rounded by a threshold that rotates from step to step, instead of to
-        nearest: steps that are too small for the weight then arrive in their share of
-        the cases.
+        nearest: a step of a hundredth of a unit then moves the weight by one unit in
+        one of a hundred cases.
 
     **Raises:**
 
@@ -92,7 +93,7 @@ class Storage(eqx.Module):
 
     @property
     def codecs(self) -> MomentCodecs:
-        """The codecs of moments."""
+        """The codecs that `moments` means."""
         if isinstance(self.moments, MomentCodecs):
             return self.moments
         return _named(self.moments)
@@ -193,8 +194,8 @@ def _check_hash(codec: AbstractMomentCodec) -> None:
 
 
 def _shortest(codecs: MomentCodecs) -> Moments:
-    """The first name or pair of names of these codecs, or themselves if there is none:
-    one spelling for codecs that are equal."""
+    """The first name or pair of names that means these codecs; the codecs themselves if
+    there is none. So equal codecs have one spelling."""
     named = {name: MomentCodecs.named(name) for name in MomentCodecs.names()}
     for name, other in named.items():
         if other == codecs:
