@@ -17,7 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import flashquinox as fq
 from flashquinox._backends import learning
 from flashquinox._sharding import parts
+from flashquinox._storage import rational_learner
 from flashquinox._storage.layout import Layout
+from flashquinox._storage.learned_codec import Observation
+from flashquinox._storage.rational_learner import RationalLearner
 from flashquinox._storage.scales import decode_scale
 from flashquinox.checkpoint import Checkpoints
 
@@ -201,11 +204,13 @@ def _fit(kind: str, x: np.ndarray, root: int, start: float, fits: int = 60):
     @jax.jit
     def fit(_, a):
         encoder = codec.with_parameter(a)
-        codes, _ = encoder.encode(jnp.asarray(x), -1, dither)
-        n = encoder.normalized(codes, jnp.float32).ravel()
-        observed = learning.Observation(n, jnp.zeros_like(n))
-        errors = learning.errors([codec], [observed], a[None])
-        return learning.follow(a[None], errors)[0]
+        codes, scales = encoder.encode(jnp.asarray(x), -1, dither)
+        constants = encoder.decode_constants(scales[:, None], None, jnp.float32)
+        n, _ = encoder.observe(codes, constants, jnp.float32)
+        n = n.ravel()
+        observed = Observation(n, jnp.zeros_like(n))
+        errors = RationalLearner.errors([codec.learner], [observed], a[None])
+        return RationalLearner.follow(a[None], errors)[0]
 
     return float(jax.lax.fori_loop(0, fits, fit, jnp.float32(start)))
 
@@ -242,7 +247,7 @@ def test_learned_is_as_good_as_any_fixed(kind, spread):
     # sample: 8,192 elements, whose mean square is known to about 2 %.
     assert learned <= 1.02 * min(errors[0.0], errors[1.0])
     # It stays with softsign, or where it is, if there is no more to be had.
-    most = 1 + max(learning._WORTH, learning._WORTH_OF_SOFTSIGN)
+    most = 1 + max(rational_learner._WORTH, rational_learner._WORTH_OF_SOFTSIGN)
     assert learned <= most * 1.02 * min(errors.values())
 
 
@@ -262,13 +267,13 @@ def test_nothing_is_learned_from_nothing():
     zeros = jnp.zeros(64)
     old = jnp.float32([2.5])
     for n, weight in [(0.0, 1.0), (0.0, np.nan), (np.nan, 1.0)]:
-        observed = learning.Observation(zeros + n, zeros + weight)
-        errors = learning.errors([codec], [observed], old)
-        assert tree_identical(learning.follow(old, errors), old)
+        observed = Observation(zeros + n, zeros + weight)
+        errors = RationalLearner.errors([codec.learner], [observed], old)
+        assert tree_identical(RationalLearner.follow(old, errors), old)
     # Where no weight is finite, the moment's own error counts.
-    observed = learning.Observation(zeros + 0.01, zeros + np.inf)
-    errors = learning.errors([codec], [observed], old)
-    assert learning.follow(old, errors)[0] > old[0]
+    observed = Observation(zeros + 0.01, zeros + np.inf)
+    errors = RationalLearner.errors([codec.learner], [observed], old)
+    assert RationalLearner.follow(old, errors)[0] > old[0]
 
 
 def test_parameters_move_where_it_is_worth_it():
@@ -277,10 +282,10 @@ def test_parameters_move_where_it_is_worth_it():
     codec = fq.MomentCodecs.named("learned").signed
 
     def follow(best: float, start: float) -> float:
-        observed = learning.Observation(jnp.full(8, 1 / (best + 2)), jnp.ones(8))
+        observed = Observation(jnp.full(8, 1 / (best + 2)), jnp.ones(8))
         old = jnp.float32([start])
-        errors = learning.errors([codec], [observed], old)
-        (new,) = learning.follow(old, errors)
+        errors = RationalLearner.errors([codec.learner], [observed], old)
+        (new,) = RationalLearner.follow(old, errors)
         return float(new)
 
     # The slope is 0 there, to a rounding; and the curvature about 1.
@@ -301,9 +306,9 @@ def test_sparse_moments_are_not_rounded_again():
     old = jnp.float32([1.0])
     for zeros, padding, moves in [(20, 0, True), (30, 0, False), (0, 80, True)]:
         one = n.at[:zeros].set(0).at[zeros : zeros + padding].set(-1)
-        observed = learning.Observation(one, jnp.where(one > 0, 1.0, one))
-        errors = learning.errors([codec], [observed], old)
-        assert (learning.follow(old, errors)[0] > old[0]) == moves
+        observed = Observation(one, jnp.where(one > 0, 1.0, one))
+        errors = RationalLearner.errors([codec.learner], [observed], old)
+        assert (RationalLearner.follow(old, errors)[0] > old[0]) == moves
 
 
 @pytest.mark.parametrize(
@@ -357,7 +362,9 @@ def test_what_counts_is_the_update():
         patch.setattr(parts, "learn", record)
         optim.step(params, state, params)
     (step,) = steps
-    found = learning.observe(step.structure, step.layout, step.scalars, step.old)
+    found = learning.observe(
+        ["mu", "nu"], step.structure, step.layout, step.scalars, step.old
+    )
     elements, groups = learning._places(step.layout, state.count)
     mu, nu = (state.moments[name]["w"] for name in ("mu", "nu"))
     m, v = (float64(elements(x.decode())) for x in (mu, nu))

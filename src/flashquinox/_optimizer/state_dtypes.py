@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from .._common.dtypes import compute_dtype
 from .._model.trees import Leaf
-from .._storage.codec import initial_parameter
+from .._storage.learned_codec import initial_parameter
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import CORRECTION_DTYPES
 from .state import OptimizerState

@@ -13,10 +13,11 @@ import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, PyTree, Scalar
 
-from .._backends import dispatch, learning as _learning
+from .._backends import dispatch, learning
 from .._backends.dispatch import Backend, LeafStep
 from .._common import meshes
 from .._storage.layout import Layout
+from .._storage.learned_codec import AbstractLearner
 from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import encode_nearest
 from .._tile.tile import TileState
@@ -82,36 +83,50 @@ def learn(
     new = list(steps)
     for mesh, indices in by_mesh(shardings).items():
         chosen = [i for i in indices if _learns(steps[i], shardings[i])]
-        if not chosen:
-            continue
-        # What is fitted does not depend on anything that could be differentiated.
-        here = lax.stop_gradient([steps[i] for i in chosen])
-        divided = tuple(shardings[i] for i in chosen)
-        learned = _learn(mesh, divided, here)
-        for i, parameters in zip(chosen, learned, strict=True):
-            new[i] = eqx.tree_at(
-                lambda step: step.scalars.leaf.parameters, steps[i], parameters
-            )
+        kinds = dict.fromkeys(
+            type(learner)
+            for i in chosen
+            for learner in learning.learners(steps[i].structure).values()
+        )
+        for kind in kinds:
+            # What is fitted does not depend on anything that could be differentiated.
+            here = lax.stop_gradient([steps[i] for i in chosen])
+            divided = tuple(shardings[i] for i in chosen)
+            learned = _learn(kind, mesh, divided, here)
+            for i, parameters in zip(chosen, learned, strict=True):
+                new[i] = eqx.tree_at(
+                    lambda step: step.scalars.leaf.parameters,
+                    new[i],
+                    new[i].scalars.leaf.parameters | parameters,
+                )
     return new
 
 
 def _learns(step: LeafStep, sharding: NamedSharding | None) -> bool:
     # Of groups that lie in several parts, a part does not know its scales.
     whole = sharding is None or state_specs.holds_whole_groups(step.layout, sharding)
-    return bool(_learning.learned_names(step.structure)) and whole
+    return bool(learning.learners(step.structure)) and whole
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _learn(
+    kind: type[AbstractLearner],
     mesh: Mesh | AbstractMesh | None,
     shardings: tuple[NamedSharding | None, ...],
     steps: list[LeafStep],
 ) -> list[dict[str, tuple[Scalar, Scalar]]]:
-    """For each leaf, the parameters before this step and after."""
+    """For each leaf, the parameters before this step and after, of the moments whose
+    learners are of this kind."""
     axes = () if mesh is None else tuple(meshes.free_axes(mesh))
-    names = [_learning.learned_names(step.structure) for step in steps]
-    keys = [(i, name) for i, of_leaf in enumerate(names) for name in of_leaf]
-    codecs: list[Any] = [steps[i].structure.codec_of[name] for i, name in keys]
+    learners = [
+        {
+            name: learner
+            for name, learner in learning.learners(step.structure).items()
+            if isinstance(learner, kind)
+        }
+        for step in steps
+    ]
+    keys = [(i, name) for i, of_leaf in enumerate(learners) for name in of_leaf]
 
     # As one array: of scalars, GPUs would copy each in every step, as the kernels read
     # the old ones when the new ones may have taken their place.
@@ -124,15 +139,18 @@ def _learn(
         def fitted() -> Float32[Array, " moments"]:
             observations = [
                 observation
-                for step in map(_with_own_shape, steps)
-                for observation in _learning.observe(
-                    step.structure, step.layout, step.scalars, step.old
+                for names, step in zip(
+                    learners, map(_with_own_shape, steps), strict=True
+                )
+                for observation in learning.observe(
+                    [*names], step.structure, step.layout, step.scalars, step.old
                 )
             ]
-            errors = _learning.errors(codecs, observations, old)
-            return _learning.follow(old, lax.psum(errors, axes))
+            of_keys = [learners[i][name] for i, name in keys]
+            errors = kind.errors(of_keys, observations, old)
+            return kind.follow(old, lax.psum(errors, axes))
 
-        return lax.cond(_learning.is_due(steps[0].scalars.count), fitted, lambda: old)
+        return lax.cond(learning.is_due(steps[0].scalars.count), fitted, lambda: old)
 
     if mesh is not None:
         in_specs = [
@@ -145,7 +163,7 @@ def _learn(
     learned: list[dict[str, tuple[Scalar, Scalar]]] = [{} for _ in steps]
     # `fitted` is `old` where no fit is due. Chosen all the same, for GPUs: they make
     # many such scalars in one kernel, but parts of an array each in its own.
-    due = _learning.is_due(steps[0].scalars.count)
+    due = learning.is_due(steps[0].scalars.count)
     for (i, name), before, after in zip(keys, old, fitted, strict=True):
         take = steps[i].scalars.take
         take = due if take is None else due & take

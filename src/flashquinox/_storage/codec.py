@@ -248,37 +248,5 @@ class AbstractMomentCodec(eqx.Module):
         return self.dequantize(codes, _broadcastable(constants, axis), dtype)
 
 
-class AbstractLearnedCodec(AbstractMomentCodec):
-    """A codec that may have a parameter, which follows the moment that it stores. Each
-    moment of each leaf has its own, which the state keeps (see
-    [`flashquinox.QuantMoment`][])."""
-
-    @property
-    @abc.abstractmethod
-    def initial(self) -> float | None:
-        """Where the parameter begins. Asked when a state is made. `None` for a codec of
-        this class that does not learn."""
-
-    @abc.abstractmethod
-    def with_parameter(self, parameter: Scalar) -> AbstractMomentCodec:
-        """Is called in each step, before anything is decoded or encoded: the codec with
-        this parameter, which is traced."""
-
-
-def initial_parameter(codec: AbstractMomentCodec) -> float | None:
-    """Where the parameter of a codec begins. `None` for a codec that does not learn."""
-    return codec.initial if isinstance(codec, AbstractLearnedCodec) else None
-
-
-def with_parameter(
-    codec: AbstractMomentCodec, parameter: Scalar | None
-) -> AbstractMomentCodec:
-    """The codec with this parameter; `None` is that of a codec that does not learn."""
-    if parameter is None:
-        return codec
-    assert isinstance(codec, AbstractLearnedCodec)
-    return codec.with_parameter(parameter)
-
-
 def _broadcastable(constants: GroupConstants, axis: int) -> GroupConstants:
     return tuple(x if x.ndim == 0 else jnp.expand_dims(x, axis) for x in constants)

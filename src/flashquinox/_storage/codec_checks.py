@@ -9,9 +9,10 @@ import jax.tree_util as jtu
 
 from .._common.elementwise_checks import check_array, check_elementwise
 from .._common.text import shown
-from .codec import AbstractMomentCodec, Dither, initial_parameter, with_parameter
+from .codec import AbstractMomentCodec, Dither
 from .companded import CompandedCodec
 from .full_precision import FullPrecision
+from .learned_codec import initial_parameter, with_parameter
 
 
 def check_codec(call: str, codec: AbstractMomentCodec) -> None:

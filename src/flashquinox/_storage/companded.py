@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.arithmetic import rounded_quotient, rounded_root
 from .._rules.rule import check_kind, MomentKind
-from .codec import AbstractLearnedCodec, Dither, GroupConstants, Reduction
+from .codec import Dither, GroupConstants, Reduction
 from .curves import AbstractCurve, RationalCurve
+from .learned_codec import AbstractLearnedCodec
+from .rational_learner import RationalLearner
 from .scales import decode_scale, encode_scale
 
 
@@ -57,6 +59,10 @@ class CompandedCodec(AbstractLearnedCodec):
     def initial(self) -> float | None:
         curve = self.curve
         return curve.initial if isinstance(curve, RationalCurve) else None
+
+    @property
+    def learner(self) -> RationalLearner:
+        return RationalLearner(self._signed, self.curve.root)
 
     def with_parameter(self, parameter: Scalar) -> "CompandedCodec":
         return CompandedCodec(self.kind, self.curve, parameter)
@@ -144,12 +150,14 @@ class CompandedCodec(AbstractLearnedCodec):
         moment = magnitude * unit
         return jnp.where(wide < 0, -moment, moment) if self._signed else moment
 
-    def normalized(
-        self, codes: Shaped[Array, "*tile"], dtype: DTypeLike
-    ) -> Float[Array, "*tile"]:
-        """The $n$ of the curve that codes stand for."""
-        wide = self._widen(codes, dtype)
-        return self._expand(jnp.abs(wide), list(self._parameters(dtype)))
+    def observe(
+        self,
+        codes: Shaped[Array, "*sample"],
+        decode_constants: GroupConstants,
+        dtype: DTypeLike,
+    ) -> tuple[Float[Array, "*sample"], Float[Array, "*sample"]]:
+        unit, *parameters = decode_constants
+        return self._expand(jnp.abs(self._widen(codes, dtype)), parameters), unit
 
     def _widen(
         self, codes: Shaped[Array, "*tile"], dtype: DTypeLike

@@ -4,8 +4,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped, UInt
 
-from .codec import AbstractMomentCodec, initial_parameter, with_parameter
+from .codec import AbstractMomentCodec
 from .layout import Layout
+from .learned_codec import initial_parameter, with_parameter
 
 
 class QuantMoment(eqx.Module):

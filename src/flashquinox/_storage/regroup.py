@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Shaped
 
-from .codec import AbstractMomentCodec, Dither, with_parameter
+from .codec import AbstractMomentCodec, Dither
 from .layout import Layout
+from .learned_codec import with_parameter
 from .quant_moment import QuantMoment
 
 

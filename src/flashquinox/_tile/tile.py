@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
-from .._storage.codec import AbstractMomentCodec, Dither, with_parameter
+from .._storage.codec import AbstractMomentCodec, Dither
+from .._storage.learned_codec import with_parameter
 from .._storage.split import (
     Correction,
     decode_weight,
