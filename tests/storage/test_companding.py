@@ -205,7 +205,8 @@ def _fit(kind: str, x: np.ndarray, root: int, start: float, fits: int = 60):
     def fit(_, a):
         encoder = codec.with_parameter(a)
         codes, scales = encoder.encode(jnp.asarray(x), -1, dither)
-        constants = encoder.decode_constants(scales[:, None], None, jnp.float32)
+        of_elements = jnp.broadcast_to(scales[:, None], codes.shape)
+        constants = encoder.decode_constants(of_elements, None, jnp.float32)
         n, _ = encoder.observe(codes, constants, jnp.float32)
         n = n.ravel()
         observed = Observation(n, jnp.zeros_like(n))
