@@ -94,7 +94,7 @@ _inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
     [
         (fq.adamw(1e-2), jnp.bfloat16, nnx.Param),
         (
-            fq.adamw(1e-2, storage=fq.Storage(moments="learned")),
+            fq.lion(1e-2, storage=fq.Storage(moments="learned")),
             jnp.bfloat16,
             nnx.Param,
         ),
@@ -104,7 +104,7 @@ _inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
             nnx.All(nnx.Param, nnx.PathContains("kernel")),
         ),
         (
-            optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-2)),
+            optax.chain(optax.clip_by_global_norm(1.0), fq.lion(1e-2)),
             jnp.float32,
             nnx.Param,
         ),

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -103,7 +104,8 @@ def _train(optim, model, way, steps=10):
     part = eqx.filter(model, trainable)
     state = optim.init(part if way == "part" else model)
 
-    @hax.named_jit
+    # Most of the time goes to compilers.
+    @partial(hax.named_jit, compiler_options={"xla_backend_optimization_level": 0})
     def step(model, state, key):
         part, rest = eqx.partition(model, trainable)
         value, grads = eqx.filter_value_and_grad(

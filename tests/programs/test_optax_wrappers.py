@@ -53,7 +53,8 @@ def _grad_fn(params, count):
 def _train(optim, params, **extra):
     grads = _grad_fn(params, 0)
 
-    @eqx.filter_jit
+    # Most of the time goes to compilers.
+    @eqx.filter_jit(compiler_options={"xla_backend_optimization_level": 0})
     def run(params):
         def body(carry, _):
             params, state = carry
