@@ -16,7 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 import flashquinox as fq
 from flashquinox._storage.split import encode_weight, rounding_threshold
 
-from ..helpers import assert_raises, float64, slow, tree_identical, weights
+from ..helpers import (
+    array_of,
+    assert_raises,
+    float64,
+    slow,
+    tree_identical,
+    weights,
+)
 from ..kernels import arrays, run
 
 
@@ -374,14 +381,16 @@ def test_a_weight_that_is_not_finite_is_lost():
 #
 
 
-def _trained(dtype, bits: int, steps: int = 3):
+def _split(dtype, bits: int):
+    """A model whose master weights are any float32 numbers."""
     model = weights("matrix", "bias", "ragged", dtype=dtype)
+    rng = np.random.default_rng(0)
+    masters = {
+        name: array_of(float64(x) * rng.uniform(0.5, 2, x.shape), jnp.float32)
+        for name, x in model.items()
+    }
     optim = fq.lion(1e-2, storage=fq.Storage(master_weight_bits=bits))
-    state = optim.init(model)
-    for seed in range(1, 1 + steps):
-        grads = weights("matrix", "bias", "ragged", dtype=dtype, seed=seed)
-        model, state = optim.step(model, state, grads)
-    return model, state
+    return eqx.filter_jit(fq.from_master_weights)(masters, model, optim.init(model))
 
 
 _narrow_dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -389,7 +398,7 @@ _narrow_dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 
 @_narrow_dtypes
 def test_widening_is_exact(dtype):
-    model, state = _trained(dtype, 24)
+    model, state = _split(dtype, 24)
     wide = fq.widen_corrections(model, state, "matrix")
     assert {k: str(x.dtype) for k, x in wide.corrections.items()} == {
         "matrix": "int16",
@@ -406,7 +415,7 @@ def test_widening_is_exact(dtype):
 
 @_narrow_dtypes
 def test_narrowing_is_within_a_unit(dtype):
-    model, state = _trained(dtype, 32)
+    model, state = _split(dtype, 32)
     before = fq.master_weights(model, state)
     narrow = fq.narrow_corrections(model, state)
     after = fq.master_weights(model, narrow)
@@ -484,7 +493,7 @@ def test_widening_a_sharded_state():
 
 
 def test_checkpoint_of_a_widened_state():
-    model, state = _trained(jnp.bfloat16, 24)
+    model, state = _split(jnp.bfloat16, 24)
     state = fq.widen_corrections(model, state, "matrix")
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, state)
