@@ -1,0 +1,159 @@
+"""The interface of backends, and what dispatch caches."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flashquinox as fq
+from flashquinox._backends import platforms
+
+from .kernels import compiling_for
+
+
+_LINE = 'Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]'
+_PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+import flashquinox as fq
+from flashquinox._backends import dispatch, toy
+
+assert toy.calls == []
+shapes = {"a": (64, 32), "b": (40,), "c": (3, 64), "d": (64, 32)}
+leaf = lambda seed, shape: np.random.default_rng(seed).standard_normal(shape)
+params, grads = (
+    {name: jnp.asarray(leaf(i, x), jnp.bfloat16) for name, x in shapes.items()}
+    for i in (0, 1)
+)
+
+def step(backend):
+    optim = fq.adamw(1e-2, backend=backend)
+    # Groups are where the toy wants them: along rows.
+    state = fq.adamw(1e-2, backend="toy").init(params)
+    return jax.jit(lambda *args: optim.step(*args))(params, state, grads)
+
+same = lambda x, y: all(map(np.array_equal, *map(jax.tree.leaves, (x, y))))
+reference = step("xla")
+views = [("view", *shape) for shape in shapes.values()]
+assert toy.calls == ["load"], toy.calls
+toy.calls.clear()
+assert same(step("toy"), reference)
+first = [*views, "batches"]
+# Of a batch of two and one of one; each for this platform, and for others.
+updates = [("update", n, how) for n in (2, 1) for how in (False, True)]
+assert toy.calls[: len(first)] == first, toy.calls
+assert sorted(toy.calls[len(first) :]) == sorted(updates), toy.calls
+toy.calls.clear()
+# Batches are those that were traced.
+assert same(step("toy"), reference)
+assert toy.calls == first, toy.calls
+toy.calls.clear()
+# Chosen for its device, beside plain XLA for others.
+assert same(step("auto"), reference)
+assert toy.calls == [*first, *updates[::2]], toy.calls
+assert dispatch.prefers_rows("toy") and dispatch.prefers_rows("auto")
+assert not dispatch.prefers_rows("xla")
+
+sys.modules["json.scanner"] = None
+from flashquinox._backends import platforms
+platforms._loaded.cache_clear()
+try:
+    fq.lion(1e-2, backend="toy")
+except ImportError as error:
+    assert "needs `json.scanner`" in str(error), error
+    print("done")
+"""
+
+
+def test_a_backend_is_one_file_and_one_line(tmp_path):
+    """In a copy of the library."""
+    copy = tmp_path / "flashquinox"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(fq.__file__).parent, copy, ignore=ignore)
+    source = Path(__file__).parent / "toy_backend.py"
+    shutil.copy(source, copy / "_backends" / "toy.py")
+    platforms_file = copy / "_backends" / "platforms.py"
+    text = platforms_file.read_text()
+    assert text.count(_LINE) == 1
+    platforms_file.write_text(text.replace(_LINE, _LINE.replace("]", ', "toy"]')))
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["done"]
+
+
+def test_no_toy_is_left():
+    with pytest.raises(ValueError, match="must be one of 'auto', 'xla', 'tpu', 'gpu'"):
+        fq.lion(1e-2, backend="toy")  # pyright: ignore
+
+
+#
+# Batches are traced once
+#
+
+
+_PARAMS = {f"w{i}": jnp.ones((64, 96), jnp.bfloat16) for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    "backend, times",
+    # Kernels for TPUs are in every program of leaves that suit them, beside plain XLA.
+    # What is traced of a kernel is evaluated in two ways: interpreted, and not.
+    [("auto", 2), ("xla", 1), ("gpu", 1), ("tpu", 1)],
+)
+def test_equal_leaves_are_traced_once(backend, times):
+    """In a process, whatever the program."""
+    traced = []
+
+    class Counted(fq.AbstractRule):
+        @property
+        def moments(self):
+            return {}
+
+        def scalars(self, count, learning_rate):
+            return {"step": -learning_rate}
+
+        def update(self, grad, weight, moments, scalars):
+            traced.append(grad.shape)
+            return scalars["step"] * grad, {}
+
+    optim = fq.optimizer(Counted(), 1e-2, backend=backend)
+    state = optim.init(_PARAMS)
+    traced.clear()
+    jax.make_jaxpr(lambda *args: optim.step(*args))(_PARAMS, state, _PARAMS)
+    assert len(traced) == times
+    jax.make_jaxpr(lambda *args: optim.step(*args))(_PARAMS, state, _PARAMS)
+    assert len(traced) == times
+
+
+def test_what_was_traced_is_of_one_device(monkeypatch):
+    """And of a process whose kernels are there."""
+    optim = fq.lion(1e-2, backend="tpu")
+    state = optim.init(_PARAMS)
+
+    def text(kind=None):
+        if kind is None:
+            return str(jax.make_jaxpr(optim.step)(_PARAMS, state, _PARAMS))
+        with compiling_for(kind, "tpu"):
+            return text()
+
+    unknown, v4, v6 = text(), text("TPU v4"), text("TPU v6 lite")
+    assert len({unknown, v4, v6}) == 3
+    # v4 has no narrow integers, and v6 a root of one instruction.
+    assert text("TPU v4") == v4 and text() == unknown
+    loaded = platforms._loaded
+    absent = lambda backend: (None, "absent") if backend.needs else loaded(backend)
+    with monkeypatch.context() as patch:
+        patch.setattr(platforms, "_loaded", absent)
+        with pytest.warns(UserWarning, match="no kernels for TPUs"):
+            assert "pallas_call" not in text("TPU v4")
+    platforms._warn_of_plain_xla.cache_clear()
+    assert "pallas_call" in text("TPU v4")
