@@ -17,6 +17,37 @@ def gpt2() -> Shapes:
     return shapes | unrolled
 
 
+def mlp(width: int = 1024, layers: int = 4) -> Shapes:
+    """The weights and biases of a few layers of different widths."""
+    shapes: Shapes = {}
+    for i in range(layers):
+        out, into = width * (i + 2), width * (i + 1)
+        shapes |= {f"{i}.weight": (out, into), f"{i}.bias": (out,)}
+    return shapes
+
+
+def resnet50() -> Shapes:
+    """The leaves of ResNet-50, convolutions as (out, in, height, width)."""
+    shapes: Shapes = {}
+
+    def convolution(name: str, out: int, into: int, size: int) -> None:
+        shapes[name] = (out, into, size, size)
+        shapes[f"{name}.norm.weight"] = shapes[f"{name}.norm.bias"] = (out,)
+
+    convolution("stem", 64, 3, 7)
+    into = 64
+    for stage, (blocks, width) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)]):
+        for block in range(blocks):
+            name = f"{stage}.{block}"
+            convolution(f"{name}.1", width, into, 1)
+            convolution(f"{name}.2", width, width, 3)
+            convolution(f"{name}.3", 4 * width, width, 1)
+            if block == 0:
+                convolution(f"{name}.shortcut", 4 * width, into, 1)
+            into = 4 * width
+    return shapes | {"head.weight": (1000, into), "head.bias": (1000,)}
+
+
 def llama(
     layers: int = 16,
     width: int = 2048,

@@ -1,0 +1,218 @@
+"""How long does JAX take to trace and to lower a step, beside Optax?
+
+    python benchmarks/tracing.py
+    python benchmarks/tracing.py --models gpt2 --backends auto,xla --repeats 3
+
+A program is traced and lowered once for each of its shapes, before it is compiled. For
+each model and backend:
+
+- first: seconds to trace the step where nothing was traced before: the median of the
+  repeats, before each of which all caches are cleared;
+- again: the same for another program with a step of the same leaves;
+- lower: seconds to lower the step of the first program;
+- ratio: of "first", to Optax's;
+- calls: how many functions of this library Python calls in the first trace;
+- frames: how many of them are on the stack from `step` to the tile function.
+
+Seconds are of CPU time, of which tracing needs one core.
+
+Steps are of AdamW: ours on bfloat16 weights, Optax's on float32 weights. No device is
+needed: programs of "gpu" and "tpu" are traced and lowered for an H100 and a v5e, by
+the default backend of these devices. "auto" and "xla" are for a CPU.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from _command_line import (
+    Parser,
+    positive_integer,
+    run_main,
+    some_of,
+    versions,
+    write_json,
+)
+from _models import count, gpt2, mlp, resnet50, Shapes
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import flashquinox as fq
+from flashquinox._tile import shapes as tile_shapes
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "mlp": mlp,
+    "gpt2": gpt2,
+    "resnet50": resnet50,
+}
+BACKENDS = ("auto", "xla", "gpu", "tpu")
+# The device of each backend: its kind, cores and platform.
+_DEVICES = {
+    "gpu": ("NVIDIA H100 80GB HBM3", 1, "cuda"),
+    "tpu": ("TPU v5 lite", 1, "tpu"),
+}
+# Where tiles begin: for plain XLA, GPUs and TPUs.
+_TILE_FUNCTIONS = ("update_tile_of_any_shape", "update_tile", "advance")
+_SOURCES = str(pathlib.Path(fq.__file__).parent) + os.sep
+
+
+@contextlib.contextmanager
+def device_of(backend: str) -> Iterator[str]:
+    """Traces for the device of a backend. Gives its platform."""
+    if backend not in _DEVICES:
+        yield "cpu"
+        return
+    kind = AbstractDevice(*_DEVICES[backend])
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        yield kind.platform
+
+
+def ours(backend: str, shapes: Shapes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The step, and the shapes of its arguments."""
+    params = structs(shapes, jnp.bfloat16)
+    # Groups are as the backend wants them where its device is.
+    state = jax.eval_shape(fq.adamw(1e-3, backend=backend).init, params)
+    optim = fq.adamw(1e-3, backend="xla" if backend == "xla" else "auto")
+    return optim.step, (params, state, params)
+
+
+def optax_step(shapes: Shapes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    params = structs(shapes, jnp.float32)
+    optim = optax.adamw(1e-3)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optim.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step, (params, jax.eval_shape(optim.init, params), params)
+
+
+def structs(shapes: Shapes, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(x, dtype) for name, x in shapes.items()}
+
+
+def clear_caches() -> None:
+    jax.clear_caches()
+    tile_shapes._tape.cache_clear()
+
+
+def seconds(
+    step: Callable[..., Any], arguments: tuple[Any, ...], backend: str, repeats: int
+) -> dict[str, float]:
+    """The medians."""
+    rows = []
+    for _ in range(repeats):
+        clear_caches()
+        with device_of(backend) as platform:
+            times = [time.process_time()]
+            # Programs of their own: `jax.jit` of one function would be one.
+            programs = [
+                jax.jit(lambda *args: step(*args)).trace(*arguments)
+                for _ in range(2)
+                if times.append(time.process_time()) is None
+            ]
+            times.append(time.process_time())
+            programs[0].lower(lowering_platforms=(platform,))
+            times.append(time.process_time())
+        _, start, middle, end, lowered = times
+        rows.append((middle - start, end - middle, lowered - end))
+    first, again, lower = map(statistics.median, zip(*rows, strict=True))
+    return {"first": first, "again": again, "lower": lower}
+
+
+def own_calls(
+    step: Callable[..., Any], arguments: tuple[Any, ...], backend: str
+) -> dict[str, int]:
+    """Python's calls of functions of this library, and how many frames of them are on
+    the stack when the tile function is called."""
+    calls, frames = 0, 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls, frames
+        del argument
+        name = frame.f_code.co_filename
+        if event != "call" or not name.startswith(_SOURCES):
+            return
+        calls += 1
+        if frames == 0 and frame.f_code.co_name in _TILE_FUNCTIONS:
+            while (frame := frame.f_back) is not None:
+                frames += frame.f_code.co_filename.startswith(_SOURCES)
+
+    clear_caches()
+    with device_of(backend):
+        traced = jax.jit(lambda *args: step(*args))
+        sys.setprofile(profile)
+        try:
+            traced.trace(*arguments)
+        finally:
+            sys.setprofile(None)
+    return {"calls": calls, "frames": frames}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, known in (("models", MODELS), ("backends", BACKENDS)):
+        parser.add_argument(
+            f"--{name}",
+            type=partial(some_of, known),
+            default=list(known),
+            help=f"some of {','.join(known)} (default: all)",
+        )
+    parser.add_argument(
+        "--repeats", type=positive_integer, default=5, help="(default: 5)"
+    )
+    parser.add_json()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    jax.config.update("jax_platforms", "cpu")
+    there = versions("jax", "jaxlib", "optax", "equinox", "flashquinox")
+    print(", ".join(f"{k} {v}" for k, v in there.items()))
+    print(
+        f"{'model':>10}{'leaves':>8}  {'':8}{'first':>8}{'again':>8}{'lower':>8}"
+        f"{'ratio':>7}{'calls':>8}{'frames':>8}"
+    )
+    rows = []
+    for model in arguments.models:
+        shapes = MODELS[model]()
+        reference = None
+        for backend in ["optax", *arguments.backends]:
+            make = optax_step if backend == "optax" else partial(ours, backend)
+            step, operands = make(shapes)
+            row: dict[str, Any] = {
+                "model": model,
+                "leaves": len(shapes),
+                "parameters": count(shapes),
+                "backend": backend,
+                **seconds(step, operands, backend, arguments.repeats),
+            }
+            reference = reference or row["first"]
+            row["ratio"] = row["first"] / reference
+            if backend != "optax":
+                row |= own_calls(step, operands, backend)
+            rows.append(row)
+            print(
+                f"{model:>10}{len(shapes):8}  {backend:8}{row['first']:8.3f}"
+                f"{row['again']:8.3f}{row['lower']:8.3f}{row['ratio']:7.2f}"
+                f"{row.get('calls', ''):>8}{row.get('frames', ''):>8}",
+                flush=True,
+            )
+    write_json(arguments.json, versions=there, repeats=arguments.repeats, rows=rows)
+
+
+if __name__ == "__main__":
+    run_main(main)
