@@ -47,6 +47,7 @@ from _models import count, gpt2, mlp, resnet50, Shapes
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
+from flashquinox._backends.dispatch import Backend
 from flashquinox._tile import shapes as tile_shapes
 
 
@@ -55,7 +56,7 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "gpt2": gpt2,
     "resnet50": resnet50,
 }
-BACKENDS = ("auto", "xla", "gpu", "tpu")
+BACKENDS: tuple[Backend, ...] = ("auto", "xla", "gpu", "tpu")
 # The device of each backend: its kind, cores and platform.
 _DEVICES = {
     "gpu": ("NVIDIA H100 80GB HBM3", 1, "cuda"),
@@ -77,7 +78,9 @@ def device_of(backend: str) -> Iterator[str]:
         yield kind.platform
 
 
-def ours(backend: str, shapes: Shapes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def ours(
+    backend: Backend, shapes: Shapes
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The step, and the shapes of its arguments."""
     params = structs(shapes, jnp.bfloat16)
     # Groups are as the backend wants them where its device is.
