@@ -14,8 +14,10 @@ from .._storage.layout import Layout
 from .._tile.tile import TileState
 
 
-def layers_have_own_groups(layout: Layout) -> bool:
+def layers_have_own_groups(stack: TileState, layout: Layout) -> bool:
     """Whether no group of a stack spans several layers."""
+    if not jtu.tree_leaves(stack.scales):
+        return True
     shape = layout.shape[1:]
     if layout.axis is None:
         return math.prod(shape) % layout.group_size == 0

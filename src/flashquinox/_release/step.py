@@ -160,7 +160,9 @@ def release_step(
     layers = layered.layers
     layouts = {i: step.layout(i) for i in blocks}
     waiting = {
-        i: x for i, x in blocks.items() if not layers_have_own_groups(layouts[i])
+        i: x
+        for i, x in blocks.items()
+        if not layers_have_own_groups(step.read(i), layouts[i])
     }
     stacks = {i: by_layer(step.read(i), layouts[i]) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
