@@ -164,7 +164,9 @@ def test_checkpoints_exchange_and_moments_by_hand(tmp_path):
     theirs = exchange.to_optax(state, theirs)
     back = exchange.from_optax(theirs, optim.init(model))
     mu = state.moments["mu"]["matrix"]
-    assert tree_identical(theirs[0].mu["matrix"], mu.decode())
+    # Compiled, as divisions on GPUs are then not rounded as single ones are.
+    decoded = jax.jit(lambda moment: moment.decode())(mu)
+    assert tree_identical(theirs[0].mu["matrix"], decoded)
     # A group whose largest element was rounded down gets a finer scale.
     largest = np.max(np.abs(mu.decode()), axis=1, keepdims=True)
     for again, sign in (
