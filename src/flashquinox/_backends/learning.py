@@ -23,10 +23,10 @@ from .._tile.tile import StepScalars, StepStructure, TileState
 from .interpreter.arithmetic import Arithmetic
 
 
-# Elements of a leaf, and how many of them along its groups at least. They are others
-# in each fit.
+# The elements of a sample, and how many of them lie along one group at most while other
+# axes are long enough. Each fit takes other elements.
 _SAMPLE, _ALONG = 16384, 32
-# Steps between fits, and until when: moments change most in the first steps.
+# Steps between fits, each until which step: moments change most in the first steps.
 _INTERVALS = {4: 32, 16: 128, 64: None}
 
 

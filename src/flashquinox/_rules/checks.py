@@ -1,4 +1,4 @@
-"""Whether a rule is one: found when an optimizer is built, not in a kernel."""
+"""Checks of rules when an optimizer is built, so that no error comes from a kernel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def check_rule(call: str, rule: AbstractRule) -> None:
         _checked.add(key)
 
 
-# The structures of rules that are.
+# The structures of rules that passed, so that each is traced once in a process.
 _checked: set[Any] = set()
 _MOST_CHECKED = 1024
 

@@ -1,15 +1,16 @@
-"""How a moment of an optimizer is stored in 8 bits.
+"""How a moment of an optimizer is stored: in codes of 8 bits and a scale per group.
 
-A codec turns float32 into codes and scales and back, for one tile. The elements of a
-group share a scale; *companding* spends the 256 codes where they matter. Two facts of
-training loops, where a moment is decoded, moved by a fraction of a percent and encoded
-again thousands of times, decide the rest:
+A codec turns the float32 numbers of one tile into codes and scales, and back.
+*Companding* spaces the 256 codes of a group unevenly: closely where precision matters.
 
-- Rounding to nearest stalls: with b2 = 0.999 a second moment moves by less than one
-    code a step. So second moments (and scales) are rounded by a threshold that rotates
+In training, a moment is decoded, moved by a fraction of a percent and encoded again,
+thousands of times. Two consequences shape the codecs of this library:
+
+- Rounding to nearest stalls. With b2 = 0.999, a second moment moves by less than one
+    code a step. So second moments and scales are rounded by a threshold that rotates
     through [0, 1) from step to step: unbiased over time, without random numbers.
-- A second moment that is rounded to zero beside a first moment that is not makes the
-    next update explode. So no code of a nonzero group stands for zero.
+- An update explodes if its second moment is rounded to zero and its first moment is
+    not. So no code stands for zero in a group with other numbers.
 """
 
 import abc

@@ -1,5 +1,5 @@
-"""Whether a codec of a user's is one: each of its steps elementwise, over a tile or
-over groups, and of the shapes and dtypes that the next step takes."""
+"""Checks of codecs when an optimizer is built: each step must be elementwise, over a
+tile or over groups, and return the shapes and dtypes that the next step takes."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ from .learned_codec import initial_parameter, with_parameter
 
 
 def check_codec(call: str, codec: AbstractMomentCodec) -> None:
+    """Raises if the steps of a codec are not elementwise, or do not fit together."""
     if codec in _checked:
         return
     call = f"{call}(moments=...)"
@@ -25,6 +26,7 @@ def check_codec(call: str, codec: AbstractMomentCodec) -> None:
     _checked.add(codec)
 
 
+# Codecs that passed, so that each is traced once in a process.
 _checked: set[AbstractMomentCodec] = set()
 _MOST_CHECKED = 1024
 

@@ -39,6 +39,8 @@ class MomentCodecs(eqx.Module):
     Leaves of at most one axis (biases, the scales of norms) with fewer than
     `smallest_vector` elements keep their moments in full precision: they hold a
     negligible share of the bytes, and the loss of precision would be the largest there.
+    So does a moment that its rule keeps exact (see [`flashquinox.Moment`][]), whatever
+    the leaf.
     """
 
     signed: AbstractMomentCodec

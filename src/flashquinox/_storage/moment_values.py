@@ -1,4 +1,4 @@
-"""Moments as arrays of numbers, into a state and out of it."""
+"""Stores arrays of numbers as moments of a state, and loads them again."""
 
 from functools import partial
 from typing import Any
@@ -18,11 +18,13 @@ from .regroup import encode_nearest
 
 
 def store(call: str, name: str, moment: Any, like: StoredMoment) -> StoredMoment:
-    """A moment as `like` is stored, and where it is: its codes rounded to nearest.
+    """A moment stored like `like`: by its codec, in its groups, on its devices. Codes
+    and scales are rounded to nearest.
 
     **Raises:**
 
-    `TypeError` or `ValueError` if it is no floating-point array of the shape of `like`.
+    `TypeError` or `ValueError` if `moment` is no floating-point array of the shape of
+    `like`.
     """
     stored = like.codes if isinstance(like, QuantMoment) else like
     dtype = getattr(moment, "dtype", None)
@@ -55,7 +57,7 @@ def store(call: str, name: str, moment: Any, like: StoredMoment) -> StoredMoment
 
 
 def is_of_one_leaf(like: QuantMoment) -> bool:
-    """Whether a moment has the scales of one leaf; not of an ensemble of them."""
+    """Whether a moment is that of one leaf, not of an ensemble made by `vmap`."""
     is_one = like.parameter is None or like.parameter.ndim == 0
     return is_one and like.scales.shape == like.layout.scale_shape
 

@@ -10,20 +10,22 @@ from jaxtyping import Array, Float32
 from .learned_codec import AbstractLearner, Observation
 
 
-# How much smaller an error has to be for the parameter to move. Codes are rounded again
-# when it does, and errors of what is seldom updated, such as rows of an embedding,
-# would add up. And how much smaller than softsign's, or it is softsign: a sample knows
-# no better.
-_WORTH, _WORTH_OF_SOFTSIGN = 0.1, 0.3
-# The share of elements that no update depends on, for it to move, at most: of an
-# embedding of rare tokens, what is rounded again stays so for long.
+# The parameter moves only if its error is larger than the new one by this share. All
+# codes are rounded again when it moves, and in rarely updated parts of a leaf, such as
+# rows of an embedding, these roundings would add up.
+_WORTH = 0.1
+# The parameter is softsign's, a = 1, unless its error is larger than the smallest one by
+# this share: a sample cannot tell smaller differences.
+_WORTH_OF_SOFTSIGN = 0.3
+# The parameter does not move if no update depends on more than this share of elements:
+# in the embeddings of rare tokens, a rounding would stay for long.
 _SPARSE = 0.25
-# How much an element may count, in units of the mean: a few of now would decide for all
-# of the steps to come.
+# The largest weight of an element, in units of the mean weight. Otherwise a few
+# elements of this step would decide for all steps until the next fit.
 _LARGEST_SHARE = 3
-# Of the logarithm of 1 + a: softsign's, the largest, and how far it moves at once.
+# log(1 + a) of softsign, its largest value, and its largest change in one fit.
 _SOFTSIGN, _LARGEST, _FARTHEST = math.log(2), math.log1p(1e4), 1.0
-# From that far away, they end within 1e-4 of the smallest error.
+# From a distance of `_FARTHEST`, this many steps end within 1e-4 of the smallest error.
 _NEWTON_STEPS = 6
 
 

@@ -1,4 +1,4 @@
-"""Moments in groups that lie elsewhere: along another axis, or of another size."""
+"""Encodes a moment again in other groups: along another axis, or of another size."""
 
 from functools import partial
 
@@ -20,11 +20,22 @@ def regroup(
     like: QuantMoment,
     parameter: Float32[Array | np.ndarray, "..."] | None = None,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    """Codes and scales, of groups of this axis and size, encoded again in those of
-    another moment of the same codec, with the same parameter if that learns. Both are
-    rounded to nearest."""
-    # Of an ensemble made by `vmap`, a flattened leaf has one axis of scales per member;
-    # of others, the axes of the members are as any other.
+    """Encodes a moment again, in the groups of another moment of the same codec. Codes
+    and scales are rounded to nearest.
+
+    **Arguments:**
+
+    - `codes`, `scales`: the moment.
+    - `groups`: the axis and the size of its groups.
+    - `like`: the other moment: only its codec and groups are used.
+    - `parameter`: the parameter of the codec, if that learns. It stays the same.
+
+    **Returns:**
+
+    The new codes and scales.
+    """
+    # In an ensemble made by `vmap`, parameters and the scales of flattened leaves have
+    # additional axes for the members. Otherwise such axes need no special treatment.
     members = 0
     if parameter is not None:
         members = len(parameter.shape)

@@ -1,7 +1,7 @@
-"""Scales of groups in 16 bits with float32's exponent range: bits of float32s, cut.
+"""Scales of groups in 16 bits with the range of float32: the leading bits of a float32.
 
-Bits are `int32` here, of numbers that are not negative: integers that all backends can
-compare.
+Bit patterns are `int32` here, as all backends can compare these. Scales are never
+negative, so the order of the patterns is that of the numbers.
 """
 
 import jax.lax as lax
@@ -30,9 +30,9 @@ def encode_scale(
     threshold: Shaped[Array, ""],
     mantissa_bits: int = 8,
 ) -> UInt16[Array, "*groups"]:
-    """The eight exponent and the leading mantissa bits of a nonnegative float32,
-    rounded up where the sum of the cut bits and the 16-bit threshold overflows. NaN and
-    infinity are kept; finite scales stay finite.
+    """The eight exponent bits and the leading mantissa bits of a nonnegative float32.
+    The rest is rounded by `threshold`, a 16-bit integer: up where the dropped bits plus
+    the threshold overflow. NaN and infinity are kept; finite scales stay finite.
     """
     dropped = 23 - mantissa_bits
     bits = bits_of(scale)
