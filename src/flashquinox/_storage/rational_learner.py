@@ -14,8 +14,8 @@ from .learned_codec import AbstractLearner, Observation
 # codes are rounded again when it moves, and in rarely updated parts of a leaf, such as
 # rows of an embedding, these roundings would add up.
 _WORTH = 0.1
-# The parameter is softsign's, a = 1, unless its error is larger than the smallest one by
-# this share: a sample cannot tell smaller differences.
+# The parameter is softsign's, a = 1, unless its error is larger than the smallest one
+# by this share: a sample cannot tell smaller differences.
 _WORTH_OF_SOFTSIGN = 0.3
 # The parameter does not move if no update depends on more than this share of elements:
 # in the embeddings of rare tokens, a rounding would stay for long.
