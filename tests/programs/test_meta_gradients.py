@@ -44,6 +44,8 @@ _PAIRS = {
 }
 _start = partial(weights, "matrix", "bias", dtype=jnp.float32)
 _exact = partial(jtu.tree_map, np.asarray)
+# Most of the time goes to compilers.
+_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +109,8 @@ def test_as_of_optax(name, backend, method):
     ours, reference = _PAIRS[name]
     make = partial(ours, storage=fq.Storage(moments="float32"), backend=backend)
     grad = partial(jax.grad, argnums=(0, 1, 2))
-    found = jax.jit(grad(_unrolled(make, method=method)))(*_at, _start())
-    expected = jax.jit(grad(_unrolled(reference, method="update")))(*_at, _start())
+    found = _jit(grad(_unrolled(make, method=method)))(*_at, _start())
+    expected = _jit(grad(_unrolled(reference, method="update")))(*_at, _start())
     _assert_close(found, expected)
     assert all(np.any(x != 0) for x in _exact(jtu.tree_leaves(found)))
 
@@ -254,17 +256,15 @@ def test_codes_have_no_derivatives(name, without_typechecker):
     )
     for derivative in (
         jax.grad(lambda rate: new(rate)[0]),
-        jax.jit(jax.grad(lambda rate: new(rate)[0])),
+        _jit(jax.grad(lambda rate: new(rate)[0])),
         lambda rate: jax.jvp(lambda rate: new(rate)[0], (rate,), (rate,)),
     ):
         assert_raises(TypeError, lambda d=derivative: d(rate), *says)
     # Values are there, and so are derivatives of anything else.
-    found, aux = jax.jit(jax.grad(lambda rate: (rate**2, new(rate)), has_aux=True))(
-        rate
-    )
+    found, aux = _jit(jax.grad(lambda rate: (rate**2, new(rate)), has_aux=True))(rate)
     assert np.isclose(found, 2 * rate)
-    assert np.array_equal(aux[0], jax.jit(new)(rate)[0])
-    stopped = jax.jit(jax.grad(lambda rate: rate + lax.stop_gradient(new(rate)[0])))
+    assert np.array_equal(aux[0], _jit(new)(rate)[0])
+    stopped = _jit(jax.grad(lambda rate: rate + lax.stop_gradient(new(rate)[0])))
     assert stopped(rate) == 1
 
 
