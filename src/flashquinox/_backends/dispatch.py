@@ -65,13 +65,16 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
             is_asked=backend != "auto",
             device=device,
         )
-        updated = _update_batch(
-            batch,
+        operands = (
             here[0].scalars,
             tuple([step.scalars.leaf for step in here]),
             tuple([step.grad for step in here]),
             tuple([step.old for step in here]),
         )
+        if batch.kernels:
+            updated = _update_batch(batch, *operands)
+        else:
+            updated = _update_plain(batch.structure, batch.plain, *operands)
         new.update(zip(numbers, updated, strict=True))
     return [new[i] for i in range(len(steps))]
 
@@ -97,7 +100,11 @@ def _batches(
     return sorted(left + [[taken[i] for i in batch] for batch in found])
 
 
-# Leaves that are alike are traced once, and compiled once where the caller does not.
+# Leaves that are alike are traced once in a process; and compiled once where the caller
+# compiles nothing. Here those that no kernel takes, which are a batch each.
+_update_plain = jax.jit(XLA.load(), static_argnums=(0, 1))
+
+
 @partial(jax.jit, static_argnums=0)
 def _update_batch(
     batch: _Batch,
@@ -106,18 +113,17 @@ def _update_batch(
     grads: tuple[Array, ...],
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
+    """A batch that a kernel takes, on its platform."""
     operands = scalars, leaves, grads, old
-    plain = _update_for(batch, XLA, batch.plain)
-    if not batch.kernels:
-        return plain(*operands)
     updates = {
         kernel.platform: _update_for(batch, kernel, views)
         for kernel, views in batch.kernels
     }
-    default = plain
     if batch.is_asked:
         (kernel,) = updates.values()
         default = partial(kernel, interpret=True)
+    else:
+        default = _update_for(batch, XLA, batch.plain)
     return lax.platform_dependent(*operands, **updates, default=default)
 
 

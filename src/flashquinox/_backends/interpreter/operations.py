@@ -3,6 +3,7 @@
 Each rule gives the results of an operation, or `None` to leave it as it is.
 """
 
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 import jax.lax as lax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .values import Field, result, Value
+from .values import apply, Field, Value
 from .words import Words
 
 
@@ -63,7 +64,7 @@ def _round(
     (x,), own = operands, arithmetic.round
     rounded = x.scaled or (x, 1.0)
     if own is None:
-        return [result(eqn, operands, rounded=rounded)]
+        return [Value(None, partial(apply, eqn, operands), rounded=rounded)]
     return [Value(None, lambda: own(x.array), rounded=rounded)]
 
 
@@ -76,7 +77,14 @@ def _multiply(
         factor = y.constant
         if factor is not None and np.frexp(factor)[0] == 0.5:
             scaled = (x, float(factor))
-    return [result(eqn, operands, factors=tuple(operands), scaled=scaled)]
+    return [
+        Value(
+            None,
+            partial(apply, eqn, operands),
+            factors=(operands[0], operands[1]),
+            scaled=scaled,
+        )
+    ]
 
 
 def _add(
@@ -109,7 +117,11 @@ def _shift(
     if distance is None or _width(eqn) != 4:
         return None
     first = int(distance)
-    return [result(eqn, operands, field=Field(x.array, first, 32 - first))]
+    return [
+        Value(
+            None, partial(apply, eqn, operands), field=Field(x.array, first, 32 - first)
+        )
+    ]
 
 
 def _mask(
@@ -123,7 +135,7 @@ def _mask(
     bits = int(mask).bit_length()
     if int(mask) != 2**bits - 1 or bits > field.bits:
         return None
-    return [result(eqn, operands, field=field._replace(bits=bits))]
+    return [Value(None, partial(apply, eqn, operands), field=field._replace(bits=bits))]
 
 
 def _subtract(
@@ -135,7 +147,7 @@ def _subtract(
         return None
     if int(y.constant) != 2 ** (field.bits - 1):
         return None
-    return [result(eqn, operands, centered=field)]
+    return [Value(None, partial(apply, eqn, operands), centered=field)]
 
 
 def _exclusive_or(
@@ -165,7 +177,11 @@ def _convert(
     only_words = arithmetic.only_words
     bits = 8 * dtype.itemsize
     if bits == 32:
-        wide = _widened(arithmetic, x)
+        widen, wide = arithmetic.widen, None
+        if x.words is not None:
+            wide = x.words.widen()
+        elif widen is not None and np.ndim(x.array) > 0:
+            wide = widen(x.array)
         if wide is not None:
             return [Value(wide.astype(dtype))]
     if x.rounded is not None and dtype in (jnp.int8, jnp.uint8):
@@ -176,7 +192,7 @@ def _convert(
     if not jnp.issubdtype(dtype, jnp.integer):
         return None
     if bits == 32:
-        return [result(eqn, operands, field=x.field)]
+        return [Value(None, partial(apply, eqn, operands), field=x.field)]
     # A conversion to fewer bits keeps the lowest.
     if x.centered is not None and x.centered.bits == bits:
         narrow = _narrow(arithmetic, x.centered, dtype)
@@ -186,13 +202,6 @@ def _convert(
     if x.field is not None and x.field.bits >= bits and only_words:
         return [Value.of(_narrow(arithmetic, x.field, dtype))]
     return None
-
-
-def _widened(arithmetic: "Arithmetic", x: Value) -> Array | None:
-    if x.words is not None:
-        return x.words.widen()
-    widen = arithmetic.widen
-    return None if widen is None or np.ndim(x.array) == 0 else widen(x.array)
 
 
 def _narrow(arithmetic: "Arithmetic", field: Field, dtype: Any) -> Any:

@@ -82,19 +82,14 @@ class Value:
         return x
 
 
-def result(eqn: Any, operands: Sequence[Value], **known: Any) -> Value:
-    """The result of an operation as it is, with what is known of it."""
-    return Value(None, partial(_apply, eqn, operands), **known)
-
-
 def results(eqn: Any, operands: Sequence[Value]) -> list[Value]:
     """The results of an operation as it is."""
-    found = _apply(eqn, operands)
+    found = apply(eqn, operands)
     return [Value(x) for x in found] if isinstance(found, list) else [Value(found)]
 
 
-def _apply(eqn: Any, operands: Sequence[Value]) -> Any:
-    """The result of an operation as it is; a list if it has several."""
+def apply(eqn: Any, operands: Sequence[Value]) -> Any:
+    """The result of an operation as it is, or a list of several results."""
     arrays = [x.held if x.make is None else x.array for x in operands]
     primitive = eqn.primitive
     params = primitive.get_bind_params(eqn.params)

@@ -12,7 +12,7 @@ import pytest
 import flashquinox as fq
 from flashquinox._backends import platforms
 
-from .kernels import compiling_for
+from ..kernels import compiling_for
 
 
 _LINE = 'Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]'

@@ -1,4 +1,4 @@
-"""A backend for CPUs, which `test_backends.py` puts into a copy of the library as
+"""A backend for CPUs, which `test_dispatch.py` puts into a copy of the library as
 `_backends/toy.py`. It takes matrices, two at a time, and records what is asked of it.
 """
 
