@@ -17,8 +17,6 @@ from ..helpers import OPTIMIZERS, slow, tree_identical, weights
 
 _names = ("matrix", "bias")
 _make = {name: case.make for name, case in OPTIMIZERS.items()}
-# One of each rule, where the rule matters little.
-_some = pytest.mark.parametrize("name", ["adamw", "lion", "sgd-momentum"])
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +29,9 @@ def _promotion():
 def _run(optim, params, steps=3, method=None):
     """A few steps by the Optax interface."""
     method = method or optim.update
-    state = optim.init(params)
+    names, state = list(params), optim.init(params)
     for count in range(steps):
-        updates, state = method(weights(*_names, seed=1 + count), state, params)
+        updates, state = method(weights(*names, seed=1 + count), state, params)
         dtypes = lambda tree: jtu.tree_map(lambda x: x.dtype, tree)
         assert dtypes(updates) == dtypes(params)
         params = optax.apply_updates(params, updates)
@@ -63,7 +61,7 @@ def test_is_a_gradient_transformation():
         assert tree_identical(found, expected)
 
 
-@_some
+@pytest.mark.parametrize("name", ["adamw", slow("lion"), slow("sgd-momentum")])
 def test_chain_with_clipping(name):
     params, grads = weights(*_names), weights(*_names, seed=1)
     optim = _make[name](1e-2)
@@ -77,7 +75,7 @@ def test_chain_with_clipping(name):
 
 def test_multi_steps():
     params = weights(*_names)
-    optim = optax.MultiSteps(fq.adamw(1e-2), every_k_schedule=2)
+    optim = optax.MultiSteps(fq.lion(1e-2), every_k_schedule=2)
     state = optim.init(params)
     grads = [weights(*_names, seed=1 + i) for i in range(4)]
     new = params
@@ -105,8 +103,10 @@ def test_inject_hyperparams(name, dtype):
         kwargs = kwargs | {"storage": fq.Storage(master_weight_bits=None)}
     inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
     optim = inject(learning_rate=1e-2, **kwargs)
-    params = weights(*_names, dtype=dtype)
-    grads = weights(*_names, seed=1)
+    # Codecs take no part: of one optimizer, all is seen.
+    names = _names if name == "adamw" else ("bias",)
+    params = weights(*names, dtype=dtype)
+    grads = weights(*names, seed=1)
     state = jax.jit(optim.init)(params)
     assert tree_identical(jtu.tree_leaves(state), jtu.tree_leaves(optim.init(params)))
     # Every number is a traced array.
@@ -128,7 +128,7 @@ def test_inject_hyperparams_with_a_schedule():
     optim = optax.inject_hyperparams(fq.adamw, hyperparam_dtype=jnp.float32)(
         learning_rate=optax.linear_schedule(0.0, 1e-2, 4)
     )
-    params = weights(*_names)
+    params = weights("bias")
     plain = fq.adamw(optax.linear_schedule(0.0, 1e-2, 4))
     found, expected = (
         _run(o, params, method=jax.jit(o.update))[0] for o in (optim, plain)
@@ -205,7 +205,7 @@ def test_masked():
     assert tree_identical(updates["bias"], grads["bias"])
 
 
-@pytest.mark.parametrize("partition", [optax.partition, optax.multi_transform])
+@pytest.mark.parametrize("partition", [optax.partition, slow(optax.multi_transform)])
 def test_partition(partition):
     params, grads = weights(*_names), weights(*_names, seed=1)
     optim = partition(
@@ -220,23 +220,24 @@ def test_partition(partition):
 
 def test_apply_if_finite():
     params = weights(*_names)
-    optim = optax.apply_if_finite(fq.adamw(1e-2), max_consecutive_errors=3)
+    optim = optax.apply_if_finite(fq.lion(1e-2), max_consecutive_errors=3)
     state = optim.init(params)
-    bad = jtu.tree_map(lambda x: x.at[0].set(jnp.nan), weights(*_names, seed=1))
+    bad = jtu.tree_map(np.array, weights(*_names, seed=1))
+    bad["matrix"][0] = np.nan
     update = jax.jit(optim.update)
     updates, new_state = update(bad, state, params)
     assert tree_identical(optax.apply_updates(params, updates), params)
     assert tree_identical(new_state.inner_state, state.inner_state)
     good = weights(*_names, seed=1)
     updates, _ = update(good, new_state, params)
-    assert all(jnp.any(x != 0) for x in jtu.tree_leaves(updates))
+    assert all(np.any(x) for x in jtu.tree_leaves(jax.device_get(updates)))
 
 
 def test_tree_get():
     params = weights(*_names)
     optim = optax.chain(optax.clip(1.0), fq.adamw(1e-2))
-    _, state = _run(optim, params)
-    assert int(optax.tree.get(state, "count")) == 3
+    state = optim.init(params)
+    assert int(optax.tree.get(state, "count")) == 0
     assert set(optax.tree.get(state, "mu")) == set(_names)
     assert isinstance(optax.tree.get(state, "nu")["matrix"], fq.QuantMoment)
 
@@ -261,28 +262,30 @@ def test_tree_map_params():
 @pytest.mark.parametrize(
     "name, jit",
     [
-        slow(name, jit, unless=name == "adamw" or jit is jax.jit)
-        for name in ("adamw", "lion", "sgd-momentum")
-        for jit in (jax.jit, eqx.filter_jit)
+        ("lion", jax.jit),
+        ("adamw", eqx.filter_jit),
+        slow("sgd-momentum", jax.jit),
+        slow("adamw", jax.jit),
+        slow("lion", eqx.filter_jit),
     ],
 )
 def test_jit(name, jit):
-    params = weights(*_names)
+    params = weights("matrix")
     optim = _make[name](1e-2)
     assert tree_identical(jit(optim.init)(params), optim.init(params))
     found, state = _run(optim, params, method=jit(optim.update))
     expected, _ = _run(optim, params)
     assert _close(found, expected)
-    grads = weights(*_names, seed=1)
+    grads = weights("matrix", seed=1)
     new, _ = jit(optim.step)(found, state, grads)
     assert _close(new, optim.step(found, state, grads)[0])
 
 
 def test_scan():
     params = weights(*_names)
-    optim = fq.adamw(1e-2)
+    optim = fq.lion(1e-2)
     grads = [weights(*_names, seed=1 + i) for i in range(4)]
-    stacked = jtu.tree_map(lambda *x: jnp.stack(x), *grads)
+    stacked = jtu.tree_map(lambda *x: np.stack(x), *grads)
     carry = (params, optim.init(params))
     found, _ = jax.lax.scan(lambda c, g: (optim.step(*c, g), None), carry, stacked)
     step = jax.jit(optim.step)
@@ -293,11 +296,18 @@ def test_scan():
     assert _close(found[0], carry[0], steps=4)
 
 
-@_some
-def test_vmap_over_an_ensemble(name):
-    # The shapes make the paths of the code, whatever the rule.
-    names = ("matrix", "ragged", "scalar") if name == "adamw" else ("matrix",)
-    members = [weights(*names, seed=i) for i in range(3)]
+@pytest.mark.parametrize(
+    "name, names",
+    [
+        # The shapes make the paths of the code, whatever the rule.
+        ("adamw", ("ragged", "scalar")),
+        ("lion", ("matrix",)),
+        slow("sgd-momentum", ("matrix",)),
+        slow("adamw", ("matrix", "ragged", "scalar")),
+    ],
+)
+def test_vmap_over_an_ensemble(name, names):
+    members = [weights(*names, seed=i) for i in range(2)]
     stack = lambda trees: jtu.tree_map(lambda *x: jnp.stack(x), *trees)
     optim = _make[name](1e-2)
 
@@ -321,7 +331,7 @@ def test_vmap_over_an_ensemble(name):
 
 def test_filter_vmap_of_a_model():
     make = lambda key: fq.cast(eqx.nn.MLP(40, 3, 1, 0, key=key), jnp.bfloat16)
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), 2)
     optim = fq.adamw(1e-2)
 
     def train(key):
@@ -332,7 +342,7 @@ def test_filter_vmap_of_a_model():
 
     ensemble = eqx.filter_jit(eqx.filter_vmap(train))(keys)
     train = eqx.filter_jit(train)
-    for i in range(3):
+    for i in range(2):
         member = jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, ensemble)  # noqa: B023
         expected = train(keys[i])
         arrays = lambda tree: eqx.filter(tree, eqx.is_array)
@@ -366,7 +376,9 @@ def test_flax_train_state():
 
 
 def test_nnx_optimizer():
-    model = nnx.Linear(40, 5, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = nnx.Linear(
+        40, 5, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
     before = jtu.tree_map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
     optim = nnx.Optimizer(model, fq.adamw(1e-2), wrt=nnx.Param)
 
