@@ -7,8 +7,8 @@
 - The parameters of primitives in a jaxpr, and `jax.extend.core.Literal`, are needed to
     check the rules of users and to evaluate functions in kernels. Without them, no
     optimizer can be made.
-- `jax.extend.core.jaxpr_as_fun` is used by kernels for GPUs. Without it, these cannot
-    be traced, and only `backend="xla"` works there.
+- `jax.extend.core.jaxpr_as_fun`: kernels apply what was traced once. Without it, no
+    kernel can be traced; `backend="xla"` works.
 - `partial_eval.dce_jaxpr` tells `release_step` which gradients are zero, so that it
     does not store them. Without it, they are stored.
 - The `abstract_device` of a mesh and `jax_default_device` give the device that a

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import flashquinox as fq
 from flashquinox._backends import platforms
 
-from ..kernels import compiling_for
+from ..kernels import arrays, compiling_for
 
 
 _LINE = 'Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]'
@@ -157,3 +158,20 @@ def test_what_was_traced_is_of_one_device(monkeypatch):
             assert "pallas_call" not in text("TPU v4")
     platforms._warn_of_plain_xla.cache_clear()
     assert "pallas_call" in text("TPU v4")
+
+
+def test_a_batch_for_gpus_is_the_same_elsewhere():
+    """A program that is traced for a GPU, and compiled for a CPU: leaves that share a
+    kernel there keep their own scalars."""
+    params, grads = (
+        arrays(dict.fromkeys("abc", (64, 96)), jnp.bfloat16, i) for i in (0, 1)
+    )
+    optim = fq.lion(1e-2)
+    state = optim.init(params)
+    with compiling_for("NVIDIA H100 80GB HBM3", "cuda"):
+        traced = jax.jit(optim.step).trace(params, state, grads)
+    found = traced.lower(lowering_platforms=("cpu",)).compile()(params, state, grads)
+    reference = fq.lion(1e-2, backend="xla")
+    expected = jax.jit(reference.step)(params, state, grads)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.array_equal(x, y)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32, Shaped
+from jaxtyping import Array, Bool, Int32, Scalar, Shaped
 
 from .._common.dtypes import compute_dtype
+from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
 from .._storage.learned_codec import (
     AbstractLearnedCodec,
@@ -77,10 +78,11 @@ def observe(
 
         def update(x: Array, name: str = name) -> Array:
             known = moments | {name: x}
+            operands = (nothing, nothing, known, scalars.rule)
             # The operations alone: functions with a `custom_vjp` have no forward
             # derivative.
-            rule = lambda *args: structure.rule.update(*args)[0]
-            return Arithmetic().evaluate(rule, nothing, nothing, known, scalars.rule)
+            static = {"rule": structure.rule}
+            return Arithmetic().trace(_update, *operands, static=static)(*operands)
 
         _, derivative = jax.jvp(update, (moment,), (jnp.ones_like(moment),))
         n, unit = codec.observe(elements(old.codes[name]), constants[name], dtype)
@@ -90,6 +92,17 @@ def observe(
         )
         observations.append(Observation(pad(n), pad(weight)))
     return observations
+
+
+def _update(
+    grad: Shaped[Array, " sample"],
+    weight: Shaped[Array, " sample"],
+    moments: dict[str, Array],
+    scalars: dict[str, Scalar],
+    rule: AbstractRule,
+) -> Shaped[Array, " sample"]:
+    """The update alone, of a sample."""
+    return rule.update(grad, weight, moments, scalars)[0]
 
 
 def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:

@@ -181,7 +181,7 @@ class _Constant:
         return _Constant(x, (kind, array.shape, array.tobytes()))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def _jitted(function: Callable, static: tuple[str, ...]) -> Any:
     return jax.jit(function, static_argnames=static)
 
