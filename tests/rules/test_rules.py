@@ -121,16 +121,21 @@ class Curve(fq.AbstractCurve):
 
 
 _codecs = fq.MomentCodecs(fq.CompandedCodec("signed", Curve()), fq.FullPrecision())
-_FUNCTIONS = (_calls, _names, _branches, _loops)
+_FUNCTIONS = {
+    "calls": (_calls, _names),
+    "control": (_branches, _loops),
+}
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_kernels_take_functions_of_every_kind(backend):
+@pytest.mark.parametrize("functions", _FUNCTIONS)
+def test_kernels_take_functions_of_every_kind(functions, backend):
     """And functions that have a name in common with those that kernels replace."""
     shapes = {"leaf": (32, 64)}
-    rule = Calls(_FUNCTIONS)
+    moments = _codecs if functions == "calls" else "float32"
+    rule = Calls(_FUNCTIONS[functions])
     make = lambda backend: fq.optimizer(
-        rule, 1e-2, storage=fq.Storage(moments=_codecs), backend=backend
+        rule, 1e-2, storage=fq.Storage(moments=moments), backend=backend
     )
     grads = [arrays(shapes, jnp.float32, 1)]
     run(backend, make, arrays(shapes, jnp.bfloat16, 0), grads)
@@ -140,7 +145,7 @@ def test_kernels_take_functions_of_every_kind(backend):
     "platform, kind", [("cuda", "NVIDIA H100 80GB HBM3"), ("tpu", "TPU v5 lite")]
 )
 def test_such_rules_are_lowered(platform, kind):
-    rule = Calls(_FUNCTIONS)
+    rule = Calls((_calls, _names, _branches, _loops))
     backend = "gpu" if platform == "cuda" else "tpu"
     optim = fq.optimizer(
         rule, 1e-2, storage=fq.Storage(moments=_codecs), backend=backend
