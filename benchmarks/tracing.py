@@ -147,7 +147,8 @@ def own_calls(
         if event != "call" or not name.startswith(_SOURCES):
             return
         calls += 1
-        if frames == 0 and frame.f_code.co_name in _TILE_FUNCTIONS:
+        is_tile = name.startswith(os.path.join(_SOURCES, "_tile", ""))
+        if frames == 0 and is_tile and frame.f_code.co_name in _TILE_FUNCTIONS:
             while (frame := frame.f_back) is not None:
                 frames += frame.f_code.co_filename.startswith(_SOURCES)
 
