@@ -180,38 +180,45 @@ class Tape(NamedTuple):
         operations: list[Any] = []
         slots = itertools.count()
 
-        def value(x: Any) -> int:
-            slot = next(slots)
-            known[slot] = x
-            return slot
-
         def record(function: Function, inputs: list[int]) -> list[int]:
             jaxpr = function.jaxpr
-            own = dict(zip(jaxpr.invars, inputs, strict=True))
-            own |= dict(zip(jaxpr.constvars, map(value, function.consts), strict=True))
-            read = lambda atom: (
-                value(atom.val) if isinstance(atom, Literal) else own[atom]
-            )
+            own: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+            for var, const in zip(jaxpr.constvars, function.consts, strict=True):
+                own[var] = slot = next(slots)
+                known[slot] = const
             for eqn in jaxpr.eqns:
-                operands = [read(atom) for atom in eqn.invars]
-                inner = called(eqn)
-                if inner is not None:
-                    results = record(inner, operands)
+                # Literals differ by their identity.
+                for x in eqn.invars:
+                    if isinstance(x, Literal):
+                        own[id(x)] = slot = next(slots)
+                        known[slot] = x.val
+                operands = [
+                    own[id(x) if isinstance(x, Literal) else x] for x in eqn.invars
+                ]
+                name = eqn.primitive.name
+                if name in CALLS or name == "call_hi_primitive":
+                    results = record(called(eqn), operands)  # pyright: ignore
                 else:
-                    shape = _shape_parameter(eqn, lengths)
+                    shape = None
+                    if name not in _WITHOUT_LENGTHS or eqn.effects:
+                        shape = _shape_parameter(eqn, lengths)
                     results = [next(slots) for _ in eqn.outvars]
                     operations.append(
                         (eqn.primitive, operands, results, eqn.params, shape)
                     )
                 own.update(zip(eqn.outvars, results, strict=True))
-            return [read(atom) for atom in jaxpr.outvars]
+            for x in jaxpr.outvars:
+                if isinstance(x, Literal):
+                    own[id(x)] = slot = next(slots)
+                    known[slot] = x.val
+            return [own[id(x) if isinstance(x, Literal) else x] for x in jaxpr.outvars]
 
         inputs = [next(slots) for _ in function.jaxpr.invars]
         try:
             outputs = record(function, inputs)
         except _OtherOperation:
             return None
-        if any(getattr(x, "shape", ()) != () for x in known.values()):
+        if any([getattr(x, "shape", ()) != () for x in known.values()]):
             return None
         return Tape(inputs, outputs, known, operations)
 
@@ -231,6 +238,17 @@ class Tape(NamedTuple):
         return [values[i] for i in self.outputs]
 
 
+# Operations whose parameters are never lengths: most of those of a step.
+_WITHOUT_LENGTHS = frozenset(
+    """
+    abs add and bitcast_convert_type convert_element_type div eq exp floor ge gt
+    integer_pow is_finite le log lt max min mul ne neg not or reduce_max reduce_min
+    round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
+    sqrt square sub
+    """.split()
+)
+
+
 class _OtherOperation(Exception):
     """Of which a tape does not know what lengths do to it."""
 
@@ -245,15 +263,13 @@ def _shape_parameter(eqn: Any, lengths: frozenset[int]) -> str | None:
             raise _OtherOperation
         elif isinstance(value, tuple | list) and lengths & {*jax.tree.leaves(value)}:
             raise _OtherOperation
-        elif any(map(_is_function, value if isinstance(value, tuple) else (value,))):
-            raise _OtherOperation
+        else:
+            for x in value if isinstance(value, tuple) else (value,):
+                if callable(x) or hasattr(x, "eqns") or hasattr(x, "jaxpr"):
+                    raise _OtherOperation
     if eqn.effects:
         raise _OtherOperation
     return found
-
-
-def _is_function(value: Any) -> bool:
-    return callable(value) or hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 class Branches(NamedTuple):

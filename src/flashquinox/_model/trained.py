@@ -46,7 +46,7 @@ def with_state(
         if not is_trainable(leaf.value):
             return False
         if moments:
-            return any(stored[index] is not None for stored in moments.values())
+            return any([stored[index] is not None for stored in moments.values()])
         is_narrow = leaf.value.dtype in NARROW_DTYPES
         return corrections[index] is not None or not (is_narrow and any_corrections)
 

@@ -1,6 +1,7 @@
 """Taking a model and trees like it apart into leaves with paths, and matching them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ from .._storage.quant_moment import QuantMoment
 from .float32_layer import Float32Layer
 from .variables import (
     around_leaves,
+    flax_types,
     has_variables,
     is_variable,
     like,
@@ -73,6 +75,8 @@ class Rebuild:
     tree: PyTree
     treedef: Any
     put_together: Callable[[PyTree], PyTree]
+    # Whether there may be `Variable`s in the tree.
+    has_variables: bool
 
     def __call__(self, values: list[Any]) -> PyTree:
         return self.put_together(self.treedef.unflatten(values))
@@ -89,6 +93,8 @@ class Rebuild:
         )
 
     def state(self, values: list[Any]) -> PyTree:
+        if not self.has_variables:
+            return self.treedef.unflatten(values)
         bare = without_variables(self.tree)
         if bare is self.tree:
             return self.treedef.unflatten(values)
@@ -100,6 +106,30 @@ class Rebuild:
 def flatten(tree: PyTree) -> tuple[list[Leaf], Rebuild]:
     """The leaves of a tree in order, and a function from as many values to such a
     tree."""
+    return _flatten_plain(tree) or _flatten_wrapped(tree)
+
+
+def _flatten_plain(tree: PyTree) -> tuple[list[Leaf], Rebuild] | None:
+    """[`flatten`][] of a tree in which nothing is wrapped, in one pass; `None` for
+    others."""
+    wrappers = (Float32Layer, optax.MaskedNode, *flax_types())
+    wrapped = []
+
+    def is_leaf(x: Any) -> bool:
+        if isinstance(x, wrappers):
+            wrapped.append(x)
+        return x is None or isinstance(x, QuantMoment)
+
+    leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    # A `Variable` may be around the arrays of a moment.
+    moments = [x.codes for _, x in leaves if isinstance(x, QuantMoment)]
+    if wrapped or any([isinstance(x, wrappers) for x in moments]):
+        return None
+    named = [Leaf(path, value, _plain_path(path)) for path, value in leaves]
+    return named, Rebuild(tree, treedef, _as_it_is, has_variables=False)
+
+
+def _flatten_wrapped(tree: PyTree) -> tuple[list[Leaf], Rebuild]:
     tree, put_together = take_apart(tree)
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     wraps = set(_wraps((), tree))
@@ -107,7 +137,11 @@ def flatten(tree: PyTree) -> tuple[list[Leaf], Rebuild]:
         Leaf(path, without_variables(value), _unwrapped(wraps, path))
         for path, value in leaves
     ]
-    return named, Rebuild(tree, treedef, put_together)
+    return named, Rebuild(tree, treedef, put_together, has_variables=True)
+
+
+def _as_it_is(tree: PyTree) -> PyTree:
+    return tree
 
 
 def match(
@@ -132,12 +166,14 @@ def match(
 
     `ValueError` with the first path that only one of the two trees has.
     """
-    given = flatten(without_masked(tree))[0]
+    given, _ = _flatten_plain(tree) or _flatten_wrapped(without_masked(tree))
     entries = {leaf.unwrapped: leaf.value for leaf in given}
     unused = set(entries)
     values = []
     for leaf in leaves:
-        found = _find(entries, leaf.unwrapped, prefix)
+        found = leaf.unwrapped
+        if found not in entries:
+            found = _find(entries, found, prefix)
         if found is None and (partial or (prefix and leaf.value is None)):
             # The model has None here, or the tree may lack leaves.
             values.append(None)
@@ -165,11 +201,19 @@ def match(
 
 def without_masked(tree: PyTree) -> PyTree:
     """A tree with `None` in place of each `optax.MaskedNode`."""
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    return jtu.tree_map(
-        lambda x: None if is_masked(x) else x,
-        tree,
-        is_leaf=lambda x: is_masked(x) or _is_leaf(x),
+    masked = []
+
+    def is_leaf(x: Any) -> bool:
+        if isinstance(x, optax.MaskedNode):
+            masked.append(x)
+            return True
+        return x is None or isinstance(x, QuantMoment)
+
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_leaf)
+    if not masked:
+        return tree
+    return treedef.unflatten(
+        [None if isinstance(x, optax.MaskedNode) else x for x in leaves]
     )
 
 
@@ -186,12 +230,20 @@ def _wraps(path: tuple[Any, ...], tree: PyTree) -> Iterator[tuple[Any, ...]]:
 
 
 def _unwrapped(wraps: set[tuple[Any, ...]], path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A path without the keys that lead into these wrappers."""
-    return tuple(_plain(key) for i, key in enumerate(path) if path[:i] not in wraps)
+    """A path that leaves out the step into each of these."""
+    return _plain_path(
+        tuple([key for i, key in enumerate(path) if path[:i] not in wraps])
+    )
+
+
+# A step flattens several trees that have the same paths.
+@functools.lru_cache(maxsize=65536)
+def _plain_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A path by what its keys say, whatever kinds of containers they are keys of."""
+    return tuple(map(_plain, path))
 
 
 def _plain(key: Any) -> Any:
-    """The name or number of a key of a path, for any kind of container."""
     for name in ("key", "name", "idx"):
         if hasattr(key, name):
             return getattr(key, name)
@@ -201,8 +253,6 @@ def _plain(key: Any) -> Any:
 def _find(
     entries: dict[tuple[Any, ...], Any], path: tuple[Any, ...], prefix: bool
 ) -> tuple[Any, ...] | None:
-    if path in entries:
-        return path
     for length in reversed(range(len(path))):
         ancestor = path[:length]
         if ancestor in entries and (prefix or entries[ancestor] is None):

@@ -21,6 +21,14 @@ def is_variable(x: Any) -> bool:
     return _is("Variable", x)
 
 
+def flax_types() -> tuple[type, ...]:
+    """The types of Flax NNX that this library sees into, if Flax was imported."""
+    nnx = sys.modules.get("flax.nnx")
+    # Missing while Flax is being imported.
+    found = [getattr(nnx, name, None) for name in ("Variable", "Module")]
+    return tuple([kind for kind in found if kind is not None])
+
+
 def is_statistic(x: Any) -> bool:
     """Whether this is a `Variable` that holds a running average, not a weight."""
     return _is("BatchStat", x)

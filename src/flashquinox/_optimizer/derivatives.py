@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from .. import _compat
 from .._backends.dispatch import Backend, LeafStep
 from .._common.dtypes import NARROW_DTYPES
+from .._model.trees import Leaf
 from .._sharding import parts
 from .._tile.tile import move, TileState
 
@@ -26,11 +27,11 @@ from .._tile.tile import move, TileState
 def update_leaves(
     call: str,
     backend: Backend,
-    names: Sequence[str],
+    leaves: Sequence[Leaf],
     steps: list[LeafStep],
     shardings: list[NamedSharding | None],
 ) -> list[TileState]:
-    """One step of all leaves. `names` are their names, for errors."""
+    """One step of all leaves. `leaves` are those of the model, for errors."""
     flat, structure = jtu.tree_flatten(steps)
     # Leaves share their scalars, and each is one argument of the function below.
     each = {id(x): x for x in flat}
@@ -46,7 +47,7 @@ def update_leaves(
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
         new = update(*primals)
-        each = zip(names, rebuild(primals), rebuild(tangents), new, strict=True)
+        each = zip(leaves, rebuild(primals), rebuild(tangents), new, strict=True)
         return new, [_tangent(call, *one) for one in each]
 
     update.defjvp(jvp, symbolic_zeros=True)
@@ -54,7 +55,7 @@ def update_leaves(
 
 
 def _tangent(
-    call: str, name: str, step: LeafStep, tangent: LeafStep, new: TileState
+    call: str, leaf: Leaf, step: LeafStep, tangent: LeafStep, new: TileState
 ) -> PyTree:
     """The tangents of a new leaf."""
     values, structure = jtu.tree_flatten(step)
@@ -68,7 +69,7 @@ def _tangent(
     reasons = _reasons(step)
     if reasons:
         moved = sum(jnp.sum(x.astype(jnp.float32)) for x in moves.values())
-        refused = _refuse_p.bind(moved, message=_message(call, name, reasons))
+        refused = _refuse_p.bind(moved, message=_message(call, leaf.name, reasons))
         return jtu.tree_map(
             lambda x: (
                 _zero(x)

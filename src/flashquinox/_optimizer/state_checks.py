@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
-from .._rules.rule import AbstractRule
+from .._rules.rule import AbstractRule, moments_of
 from .._storage.full_precision import FullPrecision
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction, CORRECTION_DTYPES
@@ -91,7 +91,7 @@ def check_moments(
     storage: Storage,
 ) -> None:
     codecs = storage.codecs
-    for name, of_rule in rule.moments.items():
+    for name, of_rule in moments_of(rule).items():
         moment = stored[name]
         _check_moment(call, leaf, name, moment, codecs.of(of_rule, leaf.value.shape))
         if not isinstance(moment, QuantMoment):
@@ -165,29 +165,30 @@ def check_has_correction(call: str, leaf: Leaf, correction: Any) -> None:
 
 
 def _check_moment(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> None:
-    where = f"`{call}`: the state's moment {name!r} at `{leaf.name}`"
+    # Names of leaves take time, and are only needed for errors.
+    where = lambda: f"`{call}`: the state's moment {name!r} at `{leaf.name}`"
     if moment is None:
         raise ValueError(
-            f"{where} is missing: when the state was made, this leaf was no "
+            f"{where()} is missing: when the state was made, this leaf was no "
             "floating-point array. Make a new state with `init`."
         )
     found = moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
     if found != codec:
         raise ValueError(
-            f"{where} was stored by {found}, but this optimizer uses {codec}. Make a "
+            f"{where()} was stored by {found}, but this optimizer uses {codec}. Make a "
             "new state with `init`, or pass the same `Storage(moments=...)`."
         )
     check_moment_dtypes(call, leaf, name, moment)
     codes = moment.codes if isinstance(moment, QuantMoment) else moment
     if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
         raise ValueError(
-            f"{where} has shape {np.shape(codes)}, the weight {leaf.value.shape}. Pass "
+            f"{where()} has shape {np.shape(codes)}, the weight {leaf.value.shape}. Pass "
             "the state of this model."
         )
     if isinstance(moment, QuantMoment):
         if moment.scales.shape != moment.layout.scale_shape:
             raise ValueError(
-                f"{where} has scales of shape {moment.scales.shape}; its groups need "
+                f"{where()} has scales of shape {moment.scales.shape}; its groups need "
                 f"{moment.layout.scale_shape}. Pass the state as `init` laid it out."
             )
 

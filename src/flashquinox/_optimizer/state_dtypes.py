@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from .._common.dtypes import compute_dtype
 from .._model.trees import Leaf
@@ -28,28 +27,26 @@ def check_count_dtype(call: str, state: OptimizerState) -> None:
 
 
 def check_moment_dtypes(call: str, leaf: Leaf, name: str, moment: StoredMoment) -> None:
-    what, where = f"moment {name!r}", f"`{leaf.name}`"
+    what = f"moment {name!r}"
     if not isinstance(moment, QuantMoment):
-        _check_dtype(call, what, where, moment, compute_dtype(leaf.value.dtype))
-        return
-    assert moment.codec.dtypes is not None
-    codes, scales = moment.codec.dtypes
-    _check_dtype(call, f"codes of the {what}", where, moment.codes, codes)
-    _check_dtype(call, f"scales of the {what}", where, moment.scales, scales)
-    if initial_parameter(moment.codec) is not None and moment.parameter is not None:
-        _check_dtype(
-            call, f"parameter of the {what}", where, moment.parameter, jnp.float32
-        )
+        expected = [(what, moment, compute_dtype(leaf.value.dtype))]
+    else:
+        assert moment.codec.dtypes is not None
+        codes, scales = moment.codec.dtypes
+        expected = [
+            (f"codes of the {what}", moment.codes, codes),
+            (f"scales of the {what}", moment.scales, scales),
+        ]
+        if initial_parameter(moment.codec) is not None and moment.parameter is not None:
+            expected.append((f"parameter of the {what}", moment.parameter, jnp.float32))
+    for part, x, dtype in expected:
+        if getattr(x, "dtype", None) != jnp.dtype(dtype):
+            _raise_dtype(call, part, f"`{leaf.name}`", x, jnp.dtype(dtype).name)
 
 
 def check_correction_dtype(call: str, leaf: Leaf, correction: Any) -> None:
     if getattr(correction, "dtype", None) not in CORRECTION_DTYPES.values():
         _raise_dtype(call, "correction", f"`{leaf.name}`", correction, "int8 or int16")
-
-
-def _check_dtype(call: str, what: str, where: str, x: Any, dtype: DTypeLike) -> None:
-    if getattr(x, "dtype", None) != jnp.dtype(dtype):
-        _raise_dtype(call, what, where, x, jnp.dtype(dtype).name)
 
 
 def _raise_dtype(call: str, what: str, where: str, x: Any, expected: str) -> None:

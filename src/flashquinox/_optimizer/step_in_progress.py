@@ -15,7 +15,7 @@ from .._backends.dispatch import Backend, LeafStep
 from .._common import meshes
 from .._common.dtypes import compute_dtype
 from .._model.trees import Leaf, Rebuild
-from .._rules.rule import AbstractRule
+from .._rules.rule import AbstractRule, moments_of
 from .._sharding import (
     parts,
     record,
@@ -78,7 +78,7 @@ class StepInProgress:
         """Checks that a leaf that is trained and its state go together."""
         call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
         settings, (moments, correction, checksum) = self.settings, self.stored[index]
-        check_moments(call, leaf, moments, settings.rule, settings.storage)
+        check_moments(call, leaf, moments, self.rule, settings.storage)
         check_correction(call, leaf, correction)
         check_width(call, leaf, correction, settings.storage)
         check_checksum(call, leaf, correction, checksum, settings.verify_weights)
@@ -158,9 +158,9 @@ class StepInProgress:
             for index, grad in zip(grads, arrived, strict=True)
         ]
         steps = parts.learn(steps, shardings)
-        names = [self.leaves[index].name for index in grads]
+        leaves = [self.leaves[index] for index in grads]
         updated = derivatives.update_leaves(
-            self.call, self.backend, names, steps, shardings
+            self.call, self.backend, leaves, steps, shardings
         )
         for index, step, new in zip(grads, steps, updated, strict=True):
             self.write(index, new, step.scalars.leaf.parameters)
@@ -200,9 +200,9 @@ class StepInProgress:
                 numbers, old, _as_typed(grads, shardings), learned, strict=True
             )
         ]
-        names = [self.leaves[number].name for number in numbers]
+        leaves = [self.leaves[number] for number in numbers]
         return derivatives.update_leaves(
-            self.call, self.backend, names, steps, shardings
+            self.call, self.backend, leaves, steps, shardings
         )
 
     def clip(
@@ -257,7 +257,7 @@ class StepInProgress:
         return LeafStep(
             StepStructure(
                 self.rule,
-                tuple([stored.codec(name) for name in self.rule.moments]),
+                tuple([stored.codec(name) for name in moments_of(self.rule)]),
                 settings.decay.is_decoupled,
                 as_update,
                 settings.storage.dither_weights,
@@ -289,7 +289,7 @@ class StepInProgress:
             count = jnp.where(all_finite, count, self.count)
         values: list[Any] = [leaf.value for leaf in self.leaves]
         moments: dict[str, list[Any]] = {
-            name: [None for _ in values] for name in self.rule.moments
+            name: [None for _ in values] for name in moments_of(self.rule)
         }
         corrections: list[Any] = [None for _ in values]
         for index, stored in self.stored.items():

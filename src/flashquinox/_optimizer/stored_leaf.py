@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Scalar, UInt32
 
 from .._storage.codec import AbstractMomentCodec
 from .._storage.full_precision import FullPrecision
-from .._storage.layout import Layout
+from .._storage.layout import Layout, layout_of
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction
 from .._tile.tile import TileState
@@ -31,9 +31,9 @@ class StoredLeaf(NamedTuple):
         decides, not the options of the optimizer."""
         for moment in self.moments.values():
             if isinstance(moment, QuantMoment):
-                return Layout(shape, moment.axis, moment.group_size)
+                return layout_of(shape, moment.axis, moment.group_size)
         # Without groups, a tile is a row of all elements.
-        return Layout(shape, None, max(1, math.prod(shape)))
+        return layout_of(shape, None, max(1, math.prod(shape)))
 
     def codec(self, name: str) -> AbstractMomentCodec:
         """The codec of the moment of this name."""

@@ -12,6 +12,7 @@ bytes, so the same few lines serve every backend.
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, get_args, Literal, TypeAlias
 
@@ -236,6 +237,12 @@ _withheld = _Withheld()
 
 def _is_numeric(x: object) -> bool:
     return eqx.is_array_like(x) and not isinstance(x, bool)
+
+
+@functools.lru_cache(maxsize=256)
+def moments_of(structure: AbstractRule) -> dict[str, Moment]:
+    """The moments of a rule without its numbers. A step asks for them at each leaf."""
+    return structure.moments
 
 
 def rule_structure(rule: AbstractRule) -> AbstractRule:

@@ -36,7 +36,7 @@ def update_leaves(
     for mesh, indices in by_mesh(shardings).items():
         here = [steps[i] for i in indices]
         if mesh is None:
-            updated = _update_whole(backend, here)
+            updated = _with_new_codes(here, dispatch.update_leaves(backend, here))
         else:
             divided = tuple(shardings[i] for i in indices)
             updated = _update_parts(backend, divided, here)  # pyright: ignore
@@ -194,18 +194,20 @@ def on_parts(
     )
 
 
-def _update_whole(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
-    updated = dispatch.update_leaves(backend, steps)
-    return [_with_new_codes(*x) for x in zip(steps, updated, strict=True)]
-
-
-def _with_new_codes(step: LeafStep, new: TileState) -> TileState:
+def _with_new_codes(steps: list[LeafStep], new: list[TileState]) -> list[TileState]:
     """Where a step was not taken, but codecs have learned: moments as they were, in new
     codes."""
-    learned = step.scalars.leaf.parameters
-    take = step.scalars.take
-    if take is None or not learned:
-        return new
+    return [
+        _in_new_codes(step, x)
+        if step.scalars.take is not None and step.scalars.leaf.parameters
+        else x
+        for step, x in zip(steps, new, strict=True)
+    ]
+
+
+def _in_new_codes(step: LeafStep, new: TileState) -> TileState:
+    learned, take = step.scalars.leaf.parameters, step.scalars.take
+    assert take is not None
     groups = (step.layout.axis, step.layout.group_size)
 
     def encode_again(name: str) -> tuple[Array, Array]:
@@ -244,7 +246,8 @@ def _update_parts(
             _gather(step, sharding) if needed else step
             for step, sharding, needed in zip(steps, shardings, gathered, strict=True)
         ]
-        new = _update_whole(backend, [_with_own_shape(x) for x in whole])
+        whole = [_with_own_shape(x) for x in whole]
+        new = _with_new_codes(whole, dispatch.update_leaves(backend, whole))
         return [
             state.map(lambda x, sharding=sharding: _cut(x, sharding))
             if needed

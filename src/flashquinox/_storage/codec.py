@@ -250,4 +250,4 @@ class AbstractMomentCodec(eqx.Module):
 
 
 def _broadcastable(constants: GroupConstants, axis: int) -> GroupConstants:
-    return tuple(x if x.ndim == 0 else jnp.expand_dims(x, axis) for x in constants)
+    return tuple([x if x.ndim == 0 else jnp.expand_dims(x, axis) for x in constants])

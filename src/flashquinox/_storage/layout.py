@@ -1,6 +1,7 @@
 """Where the groups of a leaf lie: which runs of elements share one scale."""
 
 import dataclasses
+import functools
 import math
 from functools import cached_property
 
@@ -97,6 +98,13 @@ class Layout:
         position = len(shape) + self.tile_axis
         split = self._groups, self._group_length
         return (*shape[:position], *split, *shape[position + 1 :])
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_of(shape: tuple[int, ...], axis: int | None, group_size: int) -> Layout:
+    """The layout of these fields, one object for all leaves that have it: its shapes
+    are computed once."""
+    return Layout(shape, axis, group_size)
 
 
 def choose_layout(

@@ -5,7 +5,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped, UInt
 
 from .codec import AbstractMomentCodec
-from .layout import Layout
+from .layout import Layout, layout_of
 from .learned_codec import initial_parameter, with_parameter
 
 
@@ -29,7 +29,7 @@ class QuantMoment(eqx.Module):
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.codes.shape, self.axis, self.group_size)
+        return layout_of(self.codes.shape, self.axis, self.group_size)
 
     def decode(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
         """The moment as floating-point numbers of this dtype.

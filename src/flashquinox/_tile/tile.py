@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
 from .._common.dtypes import compute_dtype
-from .._rules.rule import AbstractRule
+from .._rules.rule import AbstractRule, moments_of
 from .._storage.codec import AbstractMomentCodec, Dither
 from .._storage.learned_codec import with_parameter
 from .._storage.split import (
@@ -41,7 +41,7 @@ class StepStructure(eqx.Module):
 
     @property
     def codec_of(self) -> dict[str, AbstractMomentCodec]:
-        return dict(zip(self.rule.moments, self.codecs, strict=True))
+        return dict(zip(moments_of(self.rule), self.codecs, strict=True))
 
     def codecs_before_and_after(
         self, scalars: "StepScalars"
@@ -65,7 +65,7 @@ class StepStructure(eqx.Module):
         value = lambda name: None if name is None else scalars.rule[name]
         return {
             name: (value(moment.before), value(moment.after))
-            for name, moment in self.rule.moments.items()
+            for name, moment in moments_of(self.rule).items()
         }
 
 
