@@ -182,7 +182,8 @@ def _check_moment(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> 
     codes = moment.codes if isinstance(moment, QuantMoment) else moment
     if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
         raise ValueError(
-            f"{where()} has shape {np.shape(codes)}, the weight {leaf.value.shape}. Pass "
+            f"{where()} has shape {np.shape(codes)}, the weight "
+            f"{leaf.value.shape}. Pass "
             "the state of this model."
         )
     if isinstance(moment, QuantMoment):
