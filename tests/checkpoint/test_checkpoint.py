@@ -879,7 +879,8 @@ def test_digest(dtype):
 
 def test_without_orbax(monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    monkeypatch.delitem(sys.modules, "flashquinox.checkpoint")
+    for name in ("flashquinox.checkpoint", "flashquinox._checkpoint.checkpoints"):
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install \"flashquinox\[checkpoint\]\""):
         importlib.import_module("flashquinox.checkpoint")
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 import flashquinox as fq
 from flashquinox import Dither, FlashOptimCodec, MomentCodecs
 from flashquinox._storage.layout import choose_layout, Layout
+from flashquinox._storage.quant_moment import zeros
 from flashquinox._storage.scales import decode_scale, encode_scale
 
 from ..helpers import (
@@ -719,8 +720,8 @@ def test_init_is_zero(name, kind):
             stored = zeros(codecs.of(fq.Moment(kind), shape), layout, jnp.float32)
             yield stored.decode() if isinstance(stored, fq.QuantMoment) else stored
 
-    zeros = [np.zeros(shape, np.float32) for shape in SHAPES.values()]
-    assert tree_identical(jax.jit(lambda: list(decoded()))(), zeros)
+    expected = [np.zeros(shape, np.float32) for shape in SHAPES.values()]
+    assert tree_identical(jax.jit(lambda: list(decoded()))(), expected)
 
 
 def test_codecs_are_hashable():

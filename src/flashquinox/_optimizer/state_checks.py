@@ -183,8 +183,7 @@ def _check_moment(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> 
     if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
         raise ValueError(
             f"{where()} has shape {np.shape(codes)}, the weight "
-            f"{leaf.value.shape}. Pass "
-            "the state of this model."
+            f"{leaf.value.shape}. Pass the state of this model."
         )
     if isinstance(moment, QuantMoment):
         if moment.scales.shape != moment.layout.scale_shape:

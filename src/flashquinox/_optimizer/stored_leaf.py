@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Scalar, UInt32
 
 from .._storage.codec import AbstractMomentCodec
@@ -49,7 +50,7 @@ class StoredLeaf(NamedTuple):
             if isinstance(moment, QuantMoment) and moment.parameter is not None
         }
 
-    def taken_apart(self, weight: Float[Array, "..."]) -> TileState:
+    def taken_apart(self, weight: Float[Array | np.ndarray, "..."]) -> TileState:
         """The arrays of the leaf."""
         codes, scales = {}, {}
         for name, moment in self.moments.items():
