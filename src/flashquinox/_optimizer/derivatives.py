@@ -5,7 +5,7 @@ everywhere. So a leaf that is stored without rounding is differentiated through 
 plain arithmetic of its rule. For other leaves, a derivative that is used is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -24,14 +24,15 @@ from .._sharding import parts
 from .._tile.tile import move, TileState
 
 
-def update_leaves(
+def differentiable(
     call: str,
     backend: Backend,
     leaves: Sequence[Leaf],
     steps: list[LeafStep],
     shardings: list[NamedSharding | None],
-) -> list[TileState]:
-    """One step of all leaves. `leaves` are those of the model, for errors."""
+) -> tuple[Callable[..., list[TileState]], list[Array]]:
+    """One step of all leaves, as a function of arrays, and these arrays. `leaves` are
+    those of the model, for errors."""
     flat, structure = jtu.tree_flatten(steps)
     # Leaves share their scalars, and each is one argument of the function below.
     each = {id(x): x for x in flat}
@@ -51,7 +52,7 @@ def update_leaves(
         return new, [_tangent(call, *one) for one in each]
 
     update.defjvp(jvp, symbolic_zeros=True)
-    return update(*each.values())
+    return update, [*each.values()]
 
 
 def _tangent(

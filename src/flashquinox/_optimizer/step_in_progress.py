@@ -159,9 +159,10 @@ class StepInProgress:
         ]
         steps = parts.learn(steps, shardings)
         leaves = [self.leaves[index] for index in grads]
-        updated = derivatives.update_leaves(
+        update, arrays = derivatives.differentiable(
             self.call, self.backend, leaves, steps, shardings
         )
+        updated = update(*arrays)
         for index, step, new in zip(grads, steps, updated, strict=True):
             self.write(index, new, step.scalars.leaf.parameters)
         return all_finite
@@ -201,9 +202,10 @@ class StepInProgress:
             )
         ]
         leaves = [self.leaves[number] for number in numbers]
-        return derivatives.update_leaves(
+        update, arrays = derivatives.differentiable(
             self.call, self.backend, leaves, steps, shardings
         )
+        return update(*arrays)
 
     def clip(
         self,
