@@ -61,14 +61,16 @@ def clipping(sums: Float[Array, "3"], max_norm: ScalarLike) -> Clipping:
     dtype = sums.dtype
     unit, bound = _unit(dtype), jnp.asarray(max_norm, dtype)
     small, ordinary, large = sums
+    # A compiler may divide by the square of the unit, which is infinite.
+    two_units_down = lambda x: lax.optimization_barrier(x / unit) / unit
     # In the unit of the largest numbers that there are. What is two units away is lost
     # in the sum.
     is_large = large > 0
     is_small = ~is_large & (ordinary == 0)
     total = jnp.where(
         is_large,
-        large + ordinary / unit / unit,
-        jnp.where(is_small, small, ordinary + small / unit / unit),
+        large + two_units_down(ordinary),
+        jnp.where(is_small, small, ordinary + two_units_down(small)),
     )
     its_unit = jnp.where(is_large, unit, jnp.where(is_small, 1 / unit, 1.0))
     its_unit = its_unit.astype(dtype)
