@@ -99,8 +99,7 @@ def inputs_read(function: Callable[[Any], Any], values: Any) -> list[bool]:
 CALLS = frozenset(
     """
     jit pjit closed_call core_call eval_jaxpr composite checkpoint remat remat2
-    call_hi_primitive
-    custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    call_hi_primitive custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
     """.split()
 )
 # The names of the parameter that holds the function.
@@ -180,6 +179,8 @@ class Tape(NamedTuple):
         operations: list[Any] = []
         slots = itertools.count()
 
+        # As `evaluate`, with slots for values; but without a call for each operation
+        # and number, which a step pays for.
         def record(function: Function, inputs: list[int]) -> list[int]:
             jaxpr = function.jaxpr
             own: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -195,9 +196,11 @@ class Tape(NamedTuple):
                 operands = [
                     own[id(x) if isinstance(x, Literal) else x] for x in eqn.invars
                 ]
-                name = eqn.primitive.name
-                if name in CALLS or name == "call_hi_primitive":
-                    results = record(called(eqn), operands)  # pyright: ignore
+                inner, name = None, eqn.primitive.name
+                if name in CALLS:
+                    inner = called(eqn)
+                if inner is not None:
+                    results = record(inner, operands)
                 else:
                     shape = None
                     if name not in _WITHOUT_LENGTHS or eqn.effects:
@@ -261,7 +264,9 @@ def _shape_parameter(eqn: Any, lengths: frozenset[int]) -> str | None:
             found = name if lengths & set(value) else found
         elif name == "sharding" and value is not None:
             raise _OtherOperation
-        elif isinstance(value, tuple | list) and lengths & {*jax.tree.leaves(value)}:
+        elif isinstance(value, tuple | list) and any(
+            [isinstance(x, int) and x in lengths for x in jax.tree.leaves(value)]
+        ):
             raise _OtherOperation
         else:
             for x in value if isinstance(value, tuple) else (value,):

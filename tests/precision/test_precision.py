@@ -16,14 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import flashquinox as fq
 from flashquinox._storage.split import encode_weight, rounding_threshold
 
-from ..helpers import (
-    array_of,
-    assert_raises,
-    float64,
-    slow,
-    tree_identical,
-    weights,
-)
+from ..helpers import array_of, assert_raises, float64, slow, tree_identical, weights
 from ..kernels import arrays, run
 
 

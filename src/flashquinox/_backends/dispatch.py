@@ -8,7 +8,7 @@ import jax
 import jax.lax as lax
 from jaxtyping import Array
 
-from .. import _compat as compat
+from .. import _compat
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import platforms
 from .base import AbstractBackend, each_alone, LeafStep as LeafStep, Update, View
@@ -41,7 +41,7 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
     may make. The state decides the layout, and the layout whether there is a kernel:
     without one, and on other platforms, plain XLA.
     """
-    device = compat.traced_device()
+    device = _compat.traced_device()
     kernels = platforms.chosen(backend, device)
     views = {kernel: [kernel.view(step) for step in steps] for kernel in kernels}
     leader = XLA

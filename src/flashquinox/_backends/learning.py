@@ -15,11 +15,7 @@ from jaxtyping import Array, Bool, Int32, Scalar, Shaped
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
-from .._storage.learned_codec import (
-    AbstractLearnedCodec,
-    AbstractLearner,
-    Observation,
-)
+from .._storage.learned_codec import AbstractLearnedCodec, AbstractLearner, Observation
 from .._tile.tile import StepScalars, StepStructure, TileState
 from .interpreter.arithmetic import Arithmetic
 

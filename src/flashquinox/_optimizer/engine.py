@@ -9,15 +9,9 @@ from jaxtyping import PyTree, ScalarLike
 from .._model.trained import has_gradient
 from .._model.trees import match, Model, Updates
 from .argument_checks import check_max_norm
-from .call_checks import (
-    check_grads,
-    check_has_values,
-    check_order,
-)
+from .call_checks import check_grads, check_has_values, check_order
 from .initial_state import initial_state
-from .leaf_checks import (
-    check_grad,
-)
+from .leaf_checks import check_grad
 from .open_step import open_step
 from .settings import Settings
 from .state import OptimizerState
@@ -48,11 +42,12 @@ class StepEngine(eqx.Module):
         check_has_values(call, grads=grads)
         matched = match(call, "grads", grads, step.leaves)
         check_order(call, step.leaves, matched)
-        arrived = {}
+        arrived, with_gradient = {}, set()
         for index, (leaf, grad) in enumerate(zip(step.leaves, matched, strict=True)):
             if has_gradient(call, leaf, grad, index in step.stored):
                 check_grad(call, leaf, grad)
                 step.check(index)
+                with_gradient.add(index)
                 if leaf.value.size > 0:
                     arrived[index] = jnp.asarray(grad)
         step = step.verified()
@@ -60,12 +55,7 @@ class StepEngine(eqx.Module):
         clip = step.clip([*arrived.values()], there, max_norm)
         as_update = method == "update"
         all_finite = step.update(arrived, clip, as_update=as_update)
-        # As of Optax, an empty weight has an update, of its size.
-        has_update = [
-            not as_update or (index in step.stored and matched[index] is not None)
-            for index in range(len(step.leaves))
-        ]
-        return step.close(all_finite, has_update, as_update)
+        return step.close(all_finite, with_gradient if as_update else None)
 
     def update(
         self,

@@ -12,24 +12,14 @@ from .._common import meshes
 from .._common.dtypes import compute_dtype, NARROW_DTYPES
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, Rebuild
-from .._sharding import (
-    parts,
-    record,
-)
+from .._sharding import parts, record
 from .._storage.layout import Layout
 from .._storage.quant_moment import StoredMoment, zeros
 from .._storage.split import Correction
-from .call_checks import (
-    check_model,
-    warn_of_nothing_to_train,
-)
+from .call_checks import check_model, warn_of_nothing_to_train
 from .checksums import checksums
-from .device_checks import (
-    warn_of_divided_groups,
-)
-from .leaf_checks import (
-    check_correction_has_effect,
-)
+from .device_checks import warn_of_divided_groups
+from .leaf_checks import check_correction_has_effect
 from .mask import decayed
 from .settings import Settings
 from .state import OptimizerState, StepCount

@@ -12,15 +12,11 @@ from jaxtyping import Scalar, ScalarLike
 from .._backends.dispatch import Backend
 from .._model.trees import Leaf, match
 from .._rules.rule import AbstractRule, rule_scalars
-from .._sharding import (
-    record,
-)
+from .._sharding import record
 from .._sharding.resolve import resolve_all, Resolved
 from .._storage.storage import Storage
 from .checksums import Verify
-from .device_checks import (
-    warn_of_unknown_division,
-)
+from .device_checks import warn_of_unknown_division
 from .schedules import ScalarOrSchedule, scheduled
 from .weight_decay import WeightDecay
 

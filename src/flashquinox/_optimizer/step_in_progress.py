@@ -1,7 +1,7 @@
 """A step in progress."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,28 +16,16 @@ from .._common import meshes
 from .._common.dtypes import compute_dtype
 from .._model.trees import Leaf, Rebuild
 from .._rules.rule import AbstractRule, moments_of
-from .._sharding import (
-    parts,
-    record,
-    reductions,
-)
+from .._sharding import parts, record, reductions
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import derivatives
 from .checksums import checksums, verified
-from .device_checks import (
-    check_state_is_with_weight,
-    warn_of_divided_groups,
-)
+from .device_checks import check_state_is_with_weight, warn_of_divided_groups
 from .settings import Settings
 from .state import OptimizerState, StepCount
-from .state_checks import (
-    check_checksum,
-    check_correction,
-    check_moments,
-    check_width,
-)
+from .state_checks import check_checksum, check_correction, check_moments, check_width
 from .stored_leaf import Learned, StoredLeaf
 
 
@@ -280,12 +268,11 @@ class StepInProgress:
     def close(
         self,
         all_finite: Bool[Array, ""] | None,
-        has_value: Sequence[bool] | None = None,
-        as_update: bool = False,
+        updates_of: Collection[int] | None = None,
     ) -> tuple[PyTree, OptimizerState]:
-        """The new model, or the updates, and the new state. A step of gradients that
-        were not all finite does not count. Where `has_value` is False, the model has
-        `None`."""
+        """The new model and the new state. A step of gradients that were not all finite
+        does not count. With `updates_of`, the updates of these leaves in place of the
+        model, and `None` for all others."""
         count = jnp.asarray(optax.safe_increment(self.count))
         if all_finite is not None:
             count = jnp.where(all_finite, count, self.count)
@@ -302,16 +289,14 @@ class StepInProgress:
                 of_leaf = stored.put_together(new, self.learned[index])
             for name, moment in of_leaf.items():
                 moments[name][index] = moment
-        if has_value is not None:
-            values = [
-                x if has else None for x, has in zip(values, has_value, strict=True)
-            ]
+        if updates_of is not None:
+            values = [x if i in updates_of else None for i, x in enumerate(values)]
         return self.rebuild(values), OptimizerState(
             steps=StepCount(count),
             moments={name: self.rebuild.state(x) for name, x in moments.items()},
             corrections=self.rebuild.state(corrections),
             shardings=record.record(self.leaves, self.shardings, self.recorded),
-            checksums=self._new_checksums(as_update),
+            checksums=self._new_checksums(as_update=updates_of is not None),
         )
 
     def _new_checksums(self, as_update: bool) -> PyTree:

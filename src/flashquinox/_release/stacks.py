@@ -93,8 +93,8 @@ def place_stack(
     the gradients instead."""
     if sharding is None:
         return stack
-    where = state_specs.of_leaf(stack, layout, sharding)
-    return jtu.tree_map(meshes.constrain, stack, where)
+    constrain = lambda x, spec: meshes.constrain(x, NamedSharding(sharding.mesh, spec))
+    return jtu.tree_map(constrain, stack, state_specs.of_leaf(stack, layout, sharding))
 
 
 def materialized(tree: PyTree[Array]) -> PyTree[Array]:

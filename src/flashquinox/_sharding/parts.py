@@ -265,12 +265,13 @@ def _update_parts(
 def _specs(step: LeafStep, sharding: NamedSharding) -> Any:
     """How the arrays of a step are divided: as the weight is, also the scales; but
     nothing of what is the same for all elements."""
-    of_scales = state_specs.of_scales(step.layout, sharding)
-    alike = lambda spec, tree: jtu.tree_map(lambda _: spec, tree)
     return eqx.tree_at(
-        lambda x: (x.scalars, x.old.scales),
-        alike(sharding.spec, step),
-        (alike(PartitionSpec(), step.scalars), alike(of_scales, step.old.scales)),
+        lambda x: (x.scalars, x.old),
+        state_specs.alike(sharding.spec, step),
+        (
+            state_specs.alike(PartitionSpec(), step.scalars),
+            state_specs.of_leaf(step.old, step.layout, sharding),
+        ),
     )
 
 

@@ -5,10 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.core
-from jax.sharding import (
-    AbstractMesh,
-    NamedSharding,
-)
+from jax.sharding import AbstractMesh, NamedSharding
 
 from .._model.trees import Leaf
 

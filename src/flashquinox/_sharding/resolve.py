@@ -14,12 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.core
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-)
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from .._common.meshes import (
     axes_of_type,

@@ -7,16 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.sharding import (
-    NamedSharding,
-    PartitionSpec,
-)
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .._common.meshes import (
-    as_typed,
-    divisions,
-)
+from .._common.meshes import as_typed, divisions
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
 from .._tile.tile import TileState
@@ -55,13 +49,17 @@ def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
 
 def of_leaf(
     state: TileState, layout: Layout, sharding: NamedSharding
-) -> PyTree[NamedSharding]:
-    """The shardings of the arrays of a leaf that is taken apart."""
-    scales = NamedSharding(sharding.mesh, of_scales(layout, sharding))
-    alike = lambda sharding, tree: jtu.tree_map(lambda _: sharding, tree)
+) -> PyTree[PartitionSpec]:
+    """The specs of the arrays of a leaf that is taken apart."""
+    scales = of_scales(layout, sharding)
     return eqx.tree_at(
-        lambda x: x.scales, alike(sharding, state), alike(scales, state.scales)
+        lambda x: x.scales, alike(sharding.spec, state), alike(scales, state.scales)
     )
+
+
+def alike(spec: PartitionSpec, tree: PyTree) -> PyTree[PartitionSpec]:
+    """One spec for all arrays of a tree."""
+    return jtu.tree_map(lambda _: spec, tree)
 
 
 def where_the_weight_is(tree: PyTree, sharding: NamedSharding | None) -> PyTree:

@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from ... import _compat as compat
+from ... import _compat
 from ..._common.arithmetic import (
     byte_times,
     canonical_pattern,
@@ -107,12 +107,12 @@ class Arithmetic:
         arrays = [x for x in leaves if isinstance(x, jax.Array | Words)]
         own = _evaluate.trace(self, plain.jaxpr, constants, arrays)
         return Program(
-            compat.as_function(own.jaxpr),
+            _compat.as_function(own.jaxpr),
             jtu.tree_structure(own.out_info),
             jtu.tree_structure(plain.out_info),
         )
 
-    def call(self, function: compat.Function, args: Sequence[Value]) -> list[Value]:
+    def call(self, function: _compat.Function, args: Sequence[Value]) -> list[Value]:
         """The results of a traced function."""
         jaxpr = function.jaxpr
         constants = [Value.of_constant(x) for x in function.consts]
@@ -120,7 +120,7 @@ class Arithmetic:
         values = dict(zip(variables, [*constants, *args], strict=True))
         for eqn in jaxpr.eqns:
             operands = [
-                Value(x.val) if isinstance(x, compat.Literal) else values[x]
+                Value(x.val) if isinstance(x, _compat.Literal) else values[x]
                 for x in eqn.invars
             ]
             primitive = eqn.primitive
@@ -145,7 +145,7 @@ class Arithmetic:
                     found = [Value(primitive.bind(*arrays, **params))]
             values.update(zip(eqn.outvars, found, strict=True))
         return [
-            Value(x.val) if isinstance(x, compat.Literal) else values[x]
+            Value(x.val) if isinstance(x, _compat.Literal) else values[x]
             for x in jaxpr.outvars
         ]
 
@@ -197,7 +197,7 @@ def _evaluate(
     `None` stands for the next one of `arrays`."""
     rest = iter(arrays)
     args = [Value.of(next(rest) if x is None else x.number) for x in constants]
-    found = arithmetic.call(compat.Function.of(jaxpr), args)
+    found = arithmetic.call(_compat.Function.of(jaxpr), args)
     return [x.array if x.words is None else x.words for x in found]
 
 
@@ -215,7 +215,7 @@ def _rule_of(primitive: Any) -> Rule | None:
     composition = operations.COMPOSITIONS.get(primitive.name)
     if composition is not None:
         return functools.partial(_compose, composition)
-    if primitive.name in compat.CALLS:
+    if primitive.name in _compat.CALLS:
         return _enter
     rules = control_flow.RULES, operations.RULES_OF_FLOATS, operations.RULES_OF_BITS
     keys = primitive.name, primitive, primitive
@@ -252,11 +252,11 @@ def _compose(
         jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in avals
     ]
     traced = _jitted(function, ()).trace(*shapes)
-    return arithmetic.call(compat.Function.of(traced.jaxpr), operands)
+    return arithmetic.call(_compat.Function.of(traced.jaxpr), operands)
 
 
 def _enter(arithmetic: Arithmetic, eqn: Any, operands: list[Value]) -> list[Value]:
     """An operation that only calls a function."""
-    called = compat.called(eqn)
+    called = _compat.called(eqn)
     assert called is not None
     return arithmetic.call(called, operands)

@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ... import _compat as compat
+from ... import _compat
 from .values import Value
 
 
@@ -22,7 +22,7 @@ _MOST_TURNS = 16
 
 def _arrays(
     arithmetic: "Arithmetic",
-    function: compat.Function,
+    function: _compat.Function,
     consts: Sequence[Value],
     *args: Array,
 ) -> list[Array]:
@@ -35,7 +35,7 @@ def _arrays(
 
 
 def _branch(arithmetic: "Arithmetic", eqn: Any, operands: list[Value]) -> list[Value]:
-    cond = compat.Branches.of(eqn, operands)
+    cond = _compat.Branches.of(eqn, operands)
     branches = [partial(_arrays, arithmetic, branch, ()) for branch in cond.branches]
     arrays = [jnp.asarray(x.array) for x in cond.operands]
     index = cond.index.array
@@ -47,7 +47,7 @@ def _branch(arithmetic: "Arithmetic", eqn: Any, operands: list[Value]) -> list[V
 
 
 def _repeat(arithmetic: "Arithmetic", eqn: Any, operands: list[Value]) -> list[Value]:
-    loop = compat.While.of(eqn, operands)
+    loop = _compat.While.of(eqn, operands)
     condition = partial(_arrays, arithmetic, loop.condition, loop.condition_consts)
     body = partial(_arrays, arithmetic, loop.body, loop.body_consts)
     found = lax.while_loop(
@@ -59,7 +59,7 @@ def _repeat(arithmetic: "Arithmetic", eqn: Any, operands: list[Value]) -> list[V
 
 
 def _scan(arithmetic: "Arithmetic", eqn: Any, operands: list[Value]) -> list[Value]:
-    loop = compat.Scan.of(eqn, operands)
+    loop = _compat.Scan.of(eqn, operands)
     if loop.length <= _MOST_TURNS:
         return _write_out(arithmetic, loop)
     carried = len(loop.carry)
@@ -73,7 +73,7 @@ def _scan(arithmetic: "Arithmetic", eqn: Any, operands: list[Value]) -> list[Val
     return [Value(x) for x in [*carry, *ys]]
 
 
-def _write_out(arithmetic: "Arithmetic", loop: compat.Scan) -> list[Value]:
+def _write_out(arithmetic: "Arithmetic", loop: _compat.Scan) -> list[Value]:
     """A loop as its turns. What it loops over, if constant, is then numbers, which
     kernels can take."""
     carry, found = loop.carry, []

@@ -20,13 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
 from ..._storage.layout import Layout
-from ..._tile.tile import (
-    LeafScalars,
-    no_update,
-    StepScalars,
-    StepStructure,
-    TileState,
-)
+from ..._tile.tile import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack
 from .block import Block, choose_block
