@@ -56,6 +56,7 @@ from .precision import (
     narrow_corrections as narrow_corrections,
     NumericsError as NumericsError,
     NumericsReport as NumericsReport,
+    prepare as prepare,
     widen_corrections as widen_corrections,
 )
 from .release import LayeredLoss as LayeredLoss, release_step as release_step

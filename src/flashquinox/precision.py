@@ -14,6 +14,7 @@ from ._precision.numerics import (
     NumericsError as NumericsError,
     NumericsReport as NumericsReport,
 )
+from ._precision.prepare import prepare as prepare
 from ._precision.width import (
     narrow_corrections as narrow_corrections,
     widen_corrections as widen_corrections,

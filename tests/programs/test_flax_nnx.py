@@ -302,6 +302,18 @@ def test_cast(tied):
     assert _is_tied(kept)
 
 
+def test_prepare():
+    whole = _Tied(nnx.Rngs(0))
+    make = lambda model: nnx.Optimizer(model, _lion, wrt=nnx.Param)
+    model, optimizer = fq.prepare(whole, make)
+    assert isinstance(optimizer, nnx.Optimizer) and _is_tied(model)
+    assert model.norm.mean.dtype == jnp.float32
+    found = fq.master_weights(model, optimizer).last.kernel[...]
+    expected = whole.last.kernel[...]
+    assert np.all(np.abs(found - expected) <= 2**-16 * np.abs(expected))
+    assert not tree_identical(found, model.last.kernel[...].astype(jnp.float32))
+
+
 def test_master_weights(tied):
     model, optimizer = tied
     whole = fq.master_weights(model, optimizer)

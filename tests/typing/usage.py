@@ -44,6 +44,12 @@ def other_trees(params: dict[str, jax.Array]) -> None:
     )
 
 
+def prepared(net: Net, wrapped: optax.GradientTransformation) -> None:
+    assert_type(fq.prepare(net, fq.adamw(1e-3)), tuple[Net, fq.OptimizerState])
+    assert_type(fq.prepare(net, wrapped, jnp.float16), tuple[Net, Any])
+    assert_type(fq.prepare(net, lambda model: wrapped.init({})), tuple[Net, Any])
+
+
 def masters(net: Net, state: fq.OptimizerState, wrapped: tuple[str, int]) -> None:
     assert_type(fq.master_weights(net, state), Net)
     # Also of states of wrappers: they stay what they are.

@@ -38,11 +38,11 @@ def weighted_sum(
     for axis, length in enumerate(bits.shape):
         along = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * np.uint32(length) + along
-    weights = _mix(position + seed) | np.uint32(1)
+    weights = mix(position + seed) | np.uint32(1)
     return jnp.sum(weights * bits.astype(jnp.uint32), dtype=jnp.uint32)
 
 
-def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """The finalizer of MurmurHash3."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

@@ -1,12 +1,15 @@
 """Conversion between master weights and pairs of weights and corrections."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
+from .._common.dtypes import compute_dtype
 from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
 from .._model.trees import Leaf, match, Model, State
@@ -14,7 +17,7 @@ from .._storage.split import Correction, decode_weight, encode_weight
 from .call_checks import check_not_state
 from .checksums import checksums
 from .leaf_checks import check_master_weight
-from .states import open_states
+from .states import open_states, OpenedStates
 
 
 def master_weights(model: Model, state: PyTree) -> Model:
@@ -60,12 +63,17 @@ def from_master_weights(
     weights are rounded to nearest, as [`flashquinox.ECCWeight`][] describes: to 16
     significant bits for bfloat16 with 24 bits.
 
+    To start training from a float32 model, use [`flashquinox.prepare`][], which makes
+    the model and the state too.
+
     ??? Example
 
+        Change master weights by hand:
+
         ```python
-        model = fq.cast(float32_model, jnp.bfloat16)
-        state = optim.init(model)
-        model, state = fq.from_master_weights(float32_model, model, state)
+        masters = fq.master_weights(model, state)
+        masters = eqx.tree_at(lambda m: m.head.bias, masters, replace_fn=jnp.zeros_like)
+        model, state = fq.from_master_weights(masters, model, state)
         ```
 
     **Arguments:**
@@ -96,36 +104,47 @@ def from_master_weights(
     for leaf, master in zip(opened.leaves, masters, strict=True):
         if is_trainable(leaf.value) and master is not None:
             check_master_weight(call, leaf, master)
-    new = [
-        _encode(call, leaf, correction, master)
-        if is_trainable(leaf.value) and master is not None
-        else (leaf.value, correction)
-        for leaf, correction, master in zip(
-            opened.leaves, opened.corrections, masters, strict=True
-        )
-    ]
-    new_model = opened.rebuild([weight for weight, _ in new])
-    sums = {
-        index: _checksum(call, opened.leaves[index], new[index][0], old)
-        for index, old in enumerate(opened.checksums)
-        if old is not None and masters[index] is not None
-    }
-    corrections = [correction for _, correction in new]
-    return new_model, opened.with_corrections(corrections, sums)
+    encode = lambda i, leaf, correction: split_master_weight(
+        call, leaf, masters[i], None if correction is None else correction.dtype
+    )
+    given = [i for i, master in enumerate(masters) if master is not None]
+    return with_encoded(call, opened, given, encode)
 
 
-def _encode(
-    call: str, leaf: Leaf, correction: Correction | None, master: Any
+def with_encoded(
+    call: str,
+    opened: OpenedStates,
+    indices: Iterable[int],
+    encode: Callable[[int, Leaf, Correction | None], tuple[Any, Any]],
+) -> tuple[PyTree, PyTree]:
+    """A model and the tree that holds its states, with new weights and corrections for
+    the leaves of these numbers that can be trained. `encode` makes them from the number
+    of a leaf, the leaf and its old correction. Corrections and checksums get the
+    shardings of the old ones."""
+    weights = [leaf.value for leaf in opened.leaves]
+    corrections, sums = list(opened.corrections), {}
+    for i in indices:
+        leaf, old = opened.leaves[i], opened.corrections[i]
+        if not is_trainable(leaf.value):
+            continue
+        weights[i], new = encode(i, leaf, old)
+        corrections[i] = None if new is None else put_like(call, leaf.name, new, old)
+        if (checksum := opened.checksums[i]) is not None:
+            sums[i] = _checksum(call, leaf, weights[i], checksum)
+    return opened.rebuild(weights), opened.with_corrections(corrections, sums)
+
+
+def split_master_weight(
+    call: str, leaf: Leaf, master: Any, correction_dtype: Any
 ) -> tuple[Any, Any]:
-    """The new weight and correction of a leaf, in the shardings of the old ones."""
+    """The new weight of a leaf, in the sharding of the old one, and its correction.
+    Without a dtype for that, the weight is rounded."""
     split = partial(
         _split,
         dtype=jnp.dtype(leaf.value.dtype),
-        correction_dtype=None if correction is None else correction.dtype,
+        correction_dtype=correction_dtype,
     )
     weight, new = compute_like(call, leaf.name, split, [master], [leaf.value])
-    if new is not None:
-        new = put_like(call, leaf.name, new, correction)
     return put_like(call, leaf.name, weight, leaf.value), new
 
 
@@ -135,7 +154,12 @@ def _checksum(call: str, leaf: Leaf, weight: Any, old: Any) -> Any:
     return put_like(call, leaf.name, new, old)
 
 
-_split = jax.jit(encode_weight, static_argnames=("dtype", "correction_dtype"))
+@partial(jax.jit, static_argnames=("dtype", "correction_dtype"))
+def _split(
+    master: Float[Array, "*shape"], dtype: DTypeLike, correction_dtype: DTypeLike | None
+) -> tuple[Float[Array, "*shape"], Correction | None]:
+    wide = master.astype(compute_dtype(dtype))
+    return encode_weight(wide, dtype, correction_dtype)
 
 
 @jax.custom_jvp

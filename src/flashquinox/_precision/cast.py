@@ -23,6 +23,12 @@ def cast(
 ) -> Model:
     """Casts the floating-point arrays of a model.
 
+    Each weight is rounded to `dtype`, and the bits that `dtype` cannot hold are lost.
+    To train a float32 model, use [`flashquinox.prepare`][]: it keeps these bits in the
+    corrections of the optimizer's state. Without them, every master weight starts on
+    `dtype`'s grid, where a step of less than half a unit changes nothing that the model
+    sees.
+
     These stay float32:
 
     - Layers with running statistics, because a running average in bfloat16 stops
@@ -64,9 +70,16 @@ def cast(
     `TypeError` if `dtype` is not floating-point, or `keep` has none of the forms above;
     `ValueError` for a pattern or an object that is nowhere in the model.
     """
-    check_flag("cast", "wrap", wrap)
-    dtype = check_floating_dtype("cast(model, dtype)", dtype)
-    selection = Selection("cast", "keep", keep)
+    return cast_for("cast", model, dtype, keep, wrap)
+
+
+def cast_for(
+    call: str, model: Model, dtype: DTypeLike, keep: Selectors, wrap: bool
+) -> Model:
+    """`cast`, for errors that name `call` as the user wrote it."""
+    check_flag(call, "wrap", wrap)
+    dtype = check_floating_dtype(f"{call}(model, dtype)", dtype)
+    selection = Selection(call, "keep", keep)
     narrow = jnp.finfo(dtype).bits < 32
 
     def cast_node(path: tuple[Any, ...], node: Any, kept: bool, wrapped: bool) -> Any:

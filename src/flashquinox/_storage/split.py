@@ -168,7 +168,7 @@ def encode_weight(
         high = (_aligned_pattern(master, dtype) + rounding) >> dropped
         return _from_high_bits(high, master, dtype), None
     pattern = _aligned_pattern(master, dtype)
-    stored_bits = _correction_bits(dtype, correction_dtype)
+    stored_bits = correction_bits(dtype, correction_dtype)
     unstored_bits = _unstored_bits(dtype, correction_dtype)
     # Both roundings at once: floor((floor(x / a) + b) / c) is floor((x + a b) / (a c)).
     # With c = 2 b, what is left of it is the last digit in base c, less b.
@@ -217,7 +217,7 @@ def encode_correction(
     wide = weight.astype(jnp.float32)
     target = _round_shift(_aligned_pattern(master, dtype) & _MAGNITUDE, shift)
     origin = (_aligned_pattern(wide, dtype) & _MAGNITUDE) >> shift
-    most = (1 << (_correction_bits(dtype, correction_dtype) - 1)) - 1
+    most = (1 << (correction_bits(dtype, correction_dtype) - 1)) - 1
     low = jnp.clip(target.astype(jnp.int32) - origin.astype(jnp.int32), -most - 1, most)
     low = jnp.where(jnp.signbit(master) == jnp.signbit(wide), low, -most - 1)
     low = jnp.where(jnp.isnan(master), 0, low)
@@ -243,7 +243,7 @@ def master_digits(dtype: DTypeLike, correction_dtype: DTypeLike | None) -> int:
     digits = int(jnp.finfo(dtype).nmant) + 1
     if correction_dtype is None:
         return digits
-    return digits + _correction_bits(dtype, correction_dtype)
+    return digits + correction_bits(dtype, correction_dtype)
 
 
 def _dropped_bits(dtype: DTypeLike) -> int:
@@ -251,12 +251,12 @@ def _dropped_bits(dtype: DTypeLike) -> int:
     return 23 - jnp.finfo(dtype).nmant
 
 
-def _correction_bits(dtype: DTypeLike, correction_dtype: DTypeLike) -> int:
+def correction_bits(dtype: DTypeLike, correction_dtype: DTypeLike) -> int:
     return min(jnp.iinfo(correction_dtype).bits, _dropped_bits(dtype))
 
 
 def _unstored_bits(dtype: DTypeLike, correction_dtype: DTypeLike) -> int:
-    return _dropped_bits(dtype) - _correction_bits(dtype, correction_dtype)
+    return _dropped_bits(dtype) - correction_bits(dtype, correction_dtype)
 
 
 def _pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
