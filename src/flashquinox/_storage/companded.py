@@ -13,7 +13,7 @@ from .codec import Dither, GroupConstants, Reduction
 from .curves import AbstractCurve, RationalCurve
 from .learned_codec import AbstractLearnedCodec
 from .rational_learner import RationalLearner
-from .scales import decode_scale, encode_scale
+from .scales import decode_scale, encode_scale, LARGEST_SIGNED, LARGEST_SQUARE
 
 
 class CompandedCodec(AbstractLearnedCodec):
@@ -31,7 +31,8 @@ class CompandedCodec(AbstractLearnedCodec):
 
     As in the other codecs of this library, no average of squares that is not zero is
     stored as zero, and scales are eight exponent and eight mantissa bits in a `uint16`,
-    rounded by the rotating threshold.
+    rounded by the rotating threshold. Magnitudes of more than $2^{62}$, and averages of
+    squares of more than $2^{124}$, are stored as that.
 
     ??? cite "Reference"
 
@@ -76,6 +77,8 @@ class CompandedCodec(AbstractLearnedCodec):
     ) -> tuple[Float[Array, "*tile"], ...]:
         """The roots of magnitudes; and the moment, for its sign."""
         magnitude = jnp.abs(moment) if self._signed else moment
+        most = LARGEST_SIGNED if self._signed else LARGEST_SQUARE
+        magnitude = jnp.minimum(magnitude, most.astype(moment.dtype))
         for _ in range(self._roots):
             magnitude = rounded_root(magnitude)
         return (magnitude, moment) if self._signed else (magnitude,)

@@ -28,8 +28,8 @@ class FittedLogCodec(AbstractMomentCodec):
     same for all elements: 0.05 % in a group of similar moments, at most 6 %. A group
     that spans more than 15.6 powers of two has $v$ below that stored as $b_0$: there,
     the first moment is below its own first code, and an update divides the one by the
-    other. As $b$ is linear between powers of two, the threshold $u$ is unbiased for $v$
-    itself.
+    other. Infinity is stored as a number just below it. As $b$ is linear between powers
+    of two, the threshold $u$ is unbiased for $v$ itself.
 
     One `uint16` holds both. The step is $a 2^k$ with $a$ one of 2 and 3 and $11 \le k
     \le 18$, in four bits; $b_0$ is a multiple of $2^{18} a$, in twelve. That is a
@@ -89,7 +89,11 @@ class FittedLogCodec(AbstractMomentCodec):
         if not self.dithered:
             threshold = jnp.full_like(threshold, 2**15)
         offset = fitted.times_step(jnp.maximum(threshold, 1) - 2**15) - fitted.origin
-        encode_constants = (float_of(fitted.origin), offset, fitted.inverse_step)
+        # Near infinity, codes are smaller by one at least, for none to be decoded as
+        # infinity. What overflowed soon leaves this range.
+        near_infinity = bits_of(largest) > INFINITY - _FACTOR_OF_TWO
+        inverse_step = fitted.inverse_step * jnp.where(near_infinity, _SHRUNK, 1)
+        encode_constants = (float_of(fitted.origin), offset, inverse_step)
         if factor is not None:
             encode_constants = (*encode_constants, factor)
         return fitted.word, encode_constants
@@ -141,8 +145,12 @@ _FINEST, _COARSEST = 11, 18
 _GRID = 18
 # What the coarsest step of two covers, less the rounding of the origin.
 _WIDEST_RANGE = np.int32((254 << (_COARSEST + 1)) - (1 << 21))
+_FACTOR_OF_TWO = np.int32(1 << 23)
 # Arithmetic may flush smaller numbers to zero.
 _SMALLEST_NORMAL = np.int32(1 << 23)
+# What codes near infinity are multiplied by. Of an origin that is this far below, the
+# code of infinity is at least the 127th, as the step is the finest.
+_SHRUNK, _HIGHEST_ORIGIN = np.float32(63 / 64), np.int32(INFINITY - (1 << 21))
 
 
 class _Range(eqx.Module):
@@ -158,14 +166,14 @@ class _Range(eqx.Module):
     def fit(
         smallest: Float32[Array, "*groups"], largest: Float32[Array, "*groups"]
     ) -> "_Range":
-        """The finest step for which codes cover a group. NaN and infinity are kept:
-        they are origins too."""
+        """The finest step for which codes cover a group. NaN is kept: it is an origin
+        too."""
         low, high = bits_of(smallest), bits_of(largest)
         # The grid is less than 2^21, so that the origin is zero or a normal number.
         low = jnp.maximum(low, high - _WIDEST_RANGE)
         low = jnp.maximum(low, _SMALLEST_NORMAL + (1 << 21))
         low = jnp.where(high < 2 * _SMALLEST_NORMAL, 0, low)
-        low = jnp.where(high < INFINITY, low, high)
+        low = jnp.where(high > INFINITY, high, jnp.minimum(low, _HIGHEST_ORIGIN))
         units = low >> _GRID
         half = units >> 1
         # Exact for numbers of less than 2^15.
@@ -173,7 +181,7 @@ class _Range(eqx.Module):
         origin2, origin3 = half << (_GRID + 1), (3 * third) << _GRID
         k2, k3 = _finest(2, high - origin2), _finest(3, high - origin3)
         # With the same k, a step of two is the finer one.
-        three = (k3 < k2) & (high < INFINITY)
+        three = k3 < k2
         return _Range(
             three,
             jnp.where(three, k3, k2),

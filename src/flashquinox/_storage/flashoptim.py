@@ -19,8 +19,9 @@ class FlashOptimCodec(AbstractMomentCodec):
     $$q = \lfloor 255 \cdot \sqrt{v} / \max \sqrt{v} + \tfrac12 \rfloor
     \text{ for averages of squares}$$
 
-    For checkpoints from elsewhere and for comparison. Its scales overflow above 65504
-    and vanish below $3 \cdot 10^{-8}$, and its second moments stall and collapse.
+    For checkpoints from elsewhere and for comparison. Its scales vanish below
+    $3 \cdot 10^{-8}$, and its second moments stall and collapse. Scales end at 65504,
+    where the paper's become infinite: a larger $|m|$ or $\sqrt{v}$ is stored as 65504.
 
     ??? cite "Reference"
 
@@ -65,7 +66,7 @@ class FlashOptimCodec(AbstractMomentCodec):
         (largest,) = statistics
         if factor is not None:
             largest = largest * (factor if self.kind == "signed" else jnp.sqrt(factor))
-        largest = jnp.maximum(largest, 1e-12)
+        largest = jnp.clip(largest, 1e-12, _LARGEST_SCALE)
         constants = (largest,) if factor is None else (largest, factor)
         return largest.astype(jnp.float16), constants
 
@@ -78,7 +79,8 @@ class FlashOptimCodec(AbstractMomentCodec):
         largest, *factor = encode_constants
         if factor:
             moment = moment * factor[0]
-        codes = rounded_quotient(self._amplitude(moment), largest)
+        amplitude = jnp.clip(self._amplitude(moment), -largest, largest)
+        codes = rounded_quotient(amplitude, largest)
         if self.kind == "signed":
             codes = rounded_quotient(2 * codes, 1 + jnp.abs(codes))
         codes = jnp.floor(codes * self._largest_code + 0.5)
@@ -125,3 +127,6 @@ class FlashOptimCodec(AbstractMomentCodec):
     @property
     def _largest_code(self) -> float:
         return 127.0 if self.kind == "signed" else 255.0
+
+
+_LARGEST_SCALE = float(jnp.finfo(jnp.float16).max)

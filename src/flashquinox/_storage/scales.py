@@ -11,6 +11,10 @@ from jaxtyping import Array, Float32, Int32, Shaped, UInt16
 
 
 INFINITY = np.int32(0x7F80_0000)
+# What larger moments are stored as: signed ones, and averages of squares. The second is
+# the square of the first, so that a quotient of both stays of ordinary size. Times a
+# decay rate's factor, they are finite.
+LARGEST_SIGNED, LARGEST_SQUARE = np.float32(2.0**62), np.float32(2.0**124)
 _QUIET_NAN = np.int32(0x7FC0_0000)
 _MAGNITUDE = np.int32(0x7FFF_FFFF)
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Scalar, Shaped
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .scales import decode_scale, encode_scale
+from .scales import decode_scale, encode_scale, LARGEST_SIGNED
 
 
 class SoftsignCodec(AbstractMomentCodec):
@@ -21,7 +21,8 @@ class SoftsignCodec(AbstractMomentCodec):
     bits in a `uint16` (it has no sign). 8, the default, is the range of a bfloat16 with
     one more bit of precision; 7 is bfloat16 itself. Scales are rounded by the rotating
     threshold, or they would stall where a moment decays slowly; codes are not, or a
-    small moment would be left beside a second moment that is smaller still.
+    small moment would be left beside a second moment that is smaller still. Moments of
+    more than $2^{62}$ are stored as that, infinity as zero.
 
     ??? cite "Reference"
 
@@ -68,7 +69,8 @@ class SoftsignCodec(AbstractMomentCodec):
         dtype = largest.dtype
         if factor is not None:
             largest = largest * factor
-        scale = largest.astype(jnp.float32) * np.float32(129 / 127)
+        largest = jnp.minimum(largest.astype(jnp.float32), LARGEST_SIGNED)
+        scale = largest * np.float32(129 / 127)
         scales = encode_scale(scale, dither.scale, self.scale_mantissa_bits)
         scale = decode_scale(scales, self.scale_mantissa_bits)
         # Keeps the quotients of a group of zeros at zero.
@@ -87,11 +89,14 @@ class SoftsignCodec(AbstractMomentCodec):
     ) -> Shaped[Array, "*tile"]:
         moment, magnitude = prepared
         scale, *threshold = encode_constants
-        # A scale that was rounded down lets this reach 127.3 at most. The quotient
-        # comes first here too.
-        codes = 256 * (moment / (scale + magnitude))
+        # The quotient comes first here too. It is NaN for infinity, which is stored as
+        # zero. A scale that was rounded down, or that is the largest one, leaves
+        # elements above it.
+        quotient = moment / (scale + magnitude)
         if self.dithered:
-            codes = jnp.clip(codes + threshold[0], -127, 127)
+            codes = jnp.clip(256 * quotient + threshold[0], -127, 127)
+        else:
+            codes = 256 * jnp.clip(quotient, -127 / 256, 127 / 256)
         return jnp.round(codes).astype(jnp.int8)
 
     def decode_constants(
