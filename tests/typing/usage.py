@@ -44,10 +44,10 @@ def other_trees(params: dict[str, jax.Array]) -> None:
     )
 
 
-def prepared(net: Net, wrapped: optax.GradientTransformation) -> None:
+def prepared(net: Net) -> None:
     assert_type(fq.prepare(net, fq.adamw(1e-3)), tuple[Net, fq.OptimizerState])
-    assert_type(fq.prepare(net, wrapped, jnp.float16), tuple[Net, Any])
-    assert_type(fq.prepare(net, lambda model: wrapped.init({})), tuple[Net, Any])
+    init = lambda model: {"of": fq.adamw(1e-3).init(model)}
+    assert_type(fq.prepare(net, init, jnp.float16, keep="*.bias"), tuple[Net, Any])
 
 
 def masters(net: Net, state: fq.OptimizerState, wrapped: tuple[str, int]) -> None:
