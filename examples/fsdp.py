@@ -238,13 +238,13 @@ def train(
     optim = fq.adamw(schedule, b2=0.99, weight_decay=0.1, mask=fq.decay_mask())
 
     def make(key: Key[Array, ""]) -> GPT:
-        model = GPT(
+        return GPT(
             settings.width, settings.layers, settings.heads, settings.length, key
         )
-        return fq.cast(model, jnp.bfloat16)
 
-    model = make_divided(make, jax.random.key(settings.seed), mesh)
-    state = optim.init(model)
+    float32_model = make_divided(make, jax.random.key(settings.seed), mesh)
+    model, state = fq.prepare(float32_model, optim)
+    del float32_model
 
     @eqx.filter_jit(donate="all-except-first")
     def train_step(batch, model, state):

@@ -186,8 +186,7 @@ Step = Callable[[CNN, PyTree, Dataset], tuple[CNN, PyTree, Float[Array, ""]]]
 
 
 def start_compressed(optim: fq.Optimizer, model: PyTree) -> tuple[CNN, PyTree, Step]:
-    model = fq.cast(model, jnp.bfloat16)
-    state = optim.init(model)
+    model, state = fq.prepare(model, optim)
 
     @eqx.filter_jit(donate="all")
     def train_step(model, state, batch):

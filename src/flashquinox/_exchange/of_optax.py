@@ -55,9 +55,8 @@ def from_optax(optax_state: PyTree, state: State) -> State:
     ??? Example
 
         ```python
-        model = fq.cast(float32_model, jnp.bfloat16)
-        state = from_optax(optax_state, optim.init(model))
-        model, state = fq.from_master_weights(float32_model, model, state)
+        model, state = fq.prepare(float32_model, optim)
+        state = from_optax(optax_state, state)
         ```
 
     **Arguments:**

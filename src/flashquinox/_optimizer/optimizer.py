@@ -30,9 +30,8 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     ??? Example
 
         ```python
-        model = fq.cast(model, jnp.bfloat16)
         optim = fq.adamw(1e-3)
-        state = optim.init(model)
+        model, state = fq.prepare(float32_model, optim)
 
         @eqx.filter_jit(donate="all")
         def train_step(model, state, batch):
