@@ -86,8 +86,8 @@ def measure(contender: str, task: Task, plan: Plan) -> dict[str, Any]:
         return jax.value_and_grad(of_weights)(weights)
 
     if contender == OURS:
-        weights = _cast(master, jnp.bfloat16)
         optim = fq.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        weights, state = jax.jit(lambda master: fq.prepare(master, optim))(master)
 
         def step(carry: Any, batch: jax.Array) -> Any:
             weights, state, _ = carry
@@ -97,7 +97,7 @@ def measure(contender: str, task: Task, plan: Plan) -> dict[str, Any]:
     else:
         weights = master
         reference = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        optim = reference
+        state = jax.jit(reference.init)(weights)
 
         def step(carry: Any, batch: jax.Array) -> Any:
             weights, state, _ = carry
@@ -106,8 +106,8 @@ def measure(contender: str, task: Task, plan: Plan) -> dict[str, Any]:
             updates, state = reference.update(grads, state, weights)
             return optax.apply_updates(weights, updates), state, value
 
-    carry = weights, jax.jit(optim.init)(weights), jnp.zeros(())
-    del master, weights
+    carry = weights, state, jnp.zeros(())
+    del master, weights, state
     parameters = sum(x.size for x in jtu.tree_leaves(carry[0]))
     size = sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(carry))
     compiled = jax.jit(step, donate_argnums=0).lower(carry, batch).compile()

@@ -40,8 +40,8 @@ def check_correction_has_effect(
     raise ValueError(
         f"`{call}`: `Storage(master_weight_bits={bits})` has no effect: none of the "
         f"{len(trained)} weights is bfloat16 or float16 (`{trained[0].name}` is "
-        f"{trained[0].value.dtype}). Cast the model first, "
-        "`model = flashquinox.cast(model, jnp.bfloat16)`, or pass "
+        f"{trained[0].value.dtype}). Cast the model too, by "
+        "`model, state = flashquinox.prepare(model, optim)`, or pass "
         "`master_weight_bits=None`, or leave it out."
     )
 
