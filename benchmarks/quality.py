@@ -17,9 +17,10 @@ other one in float32; and how the learned ones compare with the fixed of their f
 Closed loop (--closed-loop --seeds 48): the GPT is trained by each codec, with bfloat16
 weights, bfloat16 gradients and a 24-bit master weight. Every seed is paired with the
 same seed under float32 AdamW (float32 weights and moments, the same bfloat16 forward
-pass), from the same float32 weights. Prints the gap of the mean loss of the last 50 steps with its standard error, and
-the largest |u| after step 5 (median and worst seed). Seeds run side by side under
-`vmap`: on a GPU, 48 of them take a minute; with few, any machine will do.
+pass), from the same float32 weights. Prints the gap of the mean loss of the last 50
+steps with its standard error, and the largest |u| after step 5 (median and worst seed).
+Seeds run side by side under `vmap`: on a GPU, 48 of them take a minute; with few, any
+machine will do.
 
 Weights (--weights): a closed loop with the default codec, of bfloat16 weights with a
 24-bit master weight, and of such without a correction that are rounded to nearest or by
