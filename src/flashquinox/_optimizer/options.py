@@ -25,8 +25,11 @@ class Options(TypedDict, total=False):
     ```
 
     - `skip_nonfinite` (`False`): if `True`, a step with a NaN or an infinity in any
-        gradient, or in what a schedule returns, changes neither weights nor state. If
-        `False`, it damages the leaves it came to, no others.
+        gradient, or in what a schedule returns, changes neither weights nor state; and
+        so does a gradient of more than 2^62 in magnitude (2^510 for float64 weights),
+        after clipping, as its square may overflow. In other steps, a weight that would
+        leave the range of its dtype stays where it is. If `False`, a step with a NaN or
+        an infinity damages the leaves it came to, no others.
     - `verify_weights` (`None`): whether each step checks that the weights it gets are
         those that the last step returned. They are not if something scales the updates,
         or changes weights by hand, and then their corrections are wrong. `"error"`

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int32, PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend, LeafStep
 from .._common import meshes
-from .._common.dtypes import compute_dtype
+from .._common.dtypes import compute_dtype, largest_gradient
 from .._model.trees import Leaf, Rebuild
 from .._rules.rule import AbstractRule, moments_of
 from .._sharding import parts, record, reductions
@@ -127,12 +127,12 @@ class StepInProgress:
 
         **Returns:**
 
-        Whether all gradients were finite, or else nothing has changed. `None` if that
-        was not asked.
+        Whether all gradients were as `all_finite` says, or else nothing has changed.
+        `None` if that was not asked.
         """
         shardings = [self.shardings[index] for index in grads]
         arrived = _as_typed([*grads.values()], shardings)
-        all_finite = self.all_finite(arrived, shardings, clip)
+        all_finite = self.all_finite([*grads], arrived, shardings, clip)
         steps = [
             self._leaf_step(
                 index,
@@ -208,19 +208,26 @@ class StepInProgress:
 
     def all_finite(
         self,
+        numbers: list[int],
         grads: list[Array],
         shardings: list[NamedSharding | None],
         clip: Clipping | None,
     ) -> Bool[Array, ""] | None:
-        """Whether all of these gradients are finite, which their norm tells if it is
-        known, and the learning rate and the weight decay. `None` if that was not
-        asked."""
+        """Whether all of these gradients are finite, and so are their squares, which
+        their norm tells if it is known; and the learning rate and the weight decay.
+        `None` if that was not asked. `numbers` are those of their leaves.
+
+        Nothing here depends on weights and moments: a step that is not taken leaves
+        these as they are, so that no later one would be taken either.
+        """
         if not self.settings.skip_nonfinite:
             return None
+        limits = [largest_gradient(self.leaves[i].value.dtype) for i in numbers]
         if clip is not None:
-            finite = clip.is_finite
+            finite = clip.is_finite & (clip.largest <= min(limits))
         else:
-            finite = reductions.all_finite(_as_typed(grads, shardings), shardings)
+            arrived = _as_typed(grads, shardings)
+            finite = reductions.all_within(arrived, limits, shardings)
         for rate in self.rates:
             if isinstance(rate, jax.Array):
                 finite = finite & jnp.isfinite(rate)

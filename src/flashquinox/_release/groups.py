@@ -119,6 +119,7 @@ class GroupedStep:
         found: AllFinite = [None for _ in self.groups]
         for group, numbers in self._divided([*grads]).items():
             found[group] = self.groups[group].all_finite(
+                [self.owners[number][1] for number in numbers],
                 [grads[number] for number in numbers],
                 [shardings[number] for number in numbers],
                 clip,

@@ -1,4 +1,4 @@
-"""Reductions over all gradients of a step: whether they are finite, and their norm.
+"""Reductions over all gradients of a step: whether a rule can take them, and their norm.
 
 Each device reduces its own parts, and one collective combines the results.
 """
@@ -17,38 +17,46 @@ from .._tile.clipping import Clipping, clipping, sums_of_squares
 from .parts import by_mesh, on_parts
 
 
-def all_finite(
-    grads: list[Array], shardings: list[NamedSharding | None]
+def all_within(
+    grads: list[Array], limits: list[float], shardings: list[NamedSharding | None]
 ) -> Bool[Array, ""]:
-    """Whether all gradients are finite on all devices. One collective for each mesh."""
-    finite = jnp.asarray(True)
+    """Whether all gradients are numbers of at most these magnitudes on all devices. One
+    collective for each mesh."""
+    within = jnp.asarray(True)
     for mesh, indices in by_mesh(shardings).items():
-        here = [grads[i] for i in indices]
+        here, most = [grads[i] for i in indices], tuple([limits[i] for i in indices])
         if mesh is None:
-            finite &= _all_finite(here)
+            within &= _all_within(most, here)
             continue
         specs = tuple(sharding.spec for i in indices if (sharding := shardings[i]))
-        finite &= _all_parts_finite(mesh, specs, here)
-    return finite
+        within &= _all_parts_within(mesh, specs, most, here)
+    return within
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _all_parts_finite(
-    mesh: Mesh | AbstractMesh, specs: tuple[PartitionSpec, ...], grads: list[Array]
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _all_parts_within(
+    mesh: Mesh | AbstractMesh,
+    specs: tuple[PartitionSpec, ...],
+    limits: tuple[float, ...],
+    grads: list[Array],
 ) -> Bool[Array, ""]:
     def everywhere(grads: list[Array]) -> Array:
-        finite = _all_finite(grads).astype(jnp.int32)
-        return lax.pmin(finite, tuple(meshes.free_axes(mesh)))
+        within = _all_within(limits, grads).astype(jnp.int32)
+        return lax.pmin(within, tuple(meshes.free_axes(mesh)))
 
     found = on_parts(everywhere, mesh, (list(specs),), PartitionSpec())(grads)
     return found.astype(bool)
 
 
-def _all_finite(grads: list[Array]) -> Bool[Array, ""]:
-    finite = jnp.asarray(True)
-    for grad in grads:
-        finite = finite & jnp.all(jnp.isfinite(grad))
-    return finite
+def _all_within(limits: tuple[float, ...], grads: list[Array]) -> Bool[Array, ""]:
+    within = jnp.asarray(True)
+    for grad, limit in zip(grads, limits, strict=True):
+        if limit < float(jnp.finfo(grad.dtype).max):
+            # Also false for NaN.
+            within = within & jnp.all(jnp.abs(grad) <= limit)
+        else:
+            within = within & jnp.all(jnp.isfinite(grad))
+    return within
 
 
 def clip(

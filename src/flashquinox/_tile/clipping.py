@@ -23,6 +23,8 @@ class Clipping(NamedTuple):
     factors: Factors
     # Whether all gradients are finite.
     is_finite: Bool[Array, ""]
+    # No gradient is larger once it is scaled.
+    largest: Scalar
 
     def factors_for(self, dtype: Any) -> Factors:
         """Those of gradients that are computed with in this dtype."""
@@ -86,4 +88,8 @@ def clipping(sums: Float[Array, "3"], max_norm: ScalarLike) -> Clipping:
         jnp.where(fits, 1.0, jnp.where(is_normal, product, half / its_unit)),
         jnp.where(fits | is_normal, 1.0, half * bound),
     )
-    return Clipping(factors, lax.is_finite(norm) & ~jnp.isnan(bound))
+    return Clipping(
+        factors,
+        lax.is_finite(norm) & ~jnp.isnan(bound),
+        jnp.minimum(norm * its_unit, bound),
+    )

@@ -195,6 +195,10 @@ def advance(
     if keep_unmoved:
         # Arithmetic flushes subnormals to zero and loses the sign of -0.
         new_master = jnp.where(new_master == master, master, new_master)
+    if scalars.take is not None:
+        # Gradients are ordinary numbers: what overflows is this weight alone.
+        largest = float(jnp.finfo(weight.dtype).max)
+        new_master = jnp.where(jnp.abs(new_master) <= largest, new_master, master)
 
     correction_dtype = None if correction is None else correction.dtype
     new_weight, new_correction = encode_weight(
