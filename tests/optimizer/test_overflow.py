@@ -4,15 +4,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 
 import flashquinox as fq
 
-from ..helpers import float64, tree_identical
-
-
-_RULES = ["adamw", "adamw-nesterov", "adan", "lion", "sgd-momentum", "sgd-nesterov"]
+from ..helpers import float64, slow, tree_identical
 
 
 #
@@ -20,7 +19,7 @@ _RULES = ["adamw", "adamw-nesterov", "adan", "lion", "sgd-momentum", "sgd-nester
 #
 
 
-@pytest.mark.parametrize("make", [fq.adamw, partial(fq.sgd, momentum=0.9)])
+@pytest.mark.parametrize("make", [fq.sgd, slow(fq.adamw)])
 def test_steps_of_too_large_gradients_are_skipped(make):
     """Also where they are clipped to something too large, not to an ordinary norm."""
     w = jnp.zeros((2, 32), jnp.bfloat16)
@@ -58,3 +57,57 @@ def test_a_weight_stays_in_the_range_of_its_dtype():
         assert moved[0].all() and not moved[-1, -1]
         assert np.all(float64(new)[~moved] == float64(before)[~moved])
     assert int(state.count) == 3
+
+
+@pytest.mark.parametrize("backend", [slow("gpu"), "tpu"])
+def test_kernels_keep_weights_in_range(backend):
+    """As plain XLA does."""
+    w = jnp.asarray(np.linspace(-3.3e38, 3.3e38, 32 * 128), jnp.bfloat16)
+    w = w.reshape(32, 128)
+    new = {}
+    for name in (backend, "xla"):
+        optim = fq.sgd(1e20, skip_nonfinite=True, backend=name)
+        new[name] = jax.jit(optim.step)(w, optim.init(w), jnp.full_like(w, 1e18))
+    assert tree_identical(*new.values())
+    moved = new["xla"][0] != w
+    assert np.isfinite(float64(new["xla"][0])).all() and 100 < moved.sum() < 4000
+
+
+#
+# Counts
+#
+
+
+_last = jnp.iinfo(jnp.int32).max
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        slow(partial(fq.adam, nesterov=True, storage=fq.Storage(moments="learned"))),
+        partial(
+            fq.sgd,
+            momentum=0.9,
+            dampening=0.5,
+            storage=fq.Storage(master_weight_bits=None, dither_weights=True),
+        ),
+        optax.inject_hyperparams(partial(fq.lion, weight_decay=0.1)),
+    ],
+    ids=["learned", "dithered", "injected"],
+)
+def test_counts_end_at_the_largest(make):
+    """The last step is taken again and again, as by Optax."""
+    w, grads = jnp.ones((2, 32), jnp.bfloat16), jnp.full((2, 32), 0.1, jnp.bfloat16)
+    schedule = lambda count: 0.1 * jnp.where(count >= 0, 1, jnp.nan)
+    optim = make(schedule)
+    update = jax.jit(optim.update)
+    state = jtu.tree_map(
+        lambda x: jnp.full_like(x, _last - 1) if x.dtype == jnp.int32 else x,
+        optim.init(w),
+    )
+    for _ in range(3):
+        updates, state = update(grads, state, w)
+        w = optax.apply_updates(before := w, updates)
+        counts = [x for x in jtu.tree_leaves(state) if x.dtype == jnp.int32]
+        assert counts and all(int(x) == _last for x in counts)
+        assert np.all((float64(w) < float64(before)) & np.isfinite(float64(w)))

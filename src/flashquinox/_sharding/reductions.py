@@ -1,4 +1,4 @@
-"""Reductions over all gradients of a step: whether a rule can take them, and their norm.
+"""Reductions over all gradients of a step: whether a rule can take them, their norm.
 
 Each device reduces its own parts, and one collective combines the results.
 """
