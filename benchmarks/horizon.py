@@ -26,7 +26,8 @@ Rows (--rows):
 - small: elements of a hundredth to a hundred-thousandth of their group's largest: which
   share of Optax's way they cover in 2,000 steps, and the largest update in learning
   rates;
-- long: 100,000 steps of AdamW with gradients over three decades in each group;
+- long: 100,000 steps of AdamW with gradients over three decades in each group, and of
+  SGD with small elements;
 - returns: elements that get gradients again after 1,000 steps without, and elements
   whose gradients shrink to a thousandth.
 
@@ -38,8 +39,8 @@ All rows take minutes on a GPU, and longer on a CPU.
 """
 
 import argparse
-import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -52,9 +53,17 @@ from _command_line import (
     write_json,
 )
 from _elements import Contender
-from _horizon_rows import Figure, ROWS, Setup
+from _horizon_figures import Figure, Setup
+from _horizon_groups import returns, small, stops
+from _horizon_long import long
+from _horizon_models import pruned, vanished
 
 import flashquinox as fq
+
+
+ROWS: dict[str, Callable[[Setup], Iterator[Figure]]] = {
+    row.__name__: row for row in (stops, pruned, vanished, small, long, returns)
+}
 
 
 def contenders(moments: list[str | tuple[str, str]]) -> dict[str, Contender]:
@@ -200,11 +209,7 @@ def main() -> None:
         versions=there,
         seconds=seconds,
         storage={name: repr(chosen[name].storage) for name in names[1:]},
-        figures=[
-            dataclasses.asdict(figure)
-            | {"met": {n: x for n in names if (x := figure.is_met(n)) is not None}}
-            for figure in figures
-        ],
+        figures=[figure.record() for figure in figures],
     )
 
 
