@@ -134,9 +134,7 @@ _WRAPPERS = {
     "inject_hyperparams": lambda _: optax.inject_hyperparams(fq.sgd)(
         0.1, storage=_storage(24)
     ),
-    "MultiSteps": lambda _: optax.MultiSteps(
-        _sgd(24), every_k_schedule=2
-    ).gradient_transformation(),
+    "MultiSteps": lambda _: optax.MultiSteps(_sgd(24), every_k_schedule=2),
     "partition": _partition,
     # Its state holds the weights too.
     "schedule_free": lambda _: optax.chain(

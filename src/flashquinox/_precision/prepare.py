@@ -45,7 +45,7 @@ def prepare(
 @overload
 def prepare(
     model: Model,
-    optim: optax.GradientTransformation | Callable[[Model], PyTree],
+    optim: optax.GradientTransformation | optax.MultiSteps | Callable[[Model], PyTree],
     dtype: DTypeLike = ...,
     keep: Selectors = ...,
     *,
@@ -56,7 +56,7 @@ def prepare(
 
 def prepare(
     model: Model,
-    optim: optax.GradientTransformation | Callable[[Model], PyTree],
+    optim: optax.GradientTransformation | optax.MultiSteps | Callable[[Model], PyTree],
     dtype: DTypeLike = jnp.bfloat16,
     keep: Selectors = None,
     *,
@@ -141,7 +141,8 @@ def prepare(
         weights[i] = weight
     new = rebuild(weights)
     del leaves, rebuild, weights
-    state = optim.init(new) if isinstance(optim, _IS_OPTIMIZER) else optim(new)
+    init: Any = getattr(optim, "init", optim)
+    state = init(new)
     _check_has_state(state)
     opened = open_states(_CALL, new, state)
 
@@ -161,9 +162,6 @@ def prepare(
         to_spread = [i for i in without if opened.corrections[i] is not None]
         _check_has_effect(jnp.dtype(dtype), without, to_spread)
     return with_encoded(_CALL, opened, [*split, *to_spread], encode)
-
-
-_IS_OPTIMIZER = optax.GradientTransformation
 
 
 def _is_narrow(x: Any) -> bool:
@@ -187,12 +185,12 @@ def _spread(leaf: Leaf, zeros: Any, index: int) -> Any:
 
 
 def _check_optimizer(model: Any, optim: Any) -> None:
-    if isinstance(model, _IS_OPTIMIZER):
+    if isinstance(model, optax.GradientTransformation):
         raise TypeError(
             f"`{_CALL}(model, optim)`: an optimizer came where the model belongs: the "
             "model comes first."
         )
-    if not isinstance(optim, _IS_OPTIMIZER) and not callable(optim):
+    if not callable(getattr(optim, "init", optim)):
         raise TypeError(
             f"`{_CALL}(model, optim)` takes an optimizer, such as "
             "`flashquinox.adamw(1e-3)`, or a function from the cast model to the "
