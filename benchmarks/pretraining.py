@@ -277,7 +277,9 @@ class Record:
         if path is None:
             return
         record = {
-            "command": " ".join(["benchmarks/pretraining.py", *sys.argv[1:]]),
+            "command": " ".join(
+                ["benchmarks/pretraining.py", *map(_name, sys.argv[1:])]
+            ),
             "versions": self.versions,
             "task": self.task,
             "summary": summarize(self, interval),
@@ -288,6 +290,11 @@ class Record:
         new = path.with_name(f"{path.name}.new")
         new.write_text(json.dumps(record, indent=1) + "\n")
         new.replace(path)
+
+
+def _name(argument: str) -> str:
+    """Of a path, the name alone: folders are those of one machine."""
+    return argument.rpartition("/")[2]
 
 
 def summarize(record: Record, interval: float) -> list[dict[str, Any]]:
