@@ -38,6 +38,18 @@ class Figure:
             "met": judged,
         }
 
+    @staticmethod
+    def of_record(record: dict[str, Any]) -> "Figure":
+        reach = record["reach"]
+        return Figure(
+            record["row"],
+            record["case"],
+            record["measure"],
+            None if reach is None else tuple(reach),
+            {name: float(x) for name, x in record["values"].items()},
+            {k: (float(x), float(y)) for k, (x, y) in record["ranges"].items()},
+        )
+
     def add(self, contender: Contender, values: np.ndarray) -> "Figure":
         """The mean of these, and their range."""
         return self.put(contender, np.mean(values), values)

@@ -3,6 +3,7 @@ largest of their group, that return, and that shrink.
 
     python benchmarks/horizon.py
     python benchmarks/horizon.py --rows stops,small --moments learned sqrt/flashquinox
+    python benchmarks/horizon.py --page benchmarks/results/horizon-h100.json
 
 Columns:
 
@@ -35,10 +36,13 @@ A star marks what misses the bound of its line; brackets hold the smallest and t
 largest of elements or seeds. The error of the next update and the largest update of a
 model in training are in `benchmarks/quality.py`.
 
-All rows take minutes on a GPU, and longer on a CPU.
+All rows take minutes on a GPU, and longer on a CPU. --page prints, of figures that
+--json has written, the table of the page "How it works".
 """
 
 import argparse
+import json
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,6 +61,7 @@ from _horizon_figures import Figure, Setup
 from _horizon_groups import returns, small, stops
 from _horizon_long import long
 from _horizon_models import pruned, vanished
+from _horizon_page import page_table
 
 import flashquinox as fq
 
@@ -165,12 +170,34 @@ def parse_arguments() -> argparse.Namespace:
         help="a tenth of the steps (row long: a hundredth) and no bounds, to see that "
         "all rows work",
     )
+    parser.add_argument(
+        "--page",
+        type=pathlib.Path,
+        metavar="JSON",
+        help="print the table of the documentation, of the figures in this file",
+    )
     parser.add_json()
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.page is not None and not arguments.page.is_file():
+        parser.error(f"--page: no such file: {arguments.page}")
+    return arguments
+
+
+# Of the table of the documentation.
+_TITLES = {
+    "optax": "float32",
+    "default": "**default**",
+    "flashoptim": "the paper's codec",
+    "bf16": "bfloat16 weights",
+}
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.page is not None:
+        records = json.loads(arguments.page.read_text())["figures"]
+        print(page_table([Figure.of_record(x) for x in records], _TITLES))
+        return
     there = versions("jax", "jaxlib", "optax", "equinox", "flashquinox")
     device = jax.devices()[0].device_kind
     print(f"{device}, " + ", ".join(f"{k} {v}" for k, v in there.items()))

@@ -95,8 +95,8 @@ def _scan(rule: str, decay: jax.Array, storage: fq.Storage) -> Any:
     is_moment = lambda x: isinstance(x, fq.QuantMoment)
     moments = jtu.tree_leaves(state, is_leaf=is_moment)
     axes = [x.axis for x in moments if is_moment(x)]
-    expected = [axis for _, axis in map(_leaves(storage.group_size).get, sorted(exact))]
-    assert axes == expected * (len(axes) // 3)
+    leaves = _leaves(storage.group_size)
+    assert axes == [leaves[k][1] for k in sorted(leaves)] * (len(axes) // len(leaves))
 
     def step(carry: Any, t: jax.Array) -> tuple[Any, None]:
         model, state, exact, exact_state = carry
