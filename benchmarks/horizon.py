@@ -119,7 +119,7 @@ def print_figure(figure: Figure, names: list[str]) -> None:
     reach = ""
     if figure.reach is not None:
         low, high = figure.reach
-        reach = f"<= {high:g}" if low == 0 else f"{low:g} to {high:g}"
+        reach = f"<= {high:.3g}" if low == 0 else f"{low:.3g} to {high:.3g}"
     print(f"  {figure.measure:44}{reach:>14}{''.join(cells)}".rstrip(), flush=True)
 
 
