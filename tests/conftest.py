@@ -1,4 +1,10 @@
+import collections
+import gc
+import itertools
 import os
+import shutil
+import tempfile
+import zlib
 
 
 # The TPU compiler may be installed where there is no TPU: JAX must not look for one,
@@ -18,6 +24,16 @@ os.environ.setdefault("PJRT_NPROC", "32")
 # Nor is there a TPU that two processes could want at the same time.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
+# Programs that were compiled in this run, which its processes share: several test files,
+# and the programs that tests start, take the same steps. The first process makes the
+# folder, and removes it.
+_programs = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="flashquinox-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import hypothesis
 import jax
 import jaxtyping
@@ -26,6 +42,10 @@ import pytest
 
 # For tests of sharding. All others see the first.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# By default, Python looks through millions of objects of JAX for garbage every few
+# hundred allocations of a trace: a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 # A library must not lean on implicit promotion: both are errors here.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -45,3 +65,59 @@ def without_typechecker():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--half",
+        choices=["first", "second"],
+        help="Of tests that are marked as `product`, half of the cases: CI runs one "
+        "half on each of two Pythons.",
+    )
+
+
+# After cases that are slow were left out.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    half = config.getoption("half")
+    if half is None:
+        return
+    groups = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("product") and hasattr(item, "callspec"):
+            # Each kernel on both.
+            kernel = item.callspec.params.get("backend")
+            groups[item.nodeid.split("[")[0], kernel].append(item)
+    left_out = set()
+    for group in groups.values():
+        left_out.update(itertools.compress(group, _is_left_out(group, half)))
+    config.hook.pytest_deselected(items=[x for x in items if x in left_out])
+    items[:] = [x for x in items if x not in left_out]
+
+
+def _is_left_out(group, half):
+    """Of the cases of one test. Of each two, one is in the first half, so that values
+    of options are in both as often as can be. A single case is in both."""
+    if len(group) == 1:
+        return [False]
+    # How many more cases of this value are in the first half.
+    surplus = collections.Counter()
+    values = [item.callspec.id.split("-") for item in group]
+    of = lambda i: sum(surplus[value] for value in values[i])
+    # A test with two cases has its first one in either half.
+    tie = zlib.crc32(group[0].nodeid.encode()) % 2 == 0
+    result = []
+    for i in range(len(group)):
+        if i % 2 == 0:
+            other = of(i + 1) if i + 1 < len(group) else 0
+            first = tie if of(i) == other else of(i) < other
+        else:
+            first = not first
+        surplus.update({value: 1 if first else -1 for value in values[i]})
+        result.append(first != (half == "first"))
+    return result
+
+
+def pytest_unconfigure():
+    if _programs is not None:
+        shutil.rmtree(_programs, ignore_errors=True)

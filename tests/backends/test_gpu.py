@@ -53,6 +53,7 @@ _QUICK = [
 ]
 
 
+@pytest.mark.product
 @parametrize_cases(quick=_QUICK.__contains__)
 def test_interpreted_kernel_is_plain_xla(case):
     dtype = case.storage.dtype
@@ -63,6 +64,7 @@ def test_interpreted_kernel_is_plain_xla(case):
     run("gpu", make, arrays(shapes, dtype, 0), grads)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, leaf",
     [("adamw", "narrow"), ("lion", "stack"), slow("adamw", "stack")],
@@ -75,6 +77,7 @@ def test_groups_along_rows(name, leaf):
     run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads, groups_of="tpu")
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, bits",
     [
@@ -92,6 +95,7 @@ def test_updates(name, bits):
     run("gpu", make, params, grads, method="update")
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, group_size", [("lion", 16), ("lion", 48), ("adamw", 128)]
 )
@@ -121,6 +125,7 @@ def test_leaves_with_and_without_decay():
     run("gpu", make, params, [grads])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", [fq.lion, slow(fq.adamw)])
 def test_ensembles(make):
     run_ensemble("gpu", _ENSEMBLE, make)
@@ -176,6 +181,7 @@ _LOWERED = [
 ]
 
 
+@pytest.mark.product
 @parametrize_cases(
     lambda case: case.name == "adamw" or case.storage == _ours,
     quick=_LOWERED.__contains__,
@@ -187,6 +193,7 @@ def test_lowers_for_cuda(case):
     assert _kernels(optim, params) == 1
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("moments", ["log", "learned"])
 def test_curves_lower_for_cuda(moments):
     params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))

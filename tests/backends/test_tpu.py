@@ -62,6 +62,7 @@ _QUICK = [
 ]
 
 
+@pytest.mark.product
 @parametrize_cases(_supported, quick=_QUICK.__contains__)
 def test_interpreted_kernel_is_plain_xla(case):
     dtype = case.storage.dtype
@@ -71,6 +72,7 @@ def test_interpreted_kernel_is_plain_xla(case):
     run("tpu", make, arrays(shapes, dtype, 0), grads)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, blocks",
     [
@@ -119,6 +121,7 @@ def test_groups_run_along_rows():
     assert len(moments) == 4 and all(moment.axis == -2 for moment in moments)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, shape",
     [
@@ -144,6 +147,7 @@ def _assert_odd_shape(name: str, shape: tuple[int, ...]) -> None:
     run("tpu", make, arrays({"leaf": shape}, jnp.bfloat16, 0), grads)
 
 
+@pytest.mark.product
 @_needs_views
 @parametrize_cases(
     lambda case: _supported(case) and case.name in ("adamw", "lion", "sgd"),
@@ -173,6 +177,7 @@ def _assert_only_words(case: Case, shapes) -> None:
         run("tpu", make, arrays(shapes, case.storage.dtype, 0), grads)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name, group_size", [("adamw", 64), ("lion", 128)])
 def test_other_groups(name, group_size):
     shapes = {"leaf": (128, 64)}
@@ -181,6 +186,7 @@ def test_other_groups(name, group_size):
     run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, bits",
     [
@@ -227,6 +233,7 @@ def test_a_rule_of_the_user():
     run("tpu", make, arrays(_GROUP, jnp.bfloat16, 0), grads)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name, method", [("adamw", "step"), ("sgd", "update")])
 def test_nonfinite_steps_are_skipped(name, method):
     """Also if what is not finite is in a leaf that no kernel takes."""
@@ -432,6 +439,7 @@ _MORE_COMPILED += [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "chip, variant, shape",
     [*_COMPILED, *(slow(*x) for x in _MORE_COMPILED)],
@@ -488,6 +496,7 @@ def test_compiles_what_lies_transposed(shape, variant):
     assert compiled.memory_analysis().temp_size_in_bytes < math.prod(shape)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "chip, method",
     [

@@ -119,6 +119,7 @@ def _raises(call, *parts):
 #
 
 
+@pytest.mark.product
 @parametrize_cases(lambda case: case.name == "adamw")
 def test_every_storage(case, tmp_path):
     model = case.weights()
@@ -426,6 +427,7 @@ def test_relative_directory(tmp_path, monkeypatch):
 #
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "old,new",
     [

@@ -58,6 +58,7 @@ _decode = eqx.filter_jit(lambda stored: stored.decode())
 #
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [24, 32])
 @hp.settings(max_examples=15)
@@ -212,6 +213,7 @@ def _assert_same_values(found, expected):
         assert tree_identical(np.asarray(x), np.asarray(y))
 
 
+@pytest.mark.product
 @_types
 def test_master_weights_on_many_devices(kind):
     mesh, optim = _mesh(kind), fq.sgd(1e-2, storage=fq.Storage(master_weight_bits=32))
@@ -434,6 +436,7 @@ def _assert_close(found, expected):
         assert np.allclose(x, y, rtol=2**-19, atol=0)
 
 
+@pytest.mark.product
 @_each
 def test_training_goes_on_from_optax_and_back(name):
     """Without compression, as if nothing had been: to the roundings of a step."""
@@ -456,6 +459,7 @@ def test_training_goes_on_from_optax_and_back(name):
         assert np.max(np.abs(float64(x) - float64(y))) <= 1e-6
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("moments", ["flashquinox", "flashoptim", "learned", "log"])
 def test_moments_are_rounded_once(moments):
     theirs = optax.adamw(1e-2)
@@ -592,6 +596,7 @@ def test_count_of_sgd():
         assert int(exchange.from_optax(optax_state, target).count) == count
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "kind, moments",
     [
@@ -811,6 +816,7 @@ def _at(tree, name):
     return tree["out"] if name == "out.weight" else getattr(tree["fc"], name[3:])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("optimizer", _TORCH_MOMENTS)
 @pytest.mark.parametrize("by_name", [False, True])
 def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
@@ -841,6 +847,7 @@ def test_flashoptim_bit_by_bit(optimizer, by_name, tmp_path):
             assert np.allclose(decoded, exact, rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "moments, compressed",
     [(name, True) for name in ("flashquinox", "learned", "float32")]
@@ -976,6 +983,7 @@ def plain_and_compressed():
     return plain, eqx.filter_jit(fq.from_master_weights)(params, model, state)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("format", ["equinox", "orbax"])
 def test_checkpoints_are_less_than_half(format, plain_and_compressed, tmp_path):
     """Of those of float32 AdamW, as files."""

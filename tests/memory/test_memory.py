@@ -204,6 +204,7 @@ _OPTIMIZERS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "optimizer, name, devices",
     [
@@ -242,6 +243,7 @@ _OTHERS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.filterwarnings("ignore:.*hold no whole groups")
 @pytest.mark.parametrize(
     "name, devices",

@@ -90,6 +90,7 @@ _WRAPPERS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", _WRAPPERS)
 def test_ordinary_steps_pass(name):
     method = "step" if name == "step" else "update"
@@ -120,6 +121,7 @@ def _plateau(optim):
     return optax.chain(optim, plateau)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -61,6 +61,7 @@ _encode = jax.jit(lambda moment, values: moment.encode(values))
 _decode = jax.jit(lambda moment: moment.decode())
 
 
+@pytest.mark.product
 def test_encode_is_nearest_and_keeps_the_form(trained):
     _, _, state = trained
     rng = np.random.default_rng(1)
@@ -86,6 +87,7 @@ def test_encode_is_nearest_and_keeps_the_form(trained):
         assert np.all(np.asarray(_decode(nothing))[:, 0] <= np.max(values) * 2.0**-15)
 
 
+@pytest.mark.product
 def test_encode_under_vmap_and_sharded(trained):
     optim, model, state = trained
     models = jtu.tree_map(lambda x: jnp.asarray(np.stack([x, x])), model)
@@ -284,6 +286,7 @@ def test_reset_neurons_train_as_in_optax(trained):
             assert np.max(np.abs(got)) <= 1.05 * np.max(np.abs(want))
 
 
+@pytest.mark.product
 def test_grown_rows(trained):
     # Two more neurons, as of a vocabulary: new rows begin at zero, old ones go on.
     optim, model, state = trained

@@ -79,6 +79,7 @@ def _is_quick_step(case: Case) -> bool:
     return is_quick(case._replace(name=swapped.get(case.name, case.name)))
 
 
+@pytest.mark.product
 @parametrize_cases(quick=_is_quick_step)
 def test_every_step_is_exact_but_for_one_rounding(case):
     """From the weights and moments as they are stored, a step in float64; what is
@@ -152,6 +153,7 @@ def _assert_initial(case, params, state):
         assert np.array_equal(float64(masters[name]), float64(x))
 
 
+@pytest.mark.product
 @parametrize_cases(
     lambda case: (
         case.storage in (_ours, _float32, Storage(jnp.bfloat16, 32, "float32"))
@@ -216,6 +218,7 @@ def test_dampening(momentum, nesterov):
     np.testing.assert_allclose(float64(w["matrix"]), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "make, group_size, names",
     [
@@ -289,6 +292,7 @@ _WIDTHS = [
 ]
 
 
+@pytest.mark.product
 @parametrize_cases(
     quick=lambda case: (
         case.name in ("adamw", "adam", "lion", "sgd", "sgdw")
@@ -473,6 +477,7 @@ def _specials(dtype) -> jax.Array:
     return jnp.asarray(np.concatenate([values, -values]))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "make, dtype, bits",
     [
@@ -540,6 +545,7 @@ def test_damage_stays_in_its_leaf():
 #
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, form",
     [
@@ -679,6 +685,7 @@ def test_bytes_per_parameter(optim, expected, shape):
 #
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name",
     [
@@ -712,6 +719,7 @@ def test_float64(name):
             np.testing.assert_allclose(w[key], exact[key], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "make, moments",
     [
@@ -738,6 +746,7 @@ def test_float64_beside_bfloat16(make, moments):
 #
 
 
+@pytest.mark.product
 @parametrize_cases(
     lambda case: (
         case.name in ("adamw", "sgd-momentum") and case.storage.dtype == jnp.bfloat16

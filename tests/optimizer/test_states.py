@@ -132,6 +132,7 @@ def test_master_weights(cases, name):
         assert tree_identical(jitted, expected)
 
 
+@pytest.mark.product
 @_each
 def test_from_master_weights(cases, name):
     model, state = cases[name]
@@ -149,6 +150,7 @@ def test_from_master_weights(cases, name):
         assert tree_identical(one.count, old.count)
 
 
+@pytest.mark.product
 @_each
 def test_widths(cases, name):
     model, state = cases[name]

@@ -157,6 +157,7 @@ def test_statistics_beside_parts_without_arrays():
     assert isinstance(fq.cast([norm], jnp.bfloat16)[0], fq.Float32Layer)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "mode, affine",
     [("ema", True), ("batch", False), slow("ema", False), slow("batch", True)],
@@ -327,6 +328,7 @@ _WIDTHS = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype, bits, digits", _WIDTHS)
 @pytest.mark.parametrize("largest", [1.0, 1.5, 0.0078125, 3.0])
 def test_what_is_lost_does_not_move(dtype, bits, digits, largest):
@@ -406,6 +408,7 @@ def test_widening_is_exact(dtype):
     )
 
 
+@pytest.mark.product
 @_narrow_dtypes
 def test_narrowing_is_within_a_unit(dtype):
     model, state = _split(dtype, 32)

@@ -101,6 +101,7 @@ _QUICK = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, narrow",
     [

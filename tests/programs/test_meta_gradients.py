@@ -94,6 +94,7 @@ def _assert_close(found, expected, rtol=1e-3):
         assert np.all(np.abs(x - y) <= rtol * np.max(np.abs(y), initial=1e-30))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "name, backend, method",
     [
@@ -234,6 +235,7 @@ _CODED = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", _CODED)
 def test_codes_have_no_derivatives(name, without_typechecker):
     dtype, storage, parts = _CODED[name]

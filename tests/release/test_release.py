@@ -209,6 +209,7 @@ def _case_id(value) -> str:
     return value.name if isinstance(value, Case) else "odd" if value else "plain"
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "case, odd",
     [*_CASES, *(slow(*x) for x in _SLOW_CASES)],
@@ -244,6 +245,7 @@ def _train_both(case: Case, odd: bool) -> list[str]:
     return _differences(*reversed(results))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("types", ["Auto", "Explicit"])
 def test_on_many_devices(types, plain_processor):
     assert plain_processor.submit(_train_both_on_many, types).result() == []

@@ -127,6 +127,7 @@ _FUNCTIONS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 @pytest.mark.parametrize("functions", _FUNCTIONS)
 def test_kernels_take_functions_of_every_kind(functions, backend):
@@ -173,6 +174,7 @@ def test_moments_of_such_rules_can_be_learned():
 #
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["rounded_quotient", "rounded_root", "byte_times"])
 def test_replaceable_functions_are_ordinary_ones(name):
     function = getattr(arithmetic, name)

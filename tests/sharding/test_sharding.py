@@ -147,6 +147,7 @@ _NAMES = {
 }
 
 
+@pytest.mark.product
 @_parametrize_pairs(
     "layout",
     [
@@ -201,6 +202,7 @@ def _is_divided(found, shardings):
                 assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "case",
     [
@@ -223,6 +225,7 @@ def test_optimizers(case):
     _assert_equal(found, expected)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "backend, make, types, layout",
     [
@@ -251,6 +254,7 @@ def test_kernels(backend, make, types, layout):
 #
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "types, step",
     [
@@ -591,6 +595,7 @@ def test_filter_jit_and_scan(types):
     _assert_equal(train(model, state), _on_one_device(3, _PAIR))
 
 
+@pytest.mark.product
 @_parametrize_pairs("wrap", [("nothing", "auto"), ("MultiSteps", "explicit")])
 def test_updates(wrap, types):
     """Bit for bit: these compute nothing over all devices."""

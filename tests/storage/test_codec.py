@@ -81,6 +81,7 @@ def _largest(layout: Layout, x: np.ndarray) -> np.ndarray:
     return of_elements(layout, jnp.max(tile, axis=layout.tile_axis))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "codec",
     [_ours["signed"], fq.SoftsignCodec(scale_mantissa_bits=7)],
@@ -105,6 +106,7 @@ def test_signed_error_is_at_most_half_a_code(codec, moments, count):
     assert np.all(np.abs(decoded - m) <= half * scale * largest * (1 + 2**-14))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "codec",
     [
@@ -208,6 +210,7 @@ def test_equal_elements_are_kept(codec, bound):
         assert np.max(np.abs(float64(decoded) / x - 1)) <= bound + 2**-21
 
 
+@pytest.mark.product
 @_kinds
 @pytest.mark.parametrize(
     "name",

@@ -74,6 +74,7 @@ _LAYOUTS = {
 }
 
 
+@pytest.mark.product
 @_kinds
 @pytest.mark.parametrize("name", _CURVES)
 def test_codes_are_rounded_once(kind, name):
@@ -175,6 +176,7 @@ def test_wrong_kinds():
 _LEAF = {"leaf": (32, 128)}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "backend, moments",
     [
@@ -223,6 +225,7 @@ def _with_moments(state, count: int, parameters=()):
     return dataclasses.replace(state, moments=moments, steps=steps)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "backend, make, leaves",
     [

@@ -96,6 +96,7 @@ _optimizer = ft.partial(fq.adamw, 1e-2, storage=fq.Storage(moments=_CODECS))
 _SHAPES = {"matrix": (64, 128), "rows": (2, 32, 96)}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["signed", "nonnegative"])
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_codes_are_rounded_once(kind, axis):

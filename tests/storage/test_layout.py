@@ -137,6 +137,7 @@ _QUICK = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "shape, moments",
     [
