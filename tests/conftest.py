@@ -24,16 +24,6 @@ os.environ.setdefault("PJRT_NPROC", "32")
 # Nor is there a TPU that two processes could want at the same time.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
-# Programs that were compiled in this run, which its processes share: several test files,
-# and the programs that tests start, take the same steps. The first process makes the
-# folder, and removes it.
-_programs = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _programs = tempfile.mkdtemp(prefix="flashquinox-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import hypothesis
 import jax
 import jaxtyping
@@ -46,6 +36,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 # By default, Python looks through millions of objects of JAX for garbage every few
 # hundred allocations of a trace: a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
+
+# Programs that were compiled in this run, which its processes share: several test files,
+# and the programs that tests start, take the same steps. The first process makes the
+# folder, and removes it.
+_programs = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="flashquinox-tests-")
+    for _name, _value in {
+        "jax_compilation_cache_dir": _programs,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(_name, _value)
+        os.environ[_name.upper()] = str(_value)
 
 # A library must not lean on implicit promotion: both are errors here.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -107,12 +111,13 @@ def _is_left_out(group, half):
     # A test with two cases has its first one in either half.
     tie = zlib.crc32(group[0].nodeid.encode()) % 2 == 0
     result = []
+    first = False
     for i in range(len(group)):
-        if i % 2 == 0:
+        if i % 2 == 1:
+            first = not first
+        else:
             other = of(i + 1) if i + 1 < len(group) else 0
             first = tie if of(i) == other else of(i) < other
-        else:
-            first = not first
         surplus.update({value: 1 if first else -1 for value in values[i]})
         result.append(first != (half == "first"))
     return result
