@@ -37,9 +37,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 # hundred allocations of a trace: a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 
-# Programs that were compiled in this run, which its processes share: several test files,
-# and the programs that tests start, take the same steps. The first process makes the
-# folder, and removes it.
+# Compiled programs, which the processes of this run share: several test files, and the
+# programs that tests start, take the same steps. The first process makes the folder,
+# and removes it.
 _programs = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="flashquinox-tests-")
