@@ -16,7 +16,7 @@ from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
 from .._storage.learned_codec import AbstractLearnedCodec, AbstractLearner, Observation
-from .._tile.tile import StepScalars, StepStructure, TileState
+from .._tile.tile import StepScalars, StepStructure, TileState, with_roots
 from .interpreter.arithmetic import Arithmetic
 
 
@@ -73,7 +73,7 @@ def observe(
         assert isinstance(codec, AbstractLearnedCodec)
 
         def update(x: Array, name: str = name) -> Array:
-            known = moments | {name: x}
+            known = with_roots(structure, moments | {name: x})
             operands = (nothing, nothing, known, scalars.rule)
             # The operations alone: functions with a `custom_vjp` have no forward
             # derivative.

@@ -14,10 +14,12 @@ from .._common.errors import CheckpointError
 from .._storage.codec import AbstractMomentCodec
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
+from .earlier import earlier_codec
 
 
 FORMAT = "flashquinox checkpoint"
-FORMAT_VERSION = 1
+# Of version 2 are moments that are relative to others.
+FORMAT_VERSION, _READABLE = 2, (1, 2)
 
 
 def make(
@@ -44,6 +46,7 @@ def make(
                 "codec": codec_name(moment.codec),
                 "axis": moment.axis,
                 "group_size": moment.group_size,
+                "relative_to": moment.relative_to,
             }
             for name, moment in moments.items()
         },
@@ -96,12 +99,13 @@ def contents(
             f"`Checkpoints` when it was saved. {remedy}"
         )
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in _READABLE or isinstance(version, bool):
         raise CheckpointError(
             f"`{call}`: {where} has format version {version!r:.20}, written by "
             f"flashquinox {manifest.get('flashquinox_version')!s:.20}; this is "
-            f"flashquinox {library_version}, which reads format version "
-            f"{FORMAT_VERSION}. Install the version of flashquinox that wrote it."
+            f"flashquinox {library_version}, which reads format versions "
+            f"{' and '.join(map(str, _READABLE))}. Install the version of flashquinox "
+            "that wrote it."
         )
     found = manifest.get("contents")
     writer = manifest.get("flashquinox_version")
@@ -187,36 +191,39 @@ def check(
     stored_moments: dict[str, Any],
     arrays: dict[str, Any],
     moments: dict[str, QuantMoment],
-) -> set[str]:
+) -> dict[str, AbstractMomentCodec]:
     """Compares the arrays and moments of a manifest with those to restore to.
 
     **Returns:**
 
-    The names of the moments that must be encoded again, because their groups differ.
+    For each moment that must be encoded again, because its groups differ or an earlier
+    version stored it otherwise, the codec that it was stored by.
 
     **Raises:**
 
     `CheckpointError` for the first leaf that does not fit.
     """
-    regrouped = set()
+    regrouped: dict[str, AbstractMomentCodec] = {}
     for name in [*moments, *stored_moments]:
         has = name in moments or name in arrays
         if not has or not (name in stored_moments or name in stored):
             # Its arrays are missing on one side: see below.
             continue
-        wanted = _codec_of(moments.get(name))
+        moment = moments.get(name)
+        wanted = form_of(moment)
         found = stored_moments.get(name, {"codec": "FullPrecision()"})
-        if found["codec"] != wanted:
+        form = found["codec"], found.get("relative_to")
+        if form != wanted and (moment is None or form != earlier_form(moment)):
             raise CheckpointError(
-                f"`{call}`: in {where}, `{name}` was stored by {found['codec']}; the "
-                f"state to restore to uses {wanted}. Make that state with the "
-                "`Storage(moments=...)` of the checkpoint."
+                f"`{call}`: in {where}, `{name}` was stored by {_form_text(form)}; the "
+                f"state to restore to uses {_form_text(wanted)}. Make that state with "
+                "the `Storage(moments=...)` of the checkpoint."
             )
-        if name in moments:
-            moment = moments[name]
+        if moment is not None:
             layout = (found["axis"], found["group_size"])
-            if layout != (moment.axis, moment.group_size):
-                regrouped.add(name)
+            if form != wanted or layout != (moment.axis, moment.group_size):
+                is_now = form == wanted
+                regrouped[name] = moment.codec if is_now else earlier_codec(moment)
 
     for name in (name for name in arrays if name not in stored):
         raise CheckpointError(
@@ -228,17 +235,22 @@ def check(
             f"`{call}`: {where} has {_text(stored[name])} at `{name}`, where the trees "
             f"to restore to have no array.{_hint(name)}"
         )
-    scales = {f"{name}.scales" for name in regrouped}
+    scales = {f"{name}.scales": _scale_dtype(x) for name, x in regrouped.items()}
     for name, x in arrays.items():
         found, wanted = stored[name], _description(x)
-        if found["dtype"] != wanted["dtype"] or (
-            found["shape"] != wanted["shape"] and name not in scales
-        ):
+        if name in scales:
+            wanted = {"shape": found["shape"], "dtype": scales[name]}
+        if any(found[key] != wanted[key] for key in wanted):
             raise CheckpointError(
                 f"`{call}`: {where} has {_text(found)} at `{name}`, where the trees to "
                 f"restore to have {_text(wanted)}.{_hint(name)}"
             )
     return regrouped
+
+
+def _scale_dtype(codec: AbstractMomentCodec) -> str:
+    assert codec.dtypes is not None
+    return str(np.dtype(codec.dtypes[1]))
 
 
 def _description(x: Any) -> dict[str, Any]:
@@ -273,8 +285,21 @@ def _hint(name: str) -> str:
     )
 
 
-def _codec_of(moment: QuantMoment | None) -> str:
-    return "FullPrecision()" if moment is None else codec_name(moment.codec)
+def form_of(moment: QuantMoment | None) -> tuple[str, str | None]:
+    """The codec of a moment, and what it is relative to."""
+    if moment is None:
+        return "FullPrecision()", None
+    return codec_name(moment.codec), moment.relative_to
+
+
+def earlier_form(moment: QuantMoment) -> tuple[str, str | None]:
+    """The same as an earlier version had it."""
+    return codec_name(earlier_codec(moment)), None
+
+
+def _form_text(form: tuple[str, str | None]) -> str:
+    codec, base = form
+    return codec if base is None else f"{codec} relative to {base!r}"
 
 
 def codec_name(codec: AbstractMomentCodec) -> str:

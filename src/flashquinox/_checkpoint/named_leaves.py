@@ -77,6 +77,12 @@ def parts(moment: str) -> tuple[str, str]:
     return f"{moment}.codes", f"{moment}.scales"
 
 
+def base_of(moment: str, name: str) -> str:
+    """The name of the moment of this name, of the leaf of another moment."""
+    head, dot, path = moment.rpartition(".moments[")
+    return f"{head}{dot}{name!r}]{path.partition(']')[2]}"
+
+
 def checksums_of(names: Iterable[str]) -> dict[str, str]:
     """For each of these arrays that is the checksum of a weight in an optimizer state,
     the name of that weight."""

@@ -14,11 +14,19 @@ from .._common.placement import compute_like, no_mesh
 from .._common.target import Target
 from .._model.trees import is_array
 from .._optimizer.checksums import checksums
-from .._storage.quant_moment import QuantMoment
+from .._storage.codec import AbstractMomentCodec
+from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.regroup import regroup
 from .._storage.split import decode_weight
 from . import manifests
-from .named_leaves import checksums_of, digests, flatten_named, parts, quant_moments
+from .named_leaves import (
+    base_of,
+    checksums_of,
+    digests,
+    flatten_named,
+    parts,
+    quant_moments,
+)
 from .weights import as_stored, is_of_model, Source, sources
 
 
@@ -76,12 +84,18 @@ class Wanted:
             shardings[codes] = self._targets[codes].sharding_of_read(automatic=True)
             # They have another shape than those of `state`, and may not divide evenly.
             shardings[scales] = None
-            shape = tuple(arrays[scales]["shape"])
-            stored[scales] = jax.ShapeDtypeStruct(shape, stored[scales].dtype)
+            found = arrays[scales]
+            stored[scales] = jax.ShapeDtypeStruct(
+                tuple(found["shape"]), jnp.dtype(found["dtype"])
+            )
         groups = {
-            name: (contents["moments"][name]["axis"], found["group_size"])
-            for name, found in contents["moments"].items()
-            if name in regrouped
+            name: Groups(
+                contents["moments"][name]["axis"],
+                contents["moments"][name]["group_size"],
+                contents["moments"][name].get("relative_to"),
+                codec,
+            )
+            for name, codec in regrouped.items()
         }
         expected = {name: arrays[name]["digest"] for name in stored}
         return Plan(shardings, stored, expected, origins, groups, summed)
@@ -90,12 +104,22 @@ class Wanted:
         """The model and the state, filled with the arrays that were read."""
         read = dict(read)
         with no_mesh():
-            for name, groups in plan.groups.items():
+            is_relative = lambda name: self._moments[name].relative_to is not None
+            # Those that others are relative to come first.
+            for name in sorted(plan.groups, key=is_relative):
                 codes, scales = parts(name)
-                parameter = read.get(f"{name}.parameter")
-                like: QuantMoment = self._moments[name]
+                like, groups = self._moments[name], plan.groups[name]
+                base = None
+                if like.relative_to is not None and groups.relative_to is None:
+                    base = self._base(base_of(name, like.relative_to), read)
                 read[codes], read[scales] = regroup(
-                    read[codes], read[scales], groups, like, parameter
+                    read[codes],
+                    read[scales],
+                    (groups.axis, groups.group_size),
+                    like,
+                    read.get(f"{name}.parameter"),
+                    groups.codec,
+                    base,
                 )
         new = {}
         for name, origin in plan.origins.items():
@@ -112,6 +136,31 @@ class Wanted:
             new[name] = self._targets[name].put(x)
         return self._rebuild([new.get(x.name, x.value) for x in self._leaves])
 
+    def _base(self, name: str, read: dict[str, Any]) -> StoredMoment:
+        """A moment of those that were read."""
+        if name not in self._moments:
+            return read[name]
+        like = self._moments[name]
+        codes, scales = (read[part] for part in parts(name))
+        return QuantMoment(
+            codes,
+            scales,
+            like.axis,
+            like.group_size,
+            like.codec,
+            read.get(f"{name}.parameter"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How a moment was stored that must be encoded again."""
+
+    axis: int | None
+    group_size: int
+    relative_to: str | None
+    codec: AbstractMomentCodec
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -120,8 +169,7 @@ class Plan:
     - `shardings`, `stored`, `digests`: for each array to read, by its name in the
         checkpoint, its target sharding, its stored shape and dtype, and its digest.
     - `origins`: for each leaf to fill, the arrays that it comes from.
-    - `groups`: for each moment that must be encoded again, the axis and the size of its
-        stored groups.
+    - `groups`: for each moment that must be encoded again, how it is stored.
     - `summed`: for each checksum that the checkpoint does not have, its weight.
     """
 
@@ -129,7 +177,7 @@ class Plan:
     stored: dict[str, jax.ShapeDtypeStruct]
     digests: dict[str, int]
     origins: dict[str, Source]
-    groups: dict[str, tuple[int | None, int]]
+    groups: dict[str, Groups]
     summed: dict[str, str]
 
     def altered(self, read: dict[str, Any]) -> str | None:

@@ -16,9 +16,10 @@ import numpy as np
 
 from .._model.trees import is_array
 from .._optimizer.state import OptimizerState
-from .._storage.quant_moment import QuantMoment
+from .._storage.quant_moment import base_name, bases_first, QuantMoment
 from .._storage.regroup import regroup
-from .manifests import codec_name
+from .earlier import earlier_codec
+from .manifests import earlier_form, form_of
 
 
 #
@@ -35,14 +36,19 @@ def _moment_to_dict(moment: QuantMoment) -> dict[str, Any]:
 
 
 # The key of an array in the dictionary of a moment, beside its codes and scales: the
-# axis and the size of its groups, and a number for its codec. It is an array, so that
-# functions can be mapped over the whole dictionary.
+# axis and the size of its groups, and a number for its codec and for what it is relative
+# to. It is an array, so that functions can be mapped over the whole dictionary.
 _FORMAT = "QuantMoment"
 
 
 def _format(moment: QuantMoment) -> np.ndarray:
-    codec = zlib.crc32(codec_name(moment.codec).encode()) >> 1
-    return np.asarray([moment.axis or 0, moment.group_size, codec], np.int32)
+    form = _number(*form_of(moment))
+    return np.asarray([moment.axis or 0, moment.group_size, form], np.int32)
+
+
+def _number(codec: str, relative_to: str | None) -> int:
+    text = codec if relative_to is None else f"{codec} / {relative_to}"
+    return zlib.crc32(text.encode()) >> 1
 
 
 def _fields(module: OptimizerState | QuantMoment) -> dict[str, Any]:
@@ -61,25 +67,71 @@ def _fields(module: OptimizerState | QuantMoment) -> dict[str, Any]:
 
 
 def _state_from_dict(state: OptimizerState, stored: Any) -> OptimizerState:
-    _check(_state_to_dict(state), stored)
+    _check(state, _state_to_dict(state), stored)
     restored = {
         name: _flax().from_state_dict(value, stored[name], name)
         for name, value in _fields(state).items()
     }
+    restored["moments"] = _as_now(restored["moments"], state.moments)
     return _with(state, restored)
 
 
 def _moment_from_dict(moment: QuantMoment, stored: Any) -> QuantMoment:
-    _check(_moment_to_dict(moment), stored)
+    _check(moment, _moment_to_dict(moment), stored)
     arrays = {name: stored[name] for name in _fields(moment)}
-    axis, group_size, _ = np.asarray(stored[_FORMAT]).tolist()
+    axis, group_size, form = np.asarray(stored[_FORMAT]).tolist()
     groups = (axis or None, group_size)
+    if form != _number(*form_of(moment)):
+        # As an earlier version stored it.
+        codec = earlier_codec(moment)
+        return QuantMoment(
+            arrays["codes"], arrays["scales"], *groups, codec, arrays.get("parameter")
+        )
     if groups != (moment.axis, moment.group_size):
         regrouped = regroup(
             stored["codes"], stored["scales"], groups, moment, stored.get("parameter")
         )
         arrays["codes"], arrays["scales"] = map(np.asarray, regrouped)
     return _with(moment, arrays)
+
+
+def _as_now(restored: dict[str, Any], likes: dict[str, Any]) -> dict[str, Any]:
+    """The moments of a state. Those that an earlier version stored are encoded
+    again."""
+    is_moment = lambda x: isinstance(x, QuantMoment)
+    flat = {name: jtu.tree_flatten(x, is_moment) for name, x in restored.items()}
+    new = dict(restored)
+    for name in bases_first(likes):
+        leaves, treedef = flat[name]
+        base, of_base = base_name(likes[name]), None
+        if base is not None:
+            of_base = jtu.tree_leaves(new[base], is_leaf=is_moment)
+        likes_here = jtu.tree_leaves(likes[name], is_leaf=is_moment)
+        new[name] = treedef.unflatten(
+            [
+                _encoded_again(x, like, None if of_base is None else of_base[i])
+                for i, (x, like) in enumerate(zip(leaves, likes_here, strict=True))
+            ]
+        )
+    return new
+
+
+def _encoded_again(x: Any, like: Any, base: Any) -> Any:
+    if not isinstance(x, QuantMoment) or (x.codec, x.relative_to) == (
+        like.codec,
+        like.relative_to,
+    ):
+        return x
+    groups = (x.axis, x.group_size)
+    if like.relative_to is None:
+        base = None
+    again = regroup(x.codes, x.scales, groups, like, x.parameter, x.codec, base)
+    codes, scales = map(np.asarray, again)
+    return _with(like, {"codes": codes, "scales": scales} | _parameter(x))
+
+
+def _parameter(moment: QuantMoment) -> dict[str, Any]:
+    return {} if moment.parameter is None else {"parameter": moment.parameter}
 
 
 def _with(module: Any, values: dict[str, Any]) -> Any:
@@ -90,9 +142,14 @@ def _with(module: Any, values: dict[str, Any]) -> Any:
     return rebuild.unflatten(values.get(path[0].name, x) for path, x in parts)
 
 
-def _check(wanted: dict[str, Any], stored: Any) -> None:
-    """What was stored must fit the state to restore to, whose dictionary is
-    `wanted`."""
+def _check(like: OptimizerState | QuantMoment, wanted: Any, stored: Any) -> None:
+    """What was stored must fit what to restore to, whose dictionary is `wanted`."""
+    is_moment = lambda x: isinstance(x, QuantMoment)
+    earlier = {
+        _number(*form_of(x)): _number(*earlier_form(x))
+        for x in jtu.tree_leaves(like, is_leaf=is_moment)
+        if is_moment(x)
+    }
     wants, has = (
         {
             tuple(jtu.keystr((key,), simple=True) for key in path): x
@@ -104,11 +161,12 @@ def _check(wanted: dict[str, Any], stored: Any) -> None:
         texts = [_text(x[path]) if path in x else "nothing" for x in (wants, has)]
         ours, theirs = (np.asarray(x.get((*path[:-1], _FORMAT))) for x in (wants, has))
         if ours.shape == theirs.shape == (3,):
-            if ours[2] != theirs[2]:
+            is_earlier = theirs[2] == earlier.get(int(ours[2]))
+            if ours[2] != theirs[2] and not is_earlier:
                 texts = ["a moment of its codec", "a moment of another codec"]
                 path = path[:-1]
-            elif path[-1] == "scales" and any(ours != theirs):
-                # The groups differ: the moment will be encoded again.
+            elif path[-1] in ("scales", _FORMAT) and any(ours != theirs):
+                # The moment will be encoded again.
                 continue
         if texts[0] != texts[1]:
             where = "/".join([_flax().current_path(), *path])

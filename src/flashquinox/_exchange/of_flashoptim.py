@@ -13,6 +13,7 @@ from .._model.trees import dotted_name, flatten, match, Model, State
 from .._optimizer.master_weights import from_master_weights
 from .._optimizer.state import StepCount
 from .._optimizer.states import only
+from .._storage.quant_moment import bases_first
 from .optax_counts import as_count
 from .torch_arrays import Convert, master_weight, stored_moment
 from .torch_parameters import (
@@ -129,13 +130,16 @@ def from_flashoptim(
             )
         masters[index] = converted.astype(compute_dtype(leaf.value.dtype))
         check_entries(call, parameter, own)
-        for key in own.moments:
+        for key in bases_first(own.moments):
+            like = stored[key][index]
+            base = new_moments.get(getattr(like, "relative_to", None))
             new_moments[key][index] = stored_moment(
                 call,
                 parameter,
                 key,
                 leaf,
-                stored[key][index],
+                like,
+                None if base is None else base[index],
                 None if converted is master else convert,
             )
     filled = dataclasses.replace(

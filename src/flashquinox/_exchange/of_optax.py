@@ -9,12 +9,12 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
-from .._model.trees import flatten, match, State
+from .._model.trees import flatten, Leaf, match, State
 from .._optimizer.call_checks import check_has_values
 from .._optimizer.state import OptimizerState, StepCount
 from .._optimizer.states import find
 from .._storage import moment_values
-from .._storage.quant_moment import StoredMoment
+from .._storage.quant_moment import base_name, bases_first, StoredMoment
 from .optax_counts import (
     as_count,
     CALL_COUNTERS,
@@ -90,10 +90,20 @@ def from_optax(optax_state: PyTree, state: State) -> State:
     new_moments: dict[str, Any] = {}
     if target.moments:
         source = _only(call, "optax_state", optax_state, _source(call, target))
-        for name, stored in target.moments.items():
+        for name in bases_first(target.moments):
+            stored = target.moments[name]
+            base_at = _bases(new_moments, stored)
 
-            def fill(leaf: str, moment: Any, like: Any, name: str = name) -> Any:
-                return moment_values.store(call, f"{name!r} at `{leaf}`", moment, like)
+            def fill(
+                leaf: Leaf,
+                moment: Any,
+                like: Any,
+                name: str = name,
+                base_at: Any = base_at,
+            ) -> Any:
+                what = f"{name!r} at `{leaf.name}`"
+                base = base_at.get(leaf.unwrapped)
+                return moment_values.store(call, what, moment, like, base)
 
             new_moments[name] = _map(
                 call,
@@ -155,9 +165,18 @@ def to_optax(state: PyTree, optax_state: State) -> State:
         target = _only(call, "optax_state", optax_state, kind)
         fields: dict[str, Any] = {}
         for name, stored in source.moments.items():
+            base_at = _bases(source.moments, stored)
 
-            def fill(leaf: str, stored: Any, like: Any, name: str = name) -> Any:
-                return moment_values.load(call, f"{name!r} at `{leaf}`", stored, like)
+            def fill(
+                leaf: Leaf,
+                stored: Any,
+                like: Any,
+                name: str = name,
+                base_at: Any = base_at,
+            ) -> Any:
+                what = f"{name!r} at `{leaf.name}`"
+                base = base_at.get(leaf.unwrapped)
+                return moment_values.load(call, what, stored, like, base)
 
             fields[name] = _map(
                 call,
@@ -191,11 +210,11 @@ def _source(call: str, state: OptimizerState) -> Any:
 def _map(
     call: str,
     text: str,
-    function: Callable[[str, Any, Any], StoredMoment],
+    function: Callable[[Leaf, Any, Any], StoredMoment],
     given: PyTree,
     like: PyTree,
 ) -> PyTree:
-    """A tree like `like`, whose leaves are `function(name, given leaf, like leaf)`."""
+    """A tree like `like`, whose leaves are `function(leaf, given value, like value)`."""
     leaves, rebuild = flatten(like)
     values = match(call, text, given, leaves)
     new = []
@@ -208,8 +227,17 @@ def _map(
                 f"`{call}`: at `{leaf.name}`, {has} has an array, but {lacks} has None:"
                 " it does not train this leaf. Pass states of the same model."
             )
-        new.append(None if value is None else function(leaf.name, value, leaf.value))
+        new.append(None if value is None else function(leaf, value, leaf.value))
     return rebuild(new)
+
+
+def _bases(moments: dict[str, Any], stored: PyTree) -> dict[Any, StoredMoment]:
+    """What these stored moments are relative to, by the paths of their leaves."""
+    name = base_name(stored)
+    if name is None:
+        return {}
+    leaves, _ = flatten(moments[name])
+    return {leaf.unwrapped: leaf.value for leaf in leaves}
 
 
 #

@@ -74,10 +74,11 @@ def stored_moment(
     key: str,
     leaf: Leaf,
     like: StoredMoment | None,
+    base: StoredMoment | None,
     convert: Convert | None,
 ) -> StoredMoment:
-    """A moment of a parameter, stored as `like` is: bit for bit where both are
-    compressed alike, otherwise rounded to nearest."""
+    """A moment of a parameter, stored as `like` is, relative to `base` if that is: bit
+    for bit where both are compressed alike, otherwise rounded to nearest."""
     name, kind = TORCH_MOMENTS[key]
     where = f"{name!r} of {parameter.text}"
     if like is None:
@@ -105,6 +106,7 @@ def stored_moment(
             convert is None
             and isinstance(like, QuantMoment)
             and like.codec == codec
+            and like.relative_to is None
             and like.layout == layout
             and moment_values.is_of_one_leaf(like)
         ):
@@ -115,7 +117,7 @@ def stored_moment(
         moment = moment_values.to_numpy(call, where, quantized)
     if convert is not None:
         moment = np.asarray(convert(parameter.name, moment))
-    return moment_values.store(call, where, moment, like)
+    return moment_values.store(call, where, moment, like, base)
 
 
 def _exactly(

@@ -90,7 +90,12 @@ def _zeros(
     shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
     layout, codecs = _new_layout(settings, shape, sharding), settings.storage.codecs
     moments = {
-        name: zeros(codecs.of(moment, shape), layout, compute_dtype(dtype))
+        name: zeros(
+            codecs.of(moment, shape),
+            layout,
+            compute_dtype(dtype),
+            codecs.base_of(moment, shape),
+        )
         for name, moment in settings.rule.moments.items()
     }
     if settings.storage.correction_dtype is None or dtype not in NARROW_DTYPES:

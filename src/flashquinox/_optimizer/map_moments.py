@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import PyTree
 
-from .._model.trees import flatten, match, without_masked
+from .._model.trees import flatten, Leaf, match, without_masked
 from .._storage.moment_values import _numbers, _stored
-from .._storage.quant_moment import StoredMoment
+from .._storage.quant_moment import bases_first, StoredMoment
 from .call_checks import check_has_values
 from .state_checks import check_has_state
 from .states import find
@@ -75,40 +76,58 @@ def map_moments(
     states = []
     for number, one in enumerate(found.values):
         moments = dict(one.moments)
-        for name in (name for name in moments if name in chosen):
+        old: dict[Any, StoredMoment] = {}
+        new: dict[Any, StoredMoment] = {}
+        for name in bases_first(moments):
             leaves, rebuild = flatten(moments[name])
-            given = [other(number, name, moments[name]) for other in others]
+            given = None
+            if name in chosen:
+                given = [other(number, name, moments[name]) for other in others]
+            for leaf in leaves:
+                if leaf.value is None:
+                    continue
+                old[name, leaf.path] = leaf.value
+                base = getattr(leaf.value, "relative_to", None), leaf.path
+                change = None
+                if given is not None:
+                    rest = [values[leaf.unwrapped] for values in given]
+                    change = partial(_call, function, rest)
+                new[name, leaf.path] = _changed(
+                    call,
+                    f"moments[{name!r}]{leaf.name}",
+                    leaf.value,
+                    (old.get(base), new.get(base)),
+                    change,
+                )
             moments[name] = rebuild.like_before(
-                [
-                    leaf.value
-                    if leaf.value is None
-                    else _changed(
-                        call,
-                        f"moments[{name!r}]{leaf.name}",
-                        leaf.value,
-                        function,
-                        [values[leaf.unwrapped] for values in given],
-                    )
-                    for leaf in leaves
-                ]
+                [new.get((name, leaf.path)) for leaf in leaves]
             )
         states.append(dataclasses.replace(one, moments=moments))
     return found.replace(states)
+
+
+def _call(function: Callable[..., Any], others: list[Any], moment: Any) -> Any:
+    return function(moment, *others)
 
 
 def _changed(
     call: str,
     name: str,
     stored: StoredMoment,
-    function: Callable[..., Any],
-    others: list[Any],
+    bases: tuple[StoredMoment | None, StoredMoment | None],
+    change: Callable[[Any], Any] | None,
 ) -> StoredMoment:
-    numbers = _numbers(call, name, stored)
-    new = function(numbers, *others)
-    if new is numbers:
+    """A changed moment. One that is relative to another is stored again if that one,
+    whose old and new forms are `bases`, has changed."""
+    before, after = bases
+    if change is None and before is after:
+        return stored
+    numbers = _numbers(call, name, stored, before)
+    new = numbers if change is None else change(numbers)
+    if new is numbers and before is after:
         return stored
     what = f"what the function returned for `{name}`"
-    return _stored(call, what, new, stored)
+    return _stored(call, what, new, stored, after)
 
 
 def _opened(
@@ -123,8 +142,7 @@ def _opened(
         if not states:
             values = match(call, what, tree, leaves, prefix=True)
         elif number < len(states) and name in states[number].moments:
-            values = match(call, what, states[number].moments[name], leaves)
-            values = [_numbers(call, what, value) for value in values]
+            values = _numbers_of(call, what, states[number].moments, name, leaves)
         else:
             raise ValueError(
                 f"`{call}`: the state `{what}` has no moment {name!r}. Pass one of the "
@@ -134,3 +152,17 @@ def _opened(
         return dict(zip(paths, values, strict=True))
 
     return at_each_path
+
+
+def _numbers_of(
+    call: str, what: str, moments: dict[str, PyTree], name: str, leaves: list[Leaf]
+) -> list[Any]:
+    """The moments of this name at these leaves, as numbers."""
+    values = match(call, what, moments[name], leaves)
+    numbers = []
+    for i, value in enumerate(values):
+        base = getattr(value, "relative_to", None)
+        if base is not None:
+            base = match(call, what, moments[base], leaves)[i]
+        numbers.append(_numbers(call, what, value, base))
+    return numbers

@@ -1,13 +1,13 @@
 """The state of an optimizer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from .._model.variables import without_variables
 from .._sharding.record import Shardings
-from .._storage.quant_moment import StoredMoment
+from .._storage.quant_moment import StoredMoment, with_bases
 
 
 class StepCount(NamedTuple):
@@ -38,6 +38,12 @@ class OptimizerState(eqx.Module):
     # part of a checkpoint.
     shardings: Shardings = eqx.field(static=True, default=())
     checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        # Trees are flattened and put together without this: only who asks for moments
+        # pays for it.
+        return with_bases(value) if name == "moments" else value
 
     @property
     def count(self) -> Int32[Array, "*ensemble"]:

@@ -255,6 +255,7 @@ class StepInProgress:
             StepStructure(
                 self.rule,
                 tuple([stored.codec(name) for name in moments_of(self.rule)]),
+                tuple([stored.base(name) for name in moments_of(self.rule)]),
                 settings.decay.is_decoupled,
                 as_update,
                 settings.storage.dither_weights,

@@ -41,6 +41,11 @@ class StoredLeaf(NamedTuple):
         moment = self.moments[name]
         return moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
 
+    def base(self, name: str) -> str | None:
+        """The name of the moment to which that of this name is relative."""
+        moment = self.moments[name]
+        return moment.relative_to if isinstance(moment, QuantMoment) else None
+
     @property
     def not_learned(self) -> Learned:
         """The parameters of codecs that learn, in a step that learns nothing."""
@@ -70,6 +75,12 @@ class StoredLeaf(NamedTuple):
             assert scales is not None
             _, parameter = learned.get(name, (None, None))
             moments[name] = QuantMoment(
-                codes, scales, old.axis, old.group_size, old.codec, parameter
+                codes=codes,
+                scales=scales,
+                axis=old.axis,
+                group_size=old.group_size,
+                codec=old.codec,
+                parameter=parameter,
+                relative_to=old.relative_to,
             )
         return moments

@@ -33,7 +33,9 @@ class Adam(AbstractRule):
     @property
     def moments(self) -> dict[str, Moment]:
         return {
-            "mu": Moment("signed", before="decay", after="one_minus_b1"),
+            "mu": Moment(
+                "signed", before="decay", after="one_minus_b1", relative_to="nu"
+            ),
             "nu": Moment("nonnegative"),
         }
 

@@ -43,6 +43,7 @@ def check_rule(call: str, rule: AbstractRule) -> None:
     if key not in _checked:
         names = _scalar_names(call, rule)
         _check_factors(call, rule, names)
+        _check_relative(call, rule)
         _check_update(call, structure, names)
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
@@ -87,6 +88,22 @@ def _check_factors(call: str, rule: AbstractRule, scalars: list[str]) -> None:
                     f"{shown(factor)}, which is none of what `scalars` returns: "
                     f"{_names(scalars)}."
                 )
+
+
+def _check_relative(call: str, rule: AbstractRule) -> None:
+    kind, moments = type(rule).__name__, rule.moments
+    for name, moment in moments.items():
+        base = moment.relative_to
+        if base is None:
+            continue
+        if base not in moments or moments[base] != Moment(
+            "nonnegative", kept=moments[base].kept
+        ):
+            raise ValueError(
+                f"`{call}`: in `{kind}.moments`, `relative_to` of {name!r} is "
+                f"{shown(base)}, which is no average of squares of the rule without "
+                "`before` and `after`."
+            )
 
 
 def _check_update(call: str, rule: AbstractRule, scalars: list[str]) -> None:

@@ -55,7 +55,14 @@ class Moment:
         fq.Moment("nonnegative")  # an average of squares
         fq.Moment("signed", before="decay", after="one_minus_decay")
         fq.Moment("signed", kept="exact")  # the previous gradient
+        fq.Moment("signed", relative_to="nu")  # in units of the root of `nu`
         ```
+
+    With `relative_to`, a compressed moment $m$ may be stored as $r = m / \sqrt{v}$,
+    where $v$ is the average of squares of this name, before that is rounded; it is
+    decoded as $m = r \sqrt{v}$ with the stored $v$. An update $m / \sqrt{v}$ is then
+    as precise as $r$ is, however $v$ is rounded. $r$ is of one size for all elements
+    of a group, however much their gradients differ.
 
     **Arguments:**
 
@@ -67,16 +74,21 @@ class Moment:
         as a previous gradient. That one is stored in the dtype in which its leaf is
         computed, whatever `Storage(moments=...)` says: 4 bytes per parameter in
         float32.
+    - `relative_to`: the name of an average of squares of the same rule, without
+        `before` and `after`, or `None`. `Storage(moments=...)` decides whether it is
+        used.
 
     **Raises:**
 
-    `ValueError` for another `kind` or `kept`.
+    `ValueError` for another `kind` or `kept`, and for `relative_to` with a moment that
+    is not signed or is kept exact.
     """
 
     kind: MomentKind = "signed"
     before: str | None = None
     after: str | None = None
     kept: Kept = "compressed"
+    relative_to: str | None = None
 
     def __post_init__(self):
         check_kind("Moment", self.kind)
@@ -84,6 +96,13 @@ class Moment:
             raise ValueError(
                 f"`Moment(kept=...)` must be 'compressed' or 'exact'; got "
                 f"{self.kept!r}."
+            )
+        if self.relative_to is not None and (
+            self.kind != "signed" or self.kept != "compressed"
+        ):
+            raise ValueError(
+                f"`Moment(relative_to={self.relative_to!r})` is for a signed moment "
+                f"that may be compressed; got kind={self.kind!r}, kept={self.kept!r}."
             )
 
 

@@ -216,7 +216,7 @@ def _in_new_codes(step: LeafStep, new: TileState) -> TileState:
         codec = step.structure.codec_of[name]
         before, after = learned[name]
         old = QuantMoment(codes, scales, *groups, codec, before)
-        return encode_nearest(old.decode(), codec, groups, after)
+        return encode_nearest(old.decode_stored(), codec, groups, after)
 
     as_they_are = {name: (new.codes[name], new.scales[name]) for name in learned}
     moved = jnp.any(jnp.stack([before != after for before, after in learned.values()]))

@@ -27,7 +27,7 @@ from .._rules.rule import MomentKind
 
 
 class Dither(eqx.Module):
-    """The rounding thresholds of one leaf in one step.
+    """The rounding thresholds of one moment of a leaf in one step.
 
     `code` in [0, 1) is added before rounding down; `scale`, an integer of 16 bits, is
     added to the bits of a scale before they are cut. Both are Weyl sequences in the
@@ -38,16 +38,29 @@ class Dither(eqx.Module):
     scale: Scalar
 
     @staticmethod
-    def at(count: Scalar, leaf: ScalarLike) -> "Dither":
-        """The thresholds of step `count` for the leaf with this index. A deterministic
-        function of both, so that a resumed run continues bit for bit.
+    def at(count: Scalar, leaf: ScalarLike, moment: int = 0) -> "Dither":
+        """The thresholds of step `count` for the leaf and the moment with these
+        indices. A deterministic function of them, so that a resumed run continues bit
+        for bit.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
         # Multiples of the golden ratio; of the plastic number's reciprocals for the
         # second sequence and for the leaves' offsets.
-        code = turn * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
+        multiple = _MULTIPLES[moment % len(_MULTIPLES)]
+        code = turn * multiple + leaf * np.uint32(0x91E10DA5)
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
         return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
+
+
+# The moments of a leaf are rounded independently: with one sequence for all, the errors
+# of a moment and of the one that it is relative to would be correlated. These are
+# 2^32 / x for the roots of x^(n + 1) = x + 1, n = 1, 3, 4, which are as hard to
+# approximate by fractions together as numbers can be.
+_MULTIPLES = (
+    np.uint32(0x9E3779B9),
+    np.uint32(0xD1B54A33),
+    np.uint32(0xDB4F0B91),
+)
 
 
 Reduction: TypeAlias = Callable[..., Array]

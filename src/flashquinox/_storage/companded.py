@@ -23,8 +23,8 @@ class CompandedCodec(AbstractLearnedCodec):
     With $f$ the curve, $s$ the largest magnitude of the group, and $u$ the rotating
     threshold,
 
-    $$q = \operatorname{sign}(m) \operatorname{round}(127 \, f(|m| / s))
-    \text{ for signed moments, in `int8`}$$
+    $$q = \operatorname{round}\left(127 \operatorname{sign}(m) f(|m| / s)
+    + u - \tfrac12\right) \text{ for signed moments, in `int8`}$$
 
     $$q = \max\left(1, \operatorname{round}\left(255 \, f(v / s) + u - \tfrac12\right)
     \right) \text{ for averages of squares, in `uint8`}$$
@@ -124,9 +124,9 @@ class CompandedCodec(AbstractLearnedCodec):
         if not self._signed:
             codes = jnp.clip(255 * y + threshold, 1, 255)
             return jnp.round(codes).astype(jnp.uint8)
-        codes = jnp.minimum(127 * y, 127)
+        codes = 127 * y
         codes = jnp.where(moment[0] < 0, -codes, codes)
-        return jnp.round(codes).astype(jnp.int8)
+        return jnp.round(jnp.clip(codes + threshold, -127, 127)).astype(jnp.int8)
 
     def decode_constants(
         self,

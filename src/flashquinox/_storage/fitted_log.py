@@ -25,16 +25,16 @@ class FittedLogCodec(AbstractMomentCodec):
 
     $b_0 \le b(\min v)$ and the step $d$ are fitted to the group such that
     $b(\max v) \le b_0 + 254.5 \, d$. The relative step between codes is then nearly the
-    same for all elements: 0.05 % in a group of similar moments, at most 6 %. A group
-    that spans more than 15.6 powers of two has $v$ below that stored as $b_0$: there,
-    the first moment is below its own first code, and an update divides the one by the
-    other. Infinity is stored as a number just below it. As $b$ is linear between powers
-    of two, the threshold $u$ is unbiased for $v$ itself.
+    same for all elements: 0.05 % in a group of similar moments, at most 19 %. A group
+    that spans more than 47 powers of two has $v$ below that stored as $b_0$. Infinity
+    is stored as a number just below it. As $b$ is linear between powers of two, the
+    threshold $u$ is unbiased for $v$ itself.
 
     One `uint16` holds both. The step is $a 2^k$ with $a$ one of 2 and 3 and $11 \le k
-    \le 18$, in four bits; $b_0$ is a multiple of $2^{18} a$, in twelve. That is a
-    multiple of the step: as long as a group keeps its step, its codes keep their
-    places, and only what moves is rounded again.
+    \le 18$, in four bits; $b_0$ is a multiple of $2^{18} a$, in twelve. For $a = 3$,
+    these count further than float32 does: the rest is for $k = 19$, with $b_0$ a
+    multiple of $2^{19} a$. $b_0$ is always a multiple of the step: as long as a group
+    keeps its step, its codes keep their places, and only what moves is rounded again.
 
     With `dithered=False`, codes are rounded to nearest; with `fitted=False`, all groups
     have the largest step, and $\max v$ has one of the last codes: for measuring what
@@ -141,10 +141,16 @@ class FittedLogCodec(AbstractMomentCodec):
 
 # All in units of float32's last place: 2^23 is a factor of two.
 _LAST_CODE = 254.5
-_FINEST, _COARSEST = 11, 18
+_FINEST, _COARSEST = 11, 19
 _GRID = 18
-# What the coarsest step of two covers, less the rounding of the origin.
-_WIDEST_RANGE = np.int32((254 << (_COARSEST + 1)) - (1 << 21))
+# What the coarsest steps of two cover, and those of three; the latter less the rounding
+# of the origin.
+_WIDE = np.int32(_LAST_CODE * (2 << _COARSEST))
+_WIDEST = np.int32(254 * (3 << _COARSEST) - (1 << 21))
+# With steps of three, indices of origins are less than this; what is above stands for
+# the coarsest steps.
+_INDICES = np.int32((int(INFINITY) >> _GRID) // 3 + 1)
+_MORE_INDICES = np.int32((1 << 12) - _INDICES)
 _FACTOR_OF_TWO = np.int32(1 << 23)
 # Arithmetic may flush smaller numbers to zero.
 _SMALLEST_NORMAL = np.int32(1 << 23)
@@ -158,9 +164,8 @@ class _Range(eqx.Module):
 
     three: Bool[Array, "*groups"]
     k: Int32[Array, "*groups"]
-    # The origin in units of 2^18 a, and itself.
-    index: Int32[Array, "*groups"]
-    origin: Int32[Array, "*groups"]
+    # The origin in units of 2^18 a, or of 2^19 a for the coarsest steps.
+    units: Int32[Array, "*groups"]
 
     @staticmethod
     def fit(
@@ -170,37 +175,51 @@ class _Range(eqx.Module):
         too."""
         low, high = bits_of(smallest), bits_of(largest)
         # The grid is less than 2^21, so that the origin is zero or a normal number.
-        low = jnp.maximum(low, high - _WIDEST_RANGE)
+        low = jnp.maximum(low, high - _WIDEST)
         low = jnp.maximum(low, _SMALLEST_NORMAL + (1 << 21))
         low = jnp.where(high < 2 * _SMALLEST_NORMAL, 0, low)
         low = jnp.where(high > INFINITY, high, jnp.minimum(low, _HIGHEST_ORIGIN))
-        units = low >> _GRID
-        half = units >> 1
+        half = low >> (_GRID + 1)
         # Exact for numbers of less than 2^15.
-        third = (units * 21846) >> 16
-        origin2, origin3 = half << (_GRID + 1), (3 * third) << _GRID
-        k2, k3 = _finest(2, high - origin2), _finest(3, high - origin3)
+        third = ((low >> _GRID) * 21846) >> 16
+        k2 = _finest(2, high - (half << (_GRID + 1)))
+        k3 = _finest(3, high - ((3 * third) << _GRID))
         # With the same k, a step of two is the finer one.
-        three = k3 < k2
-        return _Range(
-            three,
-            jnp.where(three, k3, k2),
-            jnp.where(three, third, half),
-            jnp.where(three, origin3, origin2),
-        )
+        three, k = k3 < k2, jnp.minimum(k2, k3)
+        coarsest = k >= _COARSEST
+        too_wide = high - ((half >> 1) << (_GRID + 2)) > _WIDE
+        three = jnp.where(coarsest, too_wide, three)
+        units = jnp.where(three, third, half) >> coarsest.astype(jnp.int32)
+        return _Range(three, jnp.minimum(k, _COARSEST), units)
+
+    @property
+    def origin(self) -> Int32[Array, "*groups"]:
+        multiple = 2 * self.units + jnp.where(self.three, self.units, 0)
+        return multiple << jnp.where(self.k < _COARSEST, _GRID, _GRID + 1)
 
     @property
     def word(self) -> UInt16[Array, "*groups"]:
-        word = (self.index << 4) | ((self.k - _FINEST) << 1)
-        return (word + self.three.astype(jnp.int32)).astype(jnp.uint16)
+        """The index of the origin in twelve bits, k in three, and whether a is 3. The
+        coarsest steps have 3 in the last bit, an index from `_INDICES` on, and in place
+        of k whether a is 2, and whether `_MORE_INDICES` are to be added."""
+        three = self.three.astype(jnp.int32)
+        word = (self.units << 4) | ((self.k - _FINEST) << 1) | three
+        more = (self.units >= _MORE_INDICES).astype(jnp.int32)
+        index = self.units + (_INDICES - more * _MORE_INDICES)
+        coarsest = (index << 4) | ((1 - three) << 3) | (more << 1) | 1
+        return jnp.where(self.k < _COARSEST, word, coarsest).astype(jnp.uint16)
 
     @staticmethod
     def of(word: UInt16[Array, "*groups"]) -> "_Range":
         bits = word.astype(jnp.int32)
-        three = (bits & 1) == 1
-        index = bits >> 4
-        origin = (2 * index + jnp.where(three, index, 0)) << _GRID
-        return _Range(three, ((bits >> 1) & 7) + _FINEST, index, origin)
+        index, k, three = bits >> 4, (bits >> 1) & 7, (bits & 1) == 1
+        coarsest = three & (index >= _INDICES)
+        units = index - _INDICES + (k & 1) * _MORE_INDICES
+        return _Range(
+            three & ~(coarsest & (k >= 4)),
+            jnp.where(coarsest, _COARSEST, k + _FINEST),
+            jnp.where(coarsest, units, index),
+        )
 
     @property
     def step(self) -> Int32[Array, "*groups"]:

@@ -1,5 +1,5 @@
 import math
-from typing import get_args
+from typing import Any, Literal
 
 import equinox as eqx
 
@@ -13,6 +13,7 @@ from .fitted_log import FittedLogCodec
 from .flashoptim import FlashOptimCodec
 from .full_precision import FullPrecision
 from .layout import choose_layout, Layout
+from .linear import LinearCodec
 from .softsign import SoftsignCodec
 
 
@@ -21,8 +22,9 @@ class MomentCodecs(eqx.Module):
 
     `MomentCodecs.named` gives those that [`flashquinox.Storage`][] accepts by name:
 
-    - `"flashquinox"`: softsign, rounded to nearest, for signed moments; fitted
-        logarithm with rotating dither for averages of squares.
+    - `"flashquinox"`: fitted logarithm for averages of squares; evenly spaced codes
+        for moments relative to one of these, and softsign for other signed moments.
+        All are rounded by the rotating threshold.
     - `"flashoptim"`: the codec of the paper.
     - `"float32"`: no compression.
     - `"linear"`, `"sqrt"`, `"fourth_root"`, `"softsign"`, `"log"`: one companding curve
@@ -36,6 +38,11 @@ class MomentCodecs(eqx.Module):
     Of a pair of names, the first is for signed moments and the second for averages of
     squares: `Storage(moments=("learned", "flashquinox"))`.
 
+    A signed moment that its rule names as one relative to an average of squares (see
+    [`flashquinox.Moment`][]) is stored so by the codec `relative`, which is `signed`
+    where it is not given. With `relative=None` it is stored as it is, as by
+    `"flashoptim"` and `"float32"`.
+
     Leaves of at most one axis (biases, the scales of norms) with fewer than
     `smallest_vector` elements keep their moments in full precision: they hold a
     negligible share of the bytes, and the loss of precision would be the largest there.
@@ -45,30 +52,42 @@ class MomentCodecs(eqx.Module):
 
     signed: AbstractMomentCodec
     nonnegative: AbstractMomentCodec
-    smallest_vector: int = eqx.field(static=True, default=4096)
+    relative: AbstractMomentCodec | None
+    smallest_vector: int = eqx.field(static=True)
 
-    def __check_init__(self):
-        for kind in get_args(MomentKind):
-            codec = getattr(self, kind)
-            if not isinstance(codec, AbstractMomentCodec):
-                raise TypeError(
-                    f"`MomentCodecs({kind}=...)` takes a "
-                    f"`flashquinox.AbstractMomentCodec`; got {shown(codec)}."
-                )
-            if kind not in codec.kinds:
-                raise ValueError(
-                    f"`MomentCodecs({kind}=...)` got a {type(codec).__name__} for "
-                    f"{' and '.join(map(repr, codec.kinds))} moments. Codecs for "
-                    "signed moments come first."
-                )
-        check_constant("MomentCodecs", "smallest_vector", self.smallest_vector)
+    def __init__(
+        self,
+        signed: AbstractMomentCodec,
+        nonnegative: AbstractMomentCodec,
+        *,
+        relative: AbstractMomentCodec | None | Literal["signed"] = "signed",
+        smallest_vector: int = 4096,
+    ):
+        if relative == "signed":
+            # Numbers in full precision have nothing to gain.
+            relative = None if isinstance(signed, FullPrecision) else signed
+        _check_codec("signed", "signed", signed)
+        _check_codec("nonnegative", "nonnegative", nonnegative)
+        if relative is not None:
+            _check_codec("relative", "signed", relative)
+        check_constant("MomentCodecs", "smallest_vector", smallest_vector)
+        self.signed = signed
+        self.nonnegative = nonnegative
+        self.relative = relative
+        self.smallest_vector = smallest_vector
 
     @staticmethod
     def named(name: str | tuple[str, str]) -> "MomentCodecs":
         if isinstance(name, str):
             return _named[name]
+        if len(set(name)) == 1:
+            return _named[name[0]]
         signed, nonnegative = (_named[x] for x in name)
-        return MomentCodecs(signed.signed, nonnegative.nonnegative)
+        if signed.relative is None:
+            return MomentCodecs(signed.signed, nonnegative.nonnegative)
+        return MomentCodecs(
+            signed.signed, nonnegative.nonnegative, relative=signed.relative
+        )
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -79,7 +98,18 @@ class MomentCodecs(eqx.Module):
         small = len(shape) <= 1 and math.prod(shape) < self.smallest_vector
         if small or moment.kept == "exact":
             return FullPrecision()
-        return self.signed if moment.kind == "signed" else self.nonnegative
+        if moment.kind == "nonnegative":
+            return self.nonnegative
+        if moment.relative_to is None or self.relative is None:
+            return self.signed
+        return self.relative
+
+    def base_of(self, moment: Moment, shape: tuple[int, ...]) -> str | None:
+        """The name of the moment to the root of which this one of a leaf of this shape
+        is stored relative, if it is."""
+        if self.relative is None or isinstance(self.of(moment, shape), FullPrecision):
+            return None
+        return moment.relative_to
 
     def layout(
         self,
@@ -95,6 +125,20 @@ class MomentCodecs(eqx.Module):
         return choose_layout(shape, group_size, prefer_rows, parts)
 
 
+def _check_codec(name: str, kind: MomentKind, codec: Any) -> None:
+    if not isinstance(codec, AbstractMomentCodec):
+        raise TypeError(
+            f"`MomentCodecs({name}=...)` takes a "
+            f"`flashquinox.AbstractMomentCodec`; got {shown(codec)}."
+        )
+    if kind not in codec.kinds:
+        raise ValueError(
+            f"`MomentCodecs({name}=...)` got a {type(codec).__name__} for "
+            f"{' and '.join(map(repr, codec.kinds))} moments. Codecs for "
+            "signed moments come first."
+        )
+
+
 def _companded(signed: AbstractCurve, nonnegative: AbstractCurve) -> MomentCodecs:
     return MomentCodecs(
         CompandedCodec("signed", signed), CompandedCodec("nonnegative", nonnegative)
@@ -107,9 +151,14 @@ def _root(root: int) -> MomentCodecs:
 
 
 _named = {
-    "flashquinox": MomentCodecs(SoftsignCodec(), FittedLogCodec()),
+    "flashquinox": MomentCodecs(
+        SoftsignCodec(), FittedLogCodec(), relative=LinearCodec()
+    ),
     "flashoptim": MomentCodecs(
-        FlashOptimCodec("signed"), FlashOptimCodec("nonnegative"), smallest_vector=0
+        FlashOptimCodec("signed"),
+        FlashOptimCodec("nonnegative"),
+        relative=None,
+        smallest_vector=0,
     ),
     "float32": MomentCodecs(FullPrecision(), FullPrecision()),
     "linear": _root(1),

@@ -15,11 +15,19 @@ from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec
 from .quant_moment import QuantMoment, StoredMoment
 from .regroup import encode_nearest
+from .relative_moment import over_root, times_root
 
 
-def store(call: str, name: str, moment: Any, like: StoredMoment) -> StoredMoment:
+def store(
+    call: str,
+    name: str,
+    moment: Any,
+    like: StoredMoment,
+    base: StoredMoment | None = None,
+) -> StoredMoment:
     """A moment stored like `like`: by its codec, in its groups, on its devices. Codes
-    and scales are rounded to nearest.
+    and scales are rounded to nearest. `base` is the stored moment that this one is
+    relative to, if `like` is.
 
     **Raises:**
 
@@ -49,6 +57,8 @@ def store(call: str, name: str, moment: Any, like: StoredMoment) -> StoredMoment
             f"where its groups need {like.layout.scale_shape}. Convert an ensemble "
             "under `jax.vmap`."
         )
+    if like.relative_to is not None:
+        moment = _over_root_of(call, name, moment, like, base)
     encode = partial(_encode, codec=like.codec, groups=(like.axis, like.group_size))
     codes, scales = compute_like(
         call, name, encode, *_with_parameter([moment], [like.codes], like)
@@ -73,8 +83,52 @@ def with_bits(
     return eqx.tree_at(lambda x: (x.codes, x.scales), like, parts)
 
 
-def load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
-    """A stored moment as numbers in the dtype of `like`, and where that is."""
+def _over_root_of(
+    call: str, name: str, moment: Any, like: QuantMoment, base: StoredMoment | None
+) -> Any:
+    root = load(call, name, _base(call, name, like, base), _float32_like(like.codes))
+    return compute_like(call, name, _over_root, [moment, root], [like.codes] * 2)
+
+
+def _base(
+    call: str, name: str, stored: QuantMoment, base: StoredMoment | None
+) -> StoredMoment:
+    """What a moment is relative to: as given, or as it was in the state."""
+    base = getattr(stored, "base", None) if base is None else base
+    if base is None:
+        raise ValueError(
+            f"`{call}`: {name} is stored relative to the root of "
+            f"{stored.relative_to!r}, which is not known here. Take it from "
+            f"`state.moments`, or pass `base=...`."
+        )
+    return base
+
+
+def _float32_like(codes: Any) -> Any:
+    if isinstance(codes, jax.core.Tracer):
+        return codes.astype(jnp.float32)
+    there = codes.sharding if isinstance(codes, jax.Array) and codes.committed else None
+    return jax.ShapeDtypeStruct(codes.shape, jnp.float32, sharding=there)
+
+
+def load(
+    call: str,
+    name: str,
+    stored: StoredMoment,
+    like: Any,
+    base: StoredMoment | None = None,
+) -> Any:
+    """A stored moment as numbers in the dtype of `like`, and where that is. `base` is
+    the moment that it is relative to, if it is."""
+    if isinstance(stored, QuantMoment) and stored.relative_to is not None:
+        base = _base(call, name, stored, base)
+        both = [_load(call, name, stored, like), load(call, name, base, like)]
+        moment = compute_like(call, name, _times_root, both, both)
+        return put_like(call, name, moment, like)
+    return _load(call, name, stored, like)
+
+
+def _load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
     if isinstance(stored, QuantMoment):
         groups = stored.axis, stored.group_size
         function = partial(_decode, codec=stored.codec, groups=groups, dtype=like.dtype)
@@ -120,7 +174,23 @@ def _decode(
     groups: tuple[int | None, int],
     dtype: DTypeLike,
 ) -> Float[Array, "*shape"]:
-    return QuantMoment(codes, scales, *groups, codec, parameter).decode().astype(dtype)
+    stored = QuantMoment(codes, scales, *groups, codec, parameter)
+    return stored.decode_stored().astype(dtype)
+
+
+@jax.jit
+def _times_root(
+    relative: Float[Array, "*shape"], base: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    wide = times_root(relative.astype(jnp.float32), base.astype(jnp.float32))
+    return wide.astype(relative.dtype)
+
+
+@jax.jit
+def _over_root(
+    moment: Float[Array, "*shape"], base: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    return over_root(moment.astype(jnp.float32), base.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -128,25 +198,38 @@ def _cast(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]
     return x.astype(dtype)
 
 
-def encode(like: QuantMoment, values: Any) -> QuantMoment:
+def encode(like: QuantMoment, values: Any, base: StoredMoment | None) -> QuantMoment:
     """What `QuantMoment.encode` says."""
     call, name = "QuantMoment.encode", "`values`"
-    new = _stored(call, name, values, like)
+    new = _stored(call, name, values, like, base)
     assert isinstance(new, QuantMoment)
     return new
 
 
-def _stored(call: str, name: str, values: Any, like: StoredMoment) -> StoredMoment:
+def _stored(
+    call: str,
+    name: str,
+    values: Any,
+    like: StoredMoment,
+    base: StoredMoment | None = None,
+) -> StoredMoment:
     values = _storable(call, name, values, like)
-    new = store(call, name, values, like)
+    if isinstance(like, QuantMoment) and like.relative_to is not None:
+        base = _base(call, name, like, base)
+    new = store(call, name, values, like, base)
     if not isinstance(new, QuantMoment):
         return new
     # Scales end before float32 does.
-    given, found = _largest(values), _largest(_numbers(call, name, new))
+    given, found = _largest(values), _largest(_numbers(call, name, new, base))
     message = (
         f"`{call}`: {name} has numbers that are too large for the scales of "
         f"{type(new.codec).__name__}."
     )
+    if new.relative_to is not None:
+        message += (
+            f" They are stored in units of the root of {new.relative_to!r}, which must "
+            "not be zero where they are not."
+        )
     traced = isinstance(given, jax.core.Tracer) or isinstance(found, jax.core.Tracer)
     if not traced:
         given, found = float(given), float(found)
@@ -160,7 +243,9 @@ def _stored(call: str, name: str, values: Any, like: StoredMoment) -> StoredMome
     return new
 
 
-def _numbers(call: str, name: str, stored: Any) -> Any:
+def _numbers(
+    call: str, name: str, stored: Any, base: StoredMoment | None = None
+) -> Any:
     if not isinstance(stored, QuantMoment):
         return stored
     if not is_of_one_leaf(stored):
@@ -169,12 +254,7 @@ def _numbers(call: str, name: str, stored: Any) -> Any:
             f"of one leaf have {stored.layout.scale_shape}. Call it under `jax.vmap` "
             "for an ensemble."
         )
-    codes = stored.codes
-    if isinstance(codes, jax.core.Tracer):
-        return stored.decode()
-    there = codes.sharding if isinstance(codes, jax.Array) and codes.committed else None
-    like = jax.ShapeDtypeStruct(codes.shape, jnp.float32, sharding=there)
-    return load(call, name, stored, like)
+    return load(call, name, stored, _float32_like(stored.codes), base)
 
 
 def _storable(call: str, name: str, values: Any, like: StoredMoment) -> Any:

@@ -1,5 +1,8 @@
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped, UInt
@@ -7,9 +10,22 @@ from jaxtyping import Array, Float, Float32, Int, Shaped, UInt
 from .codec import AbstractMomentCodec
 from .layout import Layout, layout_of
 from .learned_codec import initial_parameter, with_parameter
+from .relative_moment import times_root
 
 
-class QuantMoment(eqx.Module):
+class _OfState:
+    """Of a moment that was taken from a state: what it is relative to there. In a slot,
+    which is no part of the tree: that would hold the other moment twice."""
+
+    __slots__ = ("base",)
+
+    base: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+class QuantMoment(eqx.Module, _OfState):
     """A moment in codes, one for each element, and scales, one for each group.
 
     `codes` has the shape of the weight. `scales` has the same shape with `axis` divided
@@ -17,7 +33,8 @@ class QuantMoment(eqx.Module):
     `axis` counts from the end; if it is `None`, the leaf is flattened and `scales` has
     one axis. `parameter` is a scalar for a codec that learns (see
     [`flashquinox.RationalCurve`][]): the one that `codes` were made with. It is `None`
-    for others.
+    for others. `relative_to` is the name of the moment in units of whose root this one
+    is stored (see [`flashquinox.Moment`][]), or `None`.
     """
 
     codes: Int[Array, "*shape"] | UInt[Array, "*shape"]
@@ -26,16 +43,57 @@ class QuantMoment(eqx.Module):
     group_size: int = eqx.field(static=True)
     codec: AbstractMomentCodec = eqx.field(static=True)
     parameter: Float32[Array, "*ensemble"] | None = None
+    relative_to: str | None = eqx.field(static=True, default=None)
 
     @property
     def layout(self) -> Layout:
         return layout_of(self.codes.shape, self.axis, self.group_size)
 
-    def decode(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
-        """The moment as floating-point numbers of this dtype.
+    def decode(
+        self,
+        dtype: DTypeLike = jnp.float32,
+        *,
+        base: "QuantMoment | Float[Array, '*shape'] | None" = None,
+    ) -> Float[Array, "*shape"]:
+        """The moment as floating-point numbers.
 
         Of an ensemble made by `vmap`, decode the members under `jax.vmap` as well.
+
+        ??? Example
+
+            ```python
+            mu, nu = (state.moments[name]["w"] for name in ("mu", "nu"))
+            mu.decode()  # known from `state` to be relative to `nu`
+            jax.vmap(lambda mu, nu: mu.decode(base=nu))(mu, nu)  # of an ensemble
+            ```
+
+        **Arguments:**
+
+        - `dtype`: a floating-point dtype.
+        - `base`: for a moment with `relative_to`, the moment of that name. One that is
+            taken from `OptimizerState.moments` knows it, unless it went through a
+            transformation of JAX since.
+
+        **Raises:**
+
+        `TypeError` if codes or scales were cast; `ValueError` if `base` is missing.
         """
+        if self.relative_to is None:
+            return self.decode_stored(dtype)
+        base = getattr(self, "base", None) if base is None else base
+        if base is None:
+            raise ValueError(
+                f"`QuantMoment.decode`: this moment is stored relative to the root of "
+                f"{self.relative_to!r}, which is not known here. Take it from "
+                "`state.moments`, or pass the other one: "
+                f"`decode(base={self.relative_to})`."
+            )
+        root = base.decode(dtype) if isinstance(base, QuantMoment) else base
+        return times_root(self.decode_stored(dtype), jnp.asarray(root).astype(dtype))
+
+    def decode_stored(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
+        """What codes and scales stand for: the moment, or that in units of the root of
+        another one."""
         assert self.codec.dtypes is not None
         for name, like in zip(("codes", "scales"), self.codec.dtypes, strict=True):
             found, like = getattr(self, name).dtype, jnp.dtype(like)
@@ -52,7 +110,12 @@ class QuantMoment(eqx.Module):
         )
         return layout.untile(tile)
 
-    def encode(self, values: Float[Array | np.ndarray, "*shape"]) -> "QuantMoment":
+    def encode(
+        self,
+        values: Float[Array | np.ndarray, "*shape"],
+        *,
+        base: "QuantMoment | Float[Array, '*shape'] | None" = None,
+    ) -> "QuantMoment":
         """A moment of these numbers, stored as this one is: by the same codec, in the
         same groups, on the same devices. Codes and scales are rounded to nearest, so
         that equal numbers give equal bits. Of this moment, nothing but its form counts.
@@ -67,6 +130,7 @@ class QuantMoment(eqx.Module):
 
         - `values`: floating-point numbers of the shape of `codes`: finite, and at least
             0 for an average of squares, unless its codec can store signed numbers.
+        - `base`: as in `decode`. The new moment is relative to this one.
 
         **Returns:**
 
@@ -81,13 +145,59 @@ class QuantMoment(eqx.Module):
         # That needs this class.
         from .moment_values import encode
 
-        return encode(self, values)
+        return encode(self, values, base)
+
+
+def with_bases(moments: Any) -> Any:
+    """The same moments of a state, which know the others that they are relative to."""
+    if not isinstance(moments, dict):
+        return moments
+    is_moment = lambda x: isinstance(x, QuantMoment)
+    flat = {name: jtu.tree_flatten(x, is_moment) for name, x in moments.items()}
+    for name, (leaves, treedef) in flat.items():
+        new = list(leaves)
+        for i, moment in enumerate(leaves):
+            base = getattr(moment, "relative_to", None)
+            # Trees of something else than moments have no bases.
+            if base in flat and len(flat[base][0]) == len(leaves):
+                new[i] = _with_base(moment, flat[base][0][i])
+        if any(x is not y for x, y in zip(leaves, new, strict=True)):
+            moments = moments | {name: treedef.unflatten(new)}
+    return moments
+
+
+def _with_base(moment: QuantMoment, base: Any) -> QuantMoment:
+    held = getattr(moment, "base", None)
+    if held is base:
+        return moment
+    if held is not None:
+        # It is in several states, with several bases.
+        moment = jtu.tree_map(lambda x: x, moment)
+    object.__setattr__(moment, "base", base)
+    return moment
+
+
+def base_name(moments: Any) -> str | None:
+    """The name of the moment that a tree of moments is relative to, if it is."""
+    leaves = jtu.tree_leaves(moments, is_leaf=lambda x: isinstance(x, QuantMoment))
+    names = [getattr(x, "relative_to", None) for x in leaves]
+    return next((name for name in names if name is not None), None)
+
+
+def bases_first(moments: dict[str, Any]) -> list[str]:
+    """The names of the moments of a state, before those of moments relative to them."""
+    return sorted(moments, key=lambda name: base_name(moments[name]) is not None)
 
 
 StoredMoment = QuantMoment | Float[Array, "..."]
 
 
-def zeros(codec: AbstractMomentCodec, layout: Layout, dtype: DTypeLike) -> StoredMoment:
+def zeros(
+    codec: AbstractMomentCodec,
+    layout: Layout,
+    dtype: DTypeLike,
+    relative_to: str | None = None,
+) -> StoredMoment:
     """A stored moment of zeros, for a leaf that computes in `dtype`."""
     if codec.dtypes is None:
         return jnp.zeros(layout.shape, dtype)
@@ -100,4 +210,5 @@ def zeros(codec: AbstractMomentCodec, layout: Layout, dtype: DTypeLike) -> Store
         group_size=layout.group_size,
         codec=codec,
         parameter=None if initial is None else jnp.float32(initial),
+        relative_to=relative_to,
     )

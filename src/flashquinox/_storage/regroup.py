@@ -1,4 +1,5 @@
-"""Encodes a moment again in other groups: along another axis, or of another size."""
+"""Encodes a moment again: in groups along another axis or of another size, or by
+another codec."""
 
 from functools import partial
 
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Float32, Shaped
 from .codec import AbstractMomentCodec, Dither
 from .layout import Layout
 from .learned_codec import with_parameter
-from .quant_moment import QuantMoment
+from .quant_moment import QuantMoment, StoredMoment
+from .relative_moment import over_root
 
 
 def regroup(
@@ -19,9 +21,11 @@ def regroup(
     groups: tuple[int | None, int],
     like: QuantMoment,
     parameter: Float32[Array | np.ndarray, "..."] | None = None,
+    codec: AbstractMomentCodec | None = None,
+    base: StoredMoment | None = None,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    """Encodes a moment again, in the groups of another moment of the same codec. Codes
-    and scales are rounded to nearest.
+    """Encodes a moment again, as another moment is stored. Codes and scales are rounded
+    to nearest.
 
     **Arguments:**
 
@@ -29,6 +33,8 @@ def regroup(
     - `groups`: the axis and the size of its groups.
     - `like`: the other moment: only its codec and groups are used.
     - `parameter`: the parameter of the codec, if that learns. It stays the same.
+    - `codec`: that of the moment, if it is another one than that of `like`.
+    - `base`: what the new moment is to be relative to, if the old one is not.
 
     **Returns:**
 
@@ -44,27 +50,33 @@ def regroup(
     elif like.axis is None:
         members = len(like.scales.shape) - 1
     new_groups = (like.axis, like.group_size)
-    codec = like.codec
-    return _encode_again(codes, scales, parameter, codec, groups, new_groups, members)
+    codecs = (like.codec if codec is None else codec, like.codec)
+    return _encode_again(
+        codes, scales, parameter, base, codecs, (groups, new_groups), members
+    )
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(4, 5, 6))
 def _encode_again(
     codes: Shaped[Array, "..."],
     scales: Shaped[Array, "..."],
     parameter: Float32[Array, "..."] | None,
-    codec: AbstractMomentCodec,
-    groups: tuple[int | None, int],
-    new_groups: tuple[int | None, int],
+    base: StoredMoment | None,
+    codecs: tuple[AbstractMomentCodec, AbstractMomentCodec],
+    groups: tuple[tuple[int | None, int], tuple[int | None, int]],
     members: int,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    def encode(codes, scales, parameter):
-        moment = QuantMoment(codes, scales, *groups, codec, parameter).decode()
-        return encode_nearest(moment, codec, new_groups, parameter)
+    def encode(codes, scales, parameter, base):
+        old = QuantMoment(codes, scales, *groups[0], codecs[0], parameter)
+        moment = old.decode_stored()
+        if base is not None:
+            root = base.decode_stored() if isinstance(base, QuantMoment) else base
+            moment = over_root(moment, root)
+        return encode_nearest(moment, codecs[1], groups[1], parameter)
 
     for _ in range(members):
         encode = jax.vmap(encode)
-    return encode(codes, scales, parameter)
+    return encode(codes, scales, parameter, base)
 
 
 def encode_nearest(

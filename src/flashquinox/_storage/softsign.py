@@ -11,18 +11,21 @@ from .scales import decode_scale, encode_scale, LARGEST_SIGNED
 
 
 class SoftsignCodec(AbstractMomentCodec):
-    r"""For signed moments: softsign companding in `int8`, rounded to nearest.
+    r"""For signed moments: softsign companding in `int8`, rounded by the rotating
+    threshold.
 
-    $$q = \frac{256 \, m}{s + |m|}, \qquad m = s \, \frac{q}{256 - |q|}, \qquad
+    $$q = \operatorname{round}\left(\frac{256 \, m}{s + |m|} + u - \tfrac12\right),
+    \qquad m = s \, \frac{q}{256 - |q|}, \qquad
     s = \frac{129}{127} \max |m|$$
 
     so that the largest element of a group has the code $\pm 127$. A scale $s$ is kept
     as a float32's eight exponent bits and its `scale_mantissa_bits` leading mantissa
     bits in a `uint16` (it has no sign). 8, the default, is the range of a bfloat16 with
     one more bit of precision; 7 is bfloat16 itself. Scales are rounded by the rotating
-    threshold, or they would stall where a moment decays slowly; codes are not, or a
-    small moment would be left beside a second moment that is smaller still. Moments of
-    more than $2^{62}$ are stored as that, infinity as zero.
+    threshold too. Rounded to nearest, both would stall where a moment decays slowly:
+    with $\beta = 0.9$, the codes $\pm 1$ to $\pm 4$ for good. `dithered=False` does
+    that to codes. Moments of more than $2^{62}$ are stored as that, infinity as
+    zero.
 
     ??? cite "Reference"
 
@@ -30,7 +33,7 @@ class SoftsignCodec(AbstractMomentCodec):
         which has $254 \, m / (\max |m| + |m|)$.
     """
 
-    dithered: bool = eqx.field(static=True, default=False)
+    dithered: bool = eqx.field(static=True, default=True)
     scale_mantissa_bits: int = eqx.field(static=True, default=8)
 
     def __check_init__(self):

@@ -162,7 +162,9 @@ def _as_python(value: Any) -> Any:
 
 def _check_moments(moments: Any) -> MomentCodecs:
     if isinstance(moments, MomentCodecs):
-        for codec in (moments.signed, moments.nonnegative):
+        for codec in filter(
+            None, (moments.signed, moments.nonnegative, moments.relative)
+        ):
             _check_hash(codec)
             check_codec("Storage", codec)
         return moments
@@ -213,5 +215,6 @@ def _shortest(codecs: MomentCodecs) -> Moments:
 
 def _text(value: Any) -> str:
     if isinstance(value, MomentCodecs):
-        return f"MomentCodecs({value.signed!r}, {value.nonnegative!r})"
+        relative = "" if value.relative == value.signed else f", {value.relative!r}"
+        return f"MomentCodecs({value.signed!r}, {value.nonnegative!r}{relative})"
     return repr(value)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Scalar, Shaped
 
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule, moments_of
+from .._storage import relative_moment
 from .._storage.codec import AbstractMomentCodec, Dither
 from .._storage.learned_codec import with_parameter
 from .._storage.split import (
@@ -32,6 +33,8 @@ class StepStructure(eqx.Module):
     rule: AbstractRule = eqx.field(static=True)
     # One for each moment of the rule, in its order.
     codecs: tuple[AbstractMomentCodec, ...] = eqx.field(static=True)
+    # Likewise, the name of the moment to the root of which it is stored relative.
+    bases: tuple[str | None, ...] = eqx.field(static=True)
     # Decoupled decay scales the weight; otherwise it is L2 regularization.
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
@@ -42,6 +45,13 @@ class StepStructure(eqx.Module):
     @property
     def codec_of(self) -> dict[str, AbstractMomentCodec]:
         return dict(zip(moments_of(self.rule), self.codecs, strict=True))
+
+    @property
+    def base_of(self) -> dict[str, str]:
+        """For each moment that is stored relative to another, the name of that."""
+        names = moments_of(self.rule)
+        pairs = zip(names, self.bases, strict=True)
+        return {name: base for name, base in pairs if base is not None}
 
     def codecs_before_and_after(
         self, scalars: "StepScalars"
@@ -93,9 +103,12 @@ class StepScalars(eqx.Module):
     # What gradients are multiplied by. None if they are not clipped.
     clip: Factors | None
 
-    @property
-    def dither(self) -> Dither:
-        return Dither.at(self.count, self.leaf.number)
+    def dithers(self, structure: StepStructure) -> dict[str, Dither]:
+        """What each moment is rounded by."""
+        return {
+            name: Dither.at(self.count, self.leaf.number, i)
+            for i, name in enumerate(moments_of(structure.rule))
+        }
 
     @property
     def weight_threshold(self) -> Scalar:
@@ -154,10 +167,10 @@ def update_tile(
         moments,
         keep_unmoved,
     )
-    codes, scales = {}, {}
+    codes, scales, dithers = {}, {}, scalars.dithers(structure)
     for name, codec in new_codecs.items():
         codes[name], scales[name] = codec.encode(
-            moments[name], axis, scalars.dither, factors[name][1]
+            moments[name], axis, dithers[name], factors[name][1]
         )
     new = TileState(weight, correction, codes, scales)
     if scalars.take is None:
@@ -179,8 +192,8 @@ def advance(
     moments: dict[str, Float[Array, "*tile"]],
     keep_unmoved: bool = True,
 ) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
-    """The elementwise part of a step: everything but the storage of moments. With
-    `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
+    """The elementwise part of a step: everything but the storage of moments, which come
+    and go as they are stored: some relative to others. With `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
     or -0. `threshold` is what weights without a correction are rounded by, or `None`.
 
     **Returns:**
@@ -191,7 +204,9 @@ def advance(
     caller will round it.
     """
     master = decode_weight(weight, correction)
+    moments = with_roots(structure, moments)
     new_master, moments = move(structure, scalars, grad, master, moments)
+    moments = without_roots(structure, moments)
     if keep_unmoved:
         # Arithmetic flushes subnormals to zero and loses the sign of -0.
         new_master = jnp.where(new_master == master, master, new_master)
@@ -208,6 +223,30 @@ def advance(
         update, held = _difference(new_master, new_weight, weight)
         return update, encode_correction(new_master, held, correction_dtype), moments
     return new_weight, new_correction, moments
+
+
+def with_roots(
+    structure: StepStructure, moments: dict[str, Float[Array, "*tile"]]
+) -> dict[str, Float[Array, "*tile"]]:
+    """The moments as the rule takes them, from what was stored."""
+    relative = {
+        name: relative_moment.times_root(moments[name], moments[base])
+        for name, base in structure.base_of.items()
+    }
+    return moments | relative
+
+
+def without_roots(
+    structure: StepStructure, moments: dict[str, Float[Array, "*tile"]]
+) -> dict[str, Float[Array, "*tile"]]:
+    """The moments as they are stored, from what the rule returned. A moment is relative
+    to the root of the other *before* that is rounded: so the next update is right,
+    whatever the other is rounded to."""
+    relative = {
+        name: relative_moment.over_root(moments[name], moments[base])
+        for name, base in structure.base_of.items()
+    }
+    return moments | relative
 
 
 def move(

@@ -33,7 +33,7 @@ class ChunkStep:
     arithmetic: Arithmetic
     block: Block
     scalars: StepScalars
-    dither: Dither
+    dithers: dict[str, Dither]
     # What weights without a correction are rounded by. `None` if they are rounded to
     # nearest.
     threshold: Any
@@ -93,7 +93,7 @@ class ChunkStep:
                 statistics.append(scratch.reduced(first, reduction))
                 first += 1
             scales, constants = arithmetic.evaluate(
-                _fit, codec, tuple(statistics), factors[name][1], self.dither
+                _fit, codec, tuple(statistics), factors[name][1], self.dithers[name]
             )
             target = new.scales[name]
             if target is not None:

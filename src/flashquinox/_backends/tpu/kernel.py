@@ -54,7 +54,7 @@ def update_leaf(
     arithmetic = chip.arithmetic.exact if interpret else chip.arithmetic
 
     threshold = scalars.weight_threshold if structure.dither_weights else None
-    *packed, unpack = pack((scalars, scalars.dither, threshold))
+    *packed, unpack = pack((scalars, scalars.dithers(structure), threshold))
     arrays, treedef = jtu.tree_flatten(state)
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     of_elements, of_state = _block_specs(block, state)
@@ -143,13 +143,13 @@ def _kernel(
         jtu.tree_unflatten(treedef, x)
         for x in (state[: len(state) // 2], state[len(state) // 2 :])
     ]
-    scalars, dither, threshold = unpack(floats.__getitem__, integers.__getitem__)
+    scalars, dithers, threshold = unpack(floats.__getitem__, integers.__getitem__)
     chunks = ChunkStep(
         structure=structure,
         arithmetic=arithmetic,
         block=block,
         scalars=scalars,
-        dither=dither,
+        dithers=dithers,
         threshold=threshold,
         grad=grad,
         old=old,
