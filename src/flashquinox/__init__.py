@@ -35,6 +35,7 @@ from ._storage.curves import (
 from ._storage.fitted_log import FittedLogCodec as FittedLogCodec
 from ._storage.flashoptim import FlashOptimCodec as FlashOptimCodec
 from ._storage.full_precision import FullPrecision as FullPrecision
+from ._storage.linear import LinearCodec as LinearCodec
 from ._storage.moment_codecs import MomentCodecs as MomentCodecs
 from ._storage.quant_moment import QuantMoment as QuantMoment
 from ._storage.softsign import SoftsignCodec as SoftsignCodec

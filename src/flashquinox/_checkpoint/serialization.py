@@ -36,8 +36,9 @@ def _moment_to_dict(moment: QuantMoment) -> dict[str, Any]:
 
 
 # The key of an array in the dictionary of a moment, beside its codes and scales: the
-# axis and the size of its groups, and a number for its codec and for what it is relative
-# to. It is an array, so that functions can be mapped over the whole dictionary.
+# axis and the size of its groups, and a number for its codec and for what it is
+# relative to. It is an array, so that functions can be
+# mapped over the whole dictionary.
 _FORMAT = "QuantMoment"
 
 

@@ -132,7 +132,8 @@ def from_flashoptim(
         check_entries(call, parameter, own)
         for key in bases_first(own.moments):
             like = stored[key][index]
-            base = new_moments.get(getattr(like, "relative_to", None))
+            relative_to = getattr(like, "relative_to", None)
+            base = None if relative_to is None else new_moments[relative_to]
             new_moments[key][index] = stored_moment(
                 call,
                 parameter,

@@ -214,7 +214,7 @@ def _map(
     given: PyTree,
     like: PyTree,
 ) -> PyTree:
-    """A tree like `like`, whose leaves are `function(leaf, given value, like value)`."""
+    """A tree like `like`: of `function(leaf, given value, like value)`."""
     leaves, rebuild = flatten(like)
     values = match(call, text, given, leaves)
     new = []

@@ -90,8 +90,8 @@ def map_moments(
                 base = getattr(leaf.value, "relative_to", None), leaf.path
                 change = None
                 if given is not None:
-                    rest = [values[leaf.unwrapped] for values in given]
-                    change = partial(_call, function, rest)
+                    at_leaf = [values[leaf.unwrapped] for values in given]
+                    change = partial(_call, function, at_leaf)
                 new[name, leaf.path] = _changed(
                     call,
                     f"moments[{name!r}]{leaf.name}",

@@ -60,7 +60,7 @@ class MomentCodecs(eqx.Module):
         signed: AbstractMomentCodec,
         nonnegative: AbstractMomentCodec,
         *,
-        relative: AbstractMomentCodec | None | Literal["signed"] = "signed",
+        relative: AbstractMomentCodec | Literal["signed"] | None = "signed",
         smallest_vector: int = 4096,
     ):
         if relative == "signed":

@@ -193,8 +193,9 @@ def advance(
     keep_unmoved: bool = True,
 ) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
     """The elementwise part of a step: everything but the storage of moments, which come
-    and go as they are stored: some relative to others. With `keep_unmoved`, a weight that did not move keeps its bits, even if it is subnormal
-    or -0. `threshold` is what weights without a correction are rounded by, or `None`.
+    and go as they are stored, some relative to others. With `keep_unmoved`, a weight
+    that did not move keeps its bits, even if it is subnormal or -0. `threshold` is what
+    weights without a correction are rounded by, or `None`.
 
     **Returns:**
 
