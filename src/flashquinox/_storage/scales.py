@@ -7,7 +7,7 @@ negative, so the order of the patterns is that of the numbers.
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, Shaped, UInt16
+from jaxtyping import Array, Float32, Int32, Integer, Shaped, UInt16
 
 
 INFINITY = np.int32(0x7F80_0000)
@@ -47,7 +47,7 @@ def encode_scale(
 
 
 def decode_scale(
-    scale: UInt16[Array, "*groups"], mantissa_bits: int = 8
+    scale: Integer[Array, "*groups"], mantissa_bits: int = 8
 ) -> Float32[Array, "*groups"]:
     """The float32 value of a stored scale."""
     return float_of(scale.astype(jnp.int32) << (23 - mantissa_bits))
