@@ -1,5 +1,6 @@
 """The one table of cases over which the tests parametrize, and what they share."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -343,15 +344,32 @@ def _of_elements(layout, groups):
     return layout.untile(jnp.broadcast_to(groups, tile.shape))
 
 
+def decoded(stored: fq.QuantMoment | Array) -> Array:
+    """A moment as numbers."""
+    return stored.decode() if isinstance(stored, fq.QuantMoment) else stored
+
+
 def assert_code_of(
-    stored: fq.QuantMoment, exact: np.ndarray, atol: float | np.ndarray = 0.0
+    stored: fq.QuantMoment,
+    exact: np.ndarray,
+    atol: float | np.ndarray = 0.0,
+    base: np.ndarray | None = None,
 ) -> None:
     """Asserts that the codes are the exact values rounded once: to nearest, and so off
     by half a code, or by the dither, and so off by at most one.
 
     The bound is the curve itself: what half a code, or one, more and less stands for.
-    `atol` is the error of the values before they were encoded.
+    `atol` is the error of the values before they were encoded. Of a moment that is
+    stored relative to the root of another one, that is `base`, by default as it is
+    stored.
     """
+    if stored.relative_to is not None:
+        base = float64(decoded(stored.base)) if base is None else base
+        root = np.maximum(np.sqrt(base.astype(np.float64)), 2.0**-63)
+        # The root and the quotient are rounded too, and so was what is below the root.
+        atol = (atol + 2.0**-21 * np.abs(exact)) / root
+        exact = exact / root
+        stored = dataclasses.replace(stored, relative_to=None)
     codec = stored.codec
     if isinstance(codec, fq.FlashOptimCodec):
         # Nearest: half a code where codes are farthest apart, and a float16 scale's
@@ -367,7 +385,7 @@ def assert_code_of(
     if isinstance(codec, fq.CompandedCodec):
         _assert_companded_code_of(stored, exact, codes, atol)
         return
-    assert isinstance(codec, fq.SoftsignCodec | fq.FittedLogCodec)
+    assert isinstance(codec, fq.LinearCodec | fq.SoftsignCodec | fq.FittedLogCodec)
     # The arithmetic's share is a few roundings of a code of at most 255: less than
     # 255 * 4 * 2^-24. The dither of a fitted step, a whole number of at least 2^12, is
     # rounded to one: 2^-13.
@@ -375,7 +393,7 @@ def assert_code_of(
     # Numbers below 2^-126 may be flushed.
     slack = atol + 2.0**-20 * np.abs(exact) + 2.0**-126
     low, high = exact - slack, exact + slack
-    if isinstance(codec, fq.SoftsignCodec):
+    if isinstance(codec, fq.LinearCodec | fq.SoftsignCodec):
         below, above = (
             float64(_decode_codes(stored, bound))
             for bound in (codes - radius, codes + radius)
@@ -385,9 +403,9 @@ def assert_code_of(
     # A step is the same everywhere on the bits, not on the values.
     low, high = map(real_bits, (np.maximum(low, 0), high))
     origin, step = (of_elements(stored.layout, x) for x in grid(stored.scales))
-    # Only what is 15 powers of two below the largest, which takes the coarsest step, or
-    # below the normal numbers, is below code 0, and clamped to it.
-    assert np.all((step == 2**19) | (origin < 2**24) | (high >= origin))
+    # Only what is 31 powers of two below the largest, which takes one of the coarsest
+    # steps, or below the normal numbers, is below code 0, and clamped to it.
+    assert np.all((step >= 2**20) | (origin < 2**24) | (high >= origin))
     low, high = np.maximum(low, origin), np.maximum(high, origin)
     bits = origin + codes * step
     assert np.all((high >= bits - radius * step) & (low <= bits + radius * step))
@@ -403,7 +421,7 @@ def _assert_companded_code_of(
     assert isinstance(codec, fq.CompandedCodec)
     signed = codec.kind == "signed"
     # As above; of a code of at most 255, and with four more operations.
-    radius = (0.5 if signed else 1) + 255 * 8 * 2.0**-24
+    radius = 1 + 255 * 8 * 2.0**-24
     slack = atol + 2.0**-19 * np.abs(exact) + 2.0**-126
     size, low, high = np.abs(exact), np.abs(codes) - radius, np.abs(codes) + radius
     below, above = (_companded(stored, np.maximum(x, 0)) for x in (low, high))

@@ -30,6 +30,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import flashquinox as fq
 from flashquinox._checkpoint import files
 from flashquinox._common.digest import digest
+from flashquinox._storage.moment_codecs import MomentCodecs
 from flashquinox._storage.scales import decode_scale
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
@@ -476,17 +477,18 @@ def _assert_nearest(found, stored):
     codec = found.codec
     if isinstance(codec, fq.FittedLogCodec):
         codec = fq.FittedLogCodec(dithered=False)
-    if isinstance(codec, fq.SoftsignCodec):
+    if isinstance(codec, fq.LinearCodec):
+        codec = fq.LinearCodec(dithered=False)
         layout = found.layout
-        tile = layout.tile(jnp.abs(stored.decode()))
-        exact = float64(jnp.max(tile, axis=layout.tile_axis)) * 129 / 127
-        error = np.abs(float64(decode_scale(found.scales)) - exact)
-        # Half a place of nine bits.
-        assert np.all(error <= (2.0**-9 + 2.0**-20) * exact)
+        tile = layout.tile(jnp.abs(stored.decode_stored()))
+        exact = float64(jnp.max(tile, axis=layout.tile_axis)) / 126
+        error = np.abs(float64(decode_scale(found.scales, 7)) - exact)
+        # Half a place of eight bits.
+        assert np.all(error <= (2.0**-8 + 2.0**-20) * exact)
     found = fq.QuantMoment(
         found.codes, found.scales, found.axis, found.group_size, codec
     )
-    assert_code_of(found, np.asarray(stored.decode()))
+    assert_code_of(found, np.asarray(stored.decode_stored()))
     assert not np.array_equal(np.asarray(found.codes), np.asarray(stored.codes))
 
 
@@ -555,7 +557,7 @@ _weight = "['layers'][0]"
         ),
         (
             lambda: (_model(), fq.lion(1e-3).init(_model())),
-            [f"state.moments['nu']{_weight}", "no array", "optimizer"],
+            [f"state.moments['mu']{_weight}", "relative to 'nu'", "SoftsignCodec("],
         ),
         (
             lambda: (_model(), fq.sgd(1e-3).init(_model())),
@@ -584,14 +586,14 @@ _weight = "['layers'][0]"
                 _model(),
                 fq.adamw(1e-3, storage=fq.Storage(moments="float32")).init(_model()),
             ),
-            [f"['mu']{_weight}", "SoftsignCodec(", "FullPrecision()", "moments="],
+            [f"['mu']{_weight}", "LinearCodec(", "FullPrecision()", "moments="],
         ),
         (
             lambda: (
                 _model(),
                 fq.adamw(1e-3, storage=fq.Storage(moments="flashoptim")).init(_model()),
             ),
-            [f"['mu']{_weight}", "SoftsignCodec(", "FlashOptimCodec(kind='signed')"],
+            [f"['mu']{_weight}", "LinearCodec(", "FlashOptimCodec(kind='signed')"],
         ),
         (lambda: (_model(), ()), ["`state", "no array"]),
     ],
@@ -681,7 +683,7 @@ def test_other_codec_of_the_checkpoint(tmp_path):
             lambda: checkpoints.restore(model, fq.adamw(1e-3).init(model)),
             f"['mu']{_weight}",
             "by FullPrecision()",
-            "uses SoftsignCodec(",
+            "uses LinearCodec(",
         )
 
 
@@ -758,10 +760,10 @@ def test_foreign_directories(tmp_path, saved):
     "change,parts",
     [
         (
-            {"format_version": 2, "flashquinox_version": "9.1"},
-            ["version 2", "flashquinox 9.1", fq.__version__, "Install"],
+            {"format_version": 3, "flashquinox_version": "9.1"},
+            ["version 3", "flashquinox 9.1", fq.__version__, "Install"],
         ),
-        ({"format_version": 0}, ["version 0", "reads format version 1"]),
+        ({"format_version": 0}, ["version 0", "reads format versions 1 and 2"]),
         ({"format": "something"}, ["not a checkpoint of flashquinox"]),
         ({"contents": {"arrays": {}, "moments": {}}}, ["manifest is altered"]),
         ({"sha256": None}, ["manifest is altered"]),
@@ -896,15 +898,26 @@ _DATA = Path(__file__).parent / "data"
 # Each was written by the library of its time, with these arguments: the first one; one
 # of the first day, with moments as in the paper; one when there were curves to choose;
 # and one when manifests began to list files.
+_NEAREST = fq.MomentCodecs(
+    fq.SoftsignCodec(dithered=False), fq.FittedLogCodec(), relative=None
+)
+_CURVES = MomentCodecs.named(("learned", "sqrt"))
 _WRITTEN = {
-    "checkpoint-format-1": fq.Storage(master_weight_bits=24),
+    "checkpoint-format-1": fq.Storage(master_weight_bits=24, moments=_NEAREST),
     "checkpoint-format-1-paper": fq.Storage(
         master_weight_bits=32, moments="flashoptim"
     ),
     "checkpoint-format-1-curves": fq.Storage(
-        master_weight_bits=24, moments=("learned", "sqrt")
+        master_weight_bits=24,
+        moments=fq.MomentCodecs(_CURVES.signed, _CURVES.nonnegative, relative=None),
     ),
-    "checkpoint-format-1-files": fq.Storage(master_weight_bits=24),
+    "checkpoint-format-1-files": fq.Storage(master_weight_bits=24, moments=_NEAREST),
+}
+# What `moments` was called then. First moments are stored otherwise now.
+_CALLED = {
+    "checkpoint-format-1": "flashquinox",
+    "checkpoint-format-1-curves": ("learned", "sqrt"),
+    "checkpoint-format-1-files": "flashquinox",
 }
 
 
@@ -935,9 +948,33 @@ def test_what_was_ever_written(name, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.all_steps() == [1]
         assert tree_identical(checkpoints.restore(*like), stored)
+        if name in _CALLED:
+            _assert_stored_as_now(checkpoints, _CALLED[name], stored, like)
         # Complete ones only: of before manifests listed files, by what must be there.
         (tmp_path / "1" / "arrays" / "manifest.ocdbt").unlink()
         assert checkpoints.all_steps() == []
+
+
+def _assert_stored_as_now(checkpoints, moments, stored, like):
+    """A checkpoint of before moments were relative to others is restored to a state of
+    today, of the same options."""
+    storage = fq.Storage(master_weight_bits=24, moments=moments)
+    now = fq.adamw(1e-2, storage=storage, backend="xla").init(like[0])
+    wrapped = isinstance(like[1], tuple)
+    model, state = checkpoints.restore(like[0], (now, *like[1][1:]) if wrapped else now)
+    state, old = (x[0] if wrapped else x for x in (state, stored[1]))
+    assert tree_identical(model, stored[0])
+    keep = lambda s: (s.moments["nu"], s.moments["mu"]["b"], s.corrections, s.steps)
+    assert tree_identical(keep(state), keep(old))
+    assert jtu.tree_structure(state) == jtu.tree_structure(now)
+    before, after = (s.moments["mu"]["w"] for s in (old, state))
+    exact, base = (np.asarray(x.decode()) for x in (before, old.moments["nu"]["w"]))
+    # Of bits that mean nothing, some quotients are beyond all scales.
+    with np.errstate(over="ignore"):
+        quotient = np.abs(exact / np.sqrt(base))
+    assert np.any(quotient < 2.0**62)
+    exact = np.where(quotient <= 2.0**62, exact, 0)
+    assert_code_of(after, exact)
 
 
 def write(name, directory):

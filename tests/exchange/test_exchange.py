@@ -50,7 +50,12 @@ def _arrays(tree):
 
 # One program in place of one for each of their operations.
 _from_optax = eqx.filter_jit(exchange.from_optax)
-_decode = eqx.filter_jit(lambda stored: stored.decode())
+_decode_of = eqx.filter_jit(lambda stored, base: stored.decode(base=base))
+
+
+def _decode(stored):
+    # Inside `jit`, a moment alone does not know what it is relative to.
+    return _decode_of(stored, getattr(stored, "base", None))
 
 
 #

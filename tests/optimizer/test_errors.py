@@ -327,7 +327,7 @@ def _bad_states():
         "of another codec": (
             ValueError,
             made(fq.adamw(1e-3, storage=fq.Storage(moments="float32"))),
-            ["FullPrecision", "SoftsignCodec", _path, "moments=", again],
+            ["FullPrecision", "LinearCodec", _path, "moments=", again],
         ),
         "of another group size": (
             ValueError,
@@ -351,7 +351,7 @@ def _bad_states():
         ),
         "of other scales": (
             ValueError,
-            eqx.tree_at(lambda s: mu(s).scales, state, jnp.zeros((4, 3), jnp.uint16)),
+            eqx.tree_at(lambda s: mu(s).scales, state, jnp.zeros((4, 3), jnp.int16)),
             [_path, "scales", "(4, 3)", "(4, 2)", again],
         ),
         "of another correction": (

@@ -57,8 +57,21 @@ def _quant(state):
     return [x for x in jtu.tree_leaves(state, is_leaf=is_moment) if is_moment(x)]
 
 
-_encode = jax.jit(lambda moment, values: moment.encode(values))
-_decode = jax.jit(lambda moment: moment.decode())
+_jit_encode = jax.jit(lambda moment, values, base: moment.encode(values, base=base))
+_jit_decode = jax.jit(lambda moment, base: moment.decode(base=base))
+
+
+def _encode(moment, values):
+    return _jit_encode(moment, values, _base(moment))
+
+
+def _decode(moment, base=None):
+    return _jit_decode(moment, _base(moment) if base is None else base)
+
+
+def _base(moment):
+    """A moment alone, as `jit` gets it, does not know what it is relative to."""
+    return None if moment.relative_to is None else moment.base
 
 
 @pytest.mark.product
@@ -75,16 +88,18 @@ def test_encode_is_nearest_and_keeps_the_form(trained):
             assert x.shape == y.shape and x.dtype == y.dtype
         # The largest distance between two codes of 256 is one of curves, 1/20 of the
         # largest of the group.
-        error = np.abs(np.asarray(_decode(new)) - values)
+        base = _base(moment)
+        error = np.abs(np.asarray(_decode(new, base)) - values)
         assert np.max(error) <= np.max(np.abs(values)) / 20
         # Without dither, and of what is stored nothing but the form counts.
         assert tree_identical(new, moment.encode(values))
         if moment.parameter is None:
-            assert tree_identical(new, _encode(new, values))
+            assert tree_identical(new, _jit_encode(new, values, base))
         zeros = _encode(moment, np.zeros_like(values))
-        assert not np.any(np.asarray(_decode(zeros)))
+        assert not np.any(np.asarray(_decode(zeros, base)))
         nothing = _encode(moment, np.where(np.arange(96) == 0, 0, values))
-        assert np.all(np.asarray(_decode(nothing))[:, 0] <= np.max(values) * 2.0**-15)
+        left = np.asarray(_decode(nothing, base))[:, 0]
+        assert np.all(left <= np.max(values) * 2.0**-15)
 
 
 @pytest.mark.product
@@ -98,7 +113,10 @@ def test_encode_under_vmap_and_sharded(trained):
     for many, one, kind in zip(_quant(states), ones, kinds, strict=True):
         values = np.abs(np.sin(np.arange(2.0 * one.codes.size, dtype=np.float32)))
         values = values.reshape(2, *one.codes.shape)
-        found = jax.jit(jax.vmap(lambda m, v: m.encode(v)))(many, values)
+        bases = _base(many)
+        found = jax.jit(jax.vmap(lambda m, v, b: m.encode(v, base=b)))(
+            many, values, bases
+        )
         for i in range(2):
             like = fq.QuantMoment(
                 one.codes,
@@ -107,8 +125,10 @@ def test_encode_under_vmap_and_sharded(trained):
                 one.group_size,
                 one.codec,
                 _member(many, i).parameter,
+                one.relative_to,
             )
-            assert tree_identical(_member(found, i), _encode(like, values[i]))
+            expected = _jit_encode(like, values[i], _member(bases, i))
+            assert tree_identical(_member(found, i), expected)
         if many.scales.shape != many.layout.scale_shape:
             with pytest.raises(ValueError, match="vmap"):
                 many.encode(values)
@@ -119,7 +139,9 @@ def test_encode_under_vmap_and_sharded(trained):
             return jax.device_put(x, NamedSharding(mesh, spec))
 
         there = jtu.tree_map(put, one)
-        found_there = there.encode(values[0])
+        base = _base(one)
+        base_there = jtu.tree_map(put, base)
+        found_there = there.encode(values[0], base=base_there)
         for x, y in zip(
             jtu.tree_leaves(found_there), jtu.tree_leaves(there), strict=True
         ):

@@ -142,7 +142,7 @@ _other = {"kernel": jnp.zeros((17, 40), jnp.bfloat16), "bias": jnp.zeros(40)}
 @pytest.mark.parametrize(
     "other, params, message",
     [
-        (fq.lion(1e-2), _params["Dense_0"], "`./moments/nu/bias`, float32 of"),
+        (fq.lion(1e-2), _params["Dense_0"], "`./moments/mu/kernel`, a moment of"),
         (
             fq.adamw(1e-2, storage=fq.Storage(master_weight_bits=32)),
             None,

@@ -1111,7 +1111,7 @@ CALLS = {
     ),
     "state of other moments": (
         lambda: _step(fq.adamw(1e-3, storage=fq.Storage(moments="log"))),
-        _value_error(_step_call, "SoftsignCodec", "moments=..."),
+        _value_error(_step_call, "LinearCodec", "moments=..."),
     ),
     "state with corrections, optimizer without": (
         lambda: _step(fq.adamw(1e-3, storage=fq.Storage(master_weight_bits=None))),

@@ -23,8 +23,14 @@ _SPELLINGS = {
         fq.Storage(master_weight_bits="auto", group_size=np.uint8(32)),
         fq.Storage(moments="flashquinox", dither_weights=False),
         fq.Storage(moments=("flashquinox", "flashquinox")),
+        fq.Storage(
+            moments=fq.MomentCodecs(
+                fq.SoftsignCodec(), fq.FittedLogCodec(), relative=fq.LinearCodec()
+            )
+        ),
+    ],
+    "Storage(moments=('softsign', 'flashquinox'))": [
         fq.Storage(moments=fq.MomentCodecs(fq.SoftsignCodec(), fq.FittedLogCodec())),
-        # Both names mean the same codec.
         fq.Storage(moments=("softsign", "flashquinox")),
     ],
     "Storage(master_weight_bits=24)": [fq.Storage(master_weight_bits=24)],

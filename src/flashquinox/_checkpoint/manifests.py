@@ -165,7 +165,8 @@ def _is_moment(name: str, moment: dict[str, Any], arrays: dict[str, Any]) -> boo
     codes, scales = (arrays.get(f"{name}.{part}") for part in ("codes", "scales"))
     if not isinstance(moment.get("codec"), str) or codes is None or scales is None:
         return False
-    if not _is_count(size) or size == 0:
+    base = moment.get("relative_to")
+    if not _is_count(size) or size == 0 or not (base is None or isinstance(base, str)):
         return False
     shape, found = tuple(codes["shape"]), tuple(scales["shape"])
     if axis is None:
@@ -297,7 +298,7 @@ def earlier_form(moment: QuantMoment) -> tuple[str, str | None]:
     return codec_name(earlier_codec(moment)), None
 
 
-def _form_text(form: tuple[str, str | None]) -> str:
+def _form_text(form: tuple[Any, Any]) -> str:
     codec, base = form
     return codec if base is None else f"{codec} relative to {base!r}"
 

@@ -141,7 +141,7 @@ class Wanted:
         if name not in self._moments:
             return read[name]
         like = self._moments[name]
-        codes, scales = (read[part] for part in parts(name))
+        codes, scales = (jnp.asarray(read[part]) for part in parts(name))
         return QuantMoment(
             codes,
             scales,

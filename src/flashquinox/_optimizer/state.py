@@ -39,13 +39,29 @@ class OptimizerState(eqx.Module):
     shardings: Shardings = eqx.field(static=True, default=())
     checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None
 
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        # Trees are flattened and put together without this: only who asks for moments
-        # pays for it.
-        return with_bases(value) if name == "moments" else value
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Of a copy, or of a state that was pickled."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @property
     def count(self) -> Int32[Array, "*ensemble"]:
         """The number of steps taken."""
         return without_variables(self.steps.count)
+
+
+class _Moments:
+    """The field `moments` of a state: what it is set to knows what it is relative to,
+    also where JAX puts a state together."""
+
+    def __get__(self, state: OptimizerState | None, owner: Any = None) -> Any:
+        fields = {} if state is None else state.__dict__
+        if "moments" not in fields:
+            raise AttributeError("moments")
+        return fields["moments"]
+
+    def __set__(self, state: OptimizerState, moments: Any) -> None:
+        state.__dict__["moments"] = with_bases(moments)
+
+
+OptimizerState.moments = _Moments()  # pyright: ignore[reportAttributeAccessIssue]

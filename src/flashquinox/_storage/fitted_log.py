@@ -26,7 +26,8 @@ class FittedLogCodec(AbstractMomentCodec):
     $b_0 \le b(\min v)$ and the step $d$ are fitted to the group such that
     $b(\max v) \le b_0 + 254.5 \, d$. The relative step between codes is then nearly the
     same for all elements: 0.05 % in a group of similar moments, at most 19 %. A group
-    that spans more than 47 powers of two has $v$ below that stored as $b_0$. Infinity
+    that spans more than 47 powers of two (more than 31 if some are zero, and at most
+    13 % then) has $v$ below that stored as $b_0$. Infinity
     is stored as a number just below it. As $b$ is linear between powers of two, the
     threshold $u$ is unbiased for $v$ itself.
 
@@ -147,6 +148,8 @@ _GRID = 18
 # of the origin.
 _WIDE = np.int32(_LAST_CODE * (2 << _COARSEST))
 _WIDEST = np.int32(254 * (3 << _COARSEST) - (1 << 21))
+# What codes cover in a group with zeros, by steps of 2^20.
+_OF_ZEROS = np.int32(_WIDE - (1 << 20))
 # With steps of three, indices of origins are less than this; what is above stands for
 # the coarsest steps.
 _INDICES = np.int32((int(INFINITY) >> _GRID) // 3 + 1)
@@ -175,7 +178,8 @@ class _Range(eqx.Module):
         too."""
         low, high = bits_of(smallest), bits_of(largest)
         # The grid is less than 2^21, so that the origin is zero or a normal number.
-        low = jnp.maximum(low, high - _WIDEST)
+        # Zeros do not ask for the coarsest steps: no update depends on them.
+        low = jnp.maximum(low, high - jnp.where(low > 0, _WIDEST, _OF_ZEROS))
         low = jnp.maximum(low, _SMALLEST_NORMAL + (1 << 21))
         low = jnp.where(high < 2 * _SMALLEST_NORMAL, 0, low)
         low = jnp.where(high > INFINITY, high, jnp.minimum(low, _HIGHEST_ORIGIN))

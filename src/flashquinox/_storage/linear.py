@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Scalar, Shaped
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .scales import decode_scale, encode_scale
+from .scales import decode_scale, encode_scale, LARGEST_SIGNED
 
 
 class LinearCodec(AbstractMomentCodec):
@@ -23,7 +23,8 @@ class LinearCodec(AbstractMomentCodec):
 
     A scale $s$ is kept as the bits of a bfloat16 in an `int16`, rounded by the rotating
     threshold too. Codes end at $\pm 127$, so that a scale that was rounded down covers
-    its group. (Not in a `uint16`, as the scales of other codecs: a file without the
+    its group. Moments of more than $2^{62}$, and what is no number, are stored as zero.
+    (Not in a `uint16`, as the scales of other codecs: a file without the
     names of codecs, as of `eqx.tree_serialise_leaves`, cannot be mistaken for theirs.)
 
     With `dithered=False`, codes are rounded to nearest: for measuring what that is
@@ -50,7 +51,8 @@ class LinearCodec(AbstractMomentCodec):
     def prepare(
         self, moment: Float[Array, "*tile"]
     ) -> tuple[Float[Array, "*tile"], ...]:
-        return (moment,)
+        # An element of a group must not spoil the others.
+        return (jnp.where(jnp.abs(moment) <= LARGEST_SIGNED, moment, 0),)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]

@@ -80,8 +80,6 @@ class MomentCodecs(eqx.Module):
     def named(name: str | tuple[str, str]) -> "MomentCodecs":
         if isinstance(name, str):
             return _named[name]
-        if len(set(name)) == 1:
-            return _named[name[0]]
         signed, nonnegative = (_named[x] for x in name)
         if signed.relative is None:
             return MomentCodecs(signed.signed, nonnegative.nonnegative)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec
-from .quant_moment import QuantMoment, StoredMoment
+from .quant_moment import QuantMoment, StoredMoment, with_base
 from .regroup import encode_nearest
 from .relative_moment import over_root, times_root
 
@@ -58,12 +58,14 @@ def store(
             "under `jax.vmap`."
         )
     if like.relative_to is not None:
+        base = _base(call, name, like, base)
         moment = _over_root_of(call, name, moment, like, base)
     encode = partial(_encode, codec=like.codec, groups=(like.axis, like.group_size))
     codes, scales = compute_like(
         call, name, encode, *_with_parameter([moment], [like.codes], like)
     )
-    return with_bits(call, name, codes, scales, like)
+    new = with_bits(call, name, codes, scales, like)
+    return new if base is None else with_base(new, base)
 
 
 def is_of_one_leaf(like: QuantMoment) -> bool:
@@ -84,9 +86,9 @@ def with_bits(
 
 
 def _over_root_of(
-    call: str, name: str, moment: Any, like: QuantMoment, base: StoredMoment | None
+    call: str, name: str, moment: Any, like: QuantMoment, base: StoredMoment
 ) -> Any:
-    root = load(call, name, _base(call, name, like, base), _float32_like(like.codes))
+    root = load(call, name, base, _float32_like(like.codes))
     return compute_like(call, name, _over_root, [moment, root], [like.codes] * 2)
 
 

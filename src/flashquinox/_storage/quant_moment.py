@@ -160,13 +160,14 @@ def with_bases(moments: Any) -> Any:
             base = getattr(moment, "relative_to", None)
             # Trees of something else than moments have no bases.
             if base in flat and len(flat[base][0]) == len(leaves):
-                new[i] = _with_base(moment, flat[base][0][i])
+                new[i] = with_base(moment, flat[base][0][i])
         if any(x is not y for x, y in zip(leaves, new, strict=True)):
             moments = moments | {name: treedef.unflatten(new)}
     return moments
 
 
-def _with_base(moment: QuantMoment, base: Any) -> QuantMoment:
+def with_base(moment: QuantMoment, base: Any) -> QuantMoment:
+    """A moment that knows what it is relative to."""
     held = getattr(moment, "base", None)
     if held is base:
         return moment
