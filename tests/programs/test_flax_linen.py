@@ -151,7 +151,7 @@ _other = {"kernel": jnp.zeros((17, 40), jnp.bfloat16), "bias": jnp.zeros(40)}
         (
             fq.adamw(1e-2, storage=fq.Storage(moments="softsign")),
             None,
-            "`./moments/nu/kernel`, a moment of",
+            "`./moments/mu/kernel`, a moment of",
         ),
         (
             fq.adamw(1e-2, storage=fq.Storage(moments="float32")),

@@ -52,7 +52,7 @@ class LinearCodec(AbstractMomentCodec):
         self, moment: Float[Array, "*tile"]
     ) -> tuple[Float[Array, "*tile"], ...]:
         # An element of a group must not spoil the others.
-        return (jnp.where(jnp.abs(moment) <= LARGEST_SIGNED, moment, 0),)
+        return (jnp.where(jnp.abs(moment) <= float(LARGEST_SIGNED), moment, 0),)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]

@@ -1,6 +1,7 @@
 """How an optimizer stores weights and moments."""
 
 import functools
+import itertools
 from typing import Any, final, Literal, TypeAlias
 
 import equinox as eqx
@@ -206,11 +207,8 @@ def _shortest(codecs: MomentCodecs) -> Moments:
     nonnegative = [
         name for name, x in named.items() if x.nonnegative == codecs.nonnegative
     ]
-    if signed and nonnegative:
-        pair = signed[0], nonnegative[0]
-        if MomentCodecs.named(pair) == codecs:
-            return pair
-    return codecs
+    pairs = itertools.product(signed, nonnegative)
+    return next((x for x in pairs if MomentCodecs.named(x) == codecs), codecs)
 
 
 def _text(value: Any) -> str:
