@@ -170,14 +170,12 @@ def _deviations(rule: str, group_size: int, moments: Any = "flashquinox") -> lis
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="first moments are rounded to nearest")
 @pytest.mark.parametrize("rule", list(_RULES))
 def test_elements_train(rule):
     assert _deviations(rule, 32) == []
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="first moments are rounded to nearest")
 @pytest.mark.parametrize("group_size", [16, 128])
 @pytest.mark.parametrize("rule", list(_RULES))
 def test_elements_train_in_groups_of(group_size, rule):

@@ -30,37 +30,35 @@ class Dither(eqx.Module):
     """The rounding thresholds of one moment of a leaf in one step.
 
     `code` in [0, 1) is added before rounding down; `scale`, an integer of 16 bits, is
-    added to the bits of a scale before they are cut. Both are Weyl sequences in the
-    number of the step: they visit every subinterval of [0, 1) equally often.
+    added to the bits of a scale before they are cut. Both are equidistributed sequences
+    in the number of the step: they visit every subinterval of [0, 1) equally often.
     """
 
     code: Scalar
     scale: Scalar
 
     @staticmethod
-    def at(count: Scalar, leaf: ScalarLike, moment: int = 0) -> "Dither":
-        """The thresholds of step `count` for the leaf and the moment with these
-        indices. A deterministic function of them, so that a resumed run continues bit
+    def at(
+        count: Scalar, leaf: ScalarLike, kind: MomentKind = "nonnegative"
+    ) -> "Dither":
+        """The thresholds of step `count` for moments of this kind of the leaf with this
+        index. A deterministic function of these, so that a resumed run continues bit
         for bit.
+
+        Averages of squares move by less than a code for many steps. Multiples of the
+        golden ratio, turn by turn, are the most even there is. A signed moment loses a
+        tenth of itself at each step, and what was rounded before comes back: with evenly
+        spaced thresholds, small codes would die at a fixed time. So these have the
+        multiples at the cubes of turns, which are as independent of one another as
+        random numbers.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
-        # Multiples of the golden ratio; of the plastic number's reciprocals for the
-        # second sequence and for the leaves' offsets.
-        multiple = _MULTIPLES[moment % len(_MULTIPLES)]
-        code = turn * multiple + leaf * np.uint32(0x91E10DA5)
+        place = turn * turn * turn if kind == "signed" else turn
+        # Of the golden ratio; of the plastic number's reciprocals for the second
+        # sequence and for the leaves' offsets.
+        code = place * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
         return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
-
-
-# The moments of a leaf are rounded independently: with one sequence for all, the errors
-# of a moment and of the one that it is relative to would be correlated. These are
-# 2^32 / x for the roots of x^(n + 1) = x + 1, n = 1, 3, 4, which are as hard to
-# approximate by fractions together as numbers can be.
-_MULTIPLES = (
-    np.uint32(0x9E3779B9),
-    np.uint32(0xD1B54A33),
-    np.uint32(0xDB4F0B91),
-)
 
 
 Reduction: TypeAlias = Callable[..., Array]

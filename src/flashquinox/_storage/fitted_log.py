@@ -192,7 +192,8 @@ class _Range(eqx.Module):
         three, k = k3 < k2, jnp.minimum(k2, k3)
         coarsest = k >= _COARSEST
         too_wide = high - ((half >> 1) << (_GRID + 2)) > _WIDE
-        three = jnp.where(coarsest, too_wide, three)
+        # Kernels for TPUs cannot select booleans.
+        three = (coarsest & too_wide) | (~coarsest & three)
         units = jnp.where(three, third, half) >> coarsest.astype(jnp.int32)
         return _Range(three, jnp.minimum(k, _COARSEST), units)
 

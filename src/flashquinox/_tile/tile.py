@@ -106,8 +106,8 @@ class StepScalars(eqx.Module):
     def dithers(self, structure: StepStructure) -> dict[str, Dither]:
         """What each moment is rounded by."""
         return {
-            name: Dither.at(self.count, self.leaf.number, i)
-            for i, name in enumerate(moments_of(structure.rule))
+            name: Dither.at(self.count, self.leaf.number, moment.kind)
+            for name, moment in moments_of(structure.rule).items()
         }
 
     @property
