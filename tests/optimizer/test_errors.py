@@ -200,7 +200,7 @@ def test_master_weights_without_effect():
                 "no effect",
                 "['a']",
                 "float32",
-                "flashquinox.cast(model, jnp.bfloat16)",
+                "flashquinox.prepare(model, optim)",
                 "master_weight_bits=None",
             )
     # One leaf on which it has an effect is enough.

@@ -465,20 +465,21 @@ def test_what_counts_is_the_update():
         )
         elements, groups = learning._places(step.layout, state.count)
         known = [
-            (elements(x.decode()), decode_scale(groups(x.scales))) for x in moments
+            (elements(x.decode_stored()), decode_scale(groups(x.scales)))
+            for x in moments
         ]
         return observed, known
 
     moments = [state.moments[name]["w"] for name in ("mu", "nu")]
     found, known = sample(step.scalars, step.old, moments)
-    (m, v), units = (list(map(float64, x)) for x in zip(*known, strict=True))
-    for observed, x, unit, root in zip(found, (m, v), units, (1, 2), strict=True):
+    (r, v), units = (list(map(float64, x)) for x in zip(*known, strict=True))
+    for observed, x, unit, root in zip(found, (r, v), units, (1, 2), strict=True):
         n = (np.abs(x) / unit) ** (1 / root)
         np.testing.assert_allclose(
             float64(observed.n)[: n.size], n, rtol=1e-4, atol=1e-7
         )
     # b1 m / sqrt(b2 v), up to a factor that all have in common.
-    update = 0.9 * m / np.sqrt(0.999 * v)
+    update = 0.9 * r / np.sqrt(0.999)
     relative = [
         (np.sqrt(float64(x.weight)) * float64(x.n) ** root)[: update.size]
         for x, root in zip(found, (1, 2), strict=True)

@@ -65,6 +65,7 @@ def observe(
         )
         codes = elements(old.codes[name])
         moments[name] = codec.dequantize(codes, constants[name], dtype)
+    whole = with_roots(structure, moments)
     nothing = jnp.zeros(moments[next(iter(moments))].shape, dtype)
 
     observations = []
@@ -73,7 +74,9 @@ def observe(
         assert isinstance(codec, AbstractLearnedCodec)
 
         def update(x: Array, name: str = name) -> Array:
-            known = with_roots(structure, moments | {name: x})
+            # A moment that is relative to this one stays: it is so to what this was
+            # before it was rounded.
+            known = whole | {name: with_roots(structure, moments | {name: x})[name]}
             operands = (nothing, nothing, known, scalars.rule)
             # The operations alone: functions with a `custom_vjp` have no forward
             # derivative.

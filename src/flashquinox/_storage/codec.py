@@ -45,12 +45,11 @@ class Dither(eqx.Module):
         index. A deterministic function of these, so that a resumed run continues bit
         for bit.
 
-        Averages of squares move by less than a code for many steps. Multiples of the
-        golden ratio, turn by turn, are the most even there is. A signed moment loses a
-        tenth of itself at each step, and what was rounded before comes back: with evenly
-        spaced thresholds, small codes would die at a fixed time. So these have the
-        multiples at the cubes of turns, which are as independent of one another as
-        random numbers.
+        Averages of squares move by less than a code for many steps: multiples of the
+        golden ratio, turn by turn, are the most even that there are. A signed moment
+        loses a tenth of itself in each step, and rounding feeds back: by evenly spaced
+        thresholds, small codes would die at a fixed time. So these have the multiples
+        at the cubes of turns, which are as independent of one another as random ones.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
         place = turn * turn * turn if kind == "signed" else turn
