@@ -61,7 +61,7 @@ class _Moments:
         return fields["moments"]
 
     def __set__(self, state: OptimizerState, moments: Any) -> None:
-        state.__dict__["moments"] = with_bases(moments)
+        vars(state)["moments"] = with_bases(moments)
 
 
 OptimizerState.moments = _Moments()  # pyright: ignore[reportAttributeAccessIssue]
