@@ -41,16 +41,18 @@ def with_state(
     trained as well.
     """
     any_corrections = any(correction is not None for correction in corrections)
-
-    def one(index: int, leaf: Leaf) -> bool:
+    result = []
+    for index, leaf in enumerate(leaves):
         if not is_trainable(leaf.value):
-            return False
-        if moments:
-            return any([stored[index] is not None for stored in moments.values()])
-        is_narrow = leaf.value.dtype in NARROW_DTYPES
-        return corrections[index] is not None or not (is_narrow and any_corrections)
-
-    return [one(index, leaf) for index, leaf in enumerate(leaves)]
+            result.append(False)
+        elif moments:
+            stored = [values[index] for values in moments.values()]
+            result.append(any([x is not None for x in stored]))
+        else:
+            is_narrow = leaf.value.dtype in NARROW_DTYPES
+            has_correction = corrections[index] is not None
+            result.append(has_correction or not (is_narrow and any_corrections))
+    return result
 
 
 def has_gradient(call: str, leaf: Leaf, grad: Any, trained: bool) -> bool:

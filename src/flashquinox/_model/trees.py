@@ -113,17 +113,12 @@ def _flatten_plain(tree: PyTree) -> tuple[list[Leaf], Rebuild] | None:
     """[`flatten`][] of a tree in which nothing is wrapped, in one pass; `None` for
     others."""
     wrappers = (Float32Layer, optax.MaskedNode, *flax_types())
-    wrapped = []
-
-    def is_leaf(x: Any) -> bool:
-        if isinstance(x, wrappers):
-            wrapped.append(x)
-        return x is None or isinstance(x, QuantMoment)
-
+    whole = (QuantMoment, *wrappers)
+    is_leaf = lambda x: x is None or isinstance(x, whole)
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
     # A `Variable` may be around the arrays of a moment.
-    moments = [x.codes for _, x in leaves if isinstance(x, QuantMoment)]
-    if wrapped or any([isinstance(x, wrappers) for x in moments]):
+    values = [x.codes if isinstance(x, QuantMoment) else x for _, x in leaves]
+    if any([isinstance(x, wrappers) for x in values]):
         return None
     named = [Leaf(path, value, _plain_path(path)) for path, value in leaves]
     return named, Rebuild(tree, treedef, _as_it_is, has_variables=False)

@@ -40,13 +40,10 @@ def find(tree: PyTree, kind: type = OptimizerState) -> Found:
     is_found = lambda x: isinstance(x, kind)
     nodes, structure = jtu.tree_flatten_with_path(tree, is_leaf=is_found)
     found = {i: node for i, (_, node) in enumerate(nodes) if is_found(node)}
-
-    def replace(new: list[Any]) -> PyTree:
-        changed = dict(zip(found, new, strict=True))
-        return structure.unflatten(
-            [changed.get(i, node) for i, (_, node) in enumerate(nodes)]
-        )
-
+    replaced = lambda changed: structure.unflatten(
+        [changed.get(i, node) for i, (_, node) in enumerate(nodes)]
+    )
+    replace = lambda new: replaced(dict(zip(found, new, strict=True)))
     return Found([nodes[i][0] for i in found], list(found.values()), replace)
 
 

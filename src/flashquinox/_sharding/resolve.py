@@ -53,21 +53,23 @@ def resolve_all(
         for leaf, sharding in zip(leaves, given, strict=True)
     ]
     others = everywhere([x for x in found if isinstance(x, NamedSharding)])
-
-    def settle(
-        leaf: Leaf | None, sharding: NamedSharding | _Unknown | None
-    ) -> NamedSharding | None:
-        if isinstance(sharding, _Unknown):
-            return None
-        if leaf is None or sharding is not None or others is None:
-            return sharding
-        return NamedSharding(others.mesh, restrict(others.spec, (), leaf.value.ndim))
-
     pairs = list(zip(leaves, found, strict=True))
     return Resolved(
-        [settle(leaf, sharding) for leaf, sharding in pairs],
+        [_settle(leaf, sharding, others) for leaf, sharding in pairs],
         [leaf for leaf, x in pairs if leaf is not None and isinstance(x, _Unknown)],
     )
+
+
+def _settle(
+    leaf: Leaf | None,
+    sharding: "NamedSharding | _Unknown | None",
+    others: NamedSharding | None,
+) -> NamedSharding | None:
+    if isinstance(sharding, _Unknown):
+        return None
+    if leaf is None or sharding is not None or others is None:
+        return sharding
+    return NamedSharding(others.mesh, restrict(others.spec, (), leaf.value.ndim))
 
 
 class _Unknown:
