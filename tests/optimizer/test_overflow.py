@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 import flashquinox as fq
 
-from ..helpers import float64, slow, tree_identical
+from ..helpers import float64, OPTIMIZERS, slow, tree_identical
+from ..kernels import arrays, run
 
 
 #
@@ -59,9 +61,20 @@ def test_a_weight_stays_in_the_range_of_its_dtype():
     assert int(state.count) == 3
 
 
+@pytest.mark.parametrize("backend", ["gpu", slow("tpu")])
+def test_kernels_store_what_plain_xla_does(backend):
+    """Beside huge elements, from both sides."""
+    shapes = {"leaf": (32, 128)}
+    params, *grads = (arrays(shapes, jnp.bfloat16, seed) for seed in range(4))
+    for i, huge in enumerate([3e19, -1e30, 3e38]):
+        at = (2 * i, i) if backend == "gpu" else (i, 2 * i)
+        grads[1]["leaf"] = grads[1]["leaf"].at[at].set(huge)
+    run(backend, partial(fq.adamw, 1e-2), params, grads)
+
+
 @pytest.mark.parametrize("backend", [slow("gpu"), "tpu"])
 def test_kernels_keep_weights_in_range(backend):
-    """As plain XLA does."""
+    """With `skip_nonfinite`, as plain XLA does."""
     w = jnp.asarray(np.linspace(-3.3e38, 3.3e38, 32 * 128), jnp.bfloat16)
     w = w.reshape(32, 128)
     new = {}
@@ -111,3 +124,81 @@ def test_counts_end_at_the_largest(make):
         counts = [x for x in jtu.tree_leaves(state) if x.dtype == jnp.int32]
         assert counts and all(int(x) == _last for x in counts)
         assert np.all((float64(w) < float64(before)) & np.isfinite(float64(w)))
+
+
+#
+# One huge gradient
+#
+
+
+_HUGE = [3e19, 1e30, float(jnp.finfo(jnp.bfloat16).max), -3e38, np.inf]
+# Of which moments forget it soon.
+_RATES = {
+    "adamw": {"b2": 0.9},
+    "adamw-nesterov": {"b2": 0.9},
+    "adan": {"b1": 0.9, "b3": 0.9},
+    "lion": {"b2": 0.9},
+}
+
+
+def _paths(step, w, state, grads):
+    def body(carry, grad):
+        w, state = step(*carry, grad)
+        return (w, state), w
+
+    return float64(jax.jit(partial(lax.scan, body))((w, state), grads)[1])
+
+
+def _huge_gradients() -> jax.Array:
+    """For 1500 steps; in the sixth, one element of each row gets a huge one."""
+    noise = np.random.default_rng(0).standard_normal((1500, len(_HUGE), 64))
+    grads = (0.1 + 0.02 * noise).astype(np.float32)
+    grads[5, np.arange(len(_HUGE)), 3] = _HUGE
+    return jnp.asarray(grads)
+
+
+@pytest.mark.parametrize(
+    "name, moments",
+    [
+        ("adamw", "flashquinox"),
+        ("lion", "flashquinox"),
+        *(
+            slow(name, moments)
+            for name in (*_RATES, "sgd-nesterov", "sgdw")
+            for moments in (
+                *fq.MomentCodecs.names(),
+                ("flashquinox", "float32"),
+                ("float32", "flashquinox"),
+                ("sqrt", "flashquinox"),
+            )
+            # Beside a huge element, the least codes of roots are large numbers.
+            if not {"sqrt", "fourth_root"} & {moments, moments[0]}
+            or name not in ("adan", "sgd-nesterov", "sgdw")
+        ),
+    ],
+)
+def test_one_huge_gradient_harms_its_element(name, moments):
+    """Those beside it in its group are updated as by Optax once moments have forgotten
+    it; and by Adam with `flashquinox` at all times."""
+    case, rates, grads = OPTIMIZERS[name], _RATES.get(name, {}), _huge_gradients()
+    w = jnp.zeros(grads.shape[1:])
+    optim = case.make(1e-3, storage=fq.Storage(moments=moments), **rates)
+    found = _paths(optim.step, w, optim.init(w), grads)
+    reference = case.reference(1e-3, **rates)
+
+    def step(w, state, grad):
+        updates, state = reference.update(grad, state, w)
+        return optax.apply_updates(w, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):
+        expected = _paths(step, w, reference.init(w), grads)
+    hit = np.zeros(w.shape, bool)
+    hit[:, 3] = True
+    assert np.isfinite(found[-1][~hit]).all()
+    assert np.all(np.isfinite(found[-1]) | ~np.isfinite(expected[-1]))
+    first = 10 if (name, moments) == ("adamw", "flashquinox") else 1200
+    for start in range(first, 1400, 100):
+        moved, wanted = (x[start + 100] - x[start] for x in (found, expected))
+        share = np.sum(moved[:, :32], where=~hit[:, :32], axis=1)
+        share /= np.sum(wanted[:, :32], where=~hit[:, :32], axis=1)
+        np.testing.assert_allclose(share, 1, atol=0.1)

@@ -156,7 +156,11 @@ def test_nonnegative_error_is_at_most_one_step(codec, moments, count):
     # 2^31 * (1 + f) / (1 + f - 0.6) >= 2^31.5, as f < 1.
     largest = _largest(layout, v)
     error = np.abs(float64(decoded) - v)
-    assert np.all((error <= 3 / 16 * float64(v)) | (decoded <= 2**-31.5 * largest))
+    # Or of 3 * 2^21, beside huge elements.
+    relative = np.where(largest > 2.0**32, 3 / 4, 3 / 16)
+    # Or for 1.25 * 2^23, the last normal number that can be code 0.
+    uncovered = np.maximum(2**-31.5 * largest, 1.25 * 2.0**-126)
+    assert np.all((error <= relative * float64(v)) | (decoded <= uncovered))
 
 
 @given(_moments(), _counts)
@@ -182,7 +186,8 @@ def test_zeros_stay_zero(kind, moments, count):
 @_kinds
 @pytest.mark.parametrize("layout", _LAYOUTS[2:])
 def test_a_group_keeps_its_damage(kind, layout):
-    """NaN does not leave its group, and does not become a number."""
+    """NaN does not leave its group. Among averages of squares, it does not become a
+    number either."""
     x = np.linspace(0.5, 1, math.prod(layout.shape), dtype=np.float32)
     x = x.reshape(layout.shape)
     _, good = roundtrip(_ours[kind], layout, x, 7)
@@ -192,7 +197,10 @@ def test_a_group_keeps_its_damage(kind, layout):
     group[(0,) * group.ndim] = True
     group = of_elements(layout, group)
     assert np.array_equal(decoded[~group], good[~group])
-    assert not np.isfinite(decoded[(0,) * x.ndim])
+    if kind == "nonnegative":
+        assert np.isnan(decoded[(0,) * x.ndim])
+    else:
+        assert np.isfinite(decoded).all() and decoded[(0,) * x.ndim] == 0
 
 
 @pytest.mark.parametrize(
@@ -433,10 +441,15 @@ def test_the_finest_grid_that_covers_the_range(x, y):
     low, high = real_bits(np.array([smallest, largest]))
     # What is 47 powers of two below the largest, or with zeros 31, is not covered, nor
     # is what is not clearly a normal number.
-    reach = 254 * 3 * 2**19 - 2**21 if low > 0 else 253.5 * 2**20
+    most = 254 * 3 * 2**19 - 2**21
+    is_far = largest > 2.0**32 and high - low > most
+    reach = most if low > 0 else 253.5 * 2**20
     low = max(low, high - reach, 1.25 * 2**23)
     # Infinity has a late code.
     low = min(low, 255 * 2**23 - 2**21)
+    if is_far:
+        assert (step, origin) == (3 << 21, 255 * 2**23 - 254 * (3 << 21))
+        return
     grids = [
         (a << k, low // (a << unit) * (a << unit))
         for a in (2, 3)
@@ -453,7 +466,7 @@ def test_the_finest_grid_that_covers_the_range(x, y):
 
 def test_special_ranges():
     # 2^-125 is the least maximum that is not taken for zero; above 2^127, codes are
-    # lower by 1/64, so that none is infinite.
+    # lower by 1/120, so that none is infinite.
     largest = np.array(
         [0, np.inf, np.nan, 2.0**127.9, 2.0**-125, 1.9 * 2.0**-126], np.float32
     )
@@ -463,7 +476,7 @@ def test_special_ranges():
             _ours["nonnegative"], Layout(v.shape, -1, 32), v, count
         )
         assert not decoded[0].any() and stored.scales[0, 0] == 0
-        assert 2.0**127 < decoded[1, 1] < np.inf
+        assert 2.0**125 < decoded[1, 1] < np.inf
         assert np.isnan(decoded[2, 1])
         origin, step = grid(stored.scales)
         for i, steps in ((3, 5), (4, 1)):

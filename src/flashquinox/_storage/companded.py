@@ -13,7 +13,13 @@ from .codec import Dither, GroupConstants, Reduction
 from .curves import AbstractCurve, RationalCurve
 from .learned_codec import AbstractLearnedCodec
 from .rational_learner import RationalLearner
-from .scales import decode_scale, encode_scale, LARGEST_SIGNED, LARGEST_SQUARE
+from .scales import (
+    decode_scale,
+    encode_scale,
+    largest_finite,
+    LARGEST_SIGNED,
+    LARGEST_SQUARE,
+)
 
 
 class CompandedCodec(AbstractLearnedCodec):
@@ -96,6 +102,8 @@ class CompandedCodec(AbstractLearnedCodec):
     ) -> tuple[Shaped[Array, "*groups"] | None, GroupConstants]:
         (largest,) = statistics
         dtype = largest.dtype
+        if self._signed:
+            largest = largest_finite(largest, 1.0)
         for _ in range(self._roots):
             largest = largest * largest
         if factor is not None:

@@ -27,15 +27,20 @@ class FittedLogCodec(AbstractMomentCodec):
     $b(\max v) \le b_0 + 254.5 \, d$. The relative step between codes is then nearly the
     same for all elements: 0.05 % in a group of similar moments, at most 19 %. A group
     that spans more than 47 powers of two (more than 31 if some are zero, and at most
-    13 % then) has $v$ below that stored as $b_0$. Infinity
-    is stored as a number just below it. As $b$ is linear between powers of two, the
-    threshold $u$ is unbiased for $v$ itself.
+    13 % then) has $v$ below that stored as $b_0$. As $b$ is linear between powers of
+    two, the threshold $u$ is unbiased for $v$ itself.
+
+    One huge gradient leaves an element above $2^{32}$, beside which that could be all
+    others. A group of such an element that spans more than 47 powers of two has steps
+    of a factor of $2^{3/4}$, from $2^{-62}$ to infinity. Infinity itself is stored as a
+    number just below it.
 
     One `uint16` holds both. The step is $a 2^k$ with $a$ one of 2 and 3 and $11 \le k
     \le 18$, in four bits; $b_0$ is a multiple of $2^{18} a$, in twelve. For $a = 3$,
     these count further than float32 does: the rest is for $k = 19$, with $b_0$ a
-    multiple of $2^{19} a$. $b_0$ is always a multiple of the step: as long as a group
-    keeps its step, its codes keep their places, and only what moves is rounded again.
+    multiple of $2^{19} a$, and for $k = 21$. $b_0$ is always a multiple of the step: as
+    long as a group keeps its step, its codes keep their places, and only what moves is
+    rounded again.
 
     With `dithered=False`, codes are rounded to nearest; with `fitted=False`, all groups
     have the largest step, and $\max v$ has one of the last codes: for measuring what
@@ -82,7 +87,7 @@ class FittedLogCodec(AbstractMomentCodec):
             statistics = tuple(x * factor for x in statistics)
         largest, smallest = (x.astype(jnp.float32) for x in statistics)
         if not self.fitted:
-            smallest = jnp.zeros_like(smallest)
+            smallest = float_of(jnp.maximum(bits_of(largest) - _OF_ZEROS, 0))
         fitted = _Range.fit(smallest, largest)
         # In units of 2^-16. More than -1/2, or a rounding error before code 0 would be
         # one after it.
@@ -155,11 +160,15 @@ _OF_ZEROS = np.int32(_WIDE - (1 << 20))
 _INDICES = np.int32((int(INFINITY) >> _GRID) // 3 + 1)
 _MORE_INDICES = np.int32((1 << 12) - _INDICES)
 _FACTOR_OF_TWO = np.int32(1 << 23)
+# What is huge: 2^32. The step of groups that need it for a huge element, 3 too, and
+# their origin, which is 254 of them below infinity.
+_HUGE, _FARTHEST = np.int32((127 + 32) << 23), 21
+_LOWEST_ORIGIN = np.int32(int(INFINITY) - 254 * (3 << _FARTHEST))
 # Arithmetic may flush smaller numbers to zero.
 _SMALLEST_NORMAL = np.int32(1 << 23)
-# What codes near infinity are multiplied by. Of an origin that is this far below, the
-# code of infinity is at least the 127th, as the step is the finest.
-_SHRUNK, _HIGHEST_ORIGIN = np.float32(63 / 64), np.int32(INFINITY - (1 << 21))
+# What codes near infinity are multiplied by, to be smaller by one. Of an origin that is
+# this far below, the code of infinity is at least the 127th, as the step is the finest.
+_SHRUNK, _HIGHEST_ORIGIN = np.float32(119 / 120), np.int32(INFINITY - (1 << 21))
 
 
 class _Range(eqx.Module):
@@ -177,9 +186,11 @@ class _Range(eqx.Module):
         """The finest step for which codes cover a group. NaN is kept: it is an origin
         too."""
         low, high = bits_of(smallest), bits_of(largest)
-        # The grid is less than 2^21, so that the origin is zero or a normal number.
         # Zeros do not ask for the coarsest steps: no update depends on them.
+        far = (high > _HUGE) & (high - low > _WIDEST)
         low = jnp.maximum(low, high - jnp.where(low > 0, _WIDEST, _OF_ZEROS))
+        low = jnp.where(far, _LOWEST_ORIGIN, low)
+        # The grid is less than 2^21, so that the origin is zero or a normal number.
         low = jnp.maximum(low, _SMALLEST_NORMAL + (1 << 21))
         low = jnp.where(high < 2 * _SMALLEST_NORMAL, 0, low)
         low = jnp.where(high > INFINITY, high, jnp.minimum(low, _HIGHEST_ORIGIN))
@@ -195,7 +206,8 @@ class _Range(eqx.Module):
         # Kernels for TPUs cannot select booleans.
         three = (coarsest & too_wide) | (~coarsest & three)
         units = jnp.where(three, third, half) >> coarsest.astype(jnp.int32)
-        return _Range(three, jnp.minimum(k, _COARSEST), units)
+        k = jnp.where(far, _FARTHEST, jnp.minimum(k, _COARSEST))
+        return _Range(three, k, units)
 
     @property
     def origin(self) -> Int32[Array, "*groups"]:
@@ -206,12 +218,14 @@ class _Range(eqx.Module):
     def word(self) -> UInt16[Array, "*groups"]:
         """The index of the origin in twelve bits, k in three, and whether a is 3. The
         coarsest steps have 3 in the last bit, an index from `_INDICES` on, and in place
-        of k whether a is 2, and whether `_MORE_INDICES` are to be added."""
+        of k whether a is 2, whether k is the farthest one, and whether `_MORE_INDICES`
+        are to be added."""
         three = self.three.astype(jnp.int32)
         word = (self.units << 4) | ((self.k - _FINEST) << 1) | three
         more = (self.units >= _MORE_INDICES).astype(jnp.int32)
         index = self.units + (_INDICES - more * _MORE_INDICES)
-        coarsest = (index << 4) | ((1 - three) << 3) | (more << 1) | 1
+        bits = (self.k - _COARSEST) | more
+        coarsest = (index << 4) | ((1 - three) << 3) | (bits << 1) | 1
         return jnp.where(self.k < _COARSEST, word, coarsest).astype(jnp.uint16)
 
     @staticmethod
@@ -222,7 +236,7 @@ class _Range(eqx.Module):
         units = index - _INDICES + (k & 1) * _MORE_INDICES
         return _Range(
             three & ~(coarsest & (k >= 4)),
-            jnp.where(coarsest, _COARSEST, k + _FINEST),
+            jnp.where(coarsest, _COARSEST + (k & 2), k + _FINEST),
             jnp.where(coarsest, units, index),
         )
 

@@ -7,7 +7,7 @@ negative, so the order of the patterns is that of the numbers.
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, Integer, Shaped, UInt16
+from jaxtyping import Array, Float, Float32, Int32, Integer, Shaped, UInt16
 
 
 INFINITY = np.int32(0x7F80_0000)
@@ -27,6 +27,15 @@ def bits_of(x: Float32[Array, "*groups"]) -> Int32[Array, "*groups"]:
 
 def float_of(bits: Int32[Array, "*groups"]) -> Float32[Array, "*groups"]:
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def largest_finite(
+    largest: Float[Array, "*groups"], otherwise: float
+) -> Float[Array, "*groups"]:
+    """The largest magnitude of a group of signed moments; `otherwise` where one of them
+    is not finite. That one is stored as zero, and the others are lost for one step, but
+    not for good. The weight of a gradient that is not finite shows it."""
+    return jnp.where(largest < np.inf, largest, np.asarray(otherwise, largest.dtype))
 
 
 def encode_scale(

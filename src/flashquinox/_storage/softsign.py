@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Scalar, Shaped
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .scales import decode_scale, encode_scale, LARGEST_SIGNED
+from .scales import decode_scale, encode_scale, largest_finite, LARGEST_SIGNED
 
 
 class SoftsignCodec(AbstractMomentCodec):
@@ -72,7 +72,8 @@ class SoftsignCodec(AbstractMomentCodec):
         dtype = largest.dtype
         if factor is not None:
             largest = largest * factor
-        largest = jnp.minimum(largest.astype(jnp.float32), LARGEST_SIGNED)
+        largest = largest_finite(largest.astype(jnp.float32), 1.0)
+        largest = jnp.minimum(largest, LARGEST_SIGNED)
         scale = largest * np.float32(129 / 127)
         scales = encode_scale(scale, dither.scale, self.scale_mantissa_bits)
         scale = decode_scale(scales, self.scale_mantissa_bits)

@@ -230,10 +230,13 @@ def with_roots(
     structure: StepStructure, moments: dict[str, Float[Array, "*tile"]]
 ) -> dict[str, Float[Array, "*tile"]]:
     """The moments as the rule takes them, from what was stored."""
-    relative = {
-        name: relative_moment.times_root(moments[name], moments[base])
-        for name, base in structure.base_of.items()
-    }
+    relative = {}
+    for name, base in structure.base_of.items():
+        square = moments[base]
+        if structure.codec_of[base].dtypes is None:
+            # Codecs store no infinity, whose product with zero is NaN.
+            square = jnp.minimum(square, jnp.finfo(square.dtype).max)
+        relative[name] = relative_moment.times_root(moments[name], square)
     return moments | relative
 
 
