@@ -1,5 +1,7 @@
 """Every misuse raises, naming the call, the leaf, what came, and the remedy."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -240,6 +242,7 @@ def test_cast_to_no_float(dtype):
 _optim = fq.adamw(1e-3)
 
 
+@functools.cache
 def _bad_grads():
     model = _model()
     grads = _grads(model)
@@ -291,6 +294,7 @@ def _bad_grads():
     }
 
 
+@functools.cache
 def _bad_states():
     model = _model()
     state = _optim.init(model)
