@@ -69,20 +69,6 @@ def _reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return (1 + 2.0**-15 * 4 * fraction * (1 - fraction)) / x
 
 
-class TPUSoftsignCodec(fq.SoftsignCodec):
-    """The codec with the quotients of a TPU's kernel."""
-
-    def quantize(self, prepared, encode_constants):
-        moment, magnitude = prepared
-        (scale,) = encode_constants
-        return jnp.round(256 * moment * _reciprocal(scale + magnitude)).astype(jnp.int8)
-
-    def dequantize(self, codes, decode_constants, dtype):
-        (scale,) = decode_constants
-        codes = codes.astype(dtype)
-        return codes * _reciprocal(256 - jnp.abs(codes)) * scale
-
-
 class TPUAdam(fq.Adam):
     """The rule with the quotient and the root of a TPU's kernel: of the root, the
     relative error is that of a logarithm with an absolute error of 1.4e-4, halved.
@@ -106,25 +92,36 @@ def codecs() -> dict[str, fq.MomentCodecs]:
     exact = fq.FullPrecision()
 
     def with_m(codec: fq.AbstractMomentCodec) -> fq.MomentCodecs:
+        """The first moment relative to the root of the second."""
         return fq.MomentCodecs(codec, default.nonnegative)
 
+    def with_plain_m(codec: fq.AbstractMomentCodec) -> fq.MomentCodecs:
+        return fq.MomentCodecs(codec, default.nonnegative, relative=None)
+
     def with_v(codec: fq.AbstractMomentCodec) -> fq.MomentCodecs:
-        return fq.MomentCodecs(default.signed, codec)
+        return fq.MomentCodecs(default.signed, codec, relative=default.relative)
 
     return {
         "flashoptim": paper,
-        "flashoptim, m alone": fq.MomentCodecs(paper.signed, exact, smallest_vector=0),
+        "flashoptim, m alone": fq.MomentCodecs(
+            paper.signed, exact, relative=None, smallest_vector=0
+        ),
         "default": default,
         "default, vectors too": fq.MomentCodecs(
-            default.signed, default.nonnegative, smallest_vector=0
+            default.signed,
+            default.nonnegative,
+            relative=default.relative,
+            smallest_vector=0,
         ),
         "default, m alone": with_v(exact),
         "default, v alone": with_m(exact),
-        "m dithered": with_m(fq.SoftsignCodec(dithered=True)),
-        "m with bfloat16 scales": with_m(fq.SoftsignCodec(scale_mantissa_bits=7)),
+        "m to nearest": with_m(fq.LinearCodec(dithered=False)),
+        "m by softsign": with_m(fq.SoftsignCodec()),
+        "m not relative": with_plain_m(fq.SoftsignCodec()),
+        "m not relative, nearest": with_plain_m(fq.SoftsignCodec(dithered=False)),
         "v to nearest": with_v(fq.FittedLogCodec(dithered=False)),
         "v with the coarsest step": with_v(fq.FittedLogCodec(fitted=False)),
-        TPU: fq.MomentCodecs(TPUSoftsignCodec(), default.nonnegative),
+        TPU: default,
     }
 
 
