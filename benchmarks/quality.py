@@ -154,7 +154,7 @@ def curves() -> dict[str, fq.MomentCodecs]:
         "m sqrt": m(rational(0.0, 2)),
         "m fourth root": m(rational(0.0, 4)),
         "m log": fq.MomentCodecs(log.signed, exact),
-        "m default": fq.MomentCodecs(default.signed, exact),
+        "m default": fq.MomentCodecs(default.signed, exact, relative=default.relative),
         "v linear": v(rational(0.0)),
         "v sqrt": v(rational(0.0, 2)),
         "v softsign of sqrt": v(rational(1.0, 2)),
