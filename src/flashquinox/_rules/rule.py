@@ -3,8 +3,8 @@ gradient into an update), a *codec* (how a moment is stored in 8 bits), and a *s
 (how a float32 weight is stored as a narrow weight plus a correction).
 
 For example, AdamW is `Adam` (the rule) with decoupled weight decay; its first moment is
-stored through softsign companding, its second through logarithmic companding; and its
-weights are bfloat16 plus an int8 correction.
+stored in units of the second one's root, in evenly spaced codes, and its second through
+logarithmic companding; and its weights are bfloat16 plus an int8 correction.
 
 Only the rule differs between optimizers. It sees float32 arrays of one tile, never
 bytes, so the same few lines serve every backend.

@@ -20,8 +20,17 @@ class FlashOptimCodec(AbstractMomentCodec):
     \text{ for averages of squares}$$
 
     For checkpoints from elsewhere and for comparison. Its scales vanish below
-    $3 \cdot 10^{-8}$, and its second moments stall and collapse. Scales end at 65504,
+    $3 \cdot 10^{-8}$. Scales end at 65504,
     where the paper's become infinite: a larger $|m|$ or $\sqrt{v}$ is stored as 65504.
+
+    It does not suit sparse gradients. A first moment that should decay stays at its
+    last codes, and a second moment that is small beside the largest of its group is
+    stored as zero: their quotient is the update. In `benchmarks/horizon.py`, with
+    $\beta_2 = 0.95$ and in learning rates, an element whose gradient became zero moved
+    by 646 in 5,000 steps, and rows of tokens that no longer occurred by 245, where
+    float32 moved both by 2.2. Noisy gradients of sizes from 1 to 1/100,000 in a group
+    gave updates of up to 7,699, in float32 of 1.04. In 100,000 steps with one huge
+    gradient, at $\beta_2 = 0.999$, the mean weight was 213 in place of 8.1.
 
     ??? cite "Reference"
 

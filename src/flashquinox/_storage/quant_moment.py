@@ -122,7 +122,7 @@ class QuantMoment(eqx.Module, _OfState):
 
         A first moment of 0 is stored as 0. For a second moment, the codecs of this
         library have no code for 0 in a group with other numbers: 0 becomes the lowest
-        code of the group, which is at least 15 powers of two below the largest with the
+        code of the group, which is at least 31 powers of two below the largest with the
         default. See [`flashquinox.map_moments`][] for moments of a
         whole state.
 
