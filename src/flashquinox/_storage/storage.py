@@ -213,6 +213,7 @@ def _shortest(codecs: MomentCodecs) -> Moments:
 
 def _text(value: Any) -> str:
     if isinstance(value, MomentCodecs):
-        relative = "" if value.relative == value.signed else f", {value.relative!r}"
+        alike = MomentCodecs(value.signed, value.nonnegative).relative
+        relative = "" if value.relative == alike else f", relative={value.relative!r}"
         return f"MomentCodecs({value.signed!r}, {value.nonnegative!r}{relative})"
     return repr(value)
