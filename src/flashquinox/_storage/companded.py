@@ -29,8 +29,11 @@ class CompandedCodec(AbstractLearnedCodec):
     With $f$ the curve, $s$ the largest magnitude of the group, and $u$ the rotating
     threshold,
 
-    $$q = \operatorname{round}\left(127 \operatorname{sign}(m) f(|m| / s)
-    + u - \tfrac12\right) \text{ for signed moments, in `int8`}$$
+    $$|q| = \begin{cases} q_0 + 1 & \frac{|m| - x_0}{x_1 - x_0} + u \ge 1 \\ q_0
+    \end{cases} \text{ for signed moments, in `int8`,}$$
+
+    where the codes $q_0$ and $q_0 + 1$ stand for the magnitudes $x_0 \le |m| < x_1$;
+    and
 
     $$q = \max\left(1, \operatorname{round}\left(255 \, f(v / s) + u - \tfrac12\right)
     \right) \text{ for averages of squares, in `uint8`}$$
@@ -132,9 +135,16 @@ class CompandedCodec(AbstractLearnedCodec):
         if not self._signed:
             codes = jnp.clip(255 * y + threshold, 1, 255)
             return jnp.round(codes).astype(jnp.uint8)
-        codes = 127 * y
-        codes = jnp.where(moment[0] < 0, -codes, codes)
-        return jnp.round(jnp.clip(codes + threshold, -127, 127)).astype(jnp.int8)
+        # Where it is steep, as roots are near zero, the mean of two codes is far from
+        # what lies in the middle of them on the curve.
+        below = jnp.minimum(jnp.floor(127 * y), 126)
+        low, high = (self._magnitude(x, parameters) for x in (below, below + 1))
+        n = magnitude * inverse_unit
+        for _ in range(self._roots):
+            n = n * n
+        fraction = jnp.minimum((n - low) / (high - low), 1)
+        codes = below + jnp.floor(fraction + (threshold + 0.5))
+        return jnp.where(moment[0] < 0, -codes, codes).astype(jnp.int8)
 
     def decode_constants(
         self,
@@ -155,9 +165,7 @@ class CompandedCodec(AbstractLearnedCodec):
     ) -> Float[Array, "*tile"]:
         unit, *parameters = decode_constants
         wide = self._widen(codes, dtype)
-        magnitude = self._expand(jnp.abs(wide) if self._signed else wide, parameters)
-        for _ in range(self._roots):
-            magnitude = magnitude * magnitude
+        magnitude = self._magnitude(jnp.abs(wide) if self._signed else wide, parameters)
         moment = magnitude * unit
         return jnp.where(wide < 0, -moment, moment) if self._signed else moment
 
@@ -178,6 +186,15 @@ class CompandedCodec(AbstractLearnedCodec):
         # Signed bytes are cheaper to widen on TPUs.
         codes = lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
         return codes.astype(dtype) + 128
+
+    def _magnitude(
+        self, codes: Float[Array, "*tile"], parameters: Sequence[Scalar]
+    ) -> Float[Array, "*tile"]:
+        """What codes stand for, in units of the scale."""
+        magnitude = self._expand(codes, parameters)
+        for _ in range(self._roots):
+            magnitude = magnitude * magnitude
+        return magnitude
 
     def _expand(
         self, magnitude: Float[Array, "*tile"], parameters: Sequence[Scalar]
