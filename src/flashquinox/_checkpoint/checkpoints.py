@@ -200,7 +200,8 @@ class Checkpoints:
         A 2-tuple of the model and the state. Arrays come from the checkpoint, bit for
         bit; all other leaves come from the arguments. One exception: where a moment has
         other groups in `state` than in the checkpoint, as for another platform or
-        another `group_size`, it is decoded and encoded again, rounded to nearest.
+        another `group_size`, or was stored otherwise by version 0.2 or before, it is
+        decoded and encoded again, rounded to nearest.
 
         **Raises:**
 

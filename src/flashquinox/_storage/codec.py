@@ -7,10 +7,12 @@ In training, a moment is decoded, moved by a fraction of a percent and encoded a
 thousands of times. Two consequences shape the codecs of this library:
 
 - Rounding to nearest stalls. With b2 = 0.999, a second moment moves by less than one
-    code a step. So second moments and scales are rounded by a threshold that rotates
-    through [0, 1) from step to step: unbiased over time, without random numbers.
+    code a step; with b1 = 0.9, a first moment that decays stays at the codes 1 to 4. So
+    codes and scales are rounded by a threshold that rotates through [0, 1) from step to
+    step: unbiased over time, without random numbers.
 - An update explodes if its second moment is rounded to zero and its first moment is
-    not. So no code stands for zero in a group with other numbers.
+    not. So no code stands for zero among averages of squares in a group with other
+    numbers.
 """
 
 import abc
