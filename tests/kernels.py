@@ -68,7 +68,8 @@ def arrays(shapes, dtype, seed: int) -> dict[str, jax.Array]:
 
 def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
     """Of a new model and its state, codes and scales are the same bit for bit, but for
-    one code in 10^4 that may differ by one: a product and a sum are one operation in
+    one code in 10^4 and step that may differ by one (and does so in the next steps as
+    well, as moments decay slowly): a product and a sum are one operation in
     one program and two in another. So numbers may lie a rounding of float32 apart, of
     the largest term of their sum: half a unit in the last place. For weights, that
     shows in a master weight of 32 bits, which has every bit of a float32; of 24 bits or
@@ -91,8 +92,9 @@ def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
         leaves = (jtu.tree_leaves(x, is_leaf=is_moment) for x in moments)
         for new, expected, before, size in zip(*leaves, sizes, strict=True):
             if is_moment(new):
-                _assert_same_codes(new.codes, expected.codes)
-                _assert_same_codes(new.scales, expected.scales)
+                steps = int(np.max(np.asarray(state.count)))
+                _assert_same_codes(new.codes, expected.codes, steps)
+                _assert_same_codes(new.scales, expected.scales, steps)
             else:
                 new, expected, before = map(float64, (new, expected, before))
                 size = size + np.abs(before)
@@ -122,7 +124,12 @@ def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
             outliers = difference > bound[different]
             assert np.sum(outliers) <= 1e-3 * different.size
             bound = np.abs(expected) * 2**-7 + bound
-        assert np.all(difference <= bound[different])
+            # Another code may turn a sign, of which one in a hundred is as close to 0.
+            turned = difference > bound[different]
+            steps = int(np.max(np.asarray(state.count)))
+            assert np.sum(turned) <= _most_of(1e-6 * steps * different.size)
+        else:
+            assert np.all(difference <= bound[different])
         if narrow and not is_exact:
             most = 0.01 * different.size + 1
             if approximate:
@@ -132,11 +139,11 @@ def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
             assert np.sum(different) <= most
 
 
-def _assert_same_codes(new, expected) -> None:
+def _assert_same_codes(new, expected, steps: int) -> None:
     assert new.dtype == expected.dtype and new.shape == expected.shape
     difference = np.abs(np.asarray(new).astype(int) - np.asarray(expected).astype(int))
     assert np.all(difference <= 1)
-    assert np.sum(difference != 0) <= _most_of(1e-4 * difference.size)
+    assert np.sum(difference != 0) <= _most_of(1e-4 * steps * difference.size)
 
 
 def _most_of(expected: float) -> float:
