@@ -44,8 +44,12 @@ class Adan(AbstractRule):
     @property
     def moments(self) -> dict[str, Moment]:
         return {
-            "m": Moment("signed", before="decay1", after="one_minus_b1"),
-            "v": Moment("signed", before="decay2", after="one_minus_b2"),
+            "m": Moment(
+                "signed", before="decay1", after="one_minus_b1", relative_to="n"
+            ),
+            "v": Moment(
+                "signed", before="decay2", after="one_minus_b2", relative_to="n"
+            ),
             "n": Moment("nonnegative"),
             "g": Moment("signed", kept="exact"),
         }
