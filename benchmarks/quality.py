@@ -439,6 +439,14 @@ def parse_arguments() -> argparse.Namespace:
         help="train with each way to store weights instead",
     )
     parser.add_argument(
+        "--codecs",
+        nargs="+",
+        choices=[*codecs(), *curves()],
+        metavar="NAME",
+        help="some of those of the open loop, with the one to compare with (default: "
+        "all)",
+    )
+    parser.add_argument(
         "--seeds", type=int, default=2, help="how many seeds (default: 2)"
     )
     parser.add_argument(
@@ -489,6 +497,8 @@ def main() -> None:
         key = jax.random.key(0)
         names = leaf_names(eqx.filter(GPT(key=key), eqx.is_inexact_array))
         chosen = curves() if arguments.curves else codecs()
+        if arguments.codecs:
+            chosen = {name: chosen[name] for name in arguments.codecs}
         against = "default" if arguments.curves else "flashoptim"
         for b2 in (0.999, 0.95):
             run = ft.partial(
