@@ -15,6 +15,7 @@ from .learned_codec import AbstractLearnedCodec
 from .rational_learner import RationalLearner
 from .scales import (
     decode_scale,
+    divisor,
     encode_scale,
     largest_finite,
     LARGEST_SIGNED,
@@ -112,11 +113,7 @@ class CompandedCodec(AbstractLearnedCodec):
         if factor is not None:
             largest = largest * factor
         scales = encode_scale(largest.astype(jnp.float32), dither.scale)
-        unit = decode_scale(scales).astype(dtype)
-        # Keeps the quotients of a group of zeros at zero.
-        unit = jnp.maximum(unit, _SMALLEST_NORMAL.astype(dtype))
-        if factor is not None:
-            unit = jnp.maximum(unit / factor, _SMALLEST_NORMAL.astype(dtype))
+        unit = divisor(decode_scale(scales), factor, dtype)
         for _ in range(self._roots):
             unit = rounded_root(unit)
         threshold = dither.code.astype(dtype) - 0.5
@@ -223,6 +220,3 @@ class CompandedCodec(AbstractLearnedCodec):
             return ()
         parameter = self.initial if self.parameter is None else self.parameter
         return (jnp.asarray(parameter, dtype),)
-
-
-_SMALLEST_NORMAL = np.float32(2.0**-126)

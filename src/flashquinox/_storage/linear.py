@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Scalar, Shaped
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .scales import decode_scale, encode_scale, LARGEST_SIGNED
+from .scales import decode_scale, divisor, encode_scale, LARGEST_SIGNED
 
 
 class LinearCodec(AbstractMomentCodec):
@@ -24,8 +24,8 @@ class LinearCodec(AbstractMomentCodec):
     A scale $s$ is kept as the bits of a bfloat16 in an `int16`, rounded by the rotating
     threshold too. Codes end at $\pm 127$, so that a scale that was rounded down covers
     its group. Moments of more than $2^{62}$, and what is no number, are stored as zero.
-    (Not in a `uint16`, as the scales of other codecs: a file without the
-    names of codecs, as of `eqx.tree_serialise_leaves`, cannot be mistaken for theirs.)
+    (Scales of other codecs are `uint16`: a file without the names of codecs, as of
+    `eqx.tree_serialise_leaves`, cannot be mistaken for one of theirs.)
 
     With `dithered=False`, codes are rounded to nearest: for measuring what that is
     worth.
@@ -72,13 +72,8 @@ class LinearCodec(AbstractMomentCodec):
             largest = largest * factor
         scale = largest.astype(jnp.float32) * np.float32(1 / 126)
         scales = encode_scale(scale, dither.scale, _MANTISSA_BITS)
-        scale = decode_scale(scales, _MANTISSA_BITS)
+        inverse = 1 / divisor(decode_scale(scales, _MANTISSA_BITS), factor, dtype)
         scales = scales.astype(jnp.int16)
-        # Keeps the products of a group of zeros at zero.
-        scale = jnp.maximum(scale, _SMALLEST_NORMAL).astype(dtype)
-        if factor is not None:
-            scale = jnp.maximum(scale / factor, _SMALLEST_NORMAL.astype(dtype))
-        inverse = 1 / scale
         if not self.dithered:
             return scales, (inverse,)
         return scales, (inverse, dither.code.astype(dtype) - 0.5)
@@ -116,5 +111,3 @@ class LinearCodec(AbstractMomentCodec):
 
 
 _MANTISSA_BITS = 7
-# The least scale whose reciprocal is a normal number too.
-_SMALLEST_NORMAL = np.float32(2.0**-126)

@@ -7,7 +7,8 @@ negative, so the order of the patterns is that of the numbers.
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Integer, Shaped, UInt16
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Integer, Scalar, Shaped, UInt16
 
 
 INFINITY = np.int32(0x7F80_0000)
@@ -15,6 +16,7 @@ INFINITY = np.int32(0x7F80_0000)
 # the square of the first, so that a quotient of both stays of ordinary size. Times a
 # decay rate's factor, they are finite.
 LARGEST_SIGNED, LARGEST_SQUARE = np.float32(2.0**62), np.float32(2.0**124)
+_SMALLEST_NORMAL = np.float32(2.0**-126)
 _QUIET_NAN = np.int32(0x7FC0_0000)
 _MAGNITUDE = np.int32(0x7FFF_FFFF)
 
@@ -53,6 +55,18 @@ def encode_scale(
     largest = np.int32((int(INFINITY) >> dropped) - 1)
     rounded = jnp.where(bits < INFINITY, jnp.minimum(rounded, largest), bits >> dropped)
     return rounded.astype(jnp.uint16)
+
+
+def divisor(
+    scale: Float32[Array, "*groups"], factor: Scalar | None, dtype: DTypeLike
+) -> Float[Array, "*groups"]:
+    """What a moment is divided by to be in units of a stored scale, before it is
+    multiplied by its `factor`. At least the smallest normal number, so that the
+    quotients of a group of zeros are zero and its reciprocal is finite."""
+    scale = jnp.maximum(scale, _SMALLEST_NORMAL).astype(dtype)
+    if factor is None:
+        return scale
+    return jnp.maximum(scale / factor, _SMALLEST_NORMAL.astype(dtype))
 
 
 def decode_scale(

@@ -7,7 +7,13 @@ from jaxtyping import Array, Float, Scalar, Shaped
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from .scales import decode_scale, encode_scale, largest_finite, LARGEST_SIGNED
+from .scales import (
+    decode_scale,
+    divisor,
+    encode_scale,
+    largest_finite,
+    LARGEST_SIGNED,
+)
 
 
 class SoftsignCodec(AbstractMomentCodec):
@@ -77,10 +83,7 @@ class SoftsignCodec(AbstractMomentCodec):
         scale = largest * np.float32(129 / 127)
         scales = encode_scale(scale, dither.scale, self.scale_mantissa_bits)
         scale = decode_scale(scales, self.scale_mantissa_bits)
-        # Keeps the quotients of a group of zeros at zero.
-        scale = jnp.maximum(scale, _SMALLEST_NORMAL).astype(dtype)
-        if factor is not None:
-            scale = jnp.maximum(scale / factor, _SMALLEST_NORMAL.astype(dtype))
+        scale = divisor(scale, factor, dtype)
         if not self.dithered:
             return scales, (scale,)
         threshold = jnp.broadcast_to(dither.code.astype(dtype) - 0.5, scale.shape)
@@ -122,6 +125,3 @@ class SoftsignCodec(AbstractMomentCodec):
         (scale,) = decode_constants
         codes = codes.astype(dtype)
         return codes / (256 - jnp.abs(codes)) * scale
-
-
-_SMALLEST_NORMAL = np.float32(2.0**-126)
