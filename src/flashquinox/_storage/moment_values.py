@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec
-from .quant_moment import QuantMoment, StoredMoment, with_base
+from .quant_moment import base_of, QuantMoment, StoredMoment, with_base
 from .regroup import encode_nearest
 from .relative_moment import over_root, times_root
 
@@ -58,8 +58,10 @@ def store(
             "under `jax.vmap`."
         )
     if like.relative_to is not None:
-        base = _base(call, name, like, base)
-        moment = _over_root_of(call, name, moment, like, base)
+        base = base_of(call, name, like, base)
+        root = load(call, name, base, _float32_like(like.codes))
+        likes = [like.codes] * 2
+        moment = compute_like(call, name, _over_root, [moment, root], likes)
     encode = partial(_encode, codec=like.codec, groups=(like.axis, like.group_size))
     codes, scales = compute_like(
         call, name, encode, *_with_parameter([moment], [like.codes], like)
@@ -85,27 +87,6 @@ def with_bits(
     return eqx.tree_at(lambda x: (x.codes, x.scales), like, parts)
 
 
-def _over_root_of(
-    call: str, name: str, moment: Any, like: QuantMoment, base: StoredMoment
-) -> Any:
-    root = load(call, name, base, _float32_like(like.codes))
-    return compute_like(call, name, _over_root, [moment, root], [like.codes] * 2)
-
-
-def _base(
-    call: str, name: str, stored: QuantMoment, base: StoredMoment | None
-) -> StoredMoment:
-    """What a moment is relative to: as given, or as it was in the state."""
-    base = getattr(stored, "base", None) if base is None else base
-    if base is None:
-        raise ValueError(
-            f"`{call}`: {name} is stored relative to the root of "
-            f"{stored.relative_to!r}, which is not known here. Take it from "
-            f"`state.moments`, or pass `base=...`."
-        )
-    return base
-
-
 def _float32_like(codes: Any) -> Any:
     if isinstance(codes, jax.core.Tracer):
         return codes.astype(jnp.float32)
@@ -123,7 +104,7 @@ def load(
     """A stored moment as numbers in the dtype of `like`, and where that is. `base` is
     the moment that it is relative to, if it is."""
     if isinstance(stored, QuantMoment) and stored.relative_to is not None:
-        base = _base(call, name, stored, base)
+        base = base_of(call, name, stored, base)
         both = [_load(call, name, stored, like), load(call, name, base, like)]
         moment = compute_like(call, name, _times_root, both, both)
         return put_like(call, name, moment, like)
@@ -216,13 +197,11 @@ def _stored(
     base: StoredMoment | None = None,
 ) -> StoredMoment:
     values = _storable(call, name, values, like)
-    if isinstance(like, QuantMoment) and like.relative_to is not None:
-        base = _base(call, name, like, base)
     new = store(call, name, values, like, base)
     if not isinstance(new, QuantMoment):
         return new
     # Scales end before float32 does.
-    given, found = _largest(values), _largest(_numbers(call, name, new, base))
+    given, found = _largest(values), _largest(_numbers(call, name, new))
     message = (
         f"`{call}`: {name} has numbers that are too large for the scales of "
         f"{type(new.codec).__name__}."

@@ -80,14 +80,7 @@ class QuantMoment(eqx.Module, _OfState):
         """
         if self.relative_to is None:
             return self.decode_stored(dtype)
-        base = getattr(self, "base", None) if base is None else base
-        if base is None:
-            raise ValueError(
-                f"`QuantMoment.decode`: this moment is stored relative to the root of "
-                f"{self.relative_to!r}, which is not known here. Take it from "
-                "`state.moments`, or pass the other one: "
-                f"`decode(base={self.relative_to})`."
-            )
+        base = base_of("QuantMoment.decode", "this moment", self, base)
         root = base.decode(dtype) if isinstance(base, QuantMoment) else base
         return times_root(self.decode_stored(dtype), jnp.asarray(root).astype(dtype))
 
@@ -164,6 +157,20 @@ def with_bases(moments: Any) -> Any:
         if any(x is not y for x, y in zip(leaves, new, strict=True)):
             moments = moments | {name: treedef.unflatten(new)}
     return moments
+
+
+def base_of(
+    call: str, name: str, moment: QuantMoment, base: "StoredMoment | None"
+) -> "StoredMoment":
+    """What a moment is relative to: as given, or as it was in the state."""
+    base = getattr(moment, "base", None) if base is None else base
+    if base is None:
+        raise ValueError(
+            f"`{call}`: {name} is stored relative to the root of "
+            f"{moment.relative_to!r}, which is not known here. Take it from "
+            f"`state.moments`, or pass the other one: `base={moment.relative_to}`."
+        )
+    return base
 
 
 def with_base(moment: QuantMoment, base: Any) -> QuantMoment:
