@@ -687,6 +687,25 @@ def test_other_codec_of_the_checkpoint(tmp_path):
         )
 
 
+def test_scales_of_before_keep_their_bits(tmp_path):
+    codecs = lambda codec, **options: fq.MomentCodecs(
+        codec, fq.FittedLogCodec(), **options
+    )
+    before = fq.SoftsignCodec(dithered=False, scale_mantissa_bits=7)
+    now = fq.SoftsignCodec(scale_mantissa_bits=7)
+    optims = [
+        fq.adamw(1e-3, storage=fq.Storage(moments=moments))
+        for moments in (codecs(before, relative=None), codecs(now))
+    ]
+    model, state = _trained(optims[0])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, model, state)
+        _, found = checkpoints.restore(model, optims[1].init(model))
+    stored, again = (s.moments["mu"]["layers"][0] for s in (state, found))
+    assert again.relative_to == "nu"
+    assert_code_of(again, np.asarray(stored.decode()))
+
+
 @pytest.mark.usefixtures("without_typechecker")
 def test_what_cannot_be_saved(tmp_path):
     donated = jnp.arange(3.0) + 1
