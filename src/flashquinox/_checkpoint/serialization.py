@@ -124,15 +124,9 @@ def _encoded_again(x: Any, like: Any, base: Any) -> Any:
     ):
         return x
     groups = (x.axis, x.group_size)
-    if like.relative_to is None:
-        base = None
     again = regroup(x.codes, x.scales, groups, like, x.parameter, x.codec, base)
     codes, scales = map(np.asarray, again)
-    return _with(like, {"codes": codes, "scales": scales} | _parameter(x))
-
-
-def _parameter(moment: QuantMoment) -> dict[str, Any]:
-    return {} if moment.parameter is None else {"parameter": moment.parameter}
+    return _with(like, _fields(x) | {"codes": codes, "scales": scales})
 
 
 def _with(module: Any, values: dict[str, Any]) -> Any:
