@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 from .._model.trees import flatten, Leaf, match, State
 from .._optimizer.call_checks import check_has_values
 from .._optimizer.state import OptimizerState, StepCount
-from .._optimizer.states import find
+from .._optimizer.states import bases, find
 from .._storage import moment_values
-from .._storage.quant_moment import base_name, bases_first, StoredMoment
+from .._storage.quant_moment import bases_first, StoredMoment
 from .optax_counts import (
     as_count,
     CALL_COUNTERS,
@@ -92,23 +92,10 @@ def from_optax(optax_state: PyTree, state: State) -> State:
         source = _only(call, "optax_state", optax_state, _source(call, target))
         for name in bases_first(target.moments):
             stored = target.moments[name]
-            base_at = _bases(new_moments, stored)
-
-            def fill(
-                leaf: Leaf,
-                moment: Any,
-                like: Any,
-                name: str = name,
-                base_at: Any = base_at,
-            ) -> Any:
-                what = f"{name!r} at `{leaf.name}`"
-                base = base_at.get(leaf.unwrapped)
-                return moment_values.store(call, what, moment, like, base)
-
             new_moments[name] = _map(
                 call,
                 f"optax_state.{name}",
-                fill,
+                _of_leaf(call, name, moment_values.store, bases(new_moments, stored)),
                 getattr(source, name),
                 stored,
             )
@@ -165,23 +152,10 @@ def to_optax(state: PyTree, optax_state: State) -> State:
         target = _only(call, "optax_state", optax_state, kind)
         fields: dict[str, Any] = {}
         for name, stored in source.moments.items():
-            base_at = _bases(source.moments, stored)
-
-            def fill(
-                leaf: Leaf,
-                stored: Any,
-                like: Any,
-                name: str = name,
-                base_at: Any = base_at,
-            ) -> Any:
-                what = f"{name!r} at `{leaf.name}`"
-                base = base_at.get(leaf.unwrapped)
-                return moment_values.load(call, what, stored, like, base)
-
             fields[name] = _map(
                 call,
                 f"state.moments[{name!r}]",
-                fill,
+                _of_leaf(call, name, moment_values.load, bases(source.moments, stored)),
                 stored,
                 getattr(target, name),
             )
@@ -231,13 +205,19 @@ def _map(
     return rebuild(new)
 
 
-def _bases(moments: dict[str, Any], stored: PyTree) -> dict[Any, StoredMoment]:
-    """What these stored moments are relative to, by the paths of their leaves."""
-    name = base_name(stored)
-    if name is None:
-        return {}
-    leaves, _ = flatten(moments[name])
-    return {leaf.unwrapped: leaf.value for leaf in leaves}
+def _of_leaf(
+    call: str,
+    name: str,
+    convert: Callable[..., Any],
+    relative_to: dict[Any, StoredMoment],
+) -> Callable[[Leaf, Any, Any], Any]:
+    """What stores or loads the moment of this name of a leaf."""
+
+    def convert_leaf(leaf: Leaf, given: Any, like: Any) -> Any:
+        what, base = f"{name!r} at `{leaf.name}`", relative_to.get(leaf.unwrapped)
+        return convert(call, what, given, like, base)
+
+    return convert_leaf
 
 
 #

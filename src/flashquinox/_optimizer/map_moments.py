@@ -12,7 +12,7 @@ from .._storage.moment_values import _numbers, _stored
 from .._storage.quant_moment import bases_first, StoredMoment
 from .call_checks import check_has_values
 from .state_checks import check_has_state
-from .states import find
+from .states import bases, find
 
 
 def map_moments(
@@ -159,10 +159,8 @@ def _numbers_of(
 ) -> list[Any]:
     """The moments of this name at these leaves, as numbers."""
     values = match(call, what, moments[name], leaves)
-    numbers = []
-    for i, value in enumerate(values):
-        base = getattr(value, "relative_to", None)
-        if base is not None:
-            base = match(call, what, moments[base], leaves)[i]
-        numbers.append(_numbers(call, what, value, base))
-    return numbers
+    relative_to = bases(moments, moments[name])
+    return [
+        _numbers(call, what, value, relative_to.get(leaf.unwrapped))
+        for value, leaf in zip(values, leaves, strict=True)
+    ]

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from .._model.trained import is_trainable, with_state
 from .._model.trees import flatten, Leaf, match, path_name
 from .._model.variables import has_variables
+from .._storage.quant_moment import base_name, StoredMoment
 from .call_checks import check_has_values
 from .state import OptimizerState
 from .state_checks import (
@@ -45,6 +46,14 @@ def find(tree: PyTree, kind: type = OptimizerState) -> Found:
     )
     replace = lambda new: replaced(dict(zip(found, new, strict=True)))
     return Found([nodes[i][0] for i in found], list(found.values()), replace)
+
+
+def bases(moments: dict[str, PyTree], of: PyTree) -> dict[Any, StoredMoment]:
+    """What the moments in the tree `of` are relative to, by the paths of their
+    leaves."""
+    name = base_name(of)
+    leaves = [] if name is None else flatten(moments[name])[0]
+    return {leaf.unwrapped: leaf.value for leaf in leaves}
 
 
 def only(call: str, state: PyTree) -> tuple[OptimizerState, Callable[[Any], PyTree]]:
