@@ -29,13 +29,16 @@ def _file(text: str) -> pathlib.Path:
 
 def write_json(path: pathlib.Path | None, **record: Any) -> None:
     """What was found, and by which command; if there is a place for it."""
-    if path is None:
-        return
+    if path is not None:
+        store_json(path, record)
+        print(f"Wrote {path}.")
+
+
+def store_json(path: pathlib.Path, record: dict[str, Any]) -> None:
     program = f"benchmarks/{pathlib.Path(sys.argv[0]).name}"
     record = {"command": " ".join([program, *sys.argv[1:]])} | record
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"Wrote {path}.")
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,10 +33,14 @@ class Plan:
     def measure(self, run: Callable[[int], float], steps: int = 1) -> Timing:
         """Of what runs a number of times and gives the seconds it took, with so many
         steps in a run."""
-        run(1)
-        times = max(1, min(1000, round(3 * self.seconds / run(3))))
+        times = self.times(run)
         per_step = [run(times) / (times * steps) for _ in range(self.repeats)]
         return Timing.of(per_step)
+
+    def times(self, run: Callable[[int], float]) -> int:
+        """How often to run in one repeat."""
+        run(1)
+        return max(1, min(1000, round(3 * self.seconds / run(3))))
 
 
 # In one compiled program. A loop of an unknown number would ask the host after each.
@@ -50,10 +53,7 @@ def time_loop(
     """The timing of `carry = step(carry, *operands)` in a loop, and the last carry, in
     whose place all of them are."""
 
-    @partial(jax.jit, donate_argnums=0)
-    def loop(carry: Any, *operands: Any) -> Any:
-        body = lambda _, carry: step(carry, *operands)
-        return jax.lax.fori_loop(0, _STEPS_IN_LOOP, body, carry)
+    loop = jax.jit(looped(step, _STEPS_IN_LOOP), donate_argnums=0)
 
     def run(loops: int) -> float:
         nonlocal carry
@@ -64,3 +64,48 @@ def time_loop(
         return time.perf_counter() - start
 
     return plan.measure(run, _STEPS_IN_LOOP), carry
+
+
+def looped(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    """`carry = step(carry, *operands)`, so many times."""
+
+    def loop(carry: Any, *operands: Any) -> Any:
+        body = lambda _, carry: step(carry, *operands)
+        return jax.lax.fori_loop(0, steps, body, carry)
+
+    return loop
+
+
+class Program:
+    """`carry = function(carry, operand)`, compiled: what that took, and how long it
+    runs."""
+
+    def __init__(self, function: Callable[..., Any], *structs: Any):
+        """`structs` are the shapes and dtypes of the carry and the operand."""
+        # Nothing is traced that was traced for another program.
+        jax.clear_caches()
+        start, start_of_trace = time.perf_counter(), time.process_time()
+        lowered = jax.jit(function, donate_argnums=0).lower(*structs)
+        seconds_to_trace = time.process_time() - start_of_trace
+        seconds = time.perf_counter() - start
+        self._compiled = lowered.compile()
+        memory: Any = self._compiled.memory_analysis()
+        self.facts = {
+            "temporary bytes": memory.temp_size_in_bytes,
+            "aliased bytes": memory.alias_size_in_bytes,
+            "trace seconds": seconds_to_trace,
+            "compile seconds": time.perf_counter() - start - seconds,
+        }
+        self.carry: Any = None
+        self.operand: Any = None
+
+    def run(self, calls: int) -> float:
+        """Seconds of so many calls, each in the place of the carry before it."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.carry = self._compiled(self.carry, self.operand)
+        jax.block_until_ready(self.carry)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        self.carry = self.operand = None

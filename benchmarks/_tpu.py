@@ -68,10 +68,11 @@ def compile_for(
     function: Callable,
     *shapes: Any,
     donate: tuple[int, ...] = (),
-    dump: pathlib.Path,
+    dump: pathlib.Path | None = None,
 ) -> Program:
-    """Leaves the dump of this program, and of no other, in that directory."""
-    for file in dump.iterdir():
+    """Leaves the dump of this program, and of no other, in that directory: the one of
+    `set_up`."""
+    for file in dump.iterdir() if dump is not None else ():
         file.unlink()
     target = device(chip)
     sharding = SingleDeviceSharding(target)

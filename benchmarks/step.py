@@ -26,13 +26,11 @@ Leaves are square matrices, or those of a model: `gpt2` is GPT-2 124M (148 leave
 
 import argparse
 import dataclasses
-import importlib
 import json
 import math
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,8 +41,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
-import optax
 from _command_line import (
     in_few_words,
     Parser,
@@ -56,15 +52,18 @@ from _command_line import (
     versions,
     write_json,
 )
+from _contenders import (
+    copy_bandwidth,
+    flashoptim_jax_step,
+    flashoptim_step,
+    optax_step,
+    optional,
+    our_step,
+    torch_step,
+    torch_with_gpu,
+)
 from _models import count, gpt2, llama, Shapes
-from _timing import Plan, time_loop
-from jaxtyping import PyTree
-
-import flashquinox as fq
-
-
-LEARNING_RATE = 1e-3
-WEIGHT_DECAY = 0.01
+from _timing import Plan
 
 
 #
@@ -76,244 +75,7 @@ MODELS: dict[str, Callable[[], Shapes]] = {"gpt2": gpt2, "llama": llama}
 
 
 #
-# What is measured
-#
-
-
-@dataclasses.dataclass(frozen=True)
-class JaxStep:
-    """`step(params, state, grads)` of JAX."""
-
-    params: Any
-    state: Any
-    grads: Any
-    step: Callable[[Any, Any, Any], tuple[Any, Any]]
-
-    def measure(self, plan: Plan) -> dict[str, Any]:
-        shapes = jtu.tree_map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-            (self.params, self.state, self.grads),
-        )
-        start = time.perf_counter()
-        lowered = jax.jit(self.step, donate_argnums=(0, 1)).lower(*shapes)
-        seconds_to_trace = time.perf_counter() - start
-        memory: Any = lowered.compile().memory_analysis()
-        seconds_to_compile = time.perf_counter() - start - seconds_to_trace
-
-        def one(carry: Any, grads: Any) -> Any:
-            params, state = carry
-            return self.step(params, state, grads)
-
-        carry = self.params, self.state
-        timing, carry = time_loop(plan, one, carry, self.grads)
-        finite = all(
-            bool(jnp.all(jnp.isfinite(x)))
-            for x in jtu.tree_leaves(carry[0])
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        )
-        return {
-            **dataclasses.asdict(timing),
-            "bytes": sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(shapes)),
-            "temporary bytes": memory.temp_size_in_bytes,
-            "aliased bytes": memory.alias_size_in_bytes,
-            "trace seconds": seconds_to_trace,
-            "compile seconds": seconds_to_compile,
-            "finite": finite,
-        }
-
-
-def arrays(shapes: Shapes, dtype: Any, seed: int, size: float) -> dict[str, jax.Array]:
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {
-        name: (size * jax.random.normal(key, shape)).astype(dtype)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-
-
-def jax_step(
-    shapes: Shapes, dtype: Any, init: Callable, step: Callable, grad_dtype: Any = None
-) -> JaxStep:
-    params = arrays(shapes, dtype, 0, 0.02)
-    grads = arrays(shapes, grad_dtype or dtype, 1, 1e-3)
-    return JaxStep(params, jax.jit(init)(params), grads, step)
-
-
-def optax_step(shapes: Shapes, dtype: Any, optim: Any) -> JaxStep:
-    def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
-        updates, state = optim.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax_step(shapes, dtype, optim.init, step)
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchStep:
-    """An optimizer of PyTorch."""
-
-    torch: Any
-    params: list[Any]
-    optim: Any
-
-    @staticmethod
-    def of(torch: Any, shapes: Shapes, dtype: str, make: Callable) -> "TorchStep":
-        dtype = getattr(torch, dtype)
-        params = []
-        for shape in shapes.values():
-            x = torch.empty(shape, dtype=dtype, device="cuda").normal_(0, 0.02)
-            param = torch.nn.Parameter(x)
-            param.grad = torch.empty_like(x).normal_(0, 1e-3)
-            params.append(param)
-        return TorchStep(torch, params, make(params))
-
-    def measure(self, plan: Plan) -> dict[str, Any]:
-        cuda = self.torch.cuda
-
-        def run(steps: int) -> float:
-            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-            cuda.synchronize()
-            start.record()
-            for _ in range(steps):
-                self.optim.step()
-            end.record()
-            cuda.synchronize()
-            return start.elapsed_time(end) / 1000
-
-        start = time.perf_counter()
-        run(1)
-        seconds_to_compile = time.perf_counter() - start
-        timing = plan.measure(run)
-        state = [x for group in self.optim.state.values() for x in group.values()]
-        tensors = [*self.params, *(x.grad for x in self.params), *_tensors(state)]
-        result = {
-            **dataclasses.asdict(timing),
-            "bytes": sum(x.numel() * x.element_size() for x in tensors),
-            "compile seconds": seconds_to_compile,
-            "finite": all(bool(x.isfinite().all()) for x in self.params),
-        }
-        for x in self.params:
-            x.grad = None
-        self.optim.state.clear()
-        self.params.clear()
-        cuda.empty_cache()
-        return result
-
-
-def _tensors(values: list[Any]) -> list[Any]:
-    """The tensors among values, and in the fields of objects among them."""
-    found = []
-    for x in values:
-        if hasattr(x, "element_size"):
-            found.append(x)
-        elif hasattr(x, "__dict__"):
-            found += _tensors(list(vars(x).values()))
-    return found
-
-
-#
 # Who is measured
-#
-
-
-# From shapes to what has a method `measure`.
-Contender = Callable[[Shapes], Any]
-
-
-def our_steps(optimizer: str, backend: Any) -> dict[str, Contender]:
-    make = {
-        "adamw": lambda backend: fq.adamw(
-            LEARNING_RATE, weight_decay=WEIGHT_DECAY, backend=backend
-        ),
-        "lion": lambda backend: fq.lion(
-            LEARNING_RATE, weight_decay=WEIGHT_DECAY, backend=backend
-        ),
-        "sgdw": lambda backend: fq.sgdw(
-            LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, backend=backend
-        ),
-    }[optimizer]
-
-    def ours(shapes: Shapes, groups_of: Any, backend: Any) -> JaxStep:
-        init, step = make(groups_of).init, make(backend).step
-        return jax_step(shapes, jnp.bfloat16, init, step)
-
-    return {
-        "flashquinox": lambda shapes: ours(shapes, "xla", backend),
-        "flashquinox, groups along rows": lambda shapes: ours(shapes, "tpu", backend),
-        "flashquinox, plain XLA": lambda shapes: ours(shapes, "xla", "xla"),
-    }
-
-
-def optax_steps(optimizer: str) -> dict[str, Contender]:
-    make = {
-        "adamw": lambda: optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-        "lion": lambda: optax.lion(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-        "sgdw": lambda: optax.chain(
-            optax.trace(0.9),
-            optax.add_decayed_weights(WEIGHT_DECAY),
-            optax.scale_by_learning_rate(LEARNING_RATE),
-        ),
-    }[optimizer]
-    return {
-        "optax, float32": lambda shapes: optax_step(shapes, jnp.float32, make()),
-        "optax, bfloat16": lambda shapes: optax_step(shapes, jnp.bfloat16, make()),
-    }
-
-
-def torch_steps(optimizer: str) -> dict[str, Contender]:
-    torch, flashoptim = optional("torch"), optional("flashoptim")
-    steps: dict[str, Contender] = {}
-    if torch is None or not torch.cuda.is_available():
-        return steps
-    hyperparameters = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
-    if optimizer == "adamw":
-        steps["PyTorch, fused float32"] = lambda shapes: TorchStep.of(
-            torch,
-            shapes,
-            "float32",
-            lambda x: torch.optim.AdamW(x, fused=True, **hyperparameters),
-        )
-    if flashoptim is not None:
-        if optimizer == "sgdw":
-            hyperparameters["momentum"] = 0.9
-        make = {"adamw": "FlashAdamW", "lion": "FlashLion", "sgdw": "FlashSGDW"}
-        make = getattr(flashoptim, make[optimizer])
-        steps["FlashOptim"] = lambda shapes: TorchStep.of(
-            torch, shapes, "bfloat16", lambda x: make(x, **hyperparameters)
-        )
-    return steps
-
-
-def flashoptim_jax_steps(optimizer: str) -> dict[str, Contender]:
-    package = optional("flashoptim_jax")
-    if package is None:
-        return {}
-    make = getattr(package, f"flash_{optimizer}")
-    hyperparameters = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
-    if optimizer == "sgdw":
-        hyperparameters["momentum"] = 0.9
-    optim = make(**hyperparameters)
-    return {
-        "flashoptim-jax": lambda shapes: jax_step(
-            shapes, jnp.bfloat16, optim.init, optim.step
-        )
-    }
-
-
-def optional(name: str) -> Any:
-    """A module, or `None` where it cannot be imported."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def copy_bandwidth(plan: Plan, size: int) -> float:
-    """How many bytes are read in a second, while others are written in their place."""
-    timing, _ = time_loop(plan, lambda x: -x, jnp.ones((size // 4,), jnp.float32))
-    return size / timing.median
-
-
-#
-# Tables and plots
 #
 
 
@@ -322,13 +84,47 @@ def copy_bandwidth(plan: Plan, size: int) -> float:
 OPTIMIZERS = {"adamw": 2 + 2 * 5.125, "lion": 2 + 2 * 4.0625, "sgdw": 2 + 2 * 4.0625}
 
 
+def contenders(optimizer: str, backend: Any) -> dict[str, Callable[[Shapes], Any]]:
+    """From shapes to what has a method `ready`."""
+    ours = partial(our_step, optimizer, state_for="xla", backend=backend)
+    found: dict[str, Callable[[Shapes], Any]] = {
+        "flashquinox": ours,
+        "flashquinox, groups along rows": partial(ours, state_for="tpu"),
+        "flashquinox, plain XLA": partial(ours, backend="xla"),
+        "optax, float32": partial(optax_step, optimizer, dtype=jnp.float32),
+        "optax, bfloat16": partial(optax_step, optimizer, dtype=jnp.bfloat16),
+    }
+    if (torch := torch_with_gpu()) is not None:
+        if optimizer == "adamw":
+            found["PyTorch, fused float32"] = partial(torch_step, torch)
+        if (package := optional("flashoptim")) is not None:
+            found["FlashOptim"] = partial(flashoptim_step, torch, package, optimizer)
+    if (package := optional("flashoptim_jax")) is not None:
+        found["flashoptim-jax"] = partial(flashoptim_jax_step, package, optimizer)
+    return found
+
+
+#
+# Tables and plots
+#
+
+
+# Of a round.
+_STEPS = 10
+
+
 def measure(
-    optimizer: str, name: str, shapes: Shapes, who: str, make: Contender, plan: Plan
+    optimizer: str, name: str, shapes: Shapes, who: str, make: Any, plan: Plan
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"optimizer": optimizer, "leaves": name, "contender": who}
     row["parameters"] = count(shapes)
     try:
-        row |= make(shapes).measure(plan)
+        contender = make(shapes=shapes)
+        ready = contender.ready(_STEPS)
+        row |= dataclasses.asdict(plan.measure(ready.run, ready.steps))
+        row |= ready.facts | {"finite": ready.is_finite()}
+        ready.close()
+        row |= contender.facts_of_one_step()
     # Whatever stops a contender is its result, out of memory above all.
     except Exception as error:
         row["error"] = in_few_words(error)
@@ -489,8 +285,7 @@ def main() -> None:
     print(f"{device.device_kind};", ", ".join(f"{k} {v}" for k, v in there.items()))
     plan = Plan(arguments.repeats, arguments.seconds)
     on_cpu = device.platform == "cpu"
-    copy = copy_bandwidth(plan, 2**26 if on_cpu else 2**30)
-    bytes_per_second = 2 * copy
+    bytes_per_second = copy_bandwidth(plan, 2**26 if on_cpu else 2**30)
     print(f"Copy limit: {bytes_per_second / 1e9:.0f} GB/s, reads and writes together")
     print(
         f"{'':6}{'leaves':>8}  {'':32}{'Gparam/s':>9}{'limit':>8}{'B/param':>9}"
@@ -500,14 +295,8 @@ def main() -> None:
     leaves |= {name: MODELS[name]() for name in arguments.models}
     rows = []
     for optimizer in arguments.optimizers:
-        contenders = {
-            **our_steps(optimizer, arguments.backend),
-            **optax_steps(optimizer),
-            **torch_steps(optimizer),
-            **flashoptim_jax_steps(optimizer),
-        }
         for name, shapes in leaves.items():
-            for who, make in contenders.items():
+            for who, make in contenders(optimizer, arguments.backend).items():
                 row = measure(optimizer, name, shapes, who, make, plan)
                 print_row(row, bytes_per_second)
                 rows.append(row)

@@ -1,0 +1,124 @@
+"""Steps of optimizers on the leaves of a model, measured on the present device."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from _command_line import in_few_words
+from _contenders import Ready
+from _models import count, Shapes
+from _timing import Plan, Timing
+
+
+Row = dict[str, Any]
+
+# Of parameters. Below, a step is launches, and calls from Python are measured too.
+_SMALL = 2_000_000
+
+HEADER = (
+    f"{'':31}{'Gparam/s':>9}{'µs':>11}{'a call':>9}{'limit':>8}{'temp':>7}"
+    f"{'trace':>7}{'compile':>9}"
+)
+
+
+def on_gpu() -> bool:
+    return jax.devices()[0].platform == "gpu"
+
+
+def measure_model(
+    shapes: Shapes, contenders: dict[str, Any], plan: Plan, bytes_per_second: float
+) -> list[Row]:
+    """A row of each contender: of what has a method `ready`, from the shapes."""
+    parameters, names = count(shapes), list(contenders)
+    rows: dict[str, Row] = {name: {"contender": name} for name in names}
+    together = _how_many_fit(parameters)
+    for start in range(0, len(names), together):
+        some = {name: contenders[name] for name in names[start : start + together]}
+        _take_turns(shapes, some, _steps_in_program(parameters), plan, rows)
+    if parameters < _SMALL and on_gpu():
+        for name in names:
+            rows[name]["call"] = {}
+        calls = {name: row["call"] for name, row in rows.items()}
+        _take_turns(shapes, contenders, 1, plan, calls)
+    for row in rows.values():
+        if "median" in row:
+            fastest = row["moved bytes"] / bytes_per_second
+            row["share of limit"] = fastest / row["median"]
+    return list(rows.values())
+
+
+def _take_turns(
+    shapes: Shapes,
+    contenders: dict[str, Any],
+    steps: int,
+    plan: Plan,
+    rows: dict[str, Row],
+) -> None:
+    """Fills in the rows of contenders that are in memory at the same time."""
+    ready: dict[str, Ready] = {}
+    times: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def attempt(name: str, action: Callable[[str], None]) -> None:
+        # Whatever stops a contender is its result, out of memory above all.
+        try:
+            action(name)
+        except Exception as error:
+            rows[name]["error"] = in_few_words(error)
+            if name in ready:
+                ready.pop(name).close()
+
+    def prepare(name: str) -> None:
+        ready[name] = contenders[name](shapes=shapes).ready(steps)
+        rows[name] |= ready[name].facts
+        times[name] = plan.times(ready[name].run)
+
+    def repeat(name: str) -> None:
+        taken = ready[name].run(times[name])
+        seconds[name].append(taken / (times[name] * ready[name].steps))
+
+    def finish(name: str) -> None:
+        rows[name]["finite"] = ready[name].is_finite()
+        rows[name] |= dataclasses.asdict(Timing.of(seconds[name]))
+        ready.pop(name).close()
+
+    for name in contenders:
+        attempt(name, prepare)
+    for _ in range(plan.repeats):
+        for name in list(ready):
+            attempt(name, repeat)
+    for name in list(ready):
+        attempt(name, finish)
+
+
+def _how_many_fit(parameters: int) -> int:
+    """Contenders, into half of the memory: Optax in float32 takes 16 bytes for a
+    parameter. PyTorch does not get what JAX has freed."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return max(1, int(stats.get("bytes_limit", 16e9) / 2 / (16 * parameters)))
+
+
+def _steps_in_program(parameters: int) -> int:
+    """On GPUs, as many as take about ten milliseconds, so that the call from Python
+    takes little of them."""
+    return min(1000, max(10, 10**9 // parameters)) if on_gpu() else 1
+
+
+def line(row: Row) -> str:
+    start = f"{row['model']:>15}  {row['contender']:14}"
+    if "error" in row:
+        return start + row["error"]
+    parameters, call = row["parameters"], row.get("call", {}).get("median")
+    temporary = row.get("temporary bytes")
+    return (
+        f"{start}{parameters / row['median'] / 1e9:9.2f}{row['median'] * 1e6:11.1f}"
+        f"{_cell(call, 1e6, 1):>9}{row['share of limit']:8.1%}"
+        f"{_cell(temporary, 1 / parameters, 2):>7}"
+        f"{_cell(row.get('trace seconds'), 1, 2):>7}{row['compile seconds']:9.2f}"
+        f"{'' if row['finite'] else '  NOT FINITE'}"
+    )
+
+
+def _cell(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"

@@ -1,0 +1,270 @@
+"""How fast is a step of the optimizer alone on models that people train?
+
+    python benchmarks/zoo.py
+    python benchmarks/zoo.py --models resnet50 gpt2 --contenders adamw optax
+    python benchmarks/zoo.py --chips v5e v6e
+    python benchmarks/zoo.py --page benchmarks/results/zoo-h100.json
+
+Leaves have the shapes that were published, in the order in which a framework keeps
+them: see `_zoo.py`. Beside models there are a few leaves of sizes that are hard, or
+easy. Steps are those of
+
+- adamw, lion: flashquinox, on bfloat16 weights;
+- float32: `flashquinox.adamw` on float32 weights, so that only moments are compressed;
+- optax, optax-bf16: `optax.adamw` in float32; and in bfloat16, without master weights;
+- flashoptim, flashoptim-jax: AdamW of FlashOptim (PyTorch) and of flashoptim-jax, on
+  bfloat16 weights, where they can be imported: `--peers DIR` adds a directory of
+  sources to the path.
+
+**On the device that there is**, in one run with its copy bandwidth. On GPUs, steps run
+in a loop inside of one compiled program; on CPUs, and for models of less than 2
+million parameters also on GPUs, each is a call from Python. As many contenders as
+fit into memory take turns.
+
+- Gparam/s: parameters updated in a nanosecond: the median of the repeats;
+- µs: the same, as microseconds for a step; "a call" of calls from Python;
+- limit: that rate, over the one at which a copy would move the bytes that the step must
+  move: gradients once, weights and state twice;
+- temp: what the compiled program takes beside its arguments, in bytes per parameter;
+- trace, compile: seconds to trace and lower it in Python, and to compile it.
+
+**With `--chips`**, the compiler for TPUs compiles steps; no TPU is needed:
+
+- accessed: bytes that a step accesses for each parameter, by the compiler;
+- temp: as above;
+- in kernels: leaves that a kernel takes, and their share of the parameters;
+- fusions: other programs of the step;
+- copies: copies and transpositions of arrays of at least 16384 elements.
+
+A contender that fails is a line with its error. After each model, --json has what was
+found so far.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+
+# PyTorch needs memory too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import _tpu
+import _zoo_device
+import _zoo_tpu
+import jax
+import jax.numpy as jnp
+from _command_line import (
+    in_few_words,
+    Parser,
+    positive,
+    positive_integer,
+    run_main,
+    store_json,
+    versions,
+    write_json,
+)
+from _contenders import (
+    copy_bandwidth,
+    flashoptim_jax_step,
+    flashoptim_step,
+    optax_step,
+    optional,
+    our_step,
+    torch_with_gpu,
+)
+from _models import count, Shapes
+from _timing import Plan
+from _zoo import ZOO
+from _zoo_page import page, plot
+
+
+CONTENDERS = (
+    "adamw",
+    "optax",
+    "lion",
+    "float32",
+    "optax-bf16",
+    "flashoptim",
+    "flashoptim-jax",
+)
+# On CPUs and for TPUs, if nothing else is asked for.
+_FEW_CONTENDERS = ("adamw", "optax")
+# On CPUs: others take minutes, or gigabytes.
+_FEW_MODELS = ("mlp", "cnn", "efficientnet-b0", "resnet50", "16x1000x1001", "4096")
+
+_VERSIONS = "jax jaxlib libtpu optax torch triton flashquinox".split()
+
+Rows = Iterator[dict[str, Any]]
+
+
+def contender(name: str) -> Callable[..., Any] | None:
+    """From shapes to what can be made ready. `None` for what is not installed."""
+    match name:
+        case "adamw" | "lion":
+            return partial(our_step, name)
+        case "float32":
+            return partial(our_step, "adamw", dtype=jnp.float32)
+        case "optax":
+            return partial(optax_step, "adamw", dtype=jnp.float32)
+        case "optax-bf16":
+            return partial(optax_step, "adamw", dtype=jnp.bfloat16)
+        case "flashoptim":
+            torch, package = torch_with_gpu(), optional("flashoptim")
+            if torch is None or package is None:
+                return None
+            return partial(flashoptim_step, torch, package, "adamw")
+        case _:
+            package = optional("flashoptim_jax")
+            return package and partial(flashoptim_jax_step, package, "adamw")
+
+
+def contenders(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Those of them that are installed."""
+    made = {name: contender(name) for name in names}
+    return {name: make for name, make in made.items() if make is not None}
+
+
+def on_device(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    plan, on_gpu = Plan(arguments.repeats, arguments.seconds), _zoo_device.on_gpu()
+    kind = jax.devices()[0].device_kind
+    bytes_per_second = copy_bandwidth(plan, 2**30 if on_gpu else 2**27)
+    record |= {"kind": "gpu" if on_gpu else "cpu", "device": kind}
+    record["copy bytes per second"] = bytes_per_second
+    print(f"{kind}: a copy moves {bytes_per_second / 1e9:.0f} GB/s")
+    names = arguments.contenders or (CONTENDERS if on_gpu else _FEW_CONTENDERS)
+    chosen = contenders(names)
+
+    def rows(shapes: Shapes) -> Rows:
+        yield from _zoo_device.measure_model(shapes, chosen, plan, bytes_per_second)
+
+    models = arguments.models or (ZOO if on_gpu else _FEW_MODELS)
+    fill(record, models, rows, _zoo_device, arguments.json)
+
+
+def for_tpus(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    _tpu.set_up()
+    record["kind"] = "tpu"
+    chosen = contenders(arguments.contenders or _FEW_CONTENDERS)
+
+    def rows(shapes: Shapes) -> Rows:
+        for chip in arguments.chips:
+            for name, make in chosen.items():
+                row = {"chip": chip, "contender": name}
+                groups = {"state_for": "tpu"} if name == "adamw" else {}
+                try:
+                    row |= _zoo_tpu.compile_step(make(shapes=shapes, **groups), chip)
+                except Exception as error:
+                    row["error"] = in_few_words(error)
+                yield row
+
+    fill(record, arguments.models or ZOO, rows, _zoo_tpu, arguments.json)
+
+
+def fill(
+    record: dict[str, Any],
+    models: Iterable[str],
+    rows: Callable[[Shapes], Rows],
+    printer: Any,
+    path: pathlib.Path | None,
+) -> None:
+    """The rows of these models, printed and stored as soon as they are there."""
+    print(printer.HEADER)
+    for model in models:
+        shapes = ZOO[model].leaves()
+        size = {"leaves": len(shapes), "parameters": count(shapes)}
+        for row in rows(shapes):
+            record["rows"].append({"model": model} | size | row)
+            print(printer.line(record["rows"][-1]), flush=True)
+        if path is not None:
+            store_json(path, record)
+
+
+#
+# Command line
+#
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several = partial(parser.add_argument, nargs="+", default=[])
+    several(
+        "--models",
+        choices=ZOO,
+        metavar="MODEL",
+        help=f"some of {' '.join(ZOO)} (default: all; on CPUs {' '.join(_FEW_MODELS)})",
+    )
+    several(
+        "--contenders",
+        choices=CONTENDERS,
+        metavar="NAME",
+        help=f"some of {' '.join(CONTENDERS)} (default: all that are installed; on "
+        "CPUs and for TPUs adamw optax)",
+    )
+    several(
+        "--chips",
+        choices=_tpu.TOPOLOGIES,
+        metavar="CHIP",
+        help=f"compile for some of {' '.join(_tpu.TOPOLOGIES)}, and measure nothing",
+    )
+    several(
+        "--peers",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="directories to import flashoptim and flashoptim_jax from",
+    )
+    parser.add_argument(
+        "--repeats", type=positive_integer, default=5, help="(default: 5)"
+    )
+    parser.add_argument(
+        "--seconds", type=positive, default=0.05, help="of a repeat (default: 0.05)"
+    )
+    parser.add_json()
+    several(
+        "--page",
+        type=pathlib.Path,
+        metavar="JSON",
+        help="measure nothing: print the tables of the documentation, of the figures "
+        "in these files",
+    )
+    parser.add_argument(
+        "--plots",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="also write the picture here, in light and in dark; of GPUs",
+    )
+    arguments = parser.parse_args()
+    for directory in arguments.peers:
+        if not directory.is_dir():
+            parser.error(f"--peers: not a directory: {directory}")
+    for file in arguments.page:
+        if not file.is_file():
+            parser.error(f"--page: no such file: {file}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.page:
+        records = [json.loads(file.read_text()) for file in arguments.page]
+        print(page(records))
+    else:
+        sys.path[:0] = map(str, arguments.peers)
+        there = versions(*_VERSIONS)
+        print(", ".join(f"{k} {v}" for k, v in there.items()))
+        records = [{"versions": there, "rows": []}]
+        (for_tpus if arguments.chips else on_device)(arguments, records[0])
+        write_json(arguments.json, **records[0])
+        print(page(records))
+    if arguments.plots is not None:
+        plot(records, arguments.plots)
+
+
+if __name__ == "__main__":
+    run_main(main)
