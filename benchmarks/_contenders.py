@@ -64,41 +64,58 @@ class JaxStep:
     # Makes the state. `None` for a state of zeros: then nothing has to be compiled.
     init: Callable[[Any], Any] | None = None
 
-    def ready(self, steps: int) -> Ready:
-        """So many steps in one compiled program, which Python calls."""
-        program = self._program(steps)
+    def ready(self, steps: int, alone: bool = True) -> Ready:
+        """So many steps in one compiled program, which Python calls. What it took to
+        make it is only told if nothing else goes on: if this is `alone`."""
+        program = self._program(steps, alone)
         program.carry, program.operand = self._arrays()
         arrays = _bytes(_nbytes(program.operand), _nbytes(program.carry))
         finite = lambda: _finite(program.carry[0])
         return Ready(program.run, steps, arrays | program.facts, finite, program.close)
 
     def facts_of_one_step(self) -> dict[str, Any]:
-        return self._program(1).facts
+        return self._program(1, alone=True).facts
 
-    def _program(self, steps: int) -> Program:
+    def _program(self, steps: int, alone: bool) -> Program:
         one = lambda carry, grads: self.step(carry[0], carry[1], grads)
         function = looped(one, steps) if steps > 1 else one
-        return Program(function, (self.params, self.state), self.grads)
+        structs = (self.params, self.state), self.grads
+        return Program(function, *structs, alone=alone)
 
     def _arrays(self) -> tuple[tuple[PyTree, PyTree], PyTree]:
-        params = jax.device_put(_filled(self.params, 0.02, 0))
+        params, grads = (
+            jax.device_put([_filled(x.shape, x.dtype, scale) for x in structs])
+            for structs, scale in ((self.params, 0.02), (self.grads, 1e-3))
+        )
         if self.init is None:
-            zeros = jtu.tree_map(lambda x: np.zeros(x.shape, x.dtype), self.state)
-            state = jax.device_put(zeros)
+            state = jax.device_put(jtu.tree_map(_zeros, self.state))
         else:
             state = jax.jit(self.init)(params)
-        return (params, state), jax.device_put(_filled(self.grads, 1e-3, 1))
+        return (params, state), grads
 
 
 def _nbytes(tree: PyTree) -> int:
     return sum(x.nbytes for x in jtu.tree_leaves(tree))
 
 
-def _filled(structs: list[Any], scale: float, seed: int) -> list[np.ndarray]:
-    """The same random numbers over and over: others would have to be compiled, or take
-    longer than everything else."""
-    random = np.random.default_rng(seed).normal(0, scale, 1_000_003)
-    return [np.resize(random.astype(x.dtype), x.shape) for x in structs]
+# Arrays are made on the host: on the device, a program would be compiled for each
+# shape. The same random numbers repeat, and the same zeros serve everywhere: with
+# others, large models would take longer to fill than to measure.
+_RANDOM = np.random.default_rng(0).normal(size=1_000_003)
+
+
+def _filled(shape: tuple[int, ...], dtype: Any, scale: float) -> np.ndarray:
+    return np.resize((scale * _RANDOM).astype(dtype), shape)
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> np.ndarray:
+    size = x.size * x.dtype.itemsize
+    if size > _FEW_ZEROS.size:
+        return np.zeros(x.shape, x.dtype)
+    return _FEW_ZEROS[:size].view(x.dtype).reshape(x.shape)
+
+
+_FEW_ZEROS = np.zeros(2**28, np.uint8)
 
 
 # How many elements are looked at on the host: for a look on the device, a program would
@@ -192,8 +209,9 @@ class TorchStep:
     shapes: Shapes
     dtype: str
 
-    def ready(self, steps: int) -> Ready:
+    def ready(self, steps: int, alone: bool = True) -> Ready:
         """So many steps, one after the other."""
+        del alone
         torch, dtype = self.torch, getattr(self.torch, self.dtype)
         params = []
         for shape in self.shapes.values():
