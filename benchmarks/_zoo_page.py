@@ -1,7 +1,6 @@
-"""The tables and the picture of the page "Performance", of the figures of
-`benchmarks/zoo.py`."""
+"""The tables of the page "Performance", of the figures of `benchmarks/zoo.py`."""
 
-import pathlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +22,59 @@ TITLES = {
 _SMALL = 2_000_000
 
 
-def page(records: list[dict[str, Any]]) -> str:
-    """Markdown, of one or several runs on each kind of device."""
-    parts = []
-    for kind, table in (("gpu", _on_gpu), ("tpu", _on_tpus), ("cpu", _on_cpu)):
+def page(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Markdown for each kind of device, of one or several runs on it."""
+    sections = {}
+    for kind, tables in (("gpu", _on_gpu), ("tpu", _on_tpus), ("cpu", _on_cpu)):
         some = [record for record in records if record["kind"] == kind]
         rows = [row for record in some for row in record["rows"]]
         if rows:
-            parts += table(some[0], rows)
-    return "\n\n".join(parts)
+            sections[kind] = "\n\n".join(tables(some[0], rows))
+    return sections
+
+
+def insert(sections: dict[str, str], text: str) -> str:
+    """The page with these sections in the place of its own, which are between lines of
+    `<!-- gpu -->` and `<!-- end of gpu -->`."""
+    for kind, section in sections.items():
+        before, start, rest = text.partition(f"<!-- {kind} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {kind} -->\n")
+        if not end:
+            raise ValueError(f"The page has no place for tables of {kind}.")
+        text = f"{before}{start}\n{section}\n\n{end}{after}"
+    return text
+
+
+# Which models shall reach that share of the limit on a GPU, and how much of Optax's
+# time a step may take on a CPU.
+_LARGE, _LEAST_SHARE, _MOST_ON_CPUS = 20_000_000, 0.7, 3
+
+
+def shortfalls(records: list[dict[str, Any]]) -> list[str]:
+    """Where AdamW is slower than it should be, a line each."""
+    found = []
+    for record in records:
+        kind = record["kind"]
+        measure = "accessed bytes" if kind == "tpu" else "median"
+        optax = {_place(x): x for x in record["rows"] if x["contender"] == "optax"}
+        for row in record["rows"]:
+            if row["contender"] != "adamw":
+                continue
+            name, theirs = " ".join(_place(row)), optax.get(_place(row), {})
+            if measure not in row:
+                found.append(f"{name}: {row['error']}")
+                continue
+            ratio = row[measure] / theirs.get(measure, math.inf)
+            if ratio > (_MOST_ON_CPUS if kind == "cpu" else 1):
+                found.append(f"{name}: {ratio:.2f} of Optax's {measure}")
+            share = row.get("share of limit", 1)
+            if kind == "gpu" and row["parameters"] > _LARGE and share < _LEAST_SHARE:
+                found.append(f"{name}: {share:.0%} of the limit")
+    return found
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("model", "chip") if name in row)
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
@@ -44,7 +87,7 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _by_model(rows: list[Row], column: str) -> dict[str, dict[str, Row]]:
+def by_model(rows: list[Row], column: str) -> dict[str, dict[str, Row]]:
     """Rows of each model, by that column, in the order of the zoo."""
     found: dict[str, dict[str, Row]] = {name: {} for name in ZOO}
     for row in rows:
@@ -88,7 +131,15 @@ def _version(record: dict[str, Any]) -> str:
 #
 
 
-def _rate(row: Row) -> str:
+# In the theme of the reader.
+_PICTURE = "\n".join(
+    "![Rates of AdamW's steps, as shares of the limit, beside those of others]"
+    f"(_static/zoo-{theme}.png#only-{theme})"
+    for theme in ("light", "dark")
+)
+
+
+def rate(row: Row) -> str:
     if row["parameters"] < _SMALL:
         return f"{row['median'] * 1e6:.1f} µs"
     return f"{row['parameters'] / row['median'] / 1e9:.3g}"
@@ -97,10 +148,10 @@ def _rate(row: Row) -> str:
 def _on_gpu(record: dict[str, Any], rows: list[Row]) -> list[str]:
     share = lambda row: f"{row['share of limit']:.0%}"
     lines, calls = [], []
-    for model, some in _by_model(rows, "contender").items():
+    for model, some in by_model(rows, "contender").items():
         line = [ZOO[model].title, *_size(some)]
         for name in TITLES:
-            line.append(_of(some.get(name), _rate))
+            line.append(_of(some.get(name), rate))
             if name in ("adamw", "lion", "float32"):
                 line.append(_of(some.get(name), share))
         ratios = [_ratio(some, f"{what} seconds") for what in ("trace", "compile")]
@@ -118,7 +169,7 @@ def _on_gpu(record: dict[str, Any], rows: list[Row]) -> list[str]:
         f"one {record['device']}, {_version(record)}; Gparam/s",
         *("parameters", "leaves", *columns, "trace", "compile"),
     ]
-    parts = [_table(header, lines)]
+    parts = [_PICTURE, _table(header, lines)]
     if calls:
         parts.append(_table(["one call a step; µs", *TITLES.values()], calls))
     return parts
@@ -135,8 +186,8 @@ def _on_tpus(record: dict[str, Any], rows: list[Row]) -> list[str]:
 
     accessed, temporary = map(per_parameter, ("accessed bytes", "temporary bytes"))
     chips = list(dict.fromkeys(row["chip"] for row in rows))
-    ours = _by_model([x for x in rows if x["contender"] == "adamw"], "chip")
-    optax = _by_model([x for x in rows if x["contender"] == "optax"], "chip")
+    ours = by_model([x for x in rows if x["contender"] == "adamw"], "chip")
+    optax = by_model([x for x in rows if x["contender"] == "optax"], "chip")
     lines = []
     for model, some in ours.items():
         good = [row for row in some.values() if "error" not in row]
@@ -186,10 +237,10 @@ def _on_cpu(record: dict[str, Any], rows: list[Row]) -> list[str]:
             *(_of(some.get(x), making) for x in ("adamw", "optax")),
             _ratio(some, "trace seconds", "compile seconds"),
         ]
-        for model, some in _by_model(rows, "contender").items()
+        for model, some in by_model(rows, "contender").items()
     ]
     header = [
-        f"one {record['device']}, {_version(record)}",
+        f"a CPU of {record['cores']} cores, {_version(record)}",
         *("parameters", "leaves", "AdamW: ms", "Optax, float32: ms", "ratio"),
         *("temporaries, bytes per parameter", "Optax"),
         *("trace and compile: s", "Optax: s", "ratio"),
@@ -199,85 +250,3 @@ def _on_cpu(record: dict[str, Any], rows: list[Row]) -> list[str]:
 
 def _milliseconds(row: Row) -> str:
     return f"{row['median'] * 1e3:.3g}"
-
-
-#
-# The picture
-#
-
-
-def plot(records: list[dict[str, Any]], directory: pathlib.Path) -> None:
-    """A bar for each model: AdamW's rate, as a share of the limit; and the rates of the
-    others on the same scale."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    records = [record for record in records if record["kind"] == "gpu"]
-    rows = [row for record in records for row in record["rows"] if "error" not in row]
-    models = {k: x for k, x in _by_model(rows, "contender").items() if "adamw" in x}
-    if not models:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    for theme, style in _THEMES.items():
-        file = directory / f"zoo-{theme}.png"
-        with plt.style.context(style):
-            figure, axes = plt.subplots(
-                figsize=(9, 1.4 + 0.3 * len(models)), layout="constrained"
-            )
-            _draw(axes, models)
-            axes.set_title(f"AdamW on one {records[0]['device']}\n\n", loc="left")
-            figure.savefig(file, dpi=150)
-            plt.close(figure)
-        print(f"Wrote {file}.")
-
-
-# The background is that of the documentation in dark.
-_DARK = {"figure.facecolor": "#1e2129", "axes.facecolor": "#1e2129"}
-_THEMES: dict[str, Any] = {"light": "default", "dark": ["dark_background", _DARK]}
-_MARKERS = {
-    "optax": ("o", "#1565c0"),
-    "optax-bf16": ("s", "#7b1fa2"),
-    "flashoptim": ("^", "#2e7d32"),
-    "flashoptim-jax": ("v", "#c62828"),
-}
-
-
-def _draw(axes: Any, models: dict[str, dict[str, Row]]) -> None:
-    ours = [some["adamw"] for some in models.values()]
-    shares = [row["share of limit"] for row in ours]
-    axes.barh(range(len(models)), shares, 0.66, color="#ffb300", label="flashquinox")
-    for name, (marker, color) in _MARKERS.items():
-        # Where our bar would end at their rate.
-        ends = [
-            (some["adamw"]["median"] / some[name]["median"] * share, place)
-            for place, (some, share) in enumerate(
-                zip(models.values(), shares, strict=True)
-            )
-            if name in some
-        ]
-        if ends:
-            style = {"marker": marker, "color": color, "edgecolor": "white"}
-            x, y = zip(*ends, strict=True)
-            axes.scatter(x, y, 36, label=TITLES[name], zorder=3, lw=0.8, **style)
-    for place, row in enumerate(ours):
-        axes.text(1.03, place, _rate(row), va="center", fontsize="small")
-    axes.text(1.03, -1, "Gparam/s", va="center", fontsize="small")
-    axes.set_yticks(range(len(models)), [ZOO[model].title for model in models])
-    axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_xlim(0, 1.12)
-    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", *"20% 40% 60% 80% 100%".split()])
-    axes.axvline(1, color="gray", linestyle="--", linewidth=1)
-    axes.set_xlabel("rate, as a share of what a copy of flashquinox's bytes allows")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.01),
-        ncols=5,
-        frameon=False,
-        fontsize="small",
-        handletextpad=0.3,
-        columnspacing=1.2,
-    )

@@ -1,6 +1,8 @@
-"""The models of `benchmarks/zoo.py` have the published numbers of parameters."""
+"""The models of `benchmarks/zoo.py` are those that were published, and the page of the
+documentation shows what is stored of them."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -14,9 +16,7 @@ _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def zoo(monkeypatch):
     monkeypatch.syspath_prepend(str(_BENCHMARKS))
     before = set(sys.modules)
-    module = importlib.import_module("_zoo")
-
-    yield module
+    yield importlib.import_module("_zoo")
     # Other programs in there may have modules of these names too.
     for name in set(sys.modules) - before:
         if name.startswith("_"):
@@ -45,3 +45,11 @@ def test_flax_keeps_sorted_names(zoo):
     for name in ("resnet50-flax", "vit-b16", "qwen", "cnn"):
         names = [x.split(".") for x in zoo.ZOO[name].leaves()]
         assert names == sorted(names)
+
+
+def test_page_shows_the_stored_figures(zoo):
+    page = importlib.import_module("_zoo_page")
+    files = sorted((_BENCHMARKS / "results").glob("zoo-*.json"))
+    sections = page.page([json.loads(file.read_text()) for file in files])
+    text = (_BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    assert page.insert(sections, text) == text
