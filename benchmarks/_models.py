@@ -17,15 +17,6 @@ def gpt2() -> Shapes:
     return shapes | unrolled
 
 
-def mlp(width: int = 1024, layers: int = 4) -> Shapes:
-    """The weights and biases of a few layers of different widths."""
-    shapes: Shapes = {}
-    for i in range(layers):
-        out, into = width * (i + 2), width * (i + 1)
-        shapes |= {f"{i}.weight": (out, into), f"{i}.bias": (out,)}
-    return shapes
-
-
 def resnet50() -> Shapes:
     """The leaves of ResNet-50, convolutions as (out, in, height, width)."""
     shapes: Shapes = {}

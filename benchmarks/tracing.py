@@ -1,7 +1,7 @@
 """How long does JAX take to trace and to lower a step, beside Optax?
 
     python benchmarks/tracing.py
-    python benchmarks/tracing.py --models gpt2 --backends auto,xla --repeats 3
+    python benchmarks/tracing.py --models gpt2,ddpm --backends auto,xla --repeats 3
 
 A program is traced and lowered once for each of its shapes, before it is compiled. For
 each model and backend:
@@ -43,7 +43,8 @@ from _command_line import (
     versions,
     write_json,
 )
-from _models import count, gpt2, mlp, resnet50, Shapes
+from _models import count, Shapes
+from _zoo import ZOO
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
@@ -51,11 +52,8 @@ from flashquinox._backends.dispatch import Backend
 from flashquinox._tile import shapes as tile_shapes
 
 
-MODELS: dict[str, Callable[[], Shapes]] = {
-    "mlp": mlp,
-    "gpt2": gpt2,
-    "resnet50": resnet50,
-}
+# Others take longer.
+_FEW_MODELS = ["mlp", "gpt2", "resnet50"]
 BACKENDS: tuple[Backend, ...] = ("auto", "xla", "gpu", "tpu")
 # The device of each backend: its kind, cores and platform.
 _DEVICES = {
@@ -100,8 +98,8 @@ def optax_step(shapes: Shapes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return step, (params, jax.eval_shape(optim.init, params), params)
 
 
-def structs(shapes: Shapes, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(x, dtype) for name, x in shapes.items()}
+def structs(shapes: Shapes, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(x, dtype) for x in shapes.values()]
 
 
 def clear_caches() -> None:
@@ -167,12 +165,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, known in (("models", MODELS), ("backends", BACKENDS)):
+    for name, known, default in (
+        ("models", ZOO, _FEW_MODELS),
+        ("backends", BACKENDS, BACKENDS),
+    ):
         parser.add_argument(
             f"--{name}",
             type=partial(some_of, known),
-            default=list(known),
-            help=f"some of {','.join(known)} (default: all)",
+            default=list(default),
+            help=f"some of {','.join(known)} (default: {','.join(default)})",
         )
     parser.add_argument(
         "--repeats", type=positive_integer, default=5, help="(default: 5)"
@@ -187,12 +188,12 @@ def main() -> None:
     there = versions("jax", "jaxlib", "optax", "equinox", "flashquinox")
     print(", ".join(f"{k} {v}" for k, v in there.items()))
     print(
-        f"{'model':>10}{'leaves':>8}  {'':8}{'first':>8}{'again':>8}{'lower':>8}"
+        f"{'model':>15}{'leaves':>8}  {'':8}{'first':>8}{'again':>8}{'lower':>8}"
         f"{'ratio':>7}{'calls':>8}{'frames':>8}"
     )
     rows = []
     for model in arguments.models:
-        shapes = MODELS[model]()
+        shapes = ZOO[model].leaves()
         reference = None
         for backend in ["optax", *arguments.backends]:
             make = optax_step if backend == "optax" else partial(ours, backend)
@@ -210,7 +211,7 @@ def main() -> None:
                 row |= own_calls(step, operands, backend)
             rows.append(row)
             print(
-                f"{model:>10}{len(shapes):8}  {backend:8}{row['first']:8.3f}"
+                f"{model:>15}{len(shapes):8}  {backend:8}{row['first']:8.3f}"
                 f"{row['again']:8.3f}{row['lower']:8.3f}{row['ratio']:7.2f}"
                 f"{row.get('calls', ''):>8}{row.get('frames', ''):>8}",
                 flush=True,
