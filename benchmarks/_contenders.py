@@ -210,8 +210,8 @@ class TorchStep:
     dtype: str
 
     def ready(self, steps: int, alone: bool = True) -> Ready:
-        """So many steps, one after the other."""
-        del alone
+        """Of one step, which Python calls: there is no program of several."""
+        del steps, alone
         torch, dtype = self.torch, getattr(self.torch, self.dtype)
         params = []
         for shape in self.shapes.values():
@@ -221,11 +221,11 @@ class TorchStep:
             params.append(param)
         optim = self.make(params)
 
-        def run(rounds: int) -> float:
+        def run(calls: int) -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()
-            for _ in range(rounds * steps):
+            for _ in range(calls):
                 optim.step()
             end.record()
             torch.cuda.synchronize()
@@ -250,7 +250,7 @@ class TorchStep:
             "compile seconds": seconds,
         }
         finite = lambda: all(bool(x.isfinite().all()) for x in params)
-        return Ready(run, steps, facts, finite, close)
+        return Ready(run, 1, facts, finite, close)
 
     def facts_of_one_step(self) -> dict[str, Any]:
         """PyTorch tells nothing of it."""

@@ -51,6 +51,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -181,15 +182,19 @@ def fill(
     path: pathlib.Path | None,
 ) -> None:
     """The rows of these models, printed and stored as soon as they are there."""
+    record["seconds"] = {}
     print(printer.HEADER)
     for model in models:
+        start = time.perf_counter()
         shapes = ZOO[model].leaves()
         size = {"leaves": len(shapes), "parameters": count(shapes)}
         for row in rows(shapes):
             record["rows"].append({"model": model} | size | row)
             print(printer.line(record["rows"][-1]), flush=True)
+        record["seconds"][model] = round(time.perf_counter() - start, 1)
         if path is not None:
             store_json(path, record)
+    print(f"{sum(record['seconds'].values()):.0f} s")
 
 
 #
