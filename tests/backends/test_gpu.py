@@ -131,21 +131,21 @@ def test_ensembles(make):
     run_ensemble("gpu", _ENSEMBLE, make)
 
 
-def _step(shape, group_size=32, axis: int | None = -1, dtype=jnp.bfloat16):
+def _step(shape, axes=(-1,), group_size=32, dtype=jnp.bfloat16):
     leaf = jnp.zeros(shape, dtype)
     scales = {"moment": jnp.zeros(())}
     return gpu.view_of(
-        Layout(shape, axis, group_size), leaf, TileState(leaf, None, {}, scales)
+        Layout(shape, axes, group_size), leaf, TileState(leaf, None, {}, scales)
     )
 
 
 def test_views():
-    assert _step((3, 64)) == gpu.Lanes(6, 32)
-    assert _step((3, 64), axis=-2, group_size=16) is None
-    assert _step((2, 64, 5), axis=-2) == gpu.Rows(4, 32, 5)
-    assert _step((64, 3, 5), axis=-3) == gpu.Rows(2, 32, 15)
-    assert _step((4, 48), axis=None) == gpu.Lanes(6, 32)
-    assert _step((3, 48)) is None and _step((3, 96), group_size=48) is None
+    assert _step((3, 64)) == gpu.Lanes(3, 64, 32)
+    assert _step((2, 64, 5), (-2,)) == gpu.Rows(2, 64, 32, 5)
+    assert _step((64, 3, 5), (-3,)) == gpu.Rows(1, 64, 32, 15)
+    assert _step((4, 48), (-2, -1)) == gpu.Lanes(1, 192, 32)
+    with jax.enable_x64(True):
+        assert _step((3, 64), dtype=jnp.float64) is None
 
 
 #

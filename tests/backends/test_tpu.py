@@ -118,7 +118,7 @@ def test_groups_run_along_rows():
     moments = jtu.tree_leaves(
         state.moments, is_leaf=lambda x: isinstance(x, fq.QuantMoment)
     )
-    assert len(moments) == 4 and all(moment.axis == -2 for moment in moments)
+    assert len(moments) == 4 and all(moment.axes == (-2,) for moment in moments)
 
 
 @pytest.mark.product
@@ -290,7 +290,7 @@ def test_support():
     def supports(shape, axis=-2, group_size=32, dtype=jnp.bfloat16):
         leaf: Any = jnp.asarray(np.zeros(shape, dtype))
         return tpu_layout.supports(
-            Layout(shape, axis, group_size), TileState(leaf, None, {}, {}), leaf
+            Layout(shape, (axis,), group_size), TileState(leaf, None, {}, {}), leaf
         )
 
     assert supports((32, 1)) and supports((5, 64, 100))

@@ -635,7 +635,7 @@ def test_optax_on_many_devices(kind, moments):
             found = exchange.from_optax(given, like)
         _assert_like(found, like)
         for name in ("mu", "nu"):
-            # On several devices, groups may lie along another axis.
+            # On several devices, groups may lie along other axes.
             same = [
                 (x, y)
                 for x, y in zip(
@@ -643,7 +643,7 @@ def test_optax_on_many_devices(kind, moments):
                     expected.moments[name].values(),
                     strict=True,
                 )
-                if getattr(x, "axis", 0) == getattr(y, "axis", 0)
+                if getattr(x, "axes", 0) == getattr(y, "axes", 0)
             ]
             assert len(same) >= 2
             _assert_same_values(*zip(*same, strict=True))

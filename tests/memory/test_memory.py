@@ -388,8 +388,8 @@ def test_categories():
     assert step.weights == step.gradients == 2 * 2570 + 4 * 5
     assert step.corrections == 2570
     assert step.moments == 2 * (2560 + 4 * 10 + 4 * 5)
-    # Groups along the first axis, of which 32 is a divisor.
-    assert step.scales == 2 * 2 * 2 * 40
+    # Groups along both axes.
+    assert step.scales == 2 * 2 * 80
     assert step.other == 4 * 7 + 4
     mixed = fq.memory_plan(model, fq.adamw(1e-3)).mixed_precision
     assert mixed.master_weights == 4 * 2570 and mixed.moments == 8 * 2575

@@ -3,6 +3,7 @@ gradients do, wherever their groups lie, and however large those are."""
 
 import functools
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -22,20 +23,19 @@ _KINDS = ("stops", "decays", "constant", "alternates", "constant, 1/1000")
 _RULES = {"adam": (0.95, 0.999), "sgd": (0.9,), "lion": (0.99,)}
 
 
-def _leaves(group_size: int) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shapes, and along which axis groups lie there."""
+def _leaves(group_size: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes, and along which axes groups lie there."""
     return {
-        "last": ((32, group_size), -1),
-        "first": ((group_size, 34), -2),
-        # Every second group has 8 elements.
-        "partial": ((8, 2, group_size + 8), -1),
+        "last": ((32, group_size), (-1,)),
+        "merged": ((6, group_size, 5), (-2, -1)),
+        # The last group has 7 elements.
+        "partial": ((7, group_size + 1), (-2, -1)),
     }
 
 
-def _positions(shape: tuple[int, ...], axis: int, group_size: int) -> np.ndarray:
-    """Of elements in their groups."""
-    index = np.arange(shape[axis]) % group_size
-    return np.broadcast_to(np.expand_dims(index, tuple(range(1, -axis))), shape)
+def _positions(shape: tuple[int, ...], group_size: int) -> np.ndarray:
+    """Of elements in their groups, which are consecutive in memory."""
+    return (np.arange(math.prod(shape)) % group_size).reshape(shape)
 
 
 def _gradients(positions: dict[str, np.ndarray], t: jax.Array) -> dict[str, jax.Array]:
@@ -86,15 +86,15 @@ def _scan(rule: str, decay: jax.Array, storage: fq.Storage) -> Any:
     """Weights after the last step, ours and Optax's, and our momenta."""
     ours, theirs = _optimizers(rule, decay, storage)
     positions = {
-        name: _positions(shape, axis, storage.group_size)
-        for name, (shape, axis) in _leaves(storage.group_size).items()
+        name: _positions(shape, storage.group_size)
+        for name, (shape, _) in _leaves(storage.group_size).items()
     }
     exact = {name: jnp.zeros(x.shape) for name, x in positions.items()}
     model = jtu.tree_map(lambda x: x.astype(jnp.bfloat16), exact)
     state = ours.init(model)
     is_moment = lambda x: isinstance(x, fq.QuantMoment)
     moments = jtu.tree_leaves(state, is_leaf=is_moment)
-    axes = [x.axis for x in moments if is_moment(x)]
+    axes = [x.axes for x in moments if is_moment(x)]
     leaves = _leaves(storage.group_size)
     assert axes == [leaves[k][1] for k in sorted(leaves)] * (len(axes) // len(leaves))
 
@@ -150,11 +150,11 @@ _SHARE = {"adam": 0.03, "sgd": 0.0, "lion": 0.0}
 def _deviations(rule: str, group_size: int, moments: Any = "flashquinox") -> list[str]:
     """Those that are out of bounds."""
     found = []
-    for decay, (name, (shape, axis)), (i, kind) in itertools.product(
+    for decay, (name, (shape, axes)), (i, kind) in itertools.product(
         _RULES[rule], _leaves(group_size).items(), enumerate(_KINDS)
     ):
         weights, exact, momenta = _run(rule, decay, group_size, moments)
-        here = _positions(shape, axis, group_size) == i
+        here = _positions(shape, group_size) == i
         deviation = np.mean(np.abs(weights[name] - exact[name])[here])
         way = np.mean(np.abs(exact[name][here]))
         bound = _BOUNDS[rule] + _SHARE[rule] * way
@@ -165,7 +165,7 @@ def _deviations(rule: str, group_size: int, moments: Any = "flashquinox") -> lis
             momentum = np.abs(momenta[name])
             deviation, bound = np.mean(momentum[here]), np.max(momentum) / 256 / 10
         if not deviation <= bound:
-            where = f"{decay}, groups along the {name} axis, {kind}"
+            where = f"{decay}, groups along {axes} of {name}, {kind}"
             found.append(f"{where}: {deviation:.3g} > {bound:.3g}")
     return found
 

@@ -121,7 +121,7 @@ def test_encode_under_vmap_and_sharded(trained):
             like = fq.QuantMoment(
                 one.codes,
                 one.scales,
-                one.axis,
+                one.axes,
                 one.group_size,
                 one.codec,
                 _member(many, i).parameter,

@@ -381,17 +381,18 @@ def test_checkpoints(tied, tmp_path):
     assert tree_identical(nnx.state(alone, nnx.Param), nnx.state(whole, nnx.Param))
 
 
-def test_names_of_mesh_axes():
+@pytest.mark.parametrize("width, of_scales", [(32, ("model", None)), (4, ("model",))])
+def test_names_of_mesh_axes(width, of_scales):
     # As each array of a state can have them: scales of one group, and scalars, cannot.
     init = nnx.with_metadata(
         nnx.initializers.lecun_normal(), out_sharding=("model", "data")
     )
     with nnx.use_eager_sharding(False):
-        layer = nnx.Linear(16, 4, kernel_init=init, rngs=nnx.Rngs(0))
+        layer = nnx.Linear(16, width, kernel_init=init, rngs=nnx.Rngs(0))
         tx = fq.lion(1e-2, storage=fq.Storage(moments="learned"))
         optimizer = nnx.Optimizer(layer, tx, wrt=nnx.Param)
     moment = nnx.get_partition_spec(nnx.state(optimizer)).opt_state.moments["mu"]
     spec = {name: x.get_value() for name, x in moment["kernel"].items()}
     assert spec["codes"] == jax.sharding.PartitionSpec("model", "data")
-    assert spec["scales"] == jax.sharding.PartitionSpec(None, "data")
+    assert spec["scales"] == jax.sharding.PartitionSpec(*of_scales)
     assert spec["parameter"] == jax.sharding.PartitionSpec()

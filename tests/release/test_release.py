@@ -54,7 +54,7 @@ def _all_of_model(dtype, layers: int, odd: bool):
     # Of the prologue; of none.
     model |= {"position": array(16, _WIDTH), "unused": array(32), "empty": array(0)}
     model["blocks"] |= {
-        # It has no longer axis than that of the layers, and so its groups run there.
+        # Its layers are no whole groups, which run through several of them.
         "pair": array(layers, 2),
         "number": array(layers),
         "shift": jnp.arange(layers),
@@ -290,8 +290,8 @@ def _step_of_kernels(backend: str) -> list[str]:
     # For TPUs, the groups of vectors run along 32 layers, if they can.
     model = _model(layers=32, without=["bias"])
     state = optim.init(model)
-    axis = -2 if backend == "tpu" else -1
-    assert state.moments["mu"]["blocks"]["scale"].axis == axis
+    axes = (-2,) if backend == "tpu" else (-1,)
+    assert state.moments["mu"]["blocks"]["scale"].axes == axes
     batch = _batch() | {"factor": jnp.asarray(0.01, jnp.bfloat16)}
     ordinary, release = (step(model, state, batch, None) for step in _steps(optim))
     return _differences(release, ordinary)
@@ -356,7 +356,7 @@ def _step_that_learns() -> list[str]:
         old, moment = moments["blocks"]["weight"], new_moments["blocks"]["weight"]
         assert moment.parameter != old.parameter
         layer = lambda x: fq.QuantMoment(
-            x.codes[1], x.scales[1], x.axis, x.group_size, x.codec, x.parameter
+            x.codes[1], x.scales[1], x.axes, x.group_size, x.codec, x.parameter
         )
         exact = float64(layer(old).decode())
         assert_code_of(layer(moment), exact, atol=2.0**-22 * np.abs(exact))

@@ -302,17 +302,33 @@ def test_skip_nonfinite_is_one_collective(types):
 #
 
 
-def test_groups_lie_along_an_axis_that_parts_hold_whole():
-    model = {"wide": jnp.zeros((96, 64), jnp.bfloat16)}
-    for spec, axis in ((P("data"), -1), (P(None, "data"), -2), (P(), -1)):
-        sharding = NamedSharding(_mesh("auto"), spec)
-        state = fq.adamw(1e-2).init(_put(model, sharding))
-        assert state.moments["mu"]["wide"].axis == axis
+@pytest.mark.parametrize(
+    "shape, spec, axes, of_scales",
+    [
+        ((96, 64), P("data"), (-1,), P("data")),
+        ((96, 64), P(None, "data"), (-2,), P(None, "data")),
+        ((96, 64), P(), (-1,), P()),
+        # Whole groups in the parts of merged axes, of which the first is divided.
+        ((64, 128, 3, 3), P(None, "data"), (-3, -2, -1), P(None, "data")),
+        ((64, 32, 3, 3), P("data"), (-3, -2, -1), P("data")),
+        ((128, 3, 8), P("data"), (-3, -2, -1), P("data")),
+        # None would be whole: partial ones in each part.
+        ((8, 5, 9), P("data"), (-2, -1), P("data")),
+        ((8, 9, 5), P(None, None, None), (-3, -2, -1), P()),
+    ],
+)
+def test_groups_lie_along_axes_that_parts_hold_whole(shape, spec, axes, of_scales):
+    model = {"weight": jnp.zeros(shape, jnp.bfloat16)}
+    sharding = NamedSharding(_mesh("auto"), spec)
+    moment = fq.adamw(1e-2).init(_put(model, sharding)).moments["mu"]["weight"]
+    assert moment.axes == axes
+    expected = NamedSharding(sharding.mesh, of_scales)
+    assert moment.scales.sharding.is_equivalent_to(expected, moment.scales.ndim)
 
 
 @_parametrize_pairs("moments", [("flashquinox", "auto"), ("flashoptim", "explicit")])
 def test_groups_in_two_parts(moments, types):
-    """No axis will do, or the codec flattens: it says so, and is right."""
+    """No axes will do, or the codec flattens: it says so, and is right."""
     shapes = {"matrix": (96, 48)}
     sharding = NamedSharding(_mesh(types), P("data", "model"))
     make = fq.lion if moments == "flashquinox" else fq.adamw

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 import flashquinox as fq
 from flashquinox import Dither, FlashOptimCodec, MomentCodecs
-from flashquinox._storage.layout import choose_layout, Layout
+from flashquinox._storage.layout import choose_layout, flattened, Layout
 from flashquinox._storage.quant_moment import zeros
 from flashquinox._storage.scales import decode_scale, encode_scale
 
@@ -41,12 +41,12 @@ _counts = st.integers(0, 2**31 - 1)
 
 # Small enough to compile few programs, ragged enough to meet every path.
 _LAYOUTS = [
-    Layout((), None, 32),
-    Layout((0,), -1, 32),
-    Layout((5,), -1, 16),
-    Layout((3, 70), -1, 32),
-    Layout((2, 40, 3), -2, 16),
-    Layout((2, 40, 3), None, 128),
+    flattened((), 32),
+    Layout((0,), (-1,), 32),
+    Layout((5,), (-1,), 16),
+    Layout((3, 70), (-1,), 32),
+    Layout((2, 40, 3), (-2,), 16),
+    flattened((2, 40, 3), 128),
 ]
 
 
@@ -128,7 +128,7 @@ def test_linear_codes_of_what_is_no_number():
     m = np.ones((3, 32), np.float32)
     m[0, 5], m[1, 5], m[2, 5] = np.inf, np.nan, 2.0**100
     for count in range(5):
-        _, decoded = roundtrip(fq.LinearCodec(), Layout(m.shape, -1, 32), m, count)
+        _, decoded = roundtrip(fq.LinearCodec(), Layout(m.shape, (-1,), 32), m, count)
         assert np.all(decoded[:, 5] == 0)
         assert np.all(np.abs(np.delete(decoded, 5, 1) - 1) <= 1 / 63)
 
@@ -244,7 +244,7 @@ def test_equal_elements_are_kept(codec, bound):
     x = np.concatenate([x, just_below]).astype(np.float32)
     x = np.broadcast_to(x[:, None], (400, 32))
     for count in range(20):
-        _, decoded = roundtrip(codec, Layout(x.shape, -1, 32), x, count)
+        _, decoded = roundtrip(codec, Layout(x.shape, (-1,), 32), x, count)
         assert np.max(np.abs(float64(decoded) / x - 1)) <= bound + 2**-21
 
 
@@ -260,7 +260,7 @@ def test_equal_elements_are_kept(codec, bound):
 )
 def test_a_factor_is_a_product(name, kind):
     codec = getattr(MomentCodecs.named(name), kind)
-    layout = Layout((3, 70), None if codec.flattened else -1, 32)
+    layout = MomentCodecs.named(name).layout((3, 70), 32)
     x = np.random.default_rng(0).standard_normal(layout.shape).astype(np.float32)
     x = x * x if kind == "nonnegative" else x
     # Of powers of four and their square roots, all products are exact.
@@ -473,7 +473,7 @@ def test_special_ranges():
     v = np.stack([np.zeros_like(largest), largest], axis=1)
     for count in range(9):
         stored, decoded = roundtrip(
-            _ours["nonnegative"], Layout(v.shape, -1, 32), v, count
+            _ours["nonnegative"], Layout(v.shape, (-1,), 32), v, count
         )
         assert not decoded[0].any() and stored.scales[0, 0] == 0
         assert 2.0**125 < decoded[1, 1] < np.inf
@@ -651,7 +651,7 @@ def test_rounding_to_nearest():
     # Whatever the dither, so long as the scale is representable.
     m = np.random.default_rng(0).uniform(-1, 1, (4, 32)).astype(np.float32)
     m[:, 0] = 127 / 64
-    layout = Layout(m.shape, -1, 32)
+    layout = Layout(m.shape, (-1,), 32)
     nearest = fq.SoftsignCodec(dithered=False)
     stored = [roundtrip(nearest, layout, m, count)[0] for count in range(9)]
     assert np.all(decode_scale(stored[0].scales) == 129 / 64)
@@ -663,7 +663,7 @@ def test_scales_of_first_moments_rotate():
     # but for the discrepancy of the thresholds, in units of 2^-8.
     m = np.full((1, 32), 1 + 0.3 * 2**-8, np.float32)
     steps = 1000
-    layout = Layout(m.shape, -1, 32)
+    layout = Layout(m.shape, (-1,), 32)
     nearest = fq.SoftsignCodec(dithered=False)
     decode = lambda count: roundtrip(nearest, layout, m, count)[1][0, 0]
     found = jax.jit(jax.vmap(decode))(jnp.arange(steps))
@@ -712,7 +712,7 @@ def _numpy_flashoptim(kind: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
 def test_flashoptim_against_numpy(kind, shape):
     codec = FlashOptimCodec(kind)
     layout = MomentCodecs.named("flashoptim").layout(shape, 32)
-    assert layout.axis is None
+    assert layout == flattened(shape, 32)
     rng = np.random.default_rng(0)
     for magnitude in (1e-3, 1.0, 300.0):
         x = (magnitude * rng.standard_normal(shape)).astype(np.float32)
@@ -739,7 +739,7 @@ def test_flashoptim_against_numpy(kind, shape):
 @_kinds
 def test_flashoptim_is_the_same_eagerly(kind):
     x = np.random.default_rng(0).uniform(0, 1, (37,)).astype(np.float32)
-    layout = Layout(x.shape, None, 32)
+    layout = flattened(x.shape, 32)
     with jax.disable_jit():
         eagerly = roundtrip(FlashOptimCodec(kind), layout, x, 0)
     jitted = roundtrip(FlashOptimCodec(kind), layout, x, 0)
@@ -752,7 +752,7 @@ def test_flashoptim_codes_of_a_million(kind):
     # A reciprocal in place of the division is seen in one code of 300,000.
     x = np.random.default_rng(0).standard_normal(32 * 2**15).astype(np.float32)
     x = x * x if kind == "nonnegative" else x
-    stored, decoded = roundtrip(FlashOptimCodec(kind), Layout(x.shape, None, 32), x, 0)
+    stored, decoded = roundtrip(FlashOptimCodec(kind), flattened(x.shape, 32), x, 0)
     expected = _numpy_flashoptim(kind, x.reshape(-1, 32))
     codes, scales, expected = (x.ravel() for x in expected)
     _assert_same_codes(stored.codes, codes)

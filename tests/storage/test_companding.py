@@ -62,7 +62,7 @@ def _moments(kind: str, shape=(40, 64), seed: int = 0) -> np.ndarray:
     return (x * x if kind == "nonnegative" else x).astype(np.float32)
 
 
-_ROWS, _COLUMNS = Layout((40, 64), -1, 32), Layout((40, 64), -2, 16)
+_ROWS, _COLUMNS = Layout((40, 64), (-1,), 32), Layout((40, 64), (-2,), 16)
 # One for each curve, and one curve for each.
 _LAYOUTS = {
     "linear": (_ROWS, _COLUMNS),
@@ -390,24 +390,26 @@ def test_sparse_moments_are_not_rounded_again():
 
 
 @pytest.mark.parametrize(
-    "shape, axis",
+    "shape, axes",
     [
-        ((5,), None),
-        ((70, 3), None),
-        ((40, 64), -1),
-        ((3, 5000), -1),
-        ((3, 5000), None),
-        ((1, 100_000), -1),
-        ((4, 9, 128), -1),
+        ((5,), (-1,)),
+        ((70, 3), (-2, -1)),
+        ((40, 64), (-1,)),
+        ((3, 5000), (-1,)),
+        ((3, 5000), (-2, -1)),
+        ((1, 100_000), (-1,)),
+        ((4, 9, 128), (-1,)),
+        ((4, 9, 128), (-2, -1)),
     ],
 )
-def test_samples(shape, axis):
+def test_samples(shape, axes):
     """Of enough elements, from all parts, and with the scales of their groups."""
-    layout = Layout(shape, axis, 32)
+    layout = Layout(shape, axes, 32)
     size = math.prod(shape)
     numbers = np.arange(size, dtype=np.int32).reshape(shape)
-    along = np.arange(size if axis is None else shape[-1], dtype=np.int32) // 32
-    group = along.reshape(shape) if axis is None else np.broadcast_to(along, shape)
+    run = math.prod(shape[-len(axes) :])
+    along = np.arange(run, dtype=np.int32) // 32
+    group = np.broadcast_to(along, (size // run, run))
     group_of = group.ravel()
     of_groups = np.arange(math.prod(layout.scale_shape), dtype=np.int32)
     of_groups = of_groups.reshape(layout.scale_shape)
@@ -618,7 +620,7 @@ def test_checkpoints_keep_parameters(tmp_path):
     # Both relative to the root of the other moment, as it was before it was rounded.
     moment = dataclasses.replace(regrouped.moments["mu"]["w"], relative_to=None)
     exact = np.asarray(state.moments["mu"]["w"].decode_stored())
-    assert moment.axis == -2
+    assert moment.axes == (-2,)
     assert_code_of(moment, exact)
 
 

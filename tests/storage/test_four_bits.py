@@ -102,7 +102,7 @@ _SHAPES = {"matrix": (64, 128), "rows": (2, 32, 96)}
 def test_codes_are_rounded_once(kind, axis):
     x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
     x = x if kind == "signed" else x**2
-    layout = Layout(x.shape, axis, 32)
+    layout = Layout(x.shape, (axis,), 32)
     stored, decoded = roundtrip(FourBits(kind), layout, x, 3)
     assert len(np.unique(stored.codes)) == 15
     # By the dither, off by less than one code; and by what bfloat16 rounds of a scale.

@@ -22,8 +22,13 @@ _shapes = st.lists(st.integers(0, 70), max_size=4).filter(
 @st.composite
 def _layout_arguments(draw) -> tuple:
     shape = tuple(draw(_shapes))
-    axis = draw(st.sampled_from([None, *range(-len(shape), 0)]))
-    return shape, axis, draw(st.sampled_from([16, 32, 48, 128]))
+    first = draw(st.integers(-len(shape), -1)) if shape else 0
+    last = draw(st.integers(first, -1)) if shape else -1
+    return (
+        shape,
+        tuple(range(first, last + 1)),
+        draw(st.sampled_from([16, 32, 48, 128])),
+    )
 
 
 _layouts = _layout_arguments()
@@ -47,69 +52,78 @@ def test_tiles(arguments):
     assert tree_identical(again, x)
     # Reductions of groups are scales.
     assert sums.shape == layout.scale_shape
-    # Groups are runs along the axis. The definition: the group of an element is its
-    # position along the axis (or in the flattened leaf) divided by the group size.
-    shape = (math.prod(layout.shape),) if layout.axis is None else layout.shape
+    # The definition: the group of an element is its position in its run, divided by the
+    # group size.
+    shape = list(layout.scale_shape)
+    shape[layout.tile_axis] = layout.run
     position = list(np.indices(shape))
     position[layout.tile_axis] //= layout.group_size
     assert np.array_equal(found, groups[tuple(position)].reshape(layout.shape))
+    assert math.prod(shape) == layout.matrices * layout.run * layout.columns
 
 
 @pytest.mark.parametrize(
-    "shape,axis,group_size,scale_shape",
+    "shape,axes,group_size,scale_shape",
     [
-        ((), None, 32, (1,)),
-        ((0,), -1, 32, (0,)),
-        ((0, 64), -1, 32, (0, 2)),
-        ((5,), -1, 32, (1,)),
-        ((64, 96), -1, 32, (64, 3)),
-        ((64, 96), -2, 32, (2, 96)),
-        ((64, 33), -1, 32, (64, 2)),
-        ((3, 5, 7), None, 32, (4,)),
-        ((8, 256), -1, 128, (8, 2)),
+        ((), (), 32, (1,)),
+        # Scalars of an ensemble.
+        ((3,), (), 32, (3, 1)),
+        ((0,), (-1,), 32, (0,)),
+        ((0, 64), (-1,), 32, (0, 2)),
+        ((5,), (-1,), 32, (1,)),
+        ((64, 96), (-1,), 32, (64, 3)),
+        ((64, 96), (-2,), 32, (2, 96)),
+        ((64, 33), (-1,), 32, (64, 2)),
+        ((3, 5, 7), (-3, -2, -1), 32, (4,)),
+        ((8, 16, 3, 3), (-3, -2, -1), 32, (8, 5)),
+        ((8, 16, 8, 5), (-3, -2), 32, (8, 4, 5)),
+        ((8, 256), (-1,), 128, (8, 2)),
     ],
 )
-def test_scale_shape(shape, axis, group_size, scale_shape):
-    assert Layout(shape, axis, group_size).scale_shape == scale_shape
+def test_scale_shape(shape, axes, group_size, scale_shape):
+    assert Layout(shape, axes, group_size).scale_shape == scale_shape
 
 
 @pytest.mark.parametrize(
-    "shape,axis",
+    "shape,axes",
     [
-        ((), None),
-        ((7,), -1),
-        # The last axis among equals.
-        ((64, 64), -1),
-        ((33, 33), -1),
-        # No padding beats some.
-        ((64, 33), -2),
-        # Long runs beat short ones.
-        ((64, 3, 3), -3),
-        ((10, 512), -1),
+        ((), ()),
+        ((7,), (-1,)),
+        ((10, 512), (-1,)),
+        # As few trailing axes as hold whole groups.
+        ((64, 33), (-2, -1)),
+        ((512, 512, 3, 3), (-3, -2, -1)),
+        ((3, 3, 512, 512), (-1,)),
+        ((512, 1, 7, 7), (-4, -3, -2, -1)),
+        ((768, 12, 64), (-1,)),
+        ((768, 8, 12), (-2, -1)),
+        # None do: one partial group at the end.
+        ((33, 33), (-2, -1)),
+        ((3, 5, 7), (-3, -2, -1)),
     ],
 )
-def test_choose_layout(shape, axis):
-    assert choose_layout(shape, 32).axis == axis
+def test_choose_layout(shape, axes):
+    assert choose_layout(shape, 32).axes == axes
 
 
 @pytest.mark.parametrize(
-    "shape,axis",
+    "shape,axes",
     [
-        ((64, 96), -2),
-        ((3, 64, 5), -2),
+        ((64, 96), (-2,)),
+        ((3, 64, 5), (-2,)),
         # In a TPU's memory, the columns are the rows of a transposed matrix; where
         # full groups fit into them.
-        ((2, 128, 96), -1),
-        ((70, 64), -1),
-        ((128, 80), -2),
+        ((2, 128, 96), (-1,)),
+        ((70, 64), (-1,)),
+        ((128, 80), (-2,)),
         # No full groups along rows, or no rows.
-        ((33, 64), -1),
-        ((64,), -1),
-        ((), None),
+        ((33, 64), (-1,)),
+        ((64,), (-1,)),
+        ((), ()),
     ],
 )
-def test_choose_rows(shape, axis):
-    assert choose_layout(shape, 32, prefer_rows=True).axis == axis
+def test_choose_rows(shape, axes):
+    assert choose_layout(shape, 32, prefer_rows=True).axes == axes
 
 
 @given(_shapes)
@@ -118,13 +132,13 @@ def test_choose_layout_needs_the_fewest_scales(shape):
     count = lambda layout: math.prod(layout.scale_shape)
     best = count(choose_layout(shape, 32))
     axes = range(-len(shape), 0)
-    assert all(best <= count(Layout(shape, axis, 32)) for axis in axes)
+    assert all(best <= count(Layout(shape, (axis,), 32)) for axis in axes)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -3])
-def test_axis_counts_from_the_end(axis):
-    with pytest.raises(ValueError, match="counts from the end"):
-        Layout((3, 4), axis, 32)
+@pytest.mark.parametrize("axes", [(0,), (1,), (-3,), (-1, -2), (-1, 0)])
+def test_axes_count_from_the_end(axes):
+    with pytest.raises(ValueError, match="count from the end"):
+        Layout((3, 4), axes, 32)
 
 
 _PADDED = [*SHAPES.values(), (70, 40), (2, 40, 3)]
@@ -153,13 +167,13 @@ def test_padding_never_leaks(shape, moments):
     layout = codecs.layout(shape, 32)
     axis = layout.tile_axis
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    if layout.axis is None:
+    if len(layout.axes) != 1:
         x = x.reshape(-1)
     length = x.shape[axis]
     full = length // 32 * 32
     from_full = lambda x, start: np.split(x, [start], axis=axis)[1]
     rest = from_full(x, full)
-    alone = Layout(rest.shape, axis, 32)
+    alone = Layout(rest.shape, (axis,), 32)
 
     @jax.jit
     def encode(x, rest):

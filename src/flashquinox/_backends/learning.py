@@ -3,7 +3,6 @@ r"""Codecs that learn: when, and of which sample of a leaf.
 What is learned, and how, is the codec's: see `_storage/learned_codec.py`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,9 +105,11 @@ def _update(
 
 def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:
     """Functions that take a sample of a leaf, and the scales of its elements."""
-    shape = (math.prod(layout.shape),) if layout.axis is None else layout.shape
+    # With the run as one axis; also that of a scalar.
+    shape, group_axis = list(layout.scale_shape), layout.tile_axis
+    shape[group_axis] = layout.run
     indices: list[Any] = [None] * len(shape)
-    sizes = _sizes(shape, layout.tile_axis % len(shape))
+    sizes = _sizes(tuple(shape), group_axis % len(shape))
     for axis, (length, size) in enumerate(zip(shape, sizes, strict=True)):
         # Which begins elsewhere each time.
         turn = count.astype(jnp.uint32) * np.uint32(0x9E3779B9) >> 8
@@ -124,8 +125,7 @@ def _places(layout: Layout, count: Int32[Array, ""]) -> tuple[Any, Any]:
 
     def groups(x: Shaped[Array, "..."]) -> Shaped[Array, " sample"]:
         of_groups = list(indices)
-        axis = layout.tile_axis
-        of_groups[axis] = of_groups[axis] // layout.group_size
+        of_groups[group_axis] = of_groups[group_axis] // layout.group_size
         return take(x, of_groups)
 
     return elements, groups

@@ -1,4 +1,4 @@
-"""How earlier versions stored the moments of today's codecs."""
+"""How earlier versions stored moments."""
 
 import dataclasses
 
@@ -15,3 +15,12 @@ def earlier_codec(moment: QuantMoment) -> AbstractMomentCodec:
     if isinstance(codec, SoftsignCodec):
         return dataclasses.replace(codec, dithered=False)
     return SoftsignCodec(dithered=False) if isinstance(codec, LinearCodec) else codec
+
+
+def earlier_axes(axis: int | None, codes: int, scales: int) -> tuple[int, ...]:
+    """The axes of groups, of which version 0.2 and before had one; or `None` for a leaf
+    that was flattened. `codes` and `scales` are the numbers of axes of these: in an
+    ensemble, both have those of the members."""
+    if axis is not None:
+        return (axis,)
+    return tuple(range(scales - 1 - codes, 0))

@@ -14,12 +14,13 @@ from .._common.errors import CheckpointError
 from .._storage.codec import AbstractMomentCodec
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
-from .earlier import earlier_codec
+from .earlier import earlier_axes, earlier_codec
 
 
 FORMAT = "flashquinox checkpoint"
-# Of version 2 are moments that are relative to others.
-FORMAT_VERSION, _READABLE = 2, (1, 2)
+# Of version 2 are moments that are relative to others; of version 3, groups along
+# several axes.
+FORMAT_VERSION, _READABLE = 3, (1, 2, 3)
 
 
 def make(
@@ -44,7 +45,7 @@ def make(
         "moments": {
             name: {
                 "codec": codec_name(moment.codec),
-                "axis": moment.axis,
+                "axes": list(moment.axes),
                 "group_size": moment.group_size,
                 "relative_to": moment.relative_to,
             }
@@ -104,8 +105,8 @@ def contents(
             f"`{call}`: {where} has format version {version!r:.20}, written by "
             f"flashquinox {manifest.get('flashquinox_version')!s:.20}; this is "
             f"flashquinox {library_version}, which reads format versions "
-            f"{' and '.join(map(str, _READABLE))}. Install the version of flashquinox "
-            "that wrote it."
+            f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}. Install "
+            "the version of flashquinox that wrote it."
         )
     found = manifest.get("contents")
     writer = manifest.get("flashquinox_version")
@@ -160,7 +161,6 @@ def _wrong_in(contents: Any) -> str | None:
 
 def _is_moment(name: str, moment: dict[str, Any], arrays: dict[str, Any]) -> bool:
     """Whether the codes and the scales of a moment have the shapes of its groups."""
-    axis: Any = moment.get("axis")
     size: Any = moment.get("group_size")
     codes, scales = (arrays.get(f"{name}.{part}") for part in ("codes", "scales"))
     if not isinstance(moment.get("codec"), str) or codes is None or scales is None:
@@ -168,17 +168,23 @@ def _is_moment(name: str, moment: dict[str, Any], arrays: dict[str, Any]) -> boo
     base = moment.get("relative_to")
     if not _is_count(size) or size == 0 or not (base is None or isinstance(base, str)):
         return False
-    shape, found = tuple(codes["shape"]), tuple(scales["shape"])
-    if axis is None:
-        # Of an ensemble, each member is flattened.
-        members = found[:-1]
-        if shape[: len(members)] != members:
-            return False
-        layout = Layout(shape[len(members) :], None, size)
-        return found == (*members, *layout.scale_shape)
-    if type(axis) is not int or not -len(shape) <= axis < 0:
+    found = tuple(scales["shape"])
+    axes: Any = moment.get("axes", [moment.get("axis")])
+    known = isinstance(axes, list) and all(x is None or type(x) is int for x in axes)
+    try:
+        return known and found == layout_of(arrays, name, moment).scale_shape
+    except ValueError:
         return False
-    return found == Layout(shape, axis, size).scale_shape
+
+
+def layout_of(arrays: dict[str, Any], name: str, moment: dict[str, Any]) -> Layout:
+    """The groups of a moment of a manifest, of which `arrays` are the arrays."""
+    codes, scales = (arrays[f"{name}.{part}"]["shape"] for part in ("codes", "scales"))
+    if "axes" in moment:
+        axes = tuple(moment["axes"])
+    else:
+        axes = earlier_axes(moment.get("axis"), len(codes), len(scales))
+    return Layout(tuple(codes), axes, moment["group_size"])
 
 
 def _is_count(x: Any) -> bool:
@@ -221,8 +227,9 @@ def check(
                 "the `Storage(moments=...)` of the checkpoint."
             )
         if moment is not None:
-            layout = (found["axis"], found["group_size"])
-            if form != wanted or layout != (moment.axis, moment.group_size):
+            layout = layout_of(stored, name, found)
+            groups = layout.axes, layout.group_size
+            if form != wanted or groups != (moment.axes, moment.group_size):
                 is_now = form == wanted
                 regrouped[name] = moment.codec if is_now else earlier_codec(moment)
 

@@ -15,6 +15,7 @@ from .._common.target import Target
 from .._model.trees import is_array
 from .._optimizer.checksums import checksums
 from .._storage.codec import AbstractMomentCodec
+from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.regroup import regroup
 from .._storage.split import decode_weight
@@ -90,8 +91,7 @@ class Wanted:
             )
         groups = {
             name: Groups(
-                contents["moments"][name]["axis"],
-                contents["moments"][name]["group_size"],
+                manifests.layout_of(arrays, name, contents["moments"][name]),
                 contents["moments"][name].get("relative_to"),
                 codec,
             )
@@ -115,7 +115,7 @@ class Wanted:
                 read[codes], read[scales] = regroup(
                     read[codes],
                     read[scales],
-                    (groups.axis, groups.group_size),
+                    (groups.layout.axes, groups.layout.group_size),
                     like,
                     read.get(f"{name}.parameter"),
                     groups.codec,
@@ -145,7 +145,7 @@ class Wanted:
         return QuantMoment(
             codes,
             scales,
-            like.axis,
+            like.axes,
             like.group_size,
             like.codec,
             read.get(f"{name}.parameter"),
@@ -156,8 +156,7 @@ class Wanted:
 class Groups:
     """How a moment was stored that must be encoded again."""
 
-    axis: int | None
-    group_size: int
+    layout: Layout
     relative_to: str | None
     codec: AbstractMomentCodec
 

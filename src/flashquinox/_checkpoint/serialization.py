@@ -17,8 +17,8 @@ import numpy as np
 from .._model.trees import is_array
 from .._optimizer.state import OptimizerState
 from .._storage.quant_moment import base_name, bases_first, QuantMoment
-from .._storage.regroup import regroup
-from .earlier import earlier_codec
+from .._storage.regroup import Groups, regroup
+from .earlier import earlier_axes, earlier_codec
 from .manifests import earlier_form, form_of
 
 
@@ -36,15 +36,26 @@ def _moment_to_dict(moment: QuantMoment) -> dict[str, Any]:
 
 
 # The key of an array in the dictionary of a moment, beside its codes and scales: the
-# axis and the size of its groups, and a number for its codec and for what it is
-# relative to. It is an array, so that functions can be
-# mapped over the whole dictionary.
+# first of the axes of its groups, the number of these axes, the size of its groups, and
+# a number for its codec and for what it is relative to. It is an array, so that
+# functions can be mapped over the whole dictionary.
 _FORMAT = "QuantMoment"
 
 
 def _format(moment: QuantMoment) -> np.ndarray:
     form = _number(*form_of(moment))
-    return np.asarray([moment.axis or 0, moment.group_size, form], np.int32)
+    first = moment.axes[0] if moment.axes else 0
+    return np.asarray([first, len(moment.axes), moment.group_size, form], np.int32)
+
+
+def _groups_and_number(stored: dict[str, Any]) -> tuple[Groups, int]:
+    """The groups of a moment, and what `_number` gave, from its dictionary."""
+    *axes, group_size, form = np.asarray(stored[_FORMAT]).tolist()
+    if len(axes) == 1:
+        ndims = (np.ndim(stored[name]) for name in ("codes", "scales"))
+        return (earlier_axes(axes[0] or None, *ndims), group_size), form
+    first, count = axes
+    return (tuple(range(first, first + count)), group_size), form
 
 
 def _number(codec: str, relative_to: str | None) -> int:
@@ -80,15 +91,14 @@ def _state_from_dict(state: OptimizerState, stored: Any) -> OptimizerState:
 def _moment_from_dict(moment: QuantMoment, stored: Any) -> QuantMoment:
     _check(moment, _moment_to_dict(moment), stored)
     arrays = {name: stored[name] for name in _fields(moment)}
-    axis, group_size, form = np.asarray(stored[_FORMAT]).tolist()
-    groups = (axis or None, group_size)
+    groups, form = _groups_and_number(stored)
     if form != _number(*form_of(moment)):
         # As an earlier version stored it.
         codec = earlier_codec(moment)
         return QuantMoment(
             arrays["codes"], arrays["scales"], *groups, codec, arrays.get("parameter")
         )
-    if groups != (moment.axis, moment.group_size):
+    if groups != (moment.axes, moment.group_size):
         regrouped = regroup(
             stored["codes"], stored["scales"], groups, moment, stored.get("parameter")
         )
@@ -123,7 +133,7 @@ def _encoded_again(x: Any, like: Any, base: Any) -> Any:
         like.relative_to,
     ):
         return x
-    groups = (x.axis, x.group_size)
+    groups = (x.axes, x.group_size)
     again = regroup(x.codes, x.scales, groups, like, x.parameter, x.codec, base)
     codes, scales = map(np.asarray, again)
     return _with(like, _fields(x) | {"codes": codes, "scales": scales})
@@ -155,12 +165,12 @@ def _check(like: OptimizerState | QuantMoment, wanted: Any, stored: Any) -> None
     for path in [*wants, *has]:
         texts = [_text(x[path]) if path in x else "nothing" for x in (wants, has)]
         ours, theirs = (np.asarray(x.get((*path[:-1], _FORMAT))) for x in (wants, has))
-        if ours.shape == theirs.shape == (3,):
-            is_earlier = theirs[2] == earlier.get(int(ours[2]))
-            if ours[2] != theirs[2] and not is_earlier:
+        if ours.shape == (4,) and theirs.shape in ((3,), (4,)):
+            is_earlier = theirs[-1] == earlier.get(int(ours[-1]))
+            if ours[-1] != theirs[-1] and not is_earlier:
                 texts = ["a moment of its codec", "a moment of another codec"]
                 path = path[:-1]
-            elif path[-1] in ("scales", _FORMAT) and any(ours != theirs):
+            elif path[-1] in ("scales", _FORMAT) and not np.array_equal(ours, theirs):
                 # The moment will be encoded again.
                 continue
         if texts[0] != texts[1]:

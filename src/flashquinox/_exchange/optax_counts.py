@@ -48,6 +48,12 @@ def count_field(moments: Any) -> str | None:
 
 
 def the_one_count(call: str, counts: list[Any]) -> Any:
+    shapes = [jnp.shape(x) for x in counts]
+    if any(shapes):
+        raise ValueError(
+            f"`{call}`: the count of steps in `optax_state` has shape {max(shapes)}, "
+            "where that of one model is a scalar. Convert an ensemble under `jax.vmap`."
+        )
     known = sorted({int(x) for x in counts if not is_traced(x)})
     if len(known) > 1:
         raise ValueError(

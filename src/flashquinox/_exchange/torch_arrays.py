@@ -11,7 +11,7 @@ from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
 from .._storage import moment_values
 from .._storage.flashoptim import FlashOptimCodec
-from .._storage.layout import Layout
+from .._storage.layout import flattened
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .torch_parameters import float_array, TORCH_MOMENTS, TorchParameter
 
@@ -99,7 +99,7 @@ def stored_moment(
                 ("scales", np.float16),
             )
         )
-        layout = Layout(shape, None, _GROUP_SIZE)
+        layout = flattened(shape, _GROUP_SIZE)
         _check_shape(call, where, codes, shape)
         _check_shape(call, f"the scales of {where}", scales, layout.scale_shape)
         if (
@@ -111,9 +111,8 @@ def stored_moment(
             and moment_values.is_of_one_leaf(like)
         ):
             return moment_values.with_bits(call, where, codes, scales, like)
-        quantized = QuantMoment(
-            jnp.asarray(codes), jnp.asarray(scales), None, _GROUP_SIZE, codec
-        )
+        groups = layout.axes, layout.group_size
+        quantized = QuantMoment(jnp.asarray(codes), jnp.asarray(scales), *groups, codec)
         moment = moment_values.to_numpy(call, where, quantized)
     if convert is not None:
         moment = np.asarray(convert(parameter.name, moment))

@@ -113,13 +113,21 @@ def _axes_of(
     shape: tuple[int, ...], weight: tuple[int, ...], axes: Any
 ) -> tuple[Any, ...] | None:
     """Such metadata for an array that is stored for a weight. Scales have the axes of
-    the weight, one of them shorter. Other arrays of other shapes are not divided."""
+    the weight, but that of groups in place of one axis or of several: it is divided as
+    the first one of them. Other arrays of other shapes are not divided."""
     if shape == weight:
         return axes
-    if len(shape) != len(weight) or not isinstance(axes, tuple | PartitionSpec):
+    merged = len(weight) - len(shape) + 1
+    if not isinstance(axes, tuple | PartitionSpec) or len(shape) == 0 or merged < 1:
         return None
+    axes = (*axes, *[None] * (len(weight) - len(axes)))
+    pairs = enumerate(zip(shape, weight, strict=False))
+    group = next((i for i, (x, y) in pairs if x != y), len(shape) - 1)
+    if shape[group + 1 :] != weight[group + merged :]:
+        return None
+    names = (*axes[: group + 1], *axes[group + merged :])
     return tuple(
-        name if length > 1 else None for name, length in zip(axes, shape, strict=False)
+        name if length > 1 else None for name, length in zip(names, shape, strict=True)
     )
 
 

@@ -55,7 +55,8 @@ def warn_of_divided_groups(
 
 
 def _axis_text(moment: QuantMoment) -> str:
-    return "the flattened leaf" if moment.axis is None else f"axis {moment.axis}"
+    axes = moment.axes
+    return f"axis {axes[0]}" if len(axes) == 1 else f"the merged axes {axes}"
 
 
 def check_state_is_with_weight(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Scalar, UInt32
 
 from .._storage.codec import AbstractMomentCodec
 from .._storage.full_precision import FullPrecision
-from .._storage.layout import Layout, layout_of
+from .._storage.layout import flattened, Layout
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction
 from .._tile.tile import TileState
@@ -32,9 +32,9 @@ class StoredLeaf(NamedTuple):
         decides, not the options of the optimizer."""
         for moment in self.moments.values():
             if isinstance(moment, QuantMoment):
-                return layout_of(shape, moment.axis, moment.group_size)
+                return moment.layout.of_shape(shape)
         # Without groups, a tile is a row of all elements.
-        return layout_of(shape, None, max(1, math.prod(shape)))
+        return flattened(shape, max(1, math.prod(shape)))
 
     def codec(self, name: str) -> AbstractMomentCodec:
         """The codec of the moment of this name."""
@@ -77,7 +77,7 @@ class StoredLeaf(NamedTuple):
             moments[name] = QuantMoment(
                 codes=codes,
                 scales=scales,
-                axis=old.axis,
+                axes=old.axes,
                 group_size=old.group_size,
                 codec=old.codec,
                 parameter=parameter,

@@ -1,7 +1,5 @@
 """Stacked leaves and their states: reading a layer, and writing it back."""
 
-import math
-
 import equinox as eqx
 import jax.lax as lax
 import jax.tree_util as jtu
@@ -18,10 +16,8 @@ def layers_have_own_groups(stack: TileState, layout: Layout) -> bool:
     """Whether no group of a stack spans several layers."""
     if not jtu.tree_leaves(stack.scales):
         return True
-    shape = layout.shape[1:]
-    if layout.axis is None:
-        return math.prod(shape) % layout.group_size == 0
-    return layout.axis != -len(shape) - 1
+    layers = layout.shape[0]
+    return not _is_run(layout) or layout.run % (layers * layout.group_size) == 0
 
 
 def update_batches(sizes: dict[int, int]) -> list[list[int]]:
@@ -40,22 +36,29 @@ def update_batches(sizes: dict[int, int]) -> list[list[int]]:
 
 def by_layer(stack: TileState, layout: Layout) -> TileState:
     """The state of a stack such that every array has the axis of layers first: scales
-    of a flattened leaf get that axis."""
-    return _with_scales_of_shape(stack, layout, (layout.shape[0], -1))
+    get that axis where it is one of a run."""
+    layers = layout.shape[0]
+    return _with_groups(stack, layout, (layers, layout.groups // layers))
 
 
 def whole_stack(stack: TileState, layout: Layout) -> TileState:
     """The inverse of `by_layer`."""
-    return _with_scales_of_shape(stack, layout, (-1,))
+    return _with_groups(stack, layout, (layout.groups,))
 
 
-def _with_scales_of_shape(
-    stack: TileState, layout: Layout, shape: tuple[int, ...]
+def _with_groups(
+    stack: TileState, layout: Layout, groups: tuple[int, ...]
 ) -> TileState:
-    if layout.axis is not None:
+    if not _is_run(layout):
         return stack
+    shape = (*groups, *layout.scale_shape[1:])
     scales = jtu.tree_map(lambda x: x.reshape(shape), stack.scales)
     return eqx.tree_at(lambda x: x.scales, stack, scales)
+
+
+def _is_run(layout: Layout) -> bool:
+    """Whether groups run along the axis of layers, perhaps with others."""
+    return len(layout.shape) + layout.axes[0] == 0
 
 
 def layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:

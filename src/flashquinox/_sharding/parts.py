@@ -16,7 +16,6 @@ from jaxtyping import Array, Float32, PyTree, Scalar
 from .._backends import dispatch, learning
 from .._backends.dispatch import Backend, LeafStep
 from .._common import meshes
-from .._storage.layout import Layout
 from .._storage.learned_codec import AbstractLearner
 from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import encode_nearest
@@ -208,7 +207,7 @@ def _with_new_codes(steps: list[LeafStep], new: list[TileState]) -> list[TileSta
 def _in_new_codes(step: LeafStep, new: TileState) -> TileState:
     learned, take = step.scalars.leaf.parameters, step.scalars.take
     assert take is not None
-    groups = (step.layout.axis, step.layout.group_size)
+    groups = (step.layout.axes, step.layout.group_size)
 
     def encode_again(name: str) -> tuple[Array, Array]:
         codes, scales = new.codes[name], new.scales[name]
@@ -276,7 +275,7 @@ def _specs(step: LeafStep, sharding: NamedSharding) -> Any:
 
 
 def _with_own_shape(step: LeafStep) -> LeafStep:
-    layout = Layout(step.grad.shape, step.layout.axis, step.layout.group_size)
+    layout = step.layout.of_shape(step.grad.shape)
     return LeafStep(step.structure, layout, step.scalars, step.grad, step.old)
 
 

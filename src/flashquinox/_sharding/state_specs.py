@@ -22,11 +22,15 @@ def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:
 
 
 def of_scales(layout: Layout, sharding: NamedSharding) -> PartitionSpec:
-    """The spec of the scales of a leaf: that of the leaf if parts hold whole groups,
-    otherwise replicated."""
+    """The spec of the scales of a leaf: that of the leaf without axes that are merged
+    with the one before them, if parts hold whole groups; otherwise replicated."""
     parts = divisions(sharding)
-    divided = math.prod(parts) > 1 and layout.divides(parts)
-    return sharding.spec if divided else PartitionSpec()
+    if math.prod(parts) == 1 or not layout.divides(parts):
+        return PartitionSpec()
+    of_axes = [*sharding.spec, *[None] * (len(layout.shape) - len(sharding.spec))]
+    of_scales = layout.of_scales(of_axes)
+    # As short as that of the leaf where it is equal to it.
+    return PartitionSpec(*of_scales[: len(sharding.spec)])
 
 
 def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:

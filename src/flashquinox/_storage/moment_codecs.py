@@ -12,7 +12,7 @@ from .curves import AbstractCurve, MuLawCurve, RationalCurve
 from .fitted_log import FittedLogCodec
 from .flashoptim import FlashOptimCodec
 from .full_precision import FullPrecision
-from .layout import choose_layout, Layout
+from .layout import choose_layout, flattened, Layout
 from .linear import LinearCodec
 from .softsign import SoftsignCodec
 
@@ -119,7 +119,7 @@ class MomentCodecs(eqx.Module):
         """The groups of a leaf of this shape, which is cut into `parts` along each
         axis."""
         if self.signed.flattened or self.nonnegative.flattened:
-            return Layout(shape, None, group_size)
+            return flattened(shape, group_size)
         return choose_layout(shape, group_size, prefer_rows, parts)
 
 

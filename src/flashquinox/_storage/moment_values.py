@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped
 from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec
 from .quant_moment import base_of, QuantMoment, StoredMoment, with_base
-from .regroup import encode_nearest
+from .regroup import encode_nearest, Groups
 from .relative_moment import over_root, times_root
 
 
@@ -62,7 +62,7 @@ def store(
         root = load(call, name, base, _float32_like(like.codes))
         likes = [like.codes] * 2
         moment = compute_like(call, name, _over_root, [moment, root], likes)
-    encode = partial(_encode, codec=like.codec, groups=(like.axis, like.group_size))
+    encode = partial(_encode, codec=like.codec, groups=(like.axes, like.group_size))
     codes, scales = compute_like(
         call, name, encode, *_with_parameter([moment], [like.codes], like)
     )
@@ -113,7 +113,7 @@ def load(
 
 def _load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
     if isinstance(stored, QuantMoment):
-        groups = stored.axis, stored.group_size
+        groups = stored.axes, stored.group_size
         function = partial(_decode, codec=stored.codec, groups=groups, dtype=like.dtype)
         arrays: list[Any] = [stored.codes, stored.scales]
         arrays, _ = _with_parameter(arrays, arrays, stored)
@@ -142,7 +142,7 @@ def _encode(
     parameter: Float32[Array, ""] | None = None,
     *,
     codec: AbstractMomentCodec,
-    groups: tuple[int | None, int],
+    groups: Groups,
 ) -> tuple[Shaped[Array, "*shape"], Shaped[Array, "..."]]:
     return encode_nearest(moment.astype(jnp.float32), codec, groups, parameter)
 
@@ -154,7 +154,7 @@ def _decode(
     parameter: Float32[Array, ""] | None = None,
     *,
     codec: AbstractMomentCodec,
-    groups: tuple[int | None, int],
+    groups: Groups,
     dtype: DTypeLike,
 ) -> Float[Array, "*shape"]:
     stored = QuantMoment(codes, scales, *groups, codec, parameter)

@@ -28,10 +28,14 @@ class _OfState:
 class QuantMoment(eqx.Module, _OfState):
     """A moment in codes, one for each element, and scales, one for each group.
 
-    `codes` has the shape of the weight. `scales` has the same shape with `axis` divided
-    by `group_size` (rounded up), so that a sharding of the weight is one of the state.
-    `axis` counts from the end; if it is `None`, the leaf is flattened and `scales` has
-    one axis. `parameter` is a scalar for a codec that learns (see
+    `codes` has the shape of the weight. A group is `group_size` elements along `axes`:
+    these are consecutive axes, which are read as one, and count from the end. The last
+    group may have fewer elements. `scales` has the shape of the weight with the number
+    of groups in place of `axes`, so that a sharding of the weight is one of the state:
+    of several `axes`, the first may be divided, into parts of whole groups. A scalar
+    has no axes, and its scale the shape `(1,)`.
+
+    `parameter` is a scalar for a codec that learns (see
     [`flashquinox.RationalCurve`][]): the one that `codes` were made with. It is `None`
     for others. `relative_to` is the name of the moment in units of whose root this one
     is stored (see [`flashquinox.Moment`][]), or `None`.
@@ -39,7 +43,7 @@ class QuantMoment(eqx.Module, _OfState):
 
     codes: Int[Array, "*shape"] | UInt[Array, "*shape"]
     scales: Shaped[Array, "*groups"]
-    axis: int | None = eqx.field(static=True)
+    axes: tuple[int, ...] = eqx.field(static=True)
     group_size: int = eqx.field(static=True)
     codec: AbstractMomentCodec = eqx.field(static=True)
     parameter: Float32[Array, "*ensemble"] | None = None
@@ -47,7 +51,7 @@ class QuantMoment(eqx.Module, _OfState):
 
     @property
     def layout(self) -> Layout:
-        return layout_of(self.codes.shape, self.axis, self.group_size)
+        return layout_of(self.codes.shape, self.axes, self.group_size)
 
     def decode(
         self,
@@ -214,7 +218,7 @@ def zeros(
     return QuantMoment(
         codes=jnp.zeros(layout.shape, code_dtype),
         scales=jnp.zeros(layout.scale_shape, scale_dtype),
-        axis=layout.axis,
+        axes=layout.axes,
         group_size=layout.group_size,
         codec=codec,
         parameter=None if initial is None else jnp.float32(initial),

@@ -1,7 +1,8 @@
-"""Encodes a moment again: in groups along another axis or of another size, or by
-another codec."""
+"""Encodes a moment again: in groups along other axes or of another size, or by another
+codec."""
 
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,14 @@ from .quant_moment import QuantMoment, StoredMoment
 from .relative_moment import over_root
 
 
+# The axes of groups, and their size.
+Groups: TypeAlias = tuple[tuple[int, ...], int]
+
+
 def regroup(
     codes: Shaped[Array | np.ndarray, "..."],
     scales: Shaped[Array | np.ndarray, "..."],
-    groups: tuple[int | None, int],
+    groups: Groups,
     like: QuantMoment,
     parameter: Float32[Array | np.ndarray, "..."] | None = None,
     codec: AbstractMomentCodec | None = None,
@@ -30,7 +35,7 @@ def regroup(
     **Arguments:**
 
     - `codes`, `scales`: the moment.
-    - `groups`: the axis and the size of its groups.
+    - `groups`: the axes and the size of its groups.
     - `like`: the other moment: only its codec and groups are used.
     - `parameter`: the parameter of the codec, if that learns. It stays the same.
     - `codec`: that of the moment, if it is another one than that of `like`.
@@ -40,16 +45,9 @@ def regroup(
 
     The new codes and scales.
     """
-    # In an ensemble made by `vmap`, parameters and the scales of flattened leaves have
-    # additional axes for the members. Otherwise such axes need no special treatment.
-    members = 0
-    if parameter is not None:
-        members = len(parameter.shape)
-    elif groups[0] is None:
-        members = len(scales.shape) - 1
-    elif like.axis is None:
-        members = len(like.scales.shape) - 1
-    new_groups = (like.axis, like.group_size)
+    # In an ensemble made by `vmap`, parameters have additional axes for the members.
+    members = 0 if parameter is None else len(parameter.shape)
+    new_groups = (like.axes, like.group_size)
     codecs = (like.codec if codec is None else codec, like.codec)
     return _encode_again(
         codes, scales, parameter, base, codecs, (groups, new_groups), members
@@ -63,7 +61,7 @@ def _encode_again(
     parameter: Float32[Array, "..."] | None,
     base: StoredMoment | None,
     codecs: tuple[AbstractMomentCodec, AbstractMomentCodec],
-    groups: tuple[tuple[int | None, int], tuple[int | None, int]],
+    groups: tuple[Groups, Groups],
     members: int,
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
     def encode(codes, scales, parameter, base):
@@ -82,10 +80,11 @@ def _encode_again(
 def encode_nearest(
     moment: Float[Array, "*shape"],
     codec: AbstractMomentCodec,
-    groups: tuple[int | None, int],
+    groups: Groups,
     parameter: Float32[Array, ""] | None,
 ) -> tuple[Shaped[Array, "*shape"], Shaped[Array, "..."]]:
-    """Codes and scales of a moment, in groups of this axis and size. Both are rounded
+    """Codes and scales of a moment, in groups along these axes
+    and of this size. Both are rounded
     to nearest."""
     thresholds_of_half = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
     layout = Layout(moment.shape, *groups)

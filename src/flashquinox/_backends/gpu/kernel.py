@@ -5,6 +5,7 @@ whatever their shapes: a program finds its leaf by binary search on its program 
 loads its tile from there; from then on it runs the same code as all others.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Scalar
@@ -28,7 +28,7 @@ from ..._tile.tile import (
 )
 from ..interpreter.scalars import pack
 from .arithmetic import ARITHMETIC
-from .views import AbstractView, Tile
+from .views import AbstractPart, AbstractView, Tile
 
 
 def update_leaves(
@@ -41,8 +41,12 @@ def update_leaves(
     interpret: bool = False,
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
-    # The number of the first tile of each leaf, and of all tiles.
-    tiles = np.cumsum([0, *[view.tiles for view in views]])
+    # Parts of leaves, with the numbers of the leaves; and the number of the first tile
+    # of each part, and of all tiles.
+    parts = [(i, part) for i, view in enumerate(views) for part in view.parts]
+    tiles = [0, *itertools.accumulate(part.tiles for _, part in parts)]
+    owners = [i for i, _ in parts]
+    firsts = [tiles[owners.index(i)] for i in range(len(views))]
     arithmetic = ARITHMETIC.exact if interpret else ARITHMETIC
     # The scalars of all leaves are one array, which is the same for all kernels of a
     # step, and those of each leaf another one: XLA would make every further array by
@@ -59,8 +63,8 @@ def update_leaves(
     # scales.
     scales = len(jtu.tree_leaves(old[0].scales))
     arrays = [
-        view.reshape([grad, *jtu.tree_leaves(state)], scales)
-        for view, grad, state in zip(views, grads, old, strict=True)
+        [x.ravel() for x in (grad, *jtu.tree_leaves(state))]
+        for grad, state in zip(grads, old, strict=True)
     ]
     width = len(arrays[0])
     state_structure = jtu.tree_structure(old[0])
@@ -71,19 +75,20 @@ def update_leaves(
         inputs = [refs[i * width : (i + 1) * width] for i in range(len(views))]
         outputs = refs[len(views) * width :]
         program = pl.program_id(0)
-        leaf = sum((program >= start).astype(jnp.int32) for start in tiles[1:-1])
+        part = _last_below(tiles[1:-1], program)
+        leaf = _last_below(firsts[1:], program)
         # The first of the integers is 0, which Triton does not know.
         zero = words[len(floats)]
 
-        def of_leaf(function: Callable[[int, Tile], Any]) -> Any:
-            """What a function of the number of this leaf and of its tile gives."""
+        def of_part(function: Callable[[int, AbstractPart, Tile], Any]) -> Any:
+            """What a function of the leaf's number, the part and the tile gives."""
             branches = [
-                partial(lambda i: function(i, Tile(program - int(tiles[i]), zero)), i)
-                for i in range(len(views))
+                partial(function, *of_leaf, Tile(program - first, zero))
+                for of_leaf, first in zip(parts, tiles[:-1], strict=True)
             ]
-            return _choose(leaf, branches)
+            return _choose(part, branches)
 
-        grad, *state = of_leaf(lambda i, tile: views[i].load(inputs[i], scales, tile))
+        grad, *state = of_part(lambda i, part, tile: part.load(inputs[i], scales, tile))
         here = unpack(
             lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
             lambda i: words[len(floats) + i],
@@ -105,8 +110,8 @@ def update_leaves(
         }
         new = arithmetic.trace(update_tile, **operands, static=static)(**operands)
         new, size = jtu.tree_leaves(new), width - 1
-        of_leaf(
-            lambda i, tile: views[i].store(
+        of_part(
+            lambda i, part, tile: part.store(
                 outputs[i * size : (i + 1) * size], scales, tile, new
             )
         )
@@ -118,7 +123,7 @@ def update_leaves(
     new = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in states],
-        grid=(int(tiles[-1]),),
+        grid=(tiles[-1],),
         in_specs=[anywhere] * (len(arguments) + len(flat)),
         out_specs=[anywhere] * len(states),
         input_output_aliases={len(arguments) + i: j for j, i in enumerate(states)},
@@ -129,6 +134,11 @@ def update_leaves(
     like, structure_of_all = jtu.tree_flatten(old)
     new = [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
     return structure_of_all.unflatten(new)
+
+
+def _last_below(starts: Sequence[int], program: Any) -> Any:
+    """How many of these numbers are at most that of a program."""
+    return sum([(program >= start).astype(jnp.int32) for start in starts], jnp.int32(0))
 
 
 def _word(x: Scalar) -> Scalar:

@@ -4,30 +4,34 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedSlice:
-    """A part of an array in memory, of which some elements may lie beyond its end."""
+class Places:
+    """Places of an array in memory.
 
-    index: tuple[Any, ...]
-    # Which elements there are: `None` for all.
-    mask: Any
+    A place may be there several times, to fill up what is partial. That changes neither
+    the largest nor the smallest element, and all copies of an element become the same
+    new one, so that it does not matter which is written last.
+    """
+
+    index: Any
+    # Which places exist: `None` for all.
+    exist: Any
 
     def load(self, refs: Sequence[Any]) -> list[Array]:
-        """This part of each of these arrays."""
+        """What is at these places of each of these arrays; 0 where there is nothing."""
         at = [ref.at[self.index] for ref in refs]
-        if self.mask is None:
+        if self.exist is None:
             return [plt.load(x) for x in at]
-        return [plt.load(x, mask=self.mask, other=0) for x in at]
+        return [plt.load(x, mask=self.exist, other=0) for x in at]
 
     def store(self, refs: Sequence[Any], values: Sequence[Array]) -> None:
         for ref, value in zip(refs, values, strict=True):
-            plt.store(ref.at[self.index], value, mask=self.mask)
+            plt.store(ref.at[self.index], value, mask=self.exist)
 
 
 def below(x: Any, end: int) -> Any:
@@ -36,10 +40,7 @@ def below(x: Any, end: int) -> Any:
     return x & (2 ** (end - 1).bit_length() - 1)
 
 
-def span(index: Any, length: int, total: int, offset: Any = 0) -> tuple[pl.Slice, Any]:
-    """The slice with an index, of those of equal length that cover `total` elements;
-    and which elements of it there are: `None` for all."""
-    start = below(index, pl.cdiv(total, length)) * length + offset
-    if total % length == 0:
-        return pl.ds(start, length), None
-    return pl.ds(start, length), start + jnp.arange(length) < total
+def tile_start(index: Any, length: int, total: int) -> Any:
+    """Where the tile with an index starts, of those of equal length that cover `total`
+    places."""
+    return below(index, pl.cdiv(total, length)) * length

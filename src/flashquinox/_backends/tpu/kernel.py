@@ -43,7 +43,7 @@ def update_leaf(
     # A leaf is a batch, and `scalars` are its own.
     del leaves
     (layout,), (grad,), (state,) = views, grads, old
-    rows_last = layout.axis == -1
+    rows_last = layout.axes == (-1,)
     if rows_last:
         # In memory, its columns are the rows.
         layout = transposed(layout)

@@ -18,14 +18,14 @@ def layout_of(layout: Layout, old: TileState) -> Layout:
         return layout
     axes = (-1, -2) if lies_transposed(layout.shape) else (-2,)
     fitting = [axis for axis in axes if layout.shape[axis] % _TILE_ROWS == 0]
-    return Layout(layout.shape, (*fitting, -2)[0], _TILE_ROWS)
+    return Layout(layout.shape, (*fitting, -2)[:1], _TILE_ROWS)
 
 
 def supports(layout: Layout, old: TileState, grad: Array) -> bool:
     """Whether the kernel can take this leaf. The others take plain XLA."""
-    if layout.axis == -1 and lies_transposed(layout.shape):
+    if layout.axes == (-1,) and lies_transposed(layout.shape):
         layout = transposed(layout)
-    if layout.axis != -2 or layout.group_size % _TILE_ROWS != 0:
+    if layout.axes != (-2,) or layout.group_size % _TILE_ROWS != 0:
         return False
     if layout.shape[-2] % layout.group_size != 0:
         return False
@@ -35,4 +35,4 @@ def supports(layout: Layout, old: TileState, grad: Array) -> bool:
 
 def transposed(layout: Layout) -> Layout:
     *leading, rows, columns = layout.shape
-    return Layout((*leading, columns, rows), -2, layout.group_size)
+    return Layout((*leading, columns, rows), (-2,), layout.group_size)
