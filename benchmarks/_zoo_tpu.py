@@ -13,8 +13,8 @@ HEADER = (
     f"{'compile':>9}"
 )
 
-_KERNEL = re.compile(r"= (.*?) custom-call\(.*tpu_custom_call")
-_MOVED = re.compile(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(")
+_MOVED = re.compile(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]*)\]\S* (?:copy|transpose)\(")
+_INTEGERS = re.compile(r"u8\[([\d,]*)\]")
 # Of copies and transpositions, those of smaller arrays are not counted.
 _LEAST_MOVED = 2**14
 
@@ -25,12 +25,15 @@ def compile_step(step: JaxStep, chip: str) -> dict[str, Any]:
     program = _tpu.compile_for(chip, step.step, *structs, donate=(0, 1))
     memory: Any = program.compiled.memory_analysis()
     text: str = program.compiled.as_text()
+    lines = text.splitlines()
     # A kernel has one array of such integers for each leaf: its second moments.
     in_kernels = [
-        _elements(x)
-        for x in _KERNEL.findall(text)
-        for x in re.findall(r"u8\[(.*?)\]", x)
+        _elements(shape)
+        for line in lines
+        if 'custom_call_target="tpu_custom_call"' in line
+        for shape in _INTEGERS.findall(line.partition(" custom-call(")[0])
     ]
+    moved = [_elements(found[1]) for found in map(_MOVED.match, lines) if found]
     entry = text[text.index("\nENTRY ") :]
     return {
         "accessed bytes": program.compiled.cost_analysis()["bytes accessed"],
@@ -39,8 +42,8 @@ def compile_step(step: JaxStep, chip: str) -> dict[str, Any]:
         "aliased bytes": memory.alias_size_in_bytes,
         "leaves in kernels": len(in_kernels),
         "parameters in kernels": sum(in_kernels),
-        "fusions": len(re.findall(r" fusion\(", entry)),
-        "copies": sum(_elements(x) >= _LEAST_MOVED for x in _MOVED.findall(text)),
+        "fusions": entry.count(" fusion("),
+        "copies": sum(elements >= _LEAST_MOVED for elements in moved),
         "compile seconds": program.seconds,
     }
 
