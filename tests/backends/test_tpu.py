@@ -16,9 +16,10 @@ from jax.sharding import SingleDeviceSharding
 import flashquinox as fq
 from flashquinox._backends import learning
 from flashquinox._backends.interpreter.arithmetic import Arithmetic
-from flashquinox._backends.tpu import block as tpu_block, layout as tpu_layout
+from flashquinox._backends.tpu import kernel as tpu_kernel, view as tpu_view
 from flashquinox._backends.tpu.chip import Chip
 from flashquinox._storage.layout import Layout
+from flashquinox._storage.tpu_memory import groups_in_memory
 from flashquinox._tile.tile import TileState
 
 from ..helpers import Case, parametrize_cases, slow, Storage
@@ -42,6 +43,14 @@ _ODD_SHAPES = {
     "wide": (2, 1, 32, 700),
     "transposed": (64, 96),
 }
+# How groups lie in memory, with and without a partial one in each run.
+_KINDS = {
+    "rows": {"permuted": (130, 2, 64), "partial": (50, 160)},
+    "matrices": {"whole": (3, 24, 256), "partial": (1, 130, 80, 3)},
+    "planes": {"whole": (384, 1, 7, 7), "partial": (2, 40, 4, 128)},
+}
+# With moments in float32, and in groups with a partial one at the end.
+_VECTORS = {"a": (100,), "b": (768,), "c": (4096,), "d": (10000,), "e": (4100,)}
 
 
 def _supported(case: Case) -> bool:
@@ -134,10 +143,40 @@ def test_odd_shapes(name, shape):
     _assert_odd_shape(name, _ODD_SHAPES[shape])
 
 
+@pytest.mark.product
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("name", ["lion", slow("adamw")])
+def test_groups_in_memory(name, kind):
+    """Wherever they lie, they are plain XLA's."""
+    shapes = _KINDS[kind]
+    params = arrays(shapes, jnp.bfloat16, 0)
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    state = jax.eval_shape(make(backend="tpu").init, params)
+    layouts = {name: state.moments["mu"][name].layout for name in shapes}
+    found = [
+        groups_in_memory(x.shape, *x.axes, x.group_size).kind for x in layouts.values()
+    ]
+    assert found == [kind, kind]
+    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
+    run("tpu", make, params, grads)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("name", ["lion", slow("adamw")])
+def test_vectors(name):
+    grads = [arrays(_VECTORS, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    run("tpu", make, arrays(_VECTORS, jnp.bfloat16, 0), grads)
+
+
+def test_a_long_vector():
+    _assert_odd_shape("lion", (40_050,))
+
+
 def test_several_chunks_in_a_block(monkeypatch):
     """Along both axes, of few groups each: three times two, of which the last are not
     full. Of many matrices, for it to be worth it."""
-    monkeypatch.setattr(tpu_block, "groups_of_chunk", lambda structure: 2)
+    monkeypatch.setattr(tpu_kernel, "groups_of_chunk", lambda structure: 2)
     _assert_odd_shape("lion", (8, 160, 130))
 
 
@@ -289,13 +328,13 @@ def test_what_the_kernel_cannot_take_goes_through_xla():
 def test_support():
     def supports(shape, axis=-2, group_size=32, dtype=jnp.bfloat16):
         leaf: Any = jnp.asarray(np.zeros(shape, dtype))
-        return tpu_layout.supports(
-            Layout(shape, (axis,), group_size), TileState(leaf, None, {}, {}), leaf
-        )
+        old = TileState(leaf, None, {}, {"moment": leaf})
+        return tpu_view.view_of(Layout(shape, (axis,), group_size), old, leaf) is not None
 
     assert supports((32, 1)) and supports((5, 64, 100))
-    assert supports((5, 256, 96), axis=-1) and not supports((256, 90), axis=-1)
-    assert not supports((33, 128)) and not supports((32, 128), axis=-1)
+    assert supports((5, 256, 96), axis=-1) and supports((256, 90), axis=-1)
+    assert supports((33, 128)) and not supports((32, 128), axis=-1)
+    assert supports((64, 8, 128), axis=-3)
     assert not supports((32, 128), group_size=16)
     assert not supports((32, 128), dtype=jnp.float16)
 

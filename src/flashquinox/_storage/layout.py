@@ -11,6 +11,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from . import tpu_memory
+
 
 T = TypeVar("T")
 
@@ -156,8 +158,7 @@ def choose_layout(
     may then lie in several of the leading axis's parts, as in several layers of a
     stack.
 
-    With `prefer_rows`, along what are the rows in a TPU's memory, if full groups fit
-    into them.
+    With `prefer_rows`, as kernels for TPUs need them: see `tpu_memory.choose_axis`.
 
     Of a leaf that is cut into `parts` along each axis, groups lie within one of them if
     there is a way: along one axis if not along trailing ones, and partial ones if whole
@@ -165,34 +166,18 @@ def choose_layout(
     """
     ndim = len(shape)
     cut = parts or (1,) * ndim
-    if prefer_rows and ndim > 0:
-        part = tuple(length // n for length, n in zip(shape, cut, strict=True))
-        for axis in (-1, -2) if lies_transposed(part) else (-2,):
-            if -ndim <= axis and shape[axis] % group_size == 0:
-                layout = layout_of(shape, (axis,), group_size)
-                if layout.divides(cut):
-                    return layout
     trailing = [tuple(range(first, 0)) for first in range(-1, -ndim - 1, -1)]
     single = [(axis,) for axis in range(-1, -ndim - 1, -1)]
     layouts = [layout_of(shape, axes, group_size) for axes in trailing + single]
     within = [layout for layout in layouts if layout.divides(cut)]
+    if prefer_rows:
+        part = tuple(length // n for length, n in zip(shape, cut, strict=True))
+        axes = [layout.axes[0] for layout in within if len(layout.axes) == 1]
+        axis = tpu_memory.choose_axis(part, group_size, axes)
+        if axis is not None:
+            return layout_of(shape, (axis,), group_size)
     whole = [layout for layout in within if layout.run % group_size == 0]
     if whole:
         return whole[0]
     # The longest run has the fewest scales.
     return max(within, key=lambda x: x.run) if within else flattened(shape, group_size)
-
-
-def lies_transposed(shape: tuple[int, ...]) -> bool:
-    """Whether the last axis of an array of this shape is what the rows are in a TPU's
-    memory. There the two last axes are filled up to tiles of 8 rows and 128 columns,
-    and XLA lays them out such that less is filled up (as it does with all arrays that a
-    program takes; found by compiling for v5e and v6e).
-    """
-    if len(shape) < 2:
-        return False
-
-    def filled_up(rows: int, columns: int) -> int:
-        return -(-rows // 8) * 8 * -(-columns // 128) * 128
-
-    return filled_up(shape[-1], shape[-2]) < filled_up(shape[-2], shape[-1])

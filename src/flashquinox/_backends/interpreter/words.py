@@ -124,13 +124,14 @@ def _unflatten(dtype: Any, words: Iterable[Any]) -> Words:
 jtu.register_pytree_node(Words, lambda x: (x.words, x.dtype), _unflatten)
 
 
-def load(ref: Any, start: Any, size: int, lanes: Any) -> Any:
-    """Rows of a block: `Words` of a narrow dtype, an array of a wide one."""
-    parts = [view[rows] for view, rows in _parts(ref, start, size, lanes)]
+def load(ref: Any, index: tuple[Any, ...]) -> Any:
+    """Rows of a block: `Words` of a narrow dtype, an array of a wide one. The last two
+    parts of the index are slices of rows and of lanes."""
+    parts = [view[rows] for view, rows in _parts(ref, index)]
     return jnp.concatenate(parts) if len(parts) == 4 else Words(tuple(parts), ref.dtype)
 
 
-def store(ref: Any, start: Any, size: int, lanes: Any, value: Any) -> None:
+def store(ref: Any, index: tuple[Any, ...], value: Any) -> None:
     """Writes what `load` would read; takes ordinary arrays of narrow dtypes too."""
     if isinstance(value, Words):
         parts = value.words
@@ -138,11 +139,11 @@ def store(ref: Any, start: Any, size: int, lanes: Any, value: Any) -> None:
         parts = _split(value)
     else:
         parts = Words.of(value).words
-    for (view, rows), part in zip(_parts(ref, start, size, lanes), parts, strict=True):
+    for (view, rows), part in zip(_parts(ref, index), parts, strict=True):
         view[rows] = part
 
 
-def _parts(ref: Any, start: Any, size: int, lanes: Any) -> list[tuple[Any, Any]]:
+def _parts(ref: Any, index: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     """For each word that the first rows are in: where it and every such one is."""
     # Only here, in a kernel, is it sure to be there.
     from jax.experimental import pallas as pl
@@ -150,9 +151,10 @@ def _parts(ref: Any, start: Any, size: int, lanes: Any) -> list[tuple[Any, Any]]
     bits = _bits(ref.dtype)
     count = bits * _QUARTERS // 32
     words = ref if bits == 32 else ref.bitcast(jnp.int32)
-    quarter = size // _QUARTERS
-    first = pl.multiple_of(start * bits // 32, quarter)
-    view = words.at[0, pl.ds(first, count * quarter), lanes]
+    *outer, group, lanes = index
+    quarter = group.size // _QUARTERS
+    first = pl.multiple_of(group.start * bits // 32, quarter)
+    view = words.at[(*outer, pl.ds(first, count * quarter), lanes)]
     return [(view, pl.ds(i, quarter, stride=count)) for i in range(count)]
 
 

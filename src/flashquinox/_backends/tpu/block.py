@@ -1,86 +1,128 @@
-"""How large the blocks of a kernel are, and the chunks of a block."""
+"""What of a leaf is in VMEM at a time, and how it is cut."""
 
-import dataclasses
+import abc
 import functools
-import math
+from typing import Any
 
-import jax.tree_util as jtu
 from jax.experimental import pallas as pl
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Shaped
 
-from ..._storage.layout import Layout
-from ..._tile.tile import StepStructure, TileState
-from .chip import Chip
+from ..._storage.codec import Reduction
 
 
 LANES = 128
 SUBLANES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A block of a matrix, in elements, and its chunks."""
+class AbstractBlock(abc.ABC):
+    """A block, and how it is cut.
 
-    rows: int
-    columns: int
-    # Of a chunk: its groups, which lie one below the other, and its lanes.
-    groups: int
-    group_size: int
-    lanes: int
+    A loop takes a *chunk* at a time, which has as many groups as their scales fill some
+    registers. Its elements are taken a *piece* at a time, of about four registers of
+    float32: these are unrolled.
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows, self.columns
+    Chunks are what `at` returns. Where the shape of an array is not given below, it is
+    that of a block of elements or of scales.
+    """
 
     @property
-    def chunks(self) -> tuple[int, int]:
-        """How many chunks lie one below the other, and side by side."""
-        high = self.rows // (self.groups * self.group_size)
-        return high, self.columns // self.lanes
+    @abc.abstractmethod
+    def chunks(self) -> int:
+        """The number of chunks."""
+
+    @property
+    @abc.abstractmethod
+    def pieces(self) -> int:
+        """The number of pieces of a chunk."""
+
+    @property
+    @abc.abstractmethod
+    def piece(self) -> tuple[int, ...]:
+        """The shape of a piece."""
+
+    @property
+    @abc.abstractmethod
+    def chunk_scales(self) -> tuple[int, int]:
+        """The shape of the scales of a chunk, in which a piece has one row or all."""
+
+    @abc.abstractmethod
+    def at(self, index: Any, block_index: tuple[Any, ...]) -> "AbstractChunk":
+        """A chunk, by its number, of the block with that index in the grid."""
+
+    @abc.abstractmethod
+    def constants_of(self, piece: int) -> Any:
+        """The rows of `chunk_scales` that are broadcast to a piece."""
+
+    @abc.abstractmethod
+    def reduced_piece(
+        self, reduction: Reduction, x: Shaped[Array, "..."]
+    ) -> Shaped[Array, "..."]:
+        """What is left of a statistic of a piece in phase 2 of a chunk."""
+
+    @property
+    @abc.abstractmethod
+    def extremes(self) -> tuple[int, ...]:
+        """The shape of what is left of all pieces of a chunk."""
+
+    @abc.abstractmethod
+    def extremes_of(self, piece: int) -> Any:
+        """Where in `extremes` a piece is."""
+
+    @abc.abstractmethod
+    def reduced(
+        self, reduction: Reduction, extremes: Shaped[Array, "..."]
+    ) -> Shaped[Array, "groups lanes"]:
+        """The maxima (or minima) of groups."""
+
+    @abc.abstractmethod
+    def spread(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """What each element needs to know of its group, from `constants_of` a piece
+        when that is broadcast to its shape."""
 
 
-def choose_block(
-    structure: StepStructure, layout: Layout, chip: Chip, grad: Array, old: TileState
-) -> Block:
-    """As many whole chunks as there is room for in VMEM, evenly divided."""
-    *leading, rows, columns = layout.shape
-    state = (old.weight, old.correction, old.codes)
-    element = grad.dtype.itemsize + 2 * sum(
-        [x.dtype.itemsize for x in jtu.tree_leaves(state)]
-    )
-    # Two buffers, and an eighth more for scales and scratch.
-    room = chip.block_bytes // (2 * element * 9 // 8)
-    group_size = layout.group_size
-    groups = groups_of_chunk(structure)
-    chunk = min(rows, groups * group_size)
-    lanes = LANES if columns > LANES else columns
-    chunks = pl.cdiv(rows, chunk), pl.cdiv(columns, lanes)
-    room = room // (chunk * lanes)
-    wide, high = 1, 1
-    # Loads with a stride, as of words, are from arrays of no more lanes.
-    if not chip.arithmetic.only_words:
-        wide = _evenly(math.prod(leading) * chunks[0], chunks[1], room)
-    if wide == chunks[1] or chip.arithmetic.only_words:
-        times = math.prod(leading) * chunks[1] // wide
-        high = _evenly(times, chunks[0], room // wide, wide)
-    return Block(
-        rows=high * chunk,
-        columns=wide * lanes,
-        groups=min(groups, high * chunk // group_size),
-        group_size=group_size,
-        lanes=min(LANES, wide * lanes),
-    )
+class AbstractGridBlock(AbstractBlock):
+    """A block of a grid that covers a leaf: what the pipeline copies at a time."""
+
+    @property
+    @abc.abstractmethod
+    def grid(self) -> tuple[int, ...]:
+        """How many blocks there are along each axis of a leaf's view."""
+
+    @property
+    @abc.abstractmethod
+    def elements(self) -> tuple[int, ...]:
+        """The shape of a block of an array with an entry for each element."""
+
+    @property
+    @abc.abstractmethod
+    def scales(self) -> tuple[int, ...]:
+        """The shape of a block of scales."""
+
+    @abc.abstractmethod
+    def scales_at(self, *index: Any) -> tuple[Any, ...]:
+        """The index of a block of scales, from that of a block of elements."""
 
 
-def groups_of_chunk(structure: StepStructure) -> int:
-    """The groups of a chunk, at most. Many, so that the beginning and end of its phases
-    matter little; not so many that the compiler schedules badly (found by looking at
-    schedules)."""
-    return 32 if len(structure.codecs) <= 1 else 16
+class AbstractChunk(abc.ABC):
+    """Where a chunk is in its block."""
+
+    @property
+    @abc.abstractmethod
+    def scales(self) -> tuple[Any, ...]:
+        """The index of its scales."""
+
+    @abc.abstractmethod
+    def elements(self, piece: int) -> tuple[Any, ...]:
+        """The index of a piece."""
+
+    @abc.abstractmethod
+    def present(self, piece: int) -> Bool[Array, "..."] | None:
+        """Which elements of a piece there are, if it may belong to a group at the end
+        of a run that is partial. Otherwise `None`."""
 
 
 @functools.cache
-def _evenly(times: int, count: int, most: int, size: int = 1) -> int:
+def evenly(times: int, count: int, most: int, size: int = 1) -> int:
     """How many chunks of a size to take at a time, of `times` times `count`: so that
     the last turn is nearly full, that there are few turns, and that the first and the
     last turn, which overlap with no copy, are short.

@@ -1,16 +1,16 @@
-"""The step of a chunk: 16 or 32 groups of 128 lanes, such that their scales are full
-registers. It has three phases:
+"""The step of a chunk, in three phases:
 
 1. What elements need to know of their groups is computed from the scales, for all
-   groups at once, and goes to VMEM. From there each group loads its row into all
+   groups at once, and goes to VMEM. Where a piece is a group, it loads its row into all
    sublanes: loads do that for nothing, while the vector unit is what limits the kernel.
-2. The step itself, group by group. New moments wait in VMEM as float32, beside the
-   maxima of a group's registers.
-3. The maxima over sublanes, by loads with a stride; the new scales, for all groups at
-   once; and the codes, group by group.
+2. The step itself, piece by piece. New moments wait in VMEM as float32, beside the
+   maxima of a piece's registers.
+3. The maxima of groups (over sublanes, by loads with a stride); the new scales, for all
+   groups at once; and the codes, piece by piece.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from ..._storage.codec import AbstractMomentCodec, Dither, GroupConstants
 from ..._tile.tile import advance, StepScalars, StepStructure, TileState
 from ..interpreter import words
 from ..interpreter.arithmetic import Arithmetic
-from .block import Block, SUBLANES
+from .block import AbstractBlock, AbstractChunk
 from .scratch import Counts, Scratch
 
 
@@ -31,7 +31,9 @@ class ChunkStep:
 
     structure: StepStructure
     arithmetic: Arithmetic
-    block: Block
+    block: AbstractBlock
+    # Where in the grid it is.
+    block_index: tuple[Any, ...]
     scalars: StepScalars
     dithers: dict[str, Dither]
     # What weights without a correction are rounded by. `None` if they are rounded to
@@ -49,7 +51,7 @@ class ChunkStep:
     def update(self, index: Any, carry: None) -> None:
         """The step of one chunk: the body of a loop over all of them."""
         del carry
-        at = _ChunkSlice.of(self.block, index)
+        at = self.block.at(index, self.block_index)
         scratch = Scratch(*self.scratch, self.zero, self.block)
         codecs, new_codecs = self.structure.codecs_before_and_after(self.scalars)
         factors = self.structure.factors(self.scalars)
@@ -58,113 +60,94 @@ class ChunkStep:
         decoding = {}
         for name, codec in codecs.items():
             scales = old.scales[name]
-            scales = None if scales is None else scales[at.scales]
+            if scales is not None:
+                scales = scales[at.scales].reshape(self.block.chunk_scales)
             constants = arithmetic.evaluate(
                 _decode_constants, codec, scales, factors[name][0]
             )
             decoding[name] = scratch.put_constants(constants)
 
-        update_group = None
-        for group in range(self.block.groups):
-            rows = _GroupSlice.of(at, group)
+        reductions = [
+            reduction
+            for codec in self.structure.codecs
+            for reduction in Counts.of(codec).reductions
+        ]
+        # Of pieces that are whole, and of those that may not be.
+        update_piece: dict[bool, Any] = {}
+        for piece in range(self.block.pieces):
+            present = at.present(piece)
             operands = (
                 self.scalars,
                 self.threshold,
-                {name: scratch.constants(x, group) for name, x in decoding.items()},
-                self._load(rows, self.grad),
-                self._load(rows, old.weight),
-                None if old.correction is None else self._load(rows, old.correction),
-                {name: self._load(rows, codes) for name, codes in old.codes.items()},
+                {name: scratch.constants(x, piece) for name, x in decoding.items()},
+                present,
+                self._load(at, piece, self.grad),
+                self._load(at, piece, old.weight),
+                None
+                if old.correction is None
+                else self._load(at, piece, old.correction),
+                {
+                    name: self._load(at, piece, codes)
+                    for name, codes in old.codes.items()
+                },
             )
-            if update_group is None:
+            whole = present is None
+            if whole not in update_piece:
                 static = {"structure": self.structure}
-                update_group = arithmetic.trace(_update_group, *operands, static=static)
-            weight, correction, prepared, maxima = update_group(*operands)
-            self._store(rows, new.weight, weight)
+                update_piece[whole] = arithmetic.trace(
+                    _update_piece, *operands, static=static
+                )
+            weight, correction, prepared, statistics = update_piece[whole](*operands)
+            self._store(at, piece, new.weight, weight)
             if new.correction is not None:
-                self._store(rows, new.correction, correction)
-            scratch.put_prepared(prepared, group)
-            scratch.put_maxima(maxima, group)
+                self._store(at, piece, new.correction, correction)
+            scratch.put_prepared(prepared, piece)
+            scratch.put_statistics(statistics, reductions, piece)
 
-        encoding, first = {}, 0
+        encoding, extremes = {}, iter(scratch.extremes(reductions))
         for name, codec in new_codecs.items():
-            statistics = []
-            for reduction in Counts.of(self.structure.codec_of[name]).reductions:
-                statistics.append(scratch.reduced(first, reduction))
-                first += 1
+            count = len(Counts.of(self.structure.codec_of[name]).reductions)
+            statistics = tuple(itertools.islice(extremes, count))
             scales, constants = arithmetic.evaluate(
-                _fit, codec, tuple(statistics), factors[name][1], self.dithers[name]
+                _fit, codec, statistics, factors[name][1], self.dithers[name]
             )
             target = new.scales[name]
             if target is not None:
-                target[at.scales] = scales
+                _store(target, at.scales, scales)
             encoding[name] = scratch.put_constants(constants)
 
         quantize = {}
-        for group in range(self.block.groups):
-            rows, first = _GroupSlice.of(at, group), 0
+        for piece in range(self.block.pieces):
+            first = 0
             for name, codec in codecs.items():
                 count = Counts.of(self.structure.codec_of[name]).prepared
                 operands = (
                     codec,
-                    scratch.prepared(first, count, group),
-                    scratch.constants(encoding[name], group),
+                    scratch.prepared(first, count, piece),
+                    scratch.constants(encoding[name], piece),
                 )
                 if name not in quantize:
                     quantize[name] = arithmetic.trace(_quantize, *operands)
-                self._store(rows, new.codes[name], quantize[name](*operands))
+                codes = quantize[name](*operands)
+                self._store(at, piece, new.codes[name], codes)
                 first += count
 
-    def _load(self, rows: "_GroupSlice", ref: Any) -> Any:
+    def _load(self, at: AbstractChunk, piece: int, ref: Any) -> Any:
+        index = at.elements(piece)
         if self.arithmetic.only_words:
-            return words.load(ref, rows.start, rows.size, rows.lanes)
-        return ref[0, pl.ds(rows.start, rows.size), rows.lanes]
+            return words.load(ref, index)
+        return ref[index].reshape(self.block.piece)
 
-    def _store(self, rows: "_GroupSlice", ref: Any, value: Any) -> None:
+    def _store(self, at: AbstractChunk, piece: int, ref: Any, value: Any) -> None:
+        index = at.elements(piece)
         if self.arithmetic.only_words:
-            words.store(ref, rows.start, rows.size, rows.lanes, value)
+            words.store(ref, index, value)
         else:
-            ref[0, pl.ds(rows.start, rows.size), rows.lanes] = value
+            _store(ref, index, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ChunkSlice:
-    """A chunk in its block."""
-
-    block: Block
-    first_group: Any
-    lanes: Any
-
-    @staticmethod
-    def of(block: Block, index: Any) -> "_ChunkSlice":
-        high, wide = block.chunks
-        j, k = (0, index) if high == 1 else (index // wide, index % wide)
-        lanes = pl.ds(pl.multiple_of(k * block.lanes, block.lanes), block.lanes)
-        return _ChunkSlice(block, j * block.groups, lanes)
-
-    @property
-    def scales(self) -> tuple[Any, Any, Any]:
-        start = pl.multiple_of(self.first_group, self.block.groups)
-        return 0, pl.ds(start, self.block.groups), self.lanes
-
-
-@dataclasses.dataclass(frozen=True)
-class _GroupSlice:
-    """The elements of one group of each lane of a chunk."""
-
-    first_group: Any
-    group: int
-    size: int
-    lanes: Any
-
-    @staticmethod
-    def of(chunk: _ChunkSlice, group: int) -> "_GroupSlice":
-        size = chunk.block.group_size
-        return _GroupSlice(chunk.first_group, group, size, chunk.lanes)
-
-    @property
-    def start(self) -> Any:
-        return pl.multiple_of((self.first_group + self.group) * self.size, self.size)
+def _store(ref: Any, index: Any, value: Array) -> None:
+    ref[index] = value.reshape(-1) if len(ref.shape) == 1 else value
 
 
 # The functions that are evaluated are traced once for all chunks of the same shape.
@@ -176,18 +159,19 @@ def _decode_constants(
     return codec.decode_constants(scales, factor, jnp.float32)
 
 
-def _update_group(
+def _update_piece(
     scalars: StepScalars,
     threshold: Any,
     constants: dict[str, GroupConstants],
+    present: Array | None,
     grad: Array,
     weight: Array,
     correction: Array | None,
     codes: dict[str, Array],
     structure: StepStructure,
 ) -> tuple[Array, Array | None, list[Array], list[Array]]:
-    """A group of each lane: its new weights, its moments prepared for their codecs, and
-    the maxima over its registers."""
+    """A piece: its new weights, its moments prepared for their codecs, and their
+    statistics, in which elements that are not present count for nothing."""
     codecs = structure.codec_of
     moments = {
         name: codec.dequantize(codes[name], constants[name], jnp.float32)
@@ -205,12 +189,14 @@ def _update_group(
         keep_unmoved=False,
     )
     prepared = [codec.prepare(moments[name]) for name, codec in codecs.items()]
-    maxima = [
-        reduction(x.reshape(-1, SUBLANES, x.shape[-1]), axis=0)
-        for codec, xs in zip(codecs.values(), prepared, strict=True)
-        for reduction, x in codec.statistics(xs)
-    ]
-    return weight, correction, [x for xs in prepared for x in xs], maxima
+    statistics = []
+    for codec, xs in zip(codecs.values(), prepared, strict=True):
+        for reduction, x in codec.statistics(xs):
+            if present is not None:
+                nothing = -jnp.inf if reduction is jnp.max else jnp.inf
+                x = jnp.where(present, x, jnp.float32(nothing))
+            statistics.append(x)
+    return weight, correction, [x for xs in prepared for x in xs], statistics
 
 
 def _fit(

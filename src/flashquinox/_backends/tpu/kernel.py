@@ -1,38 +1,41 @@
 """A step of one leaf as one kernel.
 
-A leaf is seen as matrices whose groups run along the rows: 32 rows of 128 lanes are one
-tile of 8-bit integers, and four registers of float32. A grid of blocks covers the
-matrices; the pipeline copies a block into VMEM while the one before it is computed.
-Inside of a block, a loop takes a *chunk* at a time: see `chunk.py`.
+A leaf is seen with its axes in the order of memory. A grid of blocks covers it; the
+pipeline copies a block into VMEM while the one before it is computed. Inside of a
+block, a loop takes a *chunk* at a time: see `block.py` and `chunk.py`.
 """
 
-import math
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
-from ..._storage.layout import Layout
 from ..._tile.tile import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack
-from .block import Block, choose_block
+from .block import AbstractGridBlock
 from .chip import Chip
 from .chunk import ChunkStep
-from .layout import transposed
+from .matrices import matrices_block
+from .planes import planes_block
+from .rows import rows_block
 from .scratch import scratch_shapes
+from .vectors import vector_block
+from .view import View
 
 
 def update_leaf(
     structure: StepStructure,
-    views: tuple[Layout, ...],
+    views: tuple[View, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
     grads: tuple[Float[Array, "..."], ...],
@@ -42,36 +45,35 @@ def update_leaf(
     """One step of one leaf. See `AbstractBackend.load`."""
     # A leaf is a batch, and `scalars` are its own.
     del leaves
-    (layout,), (grad,), (state,) = views, grads, old
-    rows_last = layout.axes == (-1,)
-    if rows_last:
-        # In memory, its columns are the rows.
-        layout = transposed(layout)
-    to_matrices, from_matrices = _reshaping(layout, rows_last)
-    grad, state = jtu.tree_map(to_matrices, (grad, state))
+    (view,), (grad,), (state,) = views, grads, old
+    grad, state = view.elements.of(grad), view.of(state)
+    if not interpret:
+        grad = _in_hbm(grad)
     chip = Chip.current()
-    block = choose_block(structure, layout, chip, grad, state)
+    block = choose_block(structure, view, chip, grad, state)
     arithmetic = chip.arithmetic.exact if interpret else chip.arithmetic
 
-    threshold = scalars.weight_threshold if structure.dither_weights else None
-    *packed, unpack = pack((scalars, scalars.dithers(structure), threshold))
+    # What is the same for all leaves is computed once in a step. What is not is computed
+    # in the kernel: every operation of XLA on a number is a program of its own.
+    *packed, unpack = pack(eqx.tree_at(_of_leaf, scalars, None))
+    own, own_structure = jtu.tree_flatten(scalars.leaf)
+    # Of two axes, of which `vmap` does not divide the last ones.
+    packed = [x.reshape(1, -1) for x in (*packed, *own)]
     arrays, treedef = jtu.tree_flatten(state)
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     of_elements, of_state = _block_specs(block, state)
     new = pl.pallas_call(
-        partial(_kernel, structure, arithmetic, block, unpack, treedef),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
-        grid=(
-            grad.shape[0],
-            pl.cdiv(grad.shape[1], block.rows),
-            pl.cdiv(grad.shape[2], block.columns),
+        partial(
+            _kernel, structure, arithmetic, block, unpack, own_structure, treedef
         ),
+        out_shape=[pltpu.HBM(x.shape, x.dtype) for x in arrays],
+        grid=block.grid,
         in_specs=[*[in_scalars for _ in packed], of_elements, *of_state],
         out_specs=of_state,
         scratch_shapes=scratch_shapes(structure, block),
         input_output_aliases={len(packed) + 1 + i: i for i in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel"),
+            dimension_semantics=tuple(["parallel" for _ in block.grid]),
             vmem_limit_bytes=chip.vmem_limit,
             # All accesses are inside of blocks, and the pipeline cuts off blocks at the
             # edges. The checks take some hundred instructions for each block.
@@ -86,36 +88,55 @@ def update_leaf(
         interpret=interpret,
         name=f"flashquinox_{type(structure.rule).__name__.lower()}",
     )(*packed, grad, *arrays)
-    return (jtu.tree_map(from_matrices, jtu.tree_unflatten(treedef, new)),)
+    return (view.restore(jtu.tree_unflatten(treedef, new)),)
 
 
-def _reshaping(
-    layout: Layout, rows_last: bool
-) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """From arrays of a leaf to matrices whose rows are the last axis but one, and back.
-    All of it moves nothing in memory."""
-    leading = layout.shape[:-2]
-
-    def to_matrices(x: Shaped[Array, "..."]) -> Shaped[Array, "matrices rows columns"]:
-        if rows_last:
-            x = jnp.swapaxes(x, -1, -2)
-        return x.reshape(math.prod(leading), *x.shape[-2:])
-
-    def from_matrices(
-        x: Shaped[Array, "matrices rows columns"],
-    ) -> Shaped[Array, "..."]:
-        x = x.reshape(*leading, *x.shape[-2:])
-        return jnp.swapaxes(x, -1, -2) if rows_last else x
-
-    return to_matrices, from_matrices
+_of_leaf = operator.attrgetter("leaf")
 
 
-def _block_specs(block: Block, state: TileState) -> tuple[Any, list[Any]]:
+# Operands that are in HBM stay there, as the kernel's own pipeline copies them into VMEM.
+# XLA would copy small ones there first: they would move twice. Results and what they
+# alias say so by their types. Older versions of JAX cannot batch this for a gradient.
+def _in_hbm(x: Array) -> Array:
+    if jax.__version_info__ < (0, 12):
+        return x
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def choose_block(
+    structure: StepStructure, view: View, chip: Chip, grad: Array, old: TileState
+) -> AbstractGridBlock:
+    """As many whole chunks as there is room for in VMEM."""
+    state = (old.weight, old.correction, old.codes)
+    element = grad.dtype.itemsize + 2 * sum(
+        [x.dtype.itemsize for x in jtu.tree_leaves(state)]
+    )
+    # Two buffers, and an eighth more for scales and scratch.
+    room = chip.block_bytes // (2 * element * 9 // 8)
+    shape, size = view.elements.lengths, view.group_size
+    if view.kind == "vector":
+        return vector_block(shape, size, room)
+    if view.kind == "planes":
+        return planes_block(shape, size, room)
+    groups = groups_of_chunk(structure)
+    if view.kind == "matrices":
+        return matrices_block(shape, size, groups, room)
+    # Loads with a stride, as of words, are from arrays of no more lanes.
+    return rows_block(shape, size, groups, room, chip.arithmetic.only_words)
+
+
+def groups_of_chunk(structure: StepStructure) -> int:
+    """The groups of a chunk, at most. Many, so that the beginning and end of its phases
+    matter little; not so many that the compiler schedules badly (found by looking at
+    schedules)."""
+    return 32 if len(structure.codecs) <= 1 else 16
+
+
+def _block_specs(block: AbstractGridBlock, state: TileState) -> tuple[Any, list[Any]]:
     """How arrays with an entry for each element are cut into blocks, and how each array
     of the state is."""
-    here = lambda i, j, k: (i, j, k)
-    of_elements = pl.BlockSpec((1, block.rows, block.columns), here)
-    of_scales = pl.BlockSpec((1, block.rows // block.group_size, block.columns), here)
+    of_elements = pl.BlockSpec(block.elements, lambda *index: index)
+    of_scales = pl.BlockSpec(block.scales, block.scales_at)
     elements = (state.weight, state.correction, state.codes)
     return of_elements, [
         *[of_elements for _ in jtu.tree_leaves(elements)],
@@ -130,34 +151,38 @@ def _bytes(tree: Any) -> int:
 def _kernel(
     structure: StepStructure,
     arithmetic: Arithmetic,
-    block: Block,
+    block: AbstractGridBlock,
     unpack: Callable[..., Any],
+    own_structure: Any,
     treedef: Any,
     floats: Any,
     integers: Any,
-    grad: Any,
     *refs: Any,
 ) -> None:
-    *state, constants, maxima, prepared = refs
+    count = own_structure.num_leaves
+    own, (grad, *state, constants, extremes, prepared) = refs[:count], refs[count:]
     old, new = [
         jtu.tree_unflatten(treedef, x)
         for x in (state[: len(state) // 2], state[len(state) // 2 :])
     ]
-    scalars, dithers, threshold = unpack(floats.__getitem__, integers.__getitem__)
+    scalars = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
+    own = own_structure.unflatten([x[0, 0] for x in own])
+    scalars = eqx.tree_at(_of_leaf, scalars, own, is_leaf=lambda x: x is None)
     chunks = ChunkStep(
         structure=structure,
         arithmetic=arithmetic,
         block=block,
+        block_index=tuple([pl.program_id(axis) for axis in range(len(block.grid))]),
         scalars=scalars,
-        dithers=dithers,
-        threshold=threshold,
+        dithers=scalars.dithers(structure),
+        threshold=scalars.weight_threshold if structure.dither_weights else None,
         grad=grad,
         old=old,
         new=new,
-        scratch=(constants, maxima, prepared),
-        zero=integers[0],
+        scratch=(constants, extremes, prepared),
+        zero=integers[0, 0],
     )
-    step = partial(lax.fori_loop, 0, math.prod(block.chunks), chunks.update, None)
+    step = partial(lax.fori_loop, 0, block.chunks, chunks.update, None)
     if scalars.take is None:
         step()
     else:

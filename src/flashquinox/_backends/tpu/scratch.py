@@ -13,7 +13,7 @@ from jaxtyping import Array, Scalar, Shaped
 
 from ..._storage.codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 from ..._tile.tile import StepStructure
-from .block import Block, SUBLANES
+from .block import AbstractBlock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +46,18 @@ class Counts:
         return found[0]
 
 
-def scratch_shapes(structure: StepStructure, block: Block) -> list[Any]:
+def scratch_shapes(structure: StepStructure, block: AbstractBlock) -> list[Any]:
     """The arrays that a chunk needs: for constants of groups, for statistics, and for
     prepared moments."""
-    groups, size, lanes = block.groups, block.group_size, block.lanes
     counts = [Counts.of(codec) for codec in structure.codecs]
     # At least one of each: there are no empty arrays.
     constants = max(1, sum([count.constants for count in counts]))
     statistics = max(1, sum([len(count.reductions) for count in counts]))
     prepared = max(1, sum([count.prepared for count in counts]))
     return [
-        pltpu.VMEM((constants, groups, lanes), jnp.int32),
-        pltpu.VMEM((statistics, groups * SUBLANES, lanes), jnp.float32),
-        pltpu.VMEM((prepared, groups * size, lanes), jnp.float32),
+        pltpu.VMEM((constants, *block.chunk_scales), jnp.int32),
+        pltpu.VMEM((statistics, *block.extremes), jnp.float32),
+        pltpu.VMEM((prepared, block.pieces, *block.piece), jnp.float32),
     ]
 
 
@@ -66,10 +65,10 @@ class Scratch:
     """The arrays of `scratch_shapes`, for one chunk."""
 
     def __init__(
-        self, constants: Any, maxima: Any, prepared: Any, zero: Any, block: Block
+        self, constants: Any, extremes: Any, prepared: Any, zero: Any, block: AbstractBlock
     ):
         self._constants = constants
-        self._maxima = maxima
+        self._extremes = extremes
         self._prepared = prepared
         # The compiler does not know that this is 0, so that it does not keep in
         # registers, of which there are too few, what was written to VMEM.
@@ -90,45 +89,43 @@ class Scratch:
             kept.append((row, x.dtype))
         return tuple(kept)
 
-    def constants(self, kept: tuple[Any, ...], group: int) -> GroupConstants:
-        """What is kept of a group, in all of its rows."""
+    def constants(self, kept: tuple[Any, ...], piece: int) -> GroupConstants:
+        """What is kept of the groups of a piece, at each of its elements."""
         found = []
         for x in kept:
             if isinstance(x, tuple):
                 row, dtype = x
-                bits = self._constants[row, pl.ds(group, 1), :]
-                shape = self._block.group_size, bits.shape[1]
-                bits = jnp.broadcast_to(bits, shape)
+                bits = self._constants[row, self._block.constants_of(piece), :]
+                bits = self._block.spread(jnp.broadcast_to(bits, self._block.piece))
                 x = lax.bitcast_convert_type(bits, dtype)
             found.append(x)
         return tuple(found)
 
-    def put_prepared(self, arrays: list[Array], group: int) -> None:
-        rows = self._rows(group)
+    def put_prepared(self, arrays: list[Array], piece: int) -> None:
         for i, x in enumerate(arrays):
-            self._prepared[i, rows, :] = x
+            self._prepared[i, piece] = x
 
-    def prepared(self, first: int, count: int, group: int) -> tuple[Array, ...]:
-        """`count` arrays of those that were put, of a group."""
-        rows = self._rows(group)
+    def prepared(self, first: int, count: int, piece: int) -> tuple[Array, ...]:
+        """`count` arrays of those that were put, of a piece."""
         return tuple(
-            [self._prepared[self._zero + first + i, rows, :] for i in range(count)]
+            [self._prepared[self._zero + first + i, piece] for i in range(count)]
         )
 
-    def _rows(self, group: int) -> Any:
-        size = self._block.group_size
-        return pl.ds(group * size, size)
+    def put_statistics(
+        self, statistics: list[Array], reductions: list[Reduction], piece: int
+    ) -> None:
+        """Keeps what is left of statistics when the registers of a piece are reduced
+        to one."""
+        place = self._block.extremes_of(piece)
+        for i, (x, reduction) in enumerate(zip(statistics, reductions, strict=True)):
+            x = self._block.reduced_piece(reduction, x)
+            self._extremes[pl.ds(i, 1), place] = x[None]
 
-    def put_maxima(self, maxima: list[Array], group: int) -> None:
-        # The same sublane of all groups together: stores do this for nothing.
-        rows = pl.ds(group, SUBLANES, stride=self._block.groups)
-        for i, x in enumerate(maxima):
-            self._maxima[pl.ds(i, 1), rows, :] = x[None]
-
-    def reduced(
-        self, index: int, reduction: Reduction
-    ) -> Shaped[Array, "groups lanes"]:
-        """The maxima (or minima) of all groups."""
-        x = self._maxima[index]
-        x = x.reshape(SUBLANES, self._block.groups, x.shape[-1])
-        return reduction(x, axis=0)
+    def extremes(
+        self, reductions: list[Reduction]
+    ) -> list[Shaped[Array, "groups lanes"]]:
+        """The maxima (or minima) of all groups, of each of the statistics."""
+        return [
+            self._block.reduced(reduction, self._extremes[i])
+            for i, reduction in enumerate(reductions)
+        ]

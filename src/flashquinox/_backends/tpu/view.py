@@ -1,0 +1,116 @@
+"""How the kernel for TPUs sees a leaf: with its axes in the order of memory."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Shaped
+
+from ..._storage.layout import Layout
+from ..._storage.tpu_memory import Axes, groups_in_memory, memory_order
+from ..._tile.tile import TileState
+
+
+# Groups are whole tiles of 8-bit integers.
+_TILE_ROWS = 32
+_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayView:
+    """An array with its axes in another order, some of them merged. To make it and to
+    go back moves nothing if the array lies in memory in this order."""
+
+    shape: tuple[int, ...]
+    # Which axes of the array each axis of the view stands for.
+    axes: tuple[Axes, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple([math.prod([self.shape[i] for i in axes]) for axes in self.axes])
+
+    def of(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return x.transpose(self._order).reshape(self.lengths)
+
+    def restore(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """The inverse of `of`."""
+        order = self._order
+        x = x.reshape([self.shape[i] for i in order])
+        return x.transpose(sorted(range(len(order)), key=order.__getitem__))
+
+    @property
+    def _order(self) -> list[int]:
+        return [i for axes in self.axes for i in axes]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A leaf, its state and its groups. See `GroupsInMemory`."""
+
+    kind: str
+    elements: ArrayView
+    scales: ArrayView
+    group_size: int
+
+    def of(self, x: TileState) -> TileState:
+        state = x.map(self.elements.of)
+        scales = jtu.tree_map(self.scales.of, x.scales)
+        return TileState(state.weight, state.correction, state.codes, scales)
+
+    def restore(self, x: TileState) -> TileState:
+        state = x.map(self.elements.restore)
+        scales = jtu.tree_map(self.scales.restore, x.scales)
+        return TileState(state.weight, state.correction, state.codes, scales)
+
+
+def view_of(
+    layout: Layout, old: TileState, grad: Array, only_words: bool = False
+) -> View | None:
+    """`None` if the kernel cannot take this leaf. With `only_words`, all rows must be
+    in whole groups."""
+    dtypes = {jnp.dtype(x.dtype) for x in jtu.tree_leaves((old, grad))}
+    if dtypes & {jnp.dtype(jnp.float16), jnp.dtype(jnp.float64)}:
+        return None
+    shape = layout.shape
+    if len(shape) == 0 or math.prod(shape) == 0:
+        return None
+    if len(shape) == 1:
+        return None if only_words else _of_vector(layout, old)
+    *_, rows, columns = memory_order(shape, itemsize=1)
+    if jtu.tree_leaves(old.scales):
+        layouts = [layout]
+    else:
+        # Of the kernel's choice.
+        axes = rows - len(shape), -2
+        layouts = [Layout(shape, (axis,), _TILE_ROWS) for axis in axes]
+    for layout in layouts:
+        if len(layout.axes) != 1 or layout.group_size % _TILE_ROWS != 0:
+            continue
+        (axis,) = layout.axes
+        whole = shape[axis] % _TILE_ROWS == 0
+        if axis + len(shape) == columns and not (axis == -2 and whole):
+            # Plain XLA copies less than a transposition does.
+            continue
+        found = groups_in_memory(shape, axis, layout.group_size)
+        if only_words and not (found.kind == "rows" and whole):
+            continue
+        return View(
+            found.kind,
+            ArrayView(shape, found.elements),
+            ArrayView(layout.scale_shape, found.scales),
+            layout.group_size,
+        )
+    return None
+
+
+def _of_vector(layout: Layout, old: TileState) -> View | None:
+    if not jtu.tree_leaves(old.scales):
+        layout = Layout(layout.shape, (-1,), _TILE_ROWS)
+    # A row of lanes has whole groups.
+    if layout.group_size % _TILE_ROWS != 0 or _LANES % layout.group_size != 0:
+        return None
+    elements, scales = (
+        ArrayView(shape, ((0,),)) for shape in (layout.shape, layout.scale_shape)
+    )
+    return View("vector", elements, scales, layout.group_size)
