@@ -110,14 +110,21 @@ def test_choose_layout(shape, axes):
     "shape,axes",
     [
         ((64, 96), (-2,)),
-        ((3, 64, 5), (-2,)),
-        # In a TPU's memory, the columns are the rows of a transposed matrix; where
-        # full groups fit into them.
+        # In a TPU's memory, the last axis is the rows where less is filled up.
         ((2, 128, 96), (-1,)),
         ((70, 64), (-1,)),
-        ((128, 80), (-2,)),
-        # No full groups along rows, or no rows.
-        ((33, 64), (-1,)),
+        ((128, 80), (-1,)),
+        ((768, 12, 64), (-1,)),
+        ((64, 64, 3, 3), (-4,)),
+        # The last group of a run may be partial.
+        ((33, 64), (-2,)),
+        # Along an axis that is neither the rows nor the columns, where there are few
+        # rows; but not along the axis of layers.
+        ((4096, 8, 128), (-3,)),
+        ((24, 4096, 8, 128), (-3,)),
+        ((12, 768, 1, 7, 7), (-2,)),
+        # Groups of a small leaf would be short.
+        ((3, 64, 5), (-2, -1)),
         ((64,), (-1,)),
         ((), ()),
     ],

@@ -126,7 +126,7 @@ def groups_in_memory(
 def _around(axes: list[int], axis: int | None = None) -> tuple[Axes, Axes]:
     """The axes before and after one of them."""
     place = axes.index(axis) if axis in axes else 0
-    return tuple(axes[:place]), tuple(axes[place + 1:] if axis in axes else axes)
+    return tuple(axes[:place]), tuple(axes[place + 1 :] if axis in axes else axes)
 
 
 def _lies_like(shape: tuple[int, ...], view: tuple[Axes, ...], itemsize: int) -> bool:
@@ -163,8 +163,9 @@ def choose_axis(
 
     def is_fit(axis: int) -> bool:
         # The first axis may be that of stacked layers, which must have groups of their
-        # own to be updated one by one. No model has this many layers.
-        separate = axis > 0 or shape[0] >= _MOST_LAYERS or (axis == rows and ndim < 4)
+        # own to be updated one by one. But no model has this many layers, and few have
+        # layers that lie along the rows; unless they are of convolutions.
+        separate = axis > 0 or shape[0] >= _MOST_LAYERS or (axis == rows and ndim < 5)
         in_place = groups_in_memory(shape, axis, group_size).in_place
         return axis - ndim in axes and separate and in_place
 

@@ -26,7 +26,10 @@ class Tpu(AbstractBackend):
         from .unbatched import update_vectors
 
         def update(
-            structure: StepStructure, views: tuple[TpuView, ...], *args: Any, **kwargs: Any
+            structure: StepStructure,
+            views: tuple[TpuView, ...],
+            *args: Any,
+            **kwargs: Any,
         ) -> tuple[TileState, ...]:
             is_vector = views[0].kind == "vector"
             update_here = update_vectors if is_vector else update_leaf

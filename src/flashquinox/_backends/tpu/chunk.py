@@ -14,7 +14,6 @@ import itertools
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..._storage.codec import AbstractMomentCodec, Dither, GroupConstants

@@ -6,6 +6,7 @@ long arrays, in which a loop takes the step, piece by piece.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from ..._storage.codec import Reduction
 from ..._tile.tile import LeafScalars, no_update, StepScalars, StepStructure, TileState
-from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack
 from .block import AbstractBlock, AbstractChunk, LANES
 from .chip import Chip
@@ -78,7 +78,9 @@ def update_gathered(
     scales = len(jtu.tree_leaves(old[0].scales))
     # How long a piece of each array is, and how far apart two are.
     size = places.group_size * LANES
-    sizes = [(LANES, _TILE) if i >= width - scales else (size, size) for i in range(width)]
+    sizes = [
+        (LANES, _TILE) if i >= width - scales else (size, size) for i in range(width)
+    ]
 
     of_leaf = lambda x: x.leaf
     *packed, unpack = pack(eqx.tree_at(of_leaf, scalars, None))
@@ -185,10 +187,7 @@ def update_gathered(
     )(*small, *flat)
     each = width - 1
     return tuple(
-        [
-            treedef.unflatten(new[i * each : (i + 1) * each])
-            for i in range(len(views))
-        ]
+        [treedef.unflatten(new[i * each : (i + 1) * each]) for i in range(len(views))]
     )
 
 
@@ -198,7 +197,7 @@ def _is_none(x: Any) -> bool:
 
 def _split(refs: tuple[Any, ...], sizes: tuple[int, ...]) -> list[tuple[Any, ...]]:
     ends = np.cumsum([0, *sizes])
-    parts = [refs[i:j] for i, j in zip(ends, ends[1:], strict=False)]
+    parts = [refs[i:j] for i, j in itertools.pairwise(ends)]
     return [*parts, refs[ends[-1] :]]
 
 

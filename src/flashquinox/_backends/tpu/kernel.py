@@ -53,8 +53,8 @@ def update_leaf(
     block = choose_block(structure, view, chip, grad, state)
     arithmetic = chip.arithmetic.exact if interpret else chip.arithmetic
 
-    # What is the same for all leaves is computed once in a step. What is not is computed
-    # in the kernel: every operation of XLA on a number is a program of its own.
+    # What is the same for all leaves is computed once in a step, and what is not in the
+    # kernel: every operation of XLA on a number is a program of its own.
     *packed, unpack = pack(eqx.tree_at(_of_leaf, scalars, None))
     own, own_structure = jtu.tree_flatten(scalars.leaf)
     # Of two axes, of which `vmap` does not divide the last ones.
@@ -63,9 +63,7 @@ def update_leaf(
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     of_elements, of_state = _block_specs(block, state)
     new = pl.pallas_call(
-        partial(
-            _kernel, structure, arithmetic, block, unpack, own_structure, treedef
-        ),
+        partial(_kernel, structure, arithmetic, block, unpack, own_structure, treedef),
         out_shape=[pltpu.HBM(x.shape, x.dtype) for x in arrays],
         grid=block.grid,
         in_specs=[*[in_scalars for _ in packed], of_elements, *of_state],
@@ -94,9 +92,9 @@ def update_leaf(
 _of_leaf = operator.attrgetter("leaf")
 
 
-# Operands that are in HBM stay there, as the kernel's own pipeline copies them into VMEM.
-# XLA would copy small ones there first: they would move twice. Results and what they
-# alias say so by their types. Older versions of JAX cannot batch this for a gradient.
+# The kernel's own pipeline copies operands into VMEM. XLA would copy small ones there
+# first: they would move twice. Results, and what they alias, say by their types that
+# they stay in HBM. Older versions of JAX cannot batch this for a gradient.
 def _in_hbm(x: Array) -> Array:
     if jax.__version_info__ < (0, 12):
         return x

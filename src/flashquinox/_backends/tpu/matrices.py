@@ -2,7 +2,6 @@
 a chunk has a group of each of several matrices."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.lax as lax
@@ -11,7 +10,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractGridBlock, AbstractChunk, evenly, LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ class MatricesBlock(AbstractGridBlock):
 
     def at(self, index: Any, block_index: tuple[Any, ...]) -> "_MatricesChunk":
         wide = self.columns // self.lanes
-        group, k = (index, 0) if wide == 1 else (index // wide, index % wide)
+        group, k = index // wide, index % wide
         lanes = pl.ds(pl.multiple_of(k * self.lanes, self.lanes), self.lanes)
         return _MatricesChunk(self, group, lanes, block_index)
 

@@ -3,7 +3,6 @@ columns in memory. Where there are few rows, as there are heads, groups along th
 be short."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.lax as lax
@@ -12,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractGridBlock, AbstractChunk, evenly, LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
 
 
 # Of a piece, in registers of float32.
@@ -76,7 +75,7 @@ class PlanesBlock(AbstractGridBlock):
 
     def at(self, index: Any, block_index: tuple[Any, ...]) -> "_PlanesChunk":
         wide = self.columns // self.lanes
-        group, k = (index, 0) if wide == 1 else (index // wide, index % wide)
+        group, k = index // wide, index % wide
         lanes = pl.ds(pl.multiple_of(k * self.lanes, self.lanes), self.lanes)
         return _PlanesChunk(self, group, lanes, block_index)
 
@@ -125,9 +124,7 @@ class _PlanesChunk(AbstractChunk):
         return first + piece * block.piece[0] + planes < block.shape[1]
 
 
-def planes_block(
-    shape: tuple[int, ...], group_size: int, room: int
-) -> PlanesBlock:
+def planes_block(shape: tuple[int, ...], group_size: int, room: int) -> PlanesBlock:
     """As many whole chunks as there is room for, evenly divided.
 
     **Arguments:**

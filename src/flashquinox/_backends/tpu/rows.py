@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractGridBlock, AbstractChunk, evenly, LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)

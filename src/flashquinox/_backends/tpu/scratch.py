@@ -65,7 +65,12 @@ class Scratch:
     """The arrays of `scratch_shapes`, for one chunk."""
 
     def __init__(
-        self, constants: Any, extremes: Any, prepared: Any, zero: Any, block: AbstractBlock
+        self,
+        constants: Any,
+        extremes: Any,
+        prepared: Any,
+        zero: Any,
+        block: AbstractBlock,
     ):
         self._constants = constants
         self._extremes = extremes

@@ -1,5 +1,5 @@
-"""Vectors, by kernels where there is one model, and by plain XLA where `vmap` has stacked
-several: kernels on vectors cannot have another axis."""
+"""Vectors: by kernels where there is one model, and by plain XLA where `vmap` stacks
+several. Kernels on vectors cannot have another axis."""
 
 import dataclasses
 from functools import partial

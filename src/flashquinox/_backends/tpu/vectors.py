@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int32, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractGridBlock, AbstractChunk, evenly, LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class VectorBlock(AbstractGridBlock):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        return (pl.cdiv(*self.shape, *self.elements),)
+        return (pl.cdiv(self.shape[0], self.length),)
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -159,5 +159,5 @@ def vector_block(shape: tuple[int, ...], group_size: int, room: int) -> VectorBl
     """As many whole chunks as there is room for, evenly divided."""
     pieces = SUBLANES
     chunk = pieces * group_size * LANES
-    chunks = evenly(1, pl.cdiv(*shape, chunk), room // chunk)
+    chunks = evenly(1, pl.cdiv(shape[0], chunk), room // chunk)
     return VectorBlock(shape, chunks * chunk, pieces, group_size)
