@@ -140,10 +140,11 @@ def _step(shape, axes=(-1,), group_size=32, dtype=jnp.bfloat16):
 
 
 def test_views():
-    assert _step((3, 64)) == gpu.Lanes(3, 64, 32)
-    assert _step((2, 64, 5), (-2,)) == gpu.Rows(2, 64, 32, 5)
-    assert _step((64, 3, 5), (-3,)) == gpu.Rows(1, 64, 32, 15)
-    assert _step((4, 48), (-2, -1)) == gpu.Lanes(1, 192, 32)
+    assert _step((3, 64)) == gpu.Lanes(3, 64, 32, 128)
+    assert _step((3, 64), group_size=48) == gpu.Lanes(3, 64, 48, 128)
+    assert _step((2, 64, 5), (-2,)) == gpu.Rows(2, 64, 32, 4096, 5)
+    assert _step((64, 3, 5), (-3,)) == gpu.Rows(1, 64, 32, 4096, 15)
+    assert _step((512, 480), (-2, -1)) == gpu.Lanes(1, 512 * 480, 32, 512)
     with jax.enable_x64(True):
         assert _step((3, 64), dtype=jnp.float64) is None
 
@@ -202,12 +203,13 @@ def test_curves_lower_for_cuda(moments):
 
 
 def test_leaves_share_kernels():
-    matrices = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(12)}
+    small = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(12)}
     vectors = {f"vector{i}": (40 + i,) for i in range(3)}
-    params = _shapes(jnp.bfloat16, **matrices, **vectors)
-    # No more than so many in one; and the vectors, which have no groups.
-    assert gpu.Lanes.most_leaves == 8 and gpu.Elements.most_leaves == 16
-    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 2 + 1
+    large = {f"odd{i}": (1001, 1001 + i) for i in range(8)}
+    params = _shapes(jnp.bfloat16, **small, **vectors, **large)
+    # No more than so many in one; and the vectors, which have no groups. Large leaves
+    # have partial groups in kernels of their own.
+    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 2 + 1 + 2 * 2
 
 
 def test_equal_leaves_are_one_kernel():

@@ -1,5 +1,6 @@
 """Pallas for GPUs, by way of Triton: one kernel for several leaves."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -39,23 +40,16 @@ class Gpu(AbstractBackend):
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]
     ) -> list[list[int]]:
-        """Leaves that are stored alike share a kernel. First leaves of the same size,
-        so that many kernels are the same one, which is compiled once; then what is left
-        of them."""
-        alike: dict[Any, dict[Any, list[int]]] = {}
+        """Leaves that are stored alike share a kernel."""
+        alike: dict[Any, list[int]] = {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
-            same_kind = alike.setdefault(_kind(step, view), {})
-            same_kind.setdefault(view, []).append(i)
+            kind = _kind(step, view), view.most_leaves
+            alike.setdefault(kind, []).append(i)
         found = []
-        for same_kind in alike.values():
-            most = next(iter(same_kind)).most_leaves
-            rest = []
-            for numbers in same_kind.values():
-                size = _even_size(len(numbers), most)
-                whole = len(numbers) // size * size
-                found += _split(numbers[:whole], size)
-                rest += numbers[whole:]
-            found += _split(rest, most)
+        for (_, most), numbers in alike.items():
+            # Of about the same size together.
+            numbers = sorted(numbers, key=lambda i: views[i].tiles)
+            found += _split(numbers, most)
         return found
 
 
@@ -67,15 +61,11 @@ def _kind(step: LeafStep, view: Any) -> tuple[Any, ...]:
     return step.structure, scalars, view.kind, structure, dtypes
 
 
-def _even_size(number: int, most: int) -> int:
-    """How many of so many equal leaves shall share a kernel: where that can be, so many
-    that none are left."""
-    sizes = range(most, most // 2, -1)
-    return next((size for size in sizes if number % size == 0), most)
-
-
 def _split(numbers: list[int], most: int) -> list[list[int]]:
-    return [numbers[i : i + most] for i in range(0, len(numbers), most)]
+    """Parts of about equal length, and of at most so many."""
+    count = -(-len(numbers) // most)
+    cuts = [i * len(numbers) // count for i in range(count + 1)]
+    return [numbers[i:j] for i, j in itertools.pairwise(cuts)]
 
 
 BACKEND = Gpu()

@@ -1,10 +1,12 @@
 """Pallas for GPUs, by way of Triton: one kernel for several leaves.
 
 Every program takes one tile of one leaf. Leaves that are stored alike share a kernel,
-whatever their shapes: a program finds its leaf by binary search on its program id and
-loads its tile from there; from then on it runs the same code as all others.
+whatever their shapes: a program finds out from a table which leaf its tile is of, and
+where in it; the arrays, by binary search. From then on it runs the same code as all
+others.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,9 +28,10 @@ from ..._tile.tile import (
     TileState,
     update_tile,
 )
+from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack
 from .arithmetic import ARITHMETIC
-from .views import AbstractPart, AbstractView, Tile
+from .views import AbstractPart, AbstractView, parts_of, Tile
 
 
 def update_leaves(
@@ -41,104 +44,158 @@ def update_leaves(
     interpret: bool = False,
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
-    # Parts of leaves, with the numbers of the leaves; and the number of the first tile
-    # of each part, and of all tiles.
-    parts = [(i, part) for i, view in enumerate(views) for part in view.parts]
-    tiles = [0, *itertools.accumulate(part.tiles for _, part in parts)]
-    owners = [i for i, _ in parts]
-    firsts = [tiles[owners.index(i)] for i in range(len(views))]
-    arithmetic = ARITHMETIC.exact if interpret else ARITHMETIC
-    # The scalars of all leaves are one array, which is the same for all kernels of a
-    # step, and those of each leaf another one: XLA would make every further array by
-    # another launch.
-    of_one = lambda x: x.leaf
-    floats, integers, unpack = pack(eqx.tree_at(of_one, scalars, None))
-    words = lax.bitcast_convert_type(floats, jnp.int32)
-    own, own_structure = jtu.tree_flatten(scalars.leaf)
-    arguments = (
-        jnp.concatenate([words, integers]),
-        jnp.stack([_word(x) for x in jtu.tree_leaves(leaves)]),
-    )
     # Of each leaf, the gradient and the arrays of its state, of which the last ones are
     # scales.
-    scales = len(jtu.tree_leaves(old[0].scales))
     arrays = [
         [x.ravel() for x in (grad, *jtu.tree_leaves(state))]
         for grad, state in zip(grads, old, strict=True)
     ]
-    width = len(arrays[0])
-    state_structure = jtu.tree_structure(old[0])
-    scalar_leaves, scalar_structure = jtu.tree_flatten(scalars)
-    static = {"structure": structure, "axis": views[0].axis, "keep_unmoved": False}
+    for pairs in parts_of(views):
+        numbers = [number for number, _ in pairs]
+        parts = [part for _, part in pairs]
+        kernel = _Kernel(
+            structure,
+            ARITHMETIC.exact if interpret else ARITHMETIC,
+            [part.together(parts) for part in parts],
+            scalars,
+            old[0],
+        )
+        operands = [leaves[i] for i in numbers], [arrays[i] for i in numbers]
+        updated = kernel.update(*operands, views[0], interpret)
+        for number, new in zip(numbers, updated, strict=True):
+            arrays[number][1:] = new
+    like, structure_of_all = jtu.tree_flatten(old)
+    new = [x for of_leaf in arrays for x in of_leaf[1:]]
+    shaped = [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
+    return structure_of_all.unflatten(shaped)
 
-    def kernel(words, leaves, *refs):
-        inputs = [refs[i * width : (i + 1) * width] for i in range(len(views))]
-        outputs = refs[len(views) * width :]
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """One kernel for parts of leaves that are of the same sort."""
+
+    structure: StepStructure
+    arithmetic: Arithmetic
+    parts: Sequence[AbstractPart]
+    # Of the first leaf.
+    scalars: StepScalars
+    like: TileState
+
+    def update(
+        self,
+        leaves: Sequence[LeafScalars],
+        arrays: Sequence[Sequence[Array]],
+        view: AbstractView,
+        interpret: bool,
+    ) -> list[list[Array]]:
+        """The arrays of the new states of these leaves, whose parts these are."""
+        # The scalars of all leaves are one array, which is the same for all kernels of
+        # a step, and those of each leaf another one: XLA would make every further array
+        # by another launch.
+        floats, integers, unpack = pack(eqx.tree_at(_of_leaf, self.scalars, None))
+        words = lax.bitcast_convert_type(floats, jnp.int32)
+        own = jnp.stack([_word(x) for x in jtu.tree_leaves(list(leaves))])
+        arguments = jnp.concatenate([words, integers]), own
+        width = len(arrays[0])
+        kernel = partial(self._tile, width, view.axis, len(floats), unpack)
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        flat = [x for of_leaf in arrays for x in of_leaf]
+        # The numbers of the arrays of states among all.
+        states = [i for i in range(len(flat)) if i % width > 0]
+        shapes = [jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in states]
+        new = pl.pallas_call(
+            kernel,
+            out_shape=shapes,
+            grid=(sum(part.tiles for part in self.parts),),
+            in_specs=[anywhere] * (len(arguments) + len(flat)),
+            out_specs=[anywhere] * len(states),
+            input_output_aliases={len(arguments) + i: j for j, i in enumerate(states)},
+            compiler_params=plt.CompilerParams(num_warps=view.warps),
+            interpret=interpret,
+            name=f"flashquinox_{type(self.structure.rule).__name__.lower()}",
+        )(*arguments, *flat)
+        size = width - 1
+        return [list(new[i : i + size]) for i in range(0, len(new), size)]
+
+    def _tile(
+        self,
+        width: int,
+        axis: int,
+        first_integer: int,
+        unpack: Callable[..., Any],
+        words: Any,
+        own_words: Any,
+        *refs: Any,
+    ) -> None:
+        """The program of one tile."""
+        parts, scales = self.parts, len(jtu.tree_leaves(self.like.scales))
+        inputs = [refs[i * width : (i + 1) * width] for i in range(len(parts))]
+        outputs = refs[len(parts) * width :]
+        size = width - 1
+        outputs = [outputs[i : i + size] for i in range(0, len(outputs), size)]
         program = pl.program_id(0)
-        part = _last_below(tiles[1:-1], program)
-        leaf = _last_below(firsts[1:], program)
-        # The first of the integers is 0, which Triton does not know.
-        zero = words[len(floats)]
-
-        def of_part(function: Callable[[int, AbstractPart, Tile], Any]) -> Any:
-            """What a function of the leaf's number, the part and the tile gives."""
-            branches = [
-                partial(function, *of_leaf, Tile(program - first, zero))
-                for of_leaf, first in zip(parts, tiles[:-1], strict=True)
+        # Of each part, its number, its first tile, and what it says of itself.
+        firsts = itertools.accumulate(x.tiles for x in parts[:-1])
+        firsts = [0, *firsts]
+        table = [
+            (i, first, *x.numbers)
+            for i, (first, x) in enumerate(zip(firsts, parts, strict=True))
+        ]
+        part, first, *numbers = table[0]
+        for row in table[1:]:
+            is_later = program >= row[1]
+            chosen = zip(row, (part, first, *numbers), strict=True)
+            part, first, *numbers = [
+                y if x is y else jnp.where(is_later, jnp.int32(x), jnp.int32(y))
+                for x, y in chosen
             ]
-            return _choose(part, branches)
+        # The first of the integers is 0, which Triton does not know.
+        tile = Tile(program - first, numbers, words[first_integer])
+        # Computed once where they are of all parts alike.
+        shared = None
+        if len({x.code for x in parts}) == 1:
+            shared = parts[0].places(tile)
 
-        grad, *state = of_part(lambda i, part, tile: part.load(inputs[i], scales, tile))
+        def load(i: int) -> list[Array]:
+            elements, groups = shared or parts[i].places(tile)
+            first = width - scales
+            return elements.load(inputs[i][:first]) + groups.load(inputs[i][first:])
+
+        def store(i: int) -> None:
+            elements, groups = shared or parts[i].places(tile)
+            first = width - 1 - scales
+            elements.store(outputs[i][:first], new[:first])
+            groups.store(outputs[i][first:], new[first:])
+
+        of_parts = range(len(parts))
+        grad, *state = _choose(part, [partial(load, i) for i in of_parts])
         here = unpack(
             lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
-            lambda i: words[len(floats) + i],
+            lambda i: words[first_integer + i],
         )
-        own_words = [leaves[leaf * len(own) + i] for i in range(len(own))]
-        own_here = jtu.tree_unflatten(
-            own_structure,
-            [_of_word(x, like.dtype) for x, like in zip(own_words, own, strict=True)],
-        )
-        here = eqx.tree_at(of_one, here, own_here, is_leaf=lambda x: x is None)
-        here = [
-            x.astype(like.dtype)
-            for x, like in zip(jtu.tree_leaves(here), scalar_leaves, strict=True)
-        ]
         operands = {
-            "scalars": scalar_structure.unflatten(here),
+            "scalars": self._with_own(here, own_words, part),
             "grad": grad,
-            "old": state_structure.unflatten(state),
+            "old": jtu.tree_unflatten(jtu.tree_structure(self.like), state),
         }
-        new = arithmetic.trace(update_tile, **operands, static=static)(**operands)
-        new, size = jtu.tree_leaves(new), width - 1
-        of_part(
-            lambda i, part, tile: part.store(
-                outputs[i * size : (i + 1) * size], scales, tile, new
-            )
+        static = {"structure": self.structure, "axis": axis, "keep_unmoved": False}
+        update = self.arithmetic.trace(update_tile, **operands, static=static)
+        new = jtu.tree_leaves(update(**operands))
+        _choose(part, [partial(store, i) for i in of_parts])
+
+    def _with_own(self, here: StepScalars, own_words: Any, part: Any) -> StepScalars:
+        """The scalars of all leaves, and those of the leaf of a part."""
+        own, own_structure = jtu.tree_flatten(self.scalars.leaf)
+        own_here = own_structure.unflatten(
+            _of_word(own_words[part * len(own) + i], like.dtype)
+            for i, like in enumerate(own)
         )
-
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    flat = [x for of_leaf in arrays for x in of_leaf]
-    # The numbers of the arrays of states among all.
-    states = [i for i in range(len(flat)) if i % width > 0]
-    new = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in states],
-        grid=(tiles[-1],),
-        in_specs=[anywhere] * (len(arguments) + len(flat)),
-        out_specs=[anywhere] * len(states),
-        input_output_aliases={len(arguments) + i: j for j, i in enumerate(states)},
-        compiler_params=plt.CompilerParams(num_warps=views[0].warps),
-        interpret=interpret,
-        name=f"flashquinox_{type(structure.rule).__name__.lower()}",
-    )(*arguments, *flat)
-    like, structure_of_all = jtu.tree_flatten(old)
-    new = [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
-    return structure_of_all.unflatten(new)
+        here = eqx.tree_at(_of_leaf, here, own_here, is_leaf=lambda x: x is None)
+        return jtu.tree_map(lambda x, like: x.astype(like.dtype), here, self.scalars)
 
 
-def _last_below(starts: Sequence[int], program: Any) -> Any:
-    """How many of these numbers are at most that of a program."""
-    return sum([(program >= start).astype(jnp.int32) for start in starts], jnp.int32(0))
+def _of_leaf(scalars: StepScalars) -> Any:
+    return scalars.leaf
 
 
 def _word(x: Scalar) -> Scalar:
