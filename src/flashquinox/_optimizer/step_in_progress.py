@@ -184,7 +184,9 @@ class StepInProgress:
         """One step of parts of leaves, which need not be those of this object: only
         what does not depend on their values is. `numbers` are those of their leaves."""
         steps = [
-            self._leaf_step(number, part, grad, all_finite, clip, parameters)
+            self._leaf_step(
+                number, part, grad, all_finite, clip, parameters, in_loop=True
+            )
             for number, part, grad, parameters in zip(
                 numbers, old, _as_typed(grads, shardings), learned, strict=True
             )
@@ -242,6 +244,7 @@ class StepInProgress:
         clip: Clipping | None,
         parameters: Learned,
         as_update: bool = False,
+        in_loop: bool = False,
     ) -> LeafStep:
         settings, stored = self.settings, self.stored[number]
         dtype = compute_dtype(old.weight.dtype)
@@ -259,6 +262,7 @@ class StepInProgress:
                 settings.decay.is_decoupled,
                 as_update,
                 settings.storage.dither_weights,
+                in_loop,
             ),
             stored.layout(old.weight.shape),
             StepScalars(

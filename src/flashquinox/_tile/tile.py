@@ -41,6 +41,9 @@ class StepStructure(eqx.Module):
     as_update: bool = eqx.field(static=True)
     # Round narrow weights that have no correction by a rotating threshold.
     dither_weights: bool = eqx.field(static=True)
+    # Whether the arrays are layers that a loop over stacks has read. These need not be
+    # where stacks are, in the large memory of a device.
+    in_loop: bool = eqx.field(static=True, default=False)
 
     @property
     def codec_of(self) -> dict[str, AbstractMomentCodec]:

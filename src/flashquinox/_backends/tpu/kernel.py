@@ -47,7 +47,10 @@ def update_leaf(
     del leaves
     (view,), (grad,), (state,) = views, grads, old
     grad, state = view.elements.of(grad), view.of(state)
-    if not interpret:
+    # The kernel's own pipeline copies operands into VMEM. XLA would copy small ones
+    # there first: they would move twice.
+    kind = jax.ShapeDtypeStruct if structure.in_loop else pltpu.HBM
+    if not (structure.in_loop or interpret):
         grad = _in_hbm(grad)
     chip = Chip.current()
     block = choose_block(structure, view, chip, grad, state)
@@ -64,7 +67,7 @@ def update_leaf(
     of_elements, of_state = _block_specs(block, state)
     new = pl.pallas_call(
         partial(_kernel, structure, arithmetic, block, unpack, own_structure, treedef),
-        out_shape=[pltpu.HBM(x.shape, x.dtype) for x in arrays],
+        out_shape=[kind(x.shape, x.dtype) for x in arrays],
         grid=block.grid,
         in_specs=[*[in_scalars for _ in packed], of_elements, *of_state],
         out_specs=of_state,
@@ -92,9 +95,8 @@ def update_leaf(
 _of_leaf = operator.attrgetter("leaf")
 
 
-# The kernel's own pipeline copies operands into VMEM. XLA would copy small ones there
-# first: they would move twice. Results, and what they alias, say by their types that
-# they stay in HBM. Older versions of JAX cannot batch this for a gradient.
+# Results, and what they alias, say where they are by their types. Older versions of JAX
+# cannot batch this for a gradient.
 def _in_hbm(x: Array) -> Array:
     if jax.__version_info__ < (0, 12):
         return x
