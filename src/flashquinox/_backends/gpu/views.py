@@ -245,8 +245,12 @@ class _PartialGroups(AbstractPart):
     view: Lanes
     first: int
     count: int
-    # Few, as they are loaded element by element.
-    groups_of_tile: int = 4
+
+    @property
+    def groups_of_tile(self) -> int:
+        # As few as instructions can take that pack four bytes of a thread: they are
+        # loaded element by element.
+        return pl.cdiv(128, self.view.slots)
 
     @property
     def tiles(self) -> int:
@@ -259,11 +263,6 @@ class _PartialGroups(AbstractPart):
     @property
     def code(self) -> Hashable:
         return self.view.group_size
-
-    def together(self, parts: Sequence[AbstractPart]) -> AbstractPart:
-        counts = [x.count for x in parts if isinstance(x, _PartialGroups)]
-        groups = min(self.groups_of_tile, pl.next_power_of_2(max(counts)))
-        return dataclasses.replace(self, groups_of_tile=groups)
 
     def places(self, tile: Tile) -> tuple[Places, Places]:
         view, (first, end, groups_of_run, run) = self.view, tile.numbers
