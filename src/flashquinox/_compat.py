@@ -2,8 +2,8 @@
 `jax.interpreters`, and the structure of jaxprs.
 
 - `jax.extend.core.Primitive` and `jax.interpreters` define primitives that kernels
-    recognize, and derivatives that are errors. Without them, this library cannot be
-    imported.
+    recognize, derivatives that are errors, and steps that are lowered for each platform
+    by a function of its own. Without them, this library cannot be imported.
 - The parameters of primitives in a jaxpr, and `jax.extend.core.Literal`, are needed to
     check the rules of users and to evaluate functions in kernels. Without them, no
     optimizer can be made.
@@ -18,13 +18,17 @@
 Pallas is only imported by backends, when they are needed: see `_backends.platforms`.
 """
 
+import functools
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 
@@ -71,6 +75,126 @@ def refusal(name: str, refuse: Callable[..., NoReturn]) -> Primitive:
     )
     mlir.register_lowering(primitive, refuse)
     return primitive
+
+
+class ByPlatform:
+    """A function with another implementation on each platform. Unlike those of
+    `jax.lax.platform_dependent`, only the one of the platform that a program is
+    compiled for is ever traced.
+
+    `implementation(key, platform)` is the function for programs of a platform, of which
+    `"default"` stands for all that `serve` was not called with. It takes the operands,
+    and returns arrays as those of the last operand, `like`.
+    """
+
+    def __init__(
+        self, name: str, implementation: Callable[[Any, str], Callable[..., Any]]
+    ):
+        self._implementation = implementation
+        # Traced once in a process, whatever the program.
+        self._function = functools.lru_cache(maxsize=1024)(self._make_function)
+        self._primitive = Primitive(name)
+        self._primitive.multiple_results = True
+        self._primitive.def_impl(self._compute)
+        self._primitive.def_abstract_eval(_avals_of_like)
+        batching.primitive_batchers[self._primitive] = self._batch
+        mlir.register_lowering(self._primitive, partial(self._lower, "default"))
+        self._served: set[str] = set()
+
+    def serve(self, platform: str) -> None:
+        """From now on, programs for this platform have an implementation of their
+        own."""
+        if platform not in self._served:
+            self._served.add(platform)
+            rule = partial(self._lower, platform)
+            mlir.register_lowering(self._primitive, rule, platform=platform)
+
+    def __call__(self, key: Hashable, *operands: Any) -> Any:
+        flat, structure = jtu.tree_flatten(operands)
+        likes, structure_of_like = jtu.tree_flatten(operands[-1])
+        new = self._primitive.bind(
+            *flat,
+            key=key,
+            structure=structure,
+            likes=len(likes),
+            # Of each `vmap` around it, which operands have an axis of its members.
+            maps=(),
+            # As when it was traced.
+            mesh=jax.sharding.get_abstract_mesh(),
+            x64=bool(jax.config.jax_enable_x64),
+        )
+        return structure_of_like.unflatten(new)
+
+    def _make_function(
+        self,
+        platform: str,
+        key: Hashable,
+        structure: Any,
+        maps: tuple[tuple[bool, ...], ...],
+    ) -> Callable[..., list[Any]]:
+        """The implementation, of flat arrays."""
+
+        def function(*flat: Any) -> list[Any]:
+            compute = self._implementation(key, platform)
+            return jtu.tree_leaves(compute(*structure.unflatten(flat)))
+
+        for mapped in maps:
+            in_axes = tuple([0 if x else None for x in mapped])
+            function = jax.vmap(function, in_axes=in_axes)
+        return jax.jit(function)
+
+    def _compute(
+        self, *flat: Any, key: Hashable, structure: Any, maps: Any, **_: Any
+    ) -> list[Any]:
+        """Without compiling it."""
+        devices = {device for x in flat for device in getattr(x, "devices", set)()}
+        platform = devices.pop().platform if devices else "default"
+        platform = {"gpu": "cuda"}.get(platform, platform)
+        return self._function(platform, key, structure, maps)(*flat)
+
+    def _lower(
+        self,
+        platform: str,
+        ctx: Any,
+        *flat: Any,
+        key: Hashable,
+        structure: Any,
+        maps: Any,
+        mesh: Any,
+        x64: bool,
+        **_: Any,
+    ) -> Any:
+        function = self._function(platform, key, structure, maps)
+        with jax.sharding.use_abstract_mesh(mesh), jax.enable_x64(x64):
+            return mlir.lower_fun(function, multiple_results=True)(ctx, *flat)
+
+    def _batch(
+        self, flat: Sequence[Any], axes: Sequence[Any], **params: Any
+    ) -> tuple[list[Any], list[int]]:
+        is_mapped = [axis is not None for axis in axes]
+        size = next(
+            x.shape[i] for x, i in zip(flat, axes, strict=True) if i is not None
+        )
+        # What is new depends on all operands.
+        first_like = len(flat) - params["likes"]
+        flat = [
+            jnp.moveaxis(x, axis, 0)
+            if mapped
+            else (x if i < first_like else jnp.broadcast_to(x, (size, *x.shape)))
+            for i, (x, axis, mapped) in enumerate(
+                zip(flat, axes, is_mapped, strict=True)
+            )
+        ]
+        is_mapped[first_like:] = [True] * params["likes"]
+        params["maps"] = (*params["maps"], tuple(is_mapped))
+        return self._primitive.bind(*flat, **params), [0] * params["likes"]
+
+
+def _avals_of_like(*avals: Any, likes: int, **_: Any) -> list[Any]:
+    # What varies over an axis of a mesh makes everything vary.
+    varying = frozenset().union(*[getattr(x, "vma", ()) for x in avals])
+    new = [x.update(weak_type=False) for x in avals[len(avals) - likes :]]
+    return [x.update(vma=varying) if varying else x for x in new]
 
 
 #

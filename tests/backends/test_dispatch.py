@@ -44,10 +44,9 @@ assert toy.calls == ["load"], toy.calls
 toy.calls.clear()
 assert same(step("toy"), reference)
 first = [*views, "batches"]
-# Of a batch of two and one of one; each for this platform, and for others.
-updates = [("update", n, how) for n in (2, 1) for how in (False, True)]
-assert toy.calls[: len(first)] == first, toy.calls
-assert sorted(toy.calls[len(first) :]) == sorted(updates), toy.calls
+# Of a batch of two and one of one.
+updates = [("update", n, False) for n in (2, 1)]
+assert toy.calls == [*first, *updates], toy.calls
 toy.calls.clear()
 # Batches are those that were traced.
 assert same(step("toy"), reference)
@@ -55,7 +54,7 @@ assert toy.calls == first, toy.calls
 toy.calls.clear()
 # Chosen for its device, beside plain XLA for others.
 assert same(step("auto"), reference)
-assert toy.calls == [*first, *updates[::2]], toy.calls
+assert toy.calls == [*first, *updates], toy.calls
 assert dispatch.prefers_rows("toy") and dispatch.prefers_rows("auto")
 assert not dispatch.prefers_rows("xla")
 
@@ -104,13 +103,8 @@ def test_no_toy_is_left():
 _PARAMS = {f"w{i}": jnp.ones((64, 96), jnp.bfloat16) for i in range(6)}
 
 
-@pytest.mark.parametrize(
-    "backend, times",
-    # Kernels for TPUs are in every program of leaves that suit them, beside plain XLA.
-    # What is traced of a kernel is evaluated in two ways: interpreted, and not.
-    [("auto", 2), ("xla", 1), ("gpu", 1), ("tpu", 1)],
-)
-def test_equal_leaves_are_traced_once(backend, times):
+@pytest.mark.parametrize("backend", ["auto", "xla", "gpu", "tpu"])
+def test_equal_leaves_are_traced_once(backend):
     """In a process, whatever the program."""
     traced = []
 
@@ -129,10 +123,11 @@ def test_equal_leaves_are_traced_once(backend, times):
     optim = fq.optimizer(Counted(), 1e-2, backend=backend)
     state = optim.init(_PARAMS)
     traced.clear()
-    jax.make_jaxpr(lambda *args: optim.step(*args))(_PARAMS, state, _PARAMS)
-    assert len(traced) == times
-    jax.make_jaxpr(lambda *args: optim.step(*args))(_PARAMS, state, _PARAMS)
-    assert len(traced) == times
+    for _ in range(2):
+        step = jax.jit(lambda *args: optim.step(*args))
+        # For this platform alone, whichever kernels are in programs for others.
+        step.lower(_PARAMS, state, _PARAMS)
+        assert len(traced) == 1
 
 
 def test_what_was_traced_is_of_one_device(monkeypatch):
@@ -142,7 +137,10 @@ def test_what_was_traced_is_of_one_device(monkeypatch):
 
     def text(kind=None):
         if kind is None:
-            return str(jax.make_jaxpr(optim.step)(_PARAMS, state, _PARAMS))
+            traced = jax.jit(lambda *args: optim.step(*args)).trace(
+                _PARAMS, state, _PARAMS
+            )
+            return traced.lower(lowering_platforms=("tpu",)).as_text()
         with compiling_for(kind, "tpu"):
             return text()
 
@@ -155,9 +153,9 @@ def test_what_was_traced_is_of_one_device(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(platforms, "_loaded", absent)
         with pytest.warns(UserWarning, match="no kernels for TPUs"):
-            assert "pallas_call" not in text("TPU v4")
+            assert "tpu_custom_call" not in text("TPU v4")
     platforms._warn_of_plain_xla.cache_clear()
-    assert "pallas_call" in text("TPU v4")
+    assert "tpu_custom_call" in text("TPU v4")
 
 
 def test_a_batch_for_gpus_is_the_same_elsewhere():

@@ -122,7 +122,7 @@ def test_one_warning_where_kernels_would_have_been_used(name, no_kernels):
     assert len(messages) == 1
     assert f"`{platforms.named(name).needs}`" in messages[0]
     assert "plain XLA" in messages[0]
-    assert all("pallas_call" not in str(x) for x in traced)
+    assert all("flashquinox_step" not in str(x) for x in traced)
 
 
 def test_nothing_stands_in_for_modules():

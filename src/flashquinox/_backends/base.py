@@ -43,7 +43,7 @@ class AbstractBackend(abc.ABC):
 
     # By which users choose the backend: `backend="tpu"`.
     name: ClassVar[str]
-    # What `jax.lax.platform_dependent` calls the platform whose programs take this
+    # What JAX calls the platform whose programs take this
     # backend: "tpu", "cuda". "default" means all platforms without a backend of their
     # own.
     platform: ClassVar[str]

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.lax as lax
 from jaxtyping import Array
 
 from .. import _compat
@@ -114,17 +113,23 @@ def _update_batch(
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
     """A batch that a kernel takes, on its platform."""
-    operands = scalars, leaves, grads, old
-    updates = {
-        kernel.platform: _update_for(batch, kernel, views)
-        for kernel, views in batch.kernels
-    }
+    for kernel, _ in batch.kernels:
+        _by_platform.serve(kernel.platform)
+    return _by_platform(batch, scalars, leaves, grads, old)
+
+
+def _update_on(batch: _Batch, platform: str) -> Update:
+    """What updates the leaves of a batch in programs for a platform."""
+    for kernel, views in batch.kernels:
+        if kernel.platform == platform:
+            return _update_for(batch, kernel, views)
     if batch.is_asked:
-        (kernel,) = updates.values()
-        default = partial(kernel, interpret=True)
-    else:
-        default = _update_for(batch, XLA, batch.plain)
-    return lax.platform_dependent(*operands, **updates, default=default)
+        ((kernel, views),) = batch.kernels
+        return partial(_update_for(batch, kernel, views), interpret=True)
+    return _update_for(batch, XLA, batch.plain)
+
+
+_by_platform = _compat.ByPlatform("flashquinox_step", _update_on)
 
 
 def _update_for(
