@@ -13,7 +13,8 @@ import pytest
 import flashquinox as fq
 from flashquinox import _compat as compat
 from flashquinox._backends.gpu import BACKEND as GPU, views as gpu
-from flashquinox._storage.layout import Layout
+from flashquinox._storage import moment_codecs
+from flashquinox._storage.layout import Layout, layout_of
 from flashquinox._tile.tile import TileState
 
 from ..helpers import Case, float64, parametrize_cases, slow, Storage
@@ -123,6 +124,37 @@ def test_leaves_with_and_without_decay():
     storage = fq.Storage(master_weight_bits=None, dither_weights=True)
     make = ft.partial(fq.lion, 1e-2, weight_decay=0.1, mask=mask, storage=storage)
     run("gpu", make, params, [grads])
+
+
+# Shapes, axes of groups, and sizes of groups.
+_LAYOUTS = {
+    # Whole groups, and one more: of a leaf that is tiny, and of one that is not.
+    "tiny": ((7, 33), (-2, -1), 32),
+    "large": ((131, 101), (-2, -1), 32),
+    # A partial group in each of several runs, as on a mesh.
+    "runs": ((6, 7, 11), (-2, -1), 32),
+    "sizes": ((4, 96), (-1,), 48),
+    "partial sizes": ((10, 33), (-2, -1), 80),
+    # Groups along rows: partial ones, and rows of several axes.
+    "rows": ((40, 6), (-2,), 32),
+    "merged rows": ((2, 5, 8, 6), (-3, -2), 32),
+}
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("name", _LAYOUTS)
+def test_every_layout(name, monkeypatch):
+    _run_layout(name, monkeypatch)
+
+
+def _run_layout(name, monkeypatch, device=None):
+    shape, axes, group_size = _LAYOUTS[name]
+    layout = lambda shape, size, *_: layout_of(shape, axes, size)
+    monkeypatch.setattr(moment_codecs, "choose_layout", layout)
+    params, *grads = [arrays({"w": shape}, jnp.bfloat16, seed) for seed in range(3)]
+    storage = fq.Storage(group_size=group_size)
+    make = ft.partial(fq.adamw, 1e-2, storage=storage)
+    run("gpu", make, params, grads, device=device)
 
 
 @pytest.mark.product
@@ -251,6 +283,12 @@ def test_kernel_on_a_gpu_is_plain_xla(case):
     grads = [arrays(_SHAPES, dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
     run("gpu", make, arrays(_SHAPES, dtype, 0), grads, device=_gpus()[0])
+
+
+@_needs_gpu
+@pytest.mark.parametrize("name", _LAYOUTS)
+def test_every_layout_on_a_gpu(name, monkeypatch):
+    _run_layout(name, monkeypatch, _gpus()[0])
 
 
 @_needs_gpu
