@@ -49,8 +49,17 @@ _KINDS = {
     "matrices": {"whole": (3, 24, 256), "partial": (1, 130, 80, 3)},
     "planes": {"whole": (384, 1, 7, 7), "partial": (2, 40, 4, 128)},
 }
-# With moments in float32, and in groups with a partial one at the end.
-_VECTORS = {"a": (100,), "b": (768,), "c": (4096,), "d": (10000,), "e": (4100,)}
+# With moments in float32, and in groups with a partial one at the end; and with axes of
+# length 1.
+_VECTORS = {
+    "a": (100,),
+    "b": (768,),
+    "c": (4096,),
+    "d": (10000,),
+    "e": (4100,),
+    "f": (96, 1, 1),
+    "g": (1, 1, 768),
+}
 
 
 def _supported(case: Case) -> bool:
@@ -167,6 +176,17 @@ def test_vectors(name):
     grads = [arrays(_VECTORS, jnp.bfloat16, seed) for seed in (1, 2)]
     make = ft.partial(Case(name, _ours).optimizer, 1e-2)
     run("tpu", make, arrays(_VECTORS, jnp.bfloat16, 0), grads)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("shape", [(12, 64), (144, 1, 3, 3), (70, 160)])
+@pytest.mark.parametrize("name", ["lion", slow("adamw")])
+def test_small_leaves_of_one_shape(name, shape):
+    """They share a kernel, and no leaf has the other's thresholds."""
+    shapes = {"a": shape, "b": shape}
+    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
+    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
 def test_a_long_vector():
@@ -302,10 +322,8 @@ def test_ensembles():
 
 
 _NOT_FOR_KERNELS = {
-    "ragged": jax.ShapeDtypeStruct((37, 5), jnp.bfloat16),
     "scalar": jax.ShapeDtypeStruct((), jnp.float32),
     "half": jax.ShapeDtypeStruct((64, 64), jnp.float16),
-    "lanes": jax.ShapeDtypeStruct((5, 64), jnp.bfloat16),
     "empty": jax.ShapeDtypeStruct((0, 32), jnp.bfloat16),
 }
 

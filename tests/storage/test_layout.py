@@ -123,9 +123,10 @@ def test_choose_layout(shape, axes):
         ((4096, 8, 128), (-3,)),
         ((24, 4096, 8, 128), (-3,)),
         ((12, 768, 1, 7, 7), (-2,)),
-        # Groups of a small leaf would be short.
-        ((3, 64, 5), (-2, -1)),
+        # Groups are short where all axes but one are.
+        ((3, 64, 5), (-1,)),
         ((64,), (-1,)),
+        ((96, 1, 1), (-3, -2, -1)),
         ((), ()),
     ],
 )

@@ -20,8 +20,6 @@ _CODE, _SCALE, _WEIGHT = 1, 2, 2
 _MOST_LAYERS = 128
 # Groups are long that have so many scales for an element, or fewer.
 _LONG = 1 / 16
-# Elements of leaves for which a kernel is worth more memory.
-_SMALL = 2**14
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,8 +67,8 @@ class GroupsInMemory:
     | kind | elements | groups run along | scales |
     | --- | --- | --- | --- |
     | "rows" | `(matrices, rows, columns)` | the rows | `(matrices, groups, columns)` |
-    | "matrices" | `(before, matrices, between, rows, columns)` | the rows |
-        `(before, between, groups, matrices, columns)` |
+    | "matrices" | `(..., matrices, ..., rows, columns)` | the rows |
+        `(..., groups, ..., matrices, columns)` |
     | "planes" | `(before, planes, between, rows, columns)` | the planes |
         `(before, groups, between, rows, columns)` |
 
@@ -102,7 +100,8 @@ def groups_in_memory(
     scale_rows = memory_order(tuple(scale_shape), _SCALE)[-2]
     if axis != rows:
         kind = "planes"
-        before, between = _around(outer, axis)
+        place = outer.index(axis)
+        before, between = tuple(outer[:place]), tuple(outer[place + 1 :])
         elements = scales = before, (axis,), between, (rows,), (columns,)
     elif shape[rows] >= _TILE_ROWS and (
         scale_rows == rows or scale_shape[rows] == scale_shape[scale_rows] == 1
@@ -111,22 +110,19 @@ def groups_in_memory(
         elements = scales = tuple(outer), (rows,), (columns,)
     else:
         kind = "matrices"
+        # An axis of length 1 if there is no other.
         matrices = (scale_rows,) if scale_rows in outer else ()
-        before, between = _around(outer, *matrices)
-        elements = before, matrices, between, (rows,), (columns,)
-        scales = before, between, (rows,), matrices, (columns,)
+        others = [axis for axis in outer if axis not in matrices]
+        elements = [(axis,) for axis in outer]
+        elements = (*elements, *[()][len(matrices) :], (rows,), (columns,))
+        scales = [(axis,) for axis in sorted([*others, rows])]
+        scales = (*scales, matrices, (columns,))
     in_place = (
         _lies_like(shape, elements, _CODE)
         and _lies_like(shape, elements, _WEIGHT)
         and _lies_like(tuple(scale_shape), scales, _SCALE)
     )
     return GroupsInMemory(kind, elements, scales, in_place)
-
-
-def _around(axes: list[int], axis: int | None = None) -> tuple[Axes, Axes]:
-    """The axes before and after one of them."""
-    place = axes.index(axis) if axis in axes else 0
-    return tuple(axes[:place]), tuple(axes[place + 1 :] if axis in axes else axes)
 
 
 def _lies_like(shape: tuple[int, ...], view: tuple[Axes, ...], itemsize: int) -> bool:
@@ -150,10 +146,11 @@ def choose_axis(
     counted from the end. `None` if the leaf has none for the kernels.
 
     These are the rows in memory, if groups along them are long. Otherwise it is the
-    axis that needs the fewest scales, for a leaf that is not small.
+    axis that needs the fewest scales; best one for which XLA copies nothing.
     """
     ndim = len(shape)
-    if ndim < 2 or math.prod(shape) == 0:
+    # A leaf with one long axis is a vector.
+    if sum([length > 1 for length in shape]) < 2 or math.prod(shape) == 0:
         return None
     *outer, rows, _ = memory_order(shape, _CODE)
 
@@ -166,12 +163,13 @@ def choose_axis(
         # own to be updated one by one. But no model has this many layers, and few have
         # layers that lie along the rows; unless they are of convolutions.
         separate = axis > 0 or shape[0] >= _MOST_LAYERS or (axis == rows and ndim < 5)
-        in_place = groups_in_memory(shape, axis, group_size).in_place
-        return axis - ndim in axes and separate and in_place
+        return axis - ndim in axes and separate
 
-    if is_fit(rows) and scales(rows) <= _LONG:
-        return rows - ndim
     fit = [axis for axis in (*reversed(outer), rows) if is_fit(axis)]
-    if not fit or math.prod(shape) < _SMALL:
+    in_place = lambda axis: groups_in_memory(shape, axis, group_size).in_place
+    fit = [axis for axis in fit if in_place(axis)] or fit
+    if not fit:
         return None
+    if rows in fit and scales(rows) <= _LONG:
+        return rows - ndim
     return min(fit, key=scales) - ndim

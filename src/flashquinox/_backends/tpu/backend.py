@@ -1,17 +1,13 @@
 """Pallas for TPUs: one kernel for each leaf."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import jax.tree_util as jtu
 
 from ..._tile.tile import StepStructure, TileState
 from ..base import AbstractBackend, LeafStep, Update
-from .view import View as TpuView, view_of
-
-
-# Elements of a vector that has a kernel of its own.
-_LONG = 2**14
+from .view import LARGE, View as TpuView, view_of
 
 
 class Tpu(AbstractBackend):
@@ -23,7 +19,7 @@ class Tpu(AbstractBackend):
 
     def load(self) -> Update:
         from .kernel import update_leaf
-        from .unbatched import update_vectors
+        from .unbatched import update_small
 
         def update(
             structure: StepStructure,
@@ -31,8 +27,8 @@ class Tpu(AbstractBackend):
             *args: Any,
             **kwargs: Any,
         ) -> tuple[TileState, ...]:
-            is_vector = views[0].kind == "vector"
-            update_here = update_vectors if is_vector else update_leaf
+            alone = len(views) == 1 and views[0].kind != "vector"
+            update_here = update_leaf if alone else update_small
             return update_here(structure, views, *args, **kwargs)
 
         return update
@@ -49,29 +45,37 @@ class Tpu(AbstractBackend):
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]
     ) -> list[list[int]]:
-        """Vectors that are stored alike share a kernel, but for long ones."""
+        """Small leaves share kernels that are stored alike and are vectors or of the same
+        shape."""
+        from .alike import most_alike
+        from .chip import Chip
         from .gathered import gathered, pieces_of
 
-        alone, alike = [], {}
+        found, vectors, alike = [], {}, {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
-            if view.kind == "vector" and step.grad.size < _LONG:
-                alike.setdefault(_kind(step, view), []).append(i)
+            if step.grad.size >= LARGE or Chip.current().arithmetic.only_words:
+                found.append([i])
+            elif view.kind == "vector":
+                vectors.setdefault(_kind(step, view.group_size), []).append(i)
             else:
-                alone.append([i])
-        together = [
-            [numbers[i] for i in batch]
-            for numbers in alike.values()
-            for batch in gathered([pieces_of(views[i]) for i in numbers])
-        ]
-        return alone + together
+                alike.setdefault(_kind(step, view), []).append(i)
+        for numbers in vectors.values():
+            for batch in gathered([pieces_of(views[i]) for i in numbers]):
+                found.append([numbers[i] for i in batch])
+        for numbers in alike.values():
+            first = numbers[0]
+            most = most_alike(views[first], steps[first].grad, steps[first].old)
+            starts = range(0, len(numbers), most)
+            found += [numbers[i : i + most] for i in starts]
+        return found
 
 
-def _kind(step: LeafStep, view: Any) -> tuple[Any, ...]:
-    """What vectors must have in common to share a kernel."""
+def _kind(step: LeafStep, view: Hashable) -> tuple[Any, ...]:
+    """What leaves must have in common to share a kernel."""
     leaves, structure = jtu.tree_flatten((step.grad, step.old))
     dtypes = tuple([x.dtype for x in leaves])
     scalars = jtu.tree_structure(step.scalars)
-    return step.structure, scalars, view.group_size, structure, dtypes
+    return step.structure, scalars, view, structure, dtypes
 
 
 BACKEND = Tpu()

@@ -1,38 +1,25 @@
-"""A step of many vectors as one kernel.
-
-The vectors of a model are small: a kernel for each would mostly start and end. One
-kernel copies all of them into VMEM at once. There, each begins with a new piece of some
-long arrays, in which a loop takes the step, piece by piece.
-"""
+"""A step of short vectors as one kernel. In VMEM, each begins with a new piece of some
+long arrays, in which a loop takes the step, piece by piece."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Shaped
 
 from ..._storage.codec import Reduction
-from ..._tile.tile import LeafScalars, no_update, StepScalars, StepStructure, TileState
-from ..interpreter.scalars import pack
+from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from .block import AbstractBlock, AbstractChunk, LANES
-from .chip import Chip
-from .chunk import ChunkStep
-from .scratch import scratch_shapes
+from .many import Inside, MOST_LEAVES, update_many
 from .vectors import place_in_piece, reduced_along_lanes, spread_along_lanes
 from .view import View
 
 
-# Vectors of a kernel, at most: more take the compiler longer than several kernels.
-_MOST_VECTORS = 24
 # Pieces of a kernel, at most: they have room in VMEM.
 _MOST_PIECES = 64
 # The scales of a piece begin a tile of their own.
@@ -41,7 +28,7 @@ _TILE = 1024
 
 def pieces_of(view: View) -> int:
     """How many pieces of a kernel this vector takes."""
-    (length,) = view.elements.lengths
+    *_, length = view.elements.lengths
     return pl.cdiv(length, view.group_size * LANES)
 
 
@@ -50,7 +37,7 @@ def gathered(pieces: list[int]) -> list[list[int]]:
     found: list[list[int]] = []
     room = 0
     for i, count in enumerate(pieces):
-        if count > room or len(found[-1]) == _MOST_VECTORS:
+        if count > room or len(found[-1]) == MOST_LEAVES:
             found.append([])
             room = _MOST_PIECES
         found[-1].append(i)
@@ -68,149 +55,67 @@ def update_gathered(
     interpret: bool = False,
 ) -> tuple[TileState, ...]:
     """One step of several vectors. See `AbstractBackend.load`."""
-    chip = Chip.current()
-    arithmetic = chip.arithmetic.exact if interpret else chip.arithmetic
+    pairs = zip(views, grads, old, strict=True)
+    grads, old = zip(
+        *[(view.elements.of(grad), view.of(state)) for view, grad, state in pairs],
+        strict=True,
+    )
     places = _Places.of(views)
-    # Of each vector, the gradient and the arrays of its state, of which the last ones
-    # are scales.
-    arrays = [[g, *jtu.tree_leaves(x)] for g, x in zip(grads, old, strict=True)]
-    treedef, width = jtu.tree_structure(old[0]), len(arrays[0])
     scales = len(jtu.tree_leaves(old[0].scales))
+    arrays, treedef = [grads[0], *jtu.tree_leaves(old[0])], jtu.tree_structure(old[0])
     # How long a piece of each array is, and how far apart two are.
-    size = places.group_size * LANES
-    sizes = [
-        (LANES, _TILE) if i >= width - scales else (size, size) for i in range(width)
-    ]
-
-    of_leaf = lambda x: x.leaf
-    *packed, unpack = pack(eqx.tree_at(of_leaf, scalars, None))
-    # What is not the same for all vectors, for each piece.
-    stack = lambda *xs: jnp.stack([xs[place.vector] for place in places.all])
-    own, own_structure = jtu.tree_flatten(jtu.tree_map(stack, *leaves))
-    lengths = jnp.asarray([place.length for place in places.all], jnp.int32)
-    small = [x.reshape(1, -1) for x in (*packed, lengths, *own)]
-
+    size, width = places.group_size * LANES, len(arrays)
+    sizes = [(size, size)] * (width - scales) + [(LANES, _TILE)] * scales
     block = _GatheredBlock(places)
-    count = len(views) * width
-    # All but the gradients are updated in place.
-    results = [i for i in range(count) if i % width > 0]
-    flat = [x for of_vector in arrays for x in of_vector]
 
-    def kernel(floats: Any, integers: Any, lengths: Any, *refs: Any) -> None:
-        parts = len(own), count, len(results), count, width
-        own_refs, inputs, outputs, copies, scratch, rest = _split(refs, parts)
-        *rest, semaphore = rest
-        grad, *state = scratch
+    def body(inside: Inside) -> Callable[[], None]:
+        grad, *state = inside.scratch
         state = treedef.unflatten(state)
-        scalars = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
 
-        def pieces(i: int) -> Iterator[tuple[Any, Any]]:
-            """Where the pieces of an array are in its copy and in scratch."""
-            length, distance = sizes[i % width]
-            (end,) = copies[i].shape
-            for k, piece in enumerate(places.of_vector(i // width)):
-                here = min(length, end - k * length)
-                yield pl.ds(k * length, here), pl.ds(piece * distance, here)
-
-        _copy(inputs, copies, semaphore)
-        for i, ref in enumerate(copies):
-            for source, target in pieces(i):
-                scratch[i % width][target] = ref[source]
+        def copy(array: int, back: bool) -> None:
+            """Copies an array of each vector to scratch, or from there."""
+            (length, distance), scratch = sizes[array], inside.scratch[array]
+            for vector, copies in enumerate(inside.copies):
+                *one, end = copies[array].shape
+                for i, piece in enumerate(places.of_vector(vector)):
+                    here = min(length, end - i * length)
+                    # Of a matrix with one row, the row.
+                    row = [0 for _ in one]
+                    own = copies[array].at[(*row, pl.ds(i * length, here))]
+                    gathered = scratch.at[pl.ds(piece * distance, here)]
+                    source, target = (gathered, own) if back else (own, gathered)
+                    target[...] = source[...]
 
         def update(index: Any, carry: None) -> None:
-            here = own_structure.unflatten([x[0, index] for x in own_refs])
-            own_scalars = eqx.tree_at(of_leaf, scalars, here, is_leaf=_is_none)
-            dither = structure.dither_weights
-            chunk = ChunkStep(
-                structure=structure,
-                arithmetic=arithmetic,
-                block=block,
-                block_index=(lengths,),
-                scalars=own_scalars,
-                dithers=own_scalars.dithers(structure),
-                threshold=own_scalars.weight_threshold if dither else None,
-                grad=grad,
-                old=state,
-                new=state,
-                scratch=tuple(rest),
-                zero=integers[0, 0],
-            )
-            chunk.update(index, carry)
+            lengths = (inside.lengths,)
+            inside.chunks(index, lengths, grad, state).update(index, carry)
 
-        step = partial(lax.fori_loop, 0, len(places.all), update, None)
-        if scalars.take is None:
-            step()
-        else:
-            pl.when(scalars.take)(step)
-            if structure.as_update:
+        def step() -> None:
+            for array in range(width):
+                copy(array, back=False)
+            lax.fori_loop(0, len(places.all), update, None)
+            for array in range(1, width):
+                copy(array, back=True)
 
-                @pl.when(jnp.logical_not(scalars.take))
-                def _():
-                    state.weight[...] = no_update(state.weight[...])
+        return step
 
-        for i in results:
-            for target, source in pieces(i):
-                copies[i][target] = scratch[i % width][source]
-        _copy([copies[i] for i in results], outputs, semaphore)
-
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    new = pl.pallas_call(
-        kernel,
-        out_shape=[pltpu.HBM(flat[i].shape, flat[i].dtype) for i in results],
-        in_specs=[
-            *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in small],
-            *[in_hbm for _ in flat],
+    stack = lambda *xs: jnp.stack([xs[place.vector] for place in places.all])
+    new = update_many(
+        structure,
+        block,
+        scalars,
+        jtu.tree_map(stack, *leaves),
+        grads,
+        old,
+        [
+            pltpu.VMEM((len(places.all) * distance,), x.dtype)
+            for (_, distance), x in zip(sizes, arrays, strict=True)
         ],
-        out_specs=[in_hbm for _ in results],
-        scratch_shapes=[
-            *[pltpu.VMEM(x.shape, x.dtype) for x in flat],
-            *[
-                pltpu.VMEM((len(places.all) * distance,), x.dtype)
-                for (_, distance), x in zip(sizes, arrays[0], strict=True)
-            ],
-            *scratch_shapes(structure, block),
-            pltpu.SemaphoreType.DMA,
-        ],
-        input_output_aliases={len(small) + i: j for j, i in enumerate(results)},
-        compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=chip.vmem_limit, disable_bounds_checks=True
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=50 * sum([x.size for x in grads]),
-            transcendentals=4 * sum([x.size for x in grads]),
-            bytes_accessed=sum(
-                [x.nbytes * (2 if i in results else 1) for i, x in enumerate(flat)]
-            ),
-        ),
-        interpret=interpret,
-        name=f"flashquinox_{type(structure.rule).__name__.lower()}_vectors",
-    )(*small, *flat)
-    each = width - 1
-    return tuple(
-        [treedef.unflatten(new[i * each : (i + 1) * each]) for i in range(len(views))]
+        body,
+        interpret,
+        lengths=[place.length for place in places.all],
     )
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _split(refs: tuple[Any, ...], sizes: tuple[int, ...]) -> list[tuple[Any, ...]]:
-    ends = np.cumsum([0, *sizes])
-    parts = [refs[i:j] for i, j in itertools.pairwise(ends)]
-    return [*parts, refs[ends[-1] :]]
-
-
-def _copy(sources: Sequence[Any], targets: Sequence[Any], semaphore: Any) -> None:
-    """All at the same time."""
-    copies = [
-        pltpu.make_async_copy(source, target, semaphore)
-        for source, target in zip(sources, targets, strict=True)
-    ]
-    for copy in copies:
-        copy.start()
-    for copy in copies:
-        copy.wait()
+    return tuple([view.restore(x) for view, x in zip(views, new, strict=True)])
 
 
 class _Place(NamedTuple):
@@ -231,7 +136,7 @@ class _Places:
         size = views[0].group_size * LANES
         places = []
         for vector, view in enumerate(views):
-            (length,) = view.elements.lengths
+            *_, length = view.elements.lengths
             places += [
                 _Place(vector, min(size, length - start))
                 for start in range(0, length, size)

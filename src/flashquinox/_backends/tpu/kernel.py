@@ -120,7 +120,7 @@ def choose_block(
         return planes_block(shape, size, room)
     groups = groups_of_chunk(structure)
     if view.kind == "matrices":
-        return matrices_block(shape, size, groups, room)
+        return matrices_block(view, groups, room)
     # Loads with a stride, as of words, are from arrays of no more lanes.
     return rows_block(shape, size, groups, room, chip.arithmetic.only_words)
 

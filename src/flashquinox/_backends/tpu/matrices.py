@@ -2,6 +2,7 @@
 a chunk has a group of each of several matrices."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.lax as lax
@@ -11,14 +12,19 @@ from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
 from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
+from .view import View
 
 
 @dataclasses.dataclass(frozen=True)
 class MatricesBlock(AbstractGridBlock):
-    """A block of `(before, matrices, between, rows, columns)`, in elements. A piece is
-    a group of each of 128 lanes."""
+    """A block of `(..., matrices, ..., rows, columns)`, in elements. A piece is a group
+    of each of 128 lanes."""
 
     shape: tuple[int, ...]
+    # Which of these axes are the matrices.
+    axis: int
+    # In the same order, the axes of the scales.
+    scale_axes: tuple[int, ...]
     matrices: int
     rows: int
     columns: int
@@ -28,21 +34,26 @@ class MatricesBlock(AbstractGridBlock):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        before, matrices, between, rows, columns = self.shape
-        matrices, rows = pl.cdiv(matrices, self.matrices), pl.cdiv(rows, self.rows)
-        return before, matrices, between, rows, pl.cdiv(columns, self.columns)
+        pairs = zip(self.shape, self.elements, strict=True)
+        return tuple([pl.cdiv(length, part) for length, part in pairs])
 
     @property
     def elements(self) -> tuple[int, ...]:
-        return 1, self.matrices, 1, self.rows, self.columns
+        return self._index(1, self.matrices, self.rows, self.columns)
 
     @property
     def scales(self) -> tuple[int, ...]:
-        return 1, 1, self.rows // self.group_size, self.matrices, self.columns
+        groups = self.rows // self.group_size
+        return self.scales_at(*self._index(1, self.matrices, groups, self.columns))
 
     def scales_at(self, *index: Any) -> tuple[Any, ...]:
-        before, matrices, between, rows, columns = index
-        return before, between, rows, matrices, columns
+        return tuple([index[axis] for axis in self.scale_axes])
+
+    def _index(self, other: Any, matrices: Any, rows: Any, columns: Any) -> Any:
+        """What belongs to each axis of the view."""
+        outer: list[Any] = [other for _ in self.shape[:-2]]
+        outer[self.axis] = matrices
+        return (*outer, rows, columns)
 
     @property
     def chunks(self) -> int:
@@ -110,49 +121,58 @@ class _MatricesChunk(AbstractChunk):
 
     @property
     def scales(self) -> tuple[Any, ...]:
-        return 0, 0, self.group, slice(None), self.lanes
+        block = self.block
+        index = block._index(0, slice(None), self.group, self.lanes)
+        return block.scales_at(*index)
 
     def elements(self, piece: int) -> tuple[Any, ...]:
         size = self.block.group_size
         rows = slice(None)
         if self.block.rows > size:
             rows = pl.ds(pl.multiple_of(self.group * size, size), size)
-        return 0, piece, 0, rows, self.lanes
+        return self.block._index(0, piece, rows, self.lanes)
 
     def present(self, piece: int) -> Bool[Array, "rows lanes"] | None:
         del piece
         block = self.block
-        last, left = divmod(block.shape[3], block.group_size)
+        last, left = divmod(block.shape[-2], block.group_size)
         if left == 0:
             return None
-        group = self.block_index[3] * (block.rows // block.group_size) + self.group
+        group = self.block_index[-2] * (block.rows // block.group_size) + self.group
         rows = lax.broadcasted_iota(jnp.int32, block.piece, 0)
         return rows < jnp.where(group == last, left, block.group_size)
 
 
-def matrices_block(
-    shape: tuple[int, ...], group_size: int, matrices: int, room: int
-) -> MatricesBlock:
+def matrices_block(view: View, most: int, room: int) -> MatricesBlock:
     """As many whole chunks as there is room for, evenly divided.
 
     **Arguments:**
 
-    - `shape`: of the view.
-    - `group_size`: how many rows a group has, at most.
-    - `matrices`: how many matrices a chunk has, at most.
+    - `view`: of the leaf.
+    - `most`: how many matrices a chunk has, at most.
     - `room`: the elements that fit into VMEM.
     """
-    before, all_matrices, between, rows, columns = shape
-    matrices, group_size = min(matrices, all_matrices), min(group_size, rows)
+    elements, scales = view.elements.axes, view.scales.axes
+    shape = view.elements.lengths
+    axis = elements.index(scales[-2])
+    *_, rows, columns = shape
+    matrices, group_size = min(most, shape[axis]), min(view.group_size, rows)
     lanes = min(LANES, columns)
     chunks = pl.cdiv(rows, group_size), pl.cdiv(columns, lanes)
     # Tiles are filled up.
     height = pl.cdiv(group_size, SUBLANES) * SUBLANES
     room = room // (matrices * height * lanes)
-    times = before * between * pl.cdiv(all_matrices, matrices)
+    times = math.prod(shape[:-2]) // shape[axis] * pl.cdiv(shape[axis], matrices)
     wide, high = evenly(times * chunks[0], chunks[1], room), 1
     if wide == chunks[1]:
         high = evenly(times, chunks[0], room // wide, wide)
     return MatricesBlock(
-        shape, matrices, high * group_size, wide * lanes, group_size, lanes
+        shape=shape,
+        axis=axis,
+        scale_axes=tuple([elements.index(axes) for axes in scales]),
+        matrices=matrices,
+        rows=high * group_size,
+        columns=wide * lanes,
+        group_size=group_size,
+        lanes=lanes,
     )

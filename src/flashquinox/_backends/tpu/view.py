@@ -2,16 +2,21 @@
 
 import dataclasses
 import math
+from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Shaped
 
-from ..._storage.layout import Layout
+from ..._storage.layout import flattened, Layout
 from ..._storage.tpu_memory import Axes, groups_in_memory, memory_order
 from ..._tile.tile import TileState
 
 
+# See `GroupsInMemory`; vectors have groups along their only axis.
+Kind: TypeAlias = Literal["rows", "matrices", "planes", "vector"]
+# Elements of a leaf that has a kernel of its own.
+LARGE = 2**14
 # Groups are whole tiles of 8-bit integers.
 _TILE_ROWS = 32
 _LANES = 128
@@ -48,10 +53,14 @@ class ArrayView:
 class View:
     """A leaf, its state and its groups. See `GroupsInMemory`."""
 
-    kind: str
+    layout: Layout
+    kind: Kind
     elements: ArrayView
     scales: ArrayView
-    group_size: int
+
+    @property
+    def group_size(self) -> int:
+        return self.layout.group_size
 
     def of(self, x: TileState) -> TileState:
         state = x.map(self.elements.of)
@@ -73,9 +82,9 @@ def view_of(
     if dtypes & {jnp.dtype(jnp.float16), jnp.dtype(jnp.float64)}:
         return None
     shape = layout.shape
-    if len(shape) == 0 or math.prod(shape) == 0:
+    if math.prod(shape) < 2:
         return None
-    if len(shape) == 1:
+    if sum([length > 1 for length in shape]) < 2:
         return None if only_words else _of_vector(layout, old)
     *_, rows, columns = memory_order(shape, itemsize=1)
     if jtu.tree_leaves(old.scales):
@@ -96,21 +105,34 @@ def view_of(
         if only_words and not (found.kind == "rows" and whole):
             continue
         return View(
+            layout,
             found.kind,
             ArrayView(shape, found.elements),
             ArrayView(layout.scale_shape, found.scales),
-            layout.group_size,
         )
     return None
 
 
 def _of_vector(layout: Layout, old: TileState) -> View | None:
+    """Of a leaf with at most one axis that is longer than 1."""
+    shape = layout.shape
     if not jtu.tree_leaves(old.scales):
-        layout = Layout(layout.shape, (-1,), _TILE_ROWS)
+        layout = flattened(shape, _TILE_ROWS)
     # A row of lanes has whole groups.
     if layout.group_size % _TILE_ROWS != 0 or _LANES % layout.group_size != 0:
         return None
-    elements, scales = (
-        ArrayView(shape, ((0,),)) for shape in (layout.shape, layout.scale_shape)
-    )
-    return View("vector", elements, scales, layout.group_size)
+    if layout.run != math.prod(shape):
+        return None
+    elements = _as_row(shape, shape)
+    scales = _as_row(layout.scale_shape, shape)
+    return View(layout, "vector", elements, scales)
+
+
+def _as_row(shape: tuple[int, ...], leaf: tuple[int, ...]) -> ArrayView:
+    """A vector, or a matrix with one row: they are not the same in memory. A matrix that
+    is long is copied into a vector."""
+    if len(shape) < 2 or math.prod(leaf) >= LARGE:
+        return ArrayView(shape, (tuple(range(len(shape))),))
+    columns = max(range(len(shape)), key=lambda axis: (shape[axis], axis))
+    others = tuple([axis for axis in range(len(shape)) if axis != columns])
+    return ArrayView(shape, (others, (columns,)))

@@ -1,0 +1,189 @@
+"""Kernels for several leaves, all of which are in VMEM at once.
+
+A kernel for each small leaf would mostly start and end.
+"""
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, PyTree
+
+from ..._tile.tile import no_update, StepScalars, StepStructure, TileState
+from ..interpreter.scalars import pack
+from .block import AbstractBlock
+from .chip import Chip
+from .chunk import ChunkStep
+from .scratch import scratch_shapes
+
+
+_of_leaf = operator.attrgetter("leaf")
+# Leaves of a kernel, at most: more take the compiler longer than several kernels.
+MOST_LEAVES = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """What a kernel for several leaves has, once all of them are in VMEM."""
+
+    # References to the gradient of each leaf and to the arrays of its state. If leaves
+    # are alike, those of all leaves are one array, with an axis of leaves.
+    copies: list[Sequence[Any]]
+    # References to the arrays that were asked for.
+    scratch: Sequence[Any]
+    lengths: Any
+    # From the number of an entry of `own`, where in a grid a block is, and references to
+    # its gradient and state: the step of its chunks.
+    chunks: Callable[..., ChunkStep]
+
+
+def update_many(
+    structure: StepStructure,
+    block: AbstractBlock,
+    scalars: StepScalars,
+    own: PyTree[Array],
+    grads: Sequence[Float[Array, "..."]],
+    old: Sequence[TileState],
+    scratch: Sequence[Any],
+    body: Callable[[Inside], Callable[[], None]],
+    interpret: bool,
+    alike: bool = False,
+    lengths: Sequence[int] = (0,),
+) -> list[TileState]:
+    """One step of several leaves.
+
+    **Arguments:**
+
+    - `own`: scalars that are not the same for all leaves, each in an array.
+    - `scratch`: shapes of arrays in VMEM.
+    - `body`: what is called when all leaves are in VMEM. It returns a function that
+        takes the step.
+    - `alike`: whether leaves have the same shape.
+    - `lengths`: numbers that the body may ask for, one at a time.
+    """
+    chip = Chip.current()
+    arithmetic = chip.arithmetic.exact if interpret else chip.arithmetic
+    treedef = jtu.tree_structure(old[0])
+    arrays = [[g, *jtu.tree_leaves(x)] for g, x in zip(grads, old, strict=True)]
+    flat = [x for of_leaf in arrays for x in of_leaf]
+    width = len(arrays[0])
+    # All but the gradients are updated in place.
+    results = [i for i in range(len(flat)) if i % width > 0]
+
+    *packed, unpack = pack(eqx.tree_at(_of_leaf, scalars, None))
+    own, own_structure = jtu.tree_flatten(own)
+    small = (*packed, jnp.asarray(lengths, jnp.int32), *own)
+    small = [x.reshape(1, -1) for x in small]
+
+    copied = [pltpu.VMEM(x.shape, x.dtype) for x in flat]
+    if alike:
+        count = len(arrays)
+        copied = [pltpu.VMEM((count, *x.shape), x.dtype) for x in arrays[0]]
+
+    def kernel(floats: Any, integers: Any, lengths: Any, *refs: Any) -> None:
+        parts = len(own), len(flat), len(results), len(copied), len(scratch)
+        own_refs, inputs, outputs, copies, own_scratch, rest = _split(refs, parts)
+        *rest, semaphore = rest
+        scalars = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
+
+        def chunks(
+            index: Any, block_index: Any, grad: Any, state: TileState
+        ) -> ChunkStep:
+            here = own_structure.unflatten([x[0, index] for x in own_refs])
+            own_scalars = eqx.tree_at(_of_leaf, scalars, here, is_leaf=_is_none)
+            dither = structure.dither_weights
+            return ChunkStep(
+                structure=structure,
+                arithmetic=arithmetic,
+                block=block,
+                block_index=block_index,
+                scalars=own_scalars,
+                dithers=own_scalars.dithers(structure),
+                threshold=own_scalars.weight_threshold if dither else None,
+                grad=grad,
+                old=state,
+                new=state,
+                scratch=tuple(rest),
+                zero=integers[0, 0],
+            )
+
+        each = [copies[i : i + width] for i in range(0, len(copies), width)]
+        if alike:
+            copies = [x.at[i] for i in range(len(arrays)) for x in copies]
+        _copy(inputs, copies, semaphore)
+        step = body(Inside(each, own_scratch, lengths, chunks))
+        if scalars.take is None:
+            step()
+        else:
+            pl.when(scalars.take)(step)
+            if structure.as_update:
+                stay = partial(_no_updates, [refs[1] for refs in each])
+                pl.when(jnp.logical_not(scalars.take))(stay)
+        _copy([copies[i] for i in results], outputs, semaphore)
+
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    sizes = [x.size * x.dtype.itemsize for x in flat]
+    new = pl.pallas_call(
+        kernel,
+        out_shape=[pltpu.HBM(flat[i].shape, flat[i].dtype) for i in results],
+        in_specs=[
+            *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in small],
+            *[in_hbm for _ in flat],
+        ],
+        out_specs=[in_hbm for _ in results],
+        scratch_shapes=[
+            *copied,
+            *scratch,
+            *scratch_shapes(structure, block),
+            pltpu.SemaphoreType.DMA,
+        ],
+        input_output_aliases={len(small) + i: j for j, i in enumerate(results)},
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=chip.vmem_limit, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=50 * sum([x.size for x in grads]),
+            transcendentals=4 * sum([x.size for x in grads]),
+            bytes_accessed=sum(sizes) + sum([sizes[i] for i in results]),
+        ),
+        interpret=interpret,
+        name=f"flashquinox_{type(structure.rule).__name__.lower()}_of_many",
+    )(*small, *flat)
+    each = width - 1
+    return [treedef.unflatten(new[i : i + each]) for i in range(0, len(new), each)]
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _split(refs: tuple[Any, ...], sizes: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    ends = np.cumsum([0, *sizes])
+    parts = [refs[i:j] for i, j in itertools.pairwise(ends)]
+    return [*parts, refs[ends[-1] :]]
+
+
+def _copy(sources: Sequence[Any], targets: Sequence[Any], semaphore: Any) -> None:
+    """All at the same time."""
+    copies = [
+        pltpu.make_async_copy(source, target, semaphore)
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
+def _no_updates(weights: Sequence[Any]) -> None:
+    for weight in weights:
+        weight[...] = no_update(weight[...])
