@@ -16,6 +16,8 @@ import jax.tree_util as jtu
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
+from flashquinox._backends.dispatch import by_platform
+
 
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -85,20 +87,23 @@ def compile_for(
         traced = jax.jit(function, donate_argnums=donate).trace(*shapes)
         start = time.perf_counter()
         compiled = traced.lower().compile()
-    seconds = time.perf_counter() - start
-    kernels = [
-        eqn
-        for eqn in equations(traced.jaxpr.jaxpr)
-        # The interpreted ones are for other platforms.
-        if eqn.primitive.name == "pallas_call" and not eqn.params["interpret"]
-    ]
+        seconds = time.perf_counter() - start
+        kernels = [
+            eqn
+            for eqn in equations(traced.jaxpr.jaxpr)
+            if eqn.primitive.name == "pallas_call"
+        ]
     return Program(compiled, kernels, seconds)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner functions included."""
+    """All equations, those of inner functions included; of steps, as on TPUs."""
     for eqn in jaxpr.eqns:
         yield eqn
+        if eqn.primitive.name == by_platform.name:
+            function = by_platform.function_of(eqn.params, "tpu")
+            step = jax.make_jaxpr(function)(*[x.aval for x in eqn.invars])
+            yield from equations(step.jaxpr)
         for inner in jtu.tree_leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
         ):

@@ -21,7 +21,7 @@ Pallas is only imported by backends, when they are needed: see `_backends.platfo
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -90,6 +90,7 @@ class ByPlatform:
     def __init__(
         self, name: str, implementation: Callable[[Any, str], Callable[..., Any]]
     ):
+        self.name = name
         self._implementation = implementation
         # Traced once in a process, whatever the program.
         self._function = functools.lru_cache(maxsize=1024)(self._make_function)
@@ -124,6 +125,11 @@ class ByPlatform:
             x64=bool(jax.config.jax_enable_x64),
         )
         return structure_of_like.unflatten(new)
+
+    def function_of(self, params: Mapping[str, Any], platform: str) -> Callable:
+        """What an equation of this primitive with these parameters computes there."""
+        key, structure, maps = [params[x] for x in ("key", "structure", "maps")]
+        return self._function(platform, key, structure, maps)
 
     def _make_function(
         self,

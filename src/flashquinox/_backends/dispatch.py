@@ -114,8 +114,8 @@ def _update_batch(
 ) -> tuple[TileState, ...]:
     """A batch that a kernel takes, on its platform."""
     for kernel, _ in batch.kernels:
-        _by_platform.serve(kernel.platform)
-    return _by_platform(batch, scalars, leaves, grads, old)
+        by_platform.serve(kernel.platform)
+    return by_platform(batch, scalars, leaves, grads, old)
 
 
 def _update_on(batch: _Batch, platform: str) -> Update:
@@ -129,7 +129,7 @@ def _update_on(batch: _Batch, platform: str) -> Update:
     return _update_for(batch, XLA, batch.plain)
 
 
-_by_platform = _compat.ByPlatform("flashquinox_step", _update_on)
+by_platform = _compat.ByPlatform("flashquinox_step", _update_on)
 
 
 def _update_for(

@@ -120,7 +120,9 @@ def _index(number: Any, grid: tuple[int, ...]) -> tuple[Any, ...]:
 def _slices(index: tuple[Any, ...], sizes: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(
         [
-            pl.ds(i * size if isinstance(i, int) else pl.multiple_of(i * size, size), size)
+            pl.ds(
+                i * size if isinstance(i, int) else pl.multiple_of(i * size, size), size
+            )
             for i, size in zip(index, sizes, strict=True)
         ]
     )

@@ -45,8 +45,7 @@ class Tpu(AbstractBackend):
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]
     ) -> list[list[int]]:
-        """Small leaves share kernels that are stored alike and are vectors or of the same
-        shape."""
+        """Small leaves share kernels: vectors, and others of the same shape."""
         from .alike import most_alike
         from .chip import Chip
         from .gathered import gathered, pieces_of

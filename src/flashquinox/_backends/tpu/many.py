@@ -37,12 +37,12 @@ class Inside:
 
     # References to the gradient of each leaf and to the arrays of its state. If leaves
     # are alike, those of all leaves are one array, with an axis of leaves.
-    copies: list[Sequence[Any]]
+    copies: Sequence[Sequence[Any]]
     # References to the arrays that were asked for.
     scratch: Sequence[Any]
     lengths: Any
-    # From the number of an entry of `own`, where in a grid a block is, and references to
-    # its gradient and state: the step of its chunks.
+    # From the number of an entry of `own`, where in a grid a block is, and references
+    # to its gradient and state: the step of its chunks.
     chunks: Callable[..., ChunkStep]
 
 

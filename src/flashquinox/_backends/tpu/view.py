@@ -129,8 +129,8 @@ def _of_vector(layout: Layout, old: TileState) -> View | None:
 
 
 def _as_row(shape: tuple[int, ...], leaf: tuple[int, ...]) -> ArrayView:
-    """A vector, or a matrix with one row: they are not the same in memory. A matrix that
-    is long is copied into a vector."""
+    """A vector, or a matrix with one row: they are not the same in memory. A long row
+    is copied into a vector."""
     if len(shape) < 2 or math.prod(leaf) >= LARGE:
         return ArrayView(shape, (tuple(range(len(shape))),))
     columns = max(range(len(shape)), key=lambda axis: (shape[axis], axis))
