@@ -1,0 +1,126 @@
+"""What steps on TPUs move and need, by the real compiler. No TPU is needed."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+import flashquinox as fq
+
+from ..helpers import slow
+from ..kernels import compiling_for, tpu_devices
+
+
+_TOPOLOGIES = {
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+_QUICK = {
+    # Rows that are no multiple of 32, and columns that are the rows.
+    (50257, 768),
+    # The axes are in another order in memory.
+    (768, 12, 64),
+    # Groups along an axis that is neither the rows nor the columns.
+    (4096, 8, 128),
+    # Scales lie in another order than the leaf.
+    (768, 80, 3),
+    (1_000_000,),
+}
+_SHAPES = [
+    *_QUICK,
+    (768, 50257),
+    (12, 64, 768),
+    (12, 768, 64),
+    (64, 12, 768),
+    (768, 64, 12),
+    (512, 512, 3, 3),
+    (64, 64, 3, 3),
+    (3, 3, 512, 512),
+    (2048, 512, 1, 1),
+    (1, 1, 512, 2048),
+    (768, 3, 16, 16),
+    (16, 16, 3, 768),
+    (1000, 1001),
+    (384, 384, 3),
+    # Stacked.
+    (12, 768, 12, 64),
+    (8, 512, 256, 3, 3),
+    (12, 768, 1, 7, 7),
+    (12, 7, 7, 1, 768),
+    (4, 4096, 8, 128),
+    (48, 4096, 16),
+    (48, 4096, 1, 4),
+]
+
+
+def _compile(chip: str, params):
+    device = tpu_devices(_TOPOLOGIES[chip])[0]
+    sharding = SingleDeviceSharding(device)
+    optim = fq.adamw(1e-3, weight_decay=0.01, backend="tpu")
+    state = jax.eval_shape(optim.init, params)
+    placed = jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (params, state, params),
+    )
+    with compiling_for(device.device_kind, "tpu", device.num_cores):
+        step = jax.jit(optim.step, donate_argnums=(0, 1))
+        compiled = step.lower(*placed).compile()
+    return compiled, state
+
+
+def _bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
+
+
+def _count(text: str, operations: str) -> int:
+    """How many operations on arrays there are in a compiled program."""
+    return len(re.findall(rf"= \(?\w+\[\d[^\]]*\]\S* (?:{operations})\(", text))
+
+
+@pytest.mark.parametrize(
+    "chip, shape",
+    [
+        slow(chip, shape, unless=chip == "v5e" and shape in _QUICK)
+        for chip in _TOPOLOGIES
+        for shape in _SHAPES
+    ],
+)
+def test_leaves_move_no_more_than_they_must(chip, shape):
+    params = {"leaf": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    compiled, state = _compile(chip, params)
+    size = math.prod(shape)
+    scales = state.moments["mu"]["leaf"].scales.size
+    text = compiled.as_text() or ""
+    assert "tpu_custom_call" in text
+    # The gradient; and weight, correction, codes and scales twice. Besides that, there
+    # are some numbers, of which each moves as much as a tile has.
+    moved = compiled.cost_analysis()["bytes accessed"]
+    assert moved <= 12 * size + 8 * scales + 2**16
+    if scales <= size / 16:
+        assert moved <= 12.6 * size
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes <= 2**20
+    assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
+    assert _count(text, "copy|transpose|copy-start") == 0
+
+
+def test_small_leaves_share_kernels():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    params = {
+        "matrices": [shape(12, 64), shape(12, 64)],
+        "vectors": [shape(100), shape(768), shape(96, 1, 1)],
+        "long vectors": [shape(4096), shape(5000)],
+    }
+    compiled, _ = _compile("v5e", params)
+    text = compiled.as_text() or ""
+    # Vectors of fewer than 4096 elements have moments in float32, but not those with
+    # axes of length 1.
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert len(re.findall(r"= [^=]* fusion\(", text)) <= 1
+    assert _count(text, "copy|transpose") == 0
