@@ -45,7 +45,8 @@ _ODD_SHAPES = {
 }
 # How groups lie in memory, with and without a partial one in each run.
 _KINDS = {
-    "rows": {"permuted": (130, 2, 64), "partial": (50, 160)},
+    # Several matrices in a chunk, of which the last one is not full.
+    "rows": {"permuted": (130, 3, 64), "partial": (3, 50, 160)},
     "matrices": {"whole": (3, 24, 256), "partial": (1, 130, 80, 3)},
     "planes": {"whole": (384, 1, 7, 7), "partial": (2, 40, 4, 128)},
 }

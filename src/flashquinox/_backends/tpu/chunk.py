@@ -146,7 +146,7 @@ class ChunkStep:
 
 
 def _store(ref: Any, index: Any, value: Array) -> None:
-    ref[index] = value.reshape(-1) if len(ref.shape) == 1 else value
+    ref[index] = value.reshape(ref.at[index].shape)
 
 
 # The functions that are evaluated are traced once for all chunks of the same shape.

@@ -20,9 +20,11 @@ class RowsBlock(AbstractGridBlock):
     of 128 lanes."""
 
     shape: tuple[int, ...]
+    # More than one if each of them is one chunk high, or lower.
+    matrices: int
     rows: int
     columns: int
-    # Of a chunk: its groups, which lie one below the other, and its lanes.
+    # Of a matrix of a chunk: its groups, which lie one below the other, and its lanes.
     groups: int
     group_size: int
     lanes: int
@@ -30,15 +32,16 @@ class RowsBlock(AbstractGridBlock):
     @property
     def grid(self) -> tuple[int, int, int]:
         matrices, rows, columns = self.shape
-        return matrices, pl.cdiv(rows, self.rows), pl.cdiv(columns, self.columns)
+        matrices, rows = pl.cdiv(matrices, self.matrices), pl.cdiv(rows, self.rows)
+        return matrices, rows, pl.cdiv(columns, self.columns)
 
     @property
     def elements(self) -> tuple[int, int, int]:
-        return 1, self.rows, self.columns
+        return self.matrices, self.rows, self.columns
 
     @property
     def scales(self) -> tuple[int, int, int]:
-        return 1, self.rows // self.group_size, self.columns
+        return self.matrices, self.rows // self.group_size, self.columns
 
     def scales_at(self, *index: Any) -> tuple[Any, ...]:
         return index
@@ -55,7 +58,7 @@ class RowsBlock(AbstractGridBlock):
 
     @property
     def pieces(self) -> int:
-        return self.groups
+        return self.matrices * self.groups
 
     @property
     def piece(self) -> tuple[int, int]:
@@ -63,7 +66,7 @@ class RowsBlock(AbstractGridBlock):
 
     @property
     def chunk_scales(self) -> tuple[int, int]:
-        return self.groups, self.lanes
+        return self.pieces, self.lanes
 
     def reduced_piece(
         self, reduction: Reduction, x: Shaped[Array, "rows lanes"]
@@ -82,16 +85,16 @@ class RowsBlock(AbstractGridBlock):
 
     def extremes_of(self, piece: int) -> Any:
         # The same sublane of all groups together: stores do this for nothing.
-        return pl.ds(piece, SUBLANES, stride=self.groups)
+        return pl.ds(piece, SUBLANES, stride=self.pieces)
 
     @property
     def extremes(self) -> tuple[int, int]:
-        return self.groups * SUBLANES, self.lanes
+        return self.pieces * SUBLANES, self.lanes
 
     def reduced(
         self, reduction: Reduction, extremes: Shaped[Array, "..."]
     ) -> Shaped[Array, "groups lanes"]:
-        x = extremes.reshape(SUBLANES, self.groups, self.lanes)
+        x = extremes.reshape(SUBLANES, self.pieces, self.lanes)
         return reduction(x, axis=0)
 
     def spread(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -107,19 +110,23 @@ class _RowsChunk(AbstractChunk):
 
     @property
     def scales(self) -> tuple[Any, Any, Any]:
+        if self.block.matrices > 1:
+            return slice(None), slice(None), self.lanes
         start = pl.multiple_of(self.first_group, self.block.groups)
         return 0, pl.ds(start, self.block.groups), self.lanes
 
     def elements(self, piece: int) -> tuple[Any, Any, Any]:
         size = self.block.group_size
-        start = pl.multiple_of((self.first_group + piece) * size, size)
-        return 0, pl.ds(start, size), self.lanes
+        matrix, group = divmod(piece, self.block.groups)
+        start = pl.multiple_of((self.first_group + group) * size, size)
+        return matrix, pl.ds(start, size), self.lanes
 
     def present(self, piece: int) -> Bool[Array, "rows lanes"] | None:
         block = self.block
         last, left = divmod(block.shape[1], block.group_size)
         # A block has only whole chunks: all chunks with the last group have it at the
         # same place.
+        piece %= block.groups
         if left == 0 or piece != last % block.groups:
             return None
         groups = block.rows // block.group_size
@@ -146,16 +153,22 @@ def rows_block(
     - `one_column`: whether chunks may not lie side by side.
     """
     matrices, rows, columns = shape
-    groups_of_all = pl.cdiv(rows, group_size)
-    groups = min(groups, groups_of_all)
+    most, groups = groups, min(groups, pl.cdiv(rows, group_size))
     chunk = groups * group_size
     lanes = min(LANES, columns)
     chunks = pl.cdiv(rows, chunk), pl.cdiv(columns, lanes)
     room = room // (chunk * lanes)
     wide, high = 1, 1
+    # As many matrices as make a chunk.
+    times = pl.cdiv(matrices, most // groups)
+    together = pl.cdiv(matrices, times)
+    if together > 1 and not one_column:
+        wide = evenly(times, chunks[1], room // together)
+        columns = wide * lanes
+        return RowsBlock(shape, together, chunk, columns, groups, group_size, lanes)
     if not one_column:
         wide = evenly(matrices * chunks[0], chunks[1], room)
     if wide == chunks[1] or one_column:
         times = matrices * chunks[1] // wide
         high = evenly(times, chunks[0], room // wide, wide)
-    return RowsBlock(shape, high * chunk, wide * lanes, groups, group_size, lanes)
+    return RowsBlock(shape, 1, high * chunk, wide * lanes, groups, group_size, lanes)
