@@ -1,6 +1,8 @@
 """Which backend takes a step of which leaves."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,9 +12,9 @@ from jaxtyping import Array
 from .. import _compat
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import platforms
-from .base import AbstractBackend, each_alone, LeafStep as LeafStep, Update, View
+from .base import AbstractBackend, LeafStep as LeafStep, Update, View
 from .platforms import Backend as Backend
-from .xla import BACKEND as XLA
+from .xla import BACKEND as XLA, PlainView
 
 
 class _Batch(NamedTuple):
@@ -23,7 +25,7 @@ class _Batch(NamedTuple):
     # The one that the leaves are batched for.
     leader: AbstractBackend
     # As plain XLA sees each leaf.
-    plain: tuple[View, ...]
+    plain: tuple[PlainView, ...]
     # The other backends that the program may take, and how each sees each leaf. `None`
     # stands for leaves that it cannot take; no backend is here of which all are.
     kernels: tuple[tuple[AbstractBackend, tuple[View | None, ...]], ...]
@@ -43,17 +45,18 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
     device = _compat.traced_device()
     kernels = platforms.chosen(backend, device)
     views = {kernel: [kernel.view(step) for step in steps] for kernel in kernels}
+    plain = [XLA.view(step) for step in steps]
     leader = XLA
     if kernels and (backend != "auto" or kernels[0].serves(device)):
         leader = kernels[0]
 
     new: dict[int, TileState] = {}
-    for numbers in _batches(leader, steps, views.get(leader)):
+    for numbers in _batches(leader, steps, views.get(leader, plain)):
         here = [steps[i] for i in numbers]
         batch = _Batch(
             here[0].structure,
             leader,
-            tuple([XLA.view(step) for step in here]),
+            tuple([plain[i] for i in numbers]),
             tuple(
                 [
                     (kernel, tuple(own))
@@ -87,12 +90,10 @@ def prefers_rows(backend: Backend) -> bool:
 
 
 def _batches(
-    leader: AbstractBackend, steps: list[LeafStep], views: list[View | None] | None
+    leader: AbstractBackend, steps: list[LeafStep], views: Sequence[View | None]
 ) -> list[list[int]]:
     """The numbers of the leaves of each batch: as the backend wants them that was
     chosen, and one by one those that it cannot take."""
-    if views is None:
-        return each_alone(steps)
     taken = [i for i, view in enumerate(views) if view is not None]
     found = leader.batches([steps[i] for i in taken], [views[i] for i in taken])
     left = [[i] for i, view in enumerate(views) if view is None]
@@ -136,16 +137,16 @@ def _update_for(
     batch: _Batch, backend: AbstractBackend, views: tuple[View | None, ...]
 ) -> Update:
     """What updates the leaves of a batch, of their scalars and arrays."""
-    update = platforms.update_of(backend)
-    assert update is not None
     if backend is batch.leader or len(views) == 1:
+        update = platforms.update_of(backend)
+        assert update is not None
         return partial(update, batch.structure, views)
-    return partial(_one_by_one, batch, update, views)
+    return partial(_one_by_one, batch, backend, views)
 
 
 def _one_by_one(
     batch: _Batch,
-    update: Update,
+    backend: AbstractBackend,
     views: tuple[View | None, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
@@ -155,11 +156,18 @@ def _one_by_one(
     """The leaves of another backend's batch."""
     new = []
     for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
-        update_leaf = update
+        update_leaf = _update_alone(backend)
         if view is None:
-            view, update_leaf = batch.plain[i], platforms.update_of(XLA)
-            assert update_leaf is not None
+            view, update_leaf = batch.plain[i].whole, _update_alone(XLA)
         own = dataclasses.replace(scalars, leaf=leaf)
         operands = own, (leaf,), (grads[i],), (old[i],)
         new += update_leaf(batch.structure, (view,), *operands)
     return tuple(new)
+
+
+@functools.cache
+def _update_alone(backend: AbstractBackend) -> Update:
+    """What updates a batch of one leaf. Leaves that are alike are traced once."""
+    update = platforms.update_of(backend)
+    assert update is not None
+    return jax.jit(update, static_argnums=(0, 1))

@@ -1,14 +1,32 @@
-"""Plain XLA: the whole leaf is one tile."""
+"""Plain XLA: on CPUs in chunks, elsewhere the whole leaf is one tile."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
+from .. import _compat
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from .base import AbstractBackend, each_alone, LeafStep, Update, View
+from .chunks import takes, update_in_chunks
+from .groups import Groups
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainView:
+    """`groups` is `None` for a leaf that is one tile."""
+
+    layout: Layout
+    groups: Groups | None
+
+    @property
+    def whole(self) -> "PlainView":
+        """For programs of other platforms than CPUs."""
+        return PlainView(self.layout, None)
 
 
 class Xla(AbstractBackend):
@@ -25,27 +43,46 @@ class Xla(AbstractBackend):
         del device
         return True
 
-    def view(self, step: LeafStep) -> Layout:
-        return step.layout
+    def view(self, step: LeafStep) -> PlainView:
+        if _compat.traced_device().platform != "cpu":
+            return PlainView(step.layout, None)
+        is_grouped = bool(jtu.tree_leaves(step.old.scales))
+        groups = Groups.of(step.layout, is_grouped)
+        return PlainView(step.layout, groups if takes(groups) else None)
 
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[View]
     ) -> list[list[int]]:
-        del views
-        return each_alone(steps)
+        """Leaves that are stored alike share chunks."""
+        alike: dict[Any, list[int]] = {}
+        for i, (step, view) in enumerate(zip(steps, views, strict=True)):
+            assert isinstance(view, PlainView)
+            kind = i if view.groups is None else _kind(step, view.groups.size)
+            alike.setdefault(kind, []).append(i)
+        return [*alike.values()]
+
+
+def _kind(step: LeafStep, group_size: int) -> Any:
+    """What leaves must have in common to share chunks."""
+    arrays, structure = jtu.tree_flatten((step.grad, step.old))
+    dtypes = tuple([x.dtype for x in arrays])
+    return step.structure, jtu.tree_structure(step.scalars), structure, dtypes, group_size
 
 
 def _update(
     structure: StepStructure,
-    views: tuple[Layout, ...],
+    views: tuple[PlainView, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
     grads: tuple[Float[Array, "..."], ...],
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
-    # Each leaf is a batch, and `scalars` are its own.
-    del leaves
-    (layout,), (grad,), (old_leaf,) = views, grads, old
+    groups = tuple([view.groups for view in views if view.groups is not None])
+    if groups:
+        return update_in_chunks(structure, groups, scalars, leaves, grads, old)
+    # A batch of one leaf, and `scalars` are its own.
+    (view,), (grad,), (old_leaf,) = views, grads, old
+    layout = view.layout
     tile = update_tile_of_any_shape(
         structure,
         scalars,

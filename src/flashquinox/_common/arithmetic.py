@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
 from .. import _compat
 
 
-_QUIET_NAN = np.uint32(0x7FC0_0000)
+_INFINITY, _QUIET_NAN = np.int32(0x7F80_0000), np.int32(0x7FC0_0000)
+_MAGNITUDE, _SIGN = np.int32(0x7FFF_FFFF), np.int32(-(2**31))
 
 
 class Replaceable:
@@ -51,8 +52,14 @@ def byte_times(
 @Replaceable
 def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """The bits of a float32, with the same pattern for all NaNs."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(jnp.isnan(x), _QUIET_NAN, bits)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = bits & _MAGNITUDE
+    # Without a `where`: of that, compilers for CPUs make a choice for each element
+    # once the pattern is cut to 16 bits, one after another.
+    is_nan = lax.shift_right_logical(_INFINITY - magnitude, np.int32(31))
+    magnitude = jnp.minimum(magnitude | (is_nan << 22), _QUIET_NAN)
+    pattern = magnitude | (bits & _SIGN & (is_nan - 1))
+    return lax.bitcast_convert_type(pattern, jnp.uint32)
 
 
 @Replaceable

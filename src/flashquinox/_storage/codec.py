@@ -17,7 +17,7 @@ thousands of times. Two consequences shape the codecs of this library:
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -60,6 +60,15 @@ class Dither(eqx.Module):
         code = place * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
         return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
+
+
+# Called with what one pass over a tile computes for the next ones, it returns the same
+# values: where compilers would compute them again in each of the next ones.
+Boundary: TypeAlias = Callable[[Any], Any]
+
+
+def no_boundary(values: Any) -> Any:
+    return values
 
 
 Reduction: TypeAlias = Callable[..., Array]
@@ -237,14 +246,20 @@ class AbstractMomentCodec(eqx.Module):
         axis: int,
         dither: Dither,
         factor: Scalar | None = None,
+        boundary: Boundary = no_boundary,
     ) -> tuple[Shaped[Array, "*tile"], Shaped[Array, "*groups"] | None]:
         """The codes and the scales of a tile whose groups run along `axis`: all the
         steps at once."""
-        prepared = self.prepare(moment)
-        statistics = tuple(
-            reduction(x, axis=axis) for reduction, x in self.statistics(prepared)
+        if self.dtypes is None:
+            boundary = no_boundary
+        prepared = boundary(self.prepare(moment))
+        statistics = boundary(
+            tuple(
+                reduction(boundary(x), axis=axis)
+                for reduction, x in self.statistics(prepared)
+            )
         )
-        scales, constants = self.fit(statistics, factor, dither)
+        scales, constants = boundary(self.fit(statistics, factor, dither))
         return self.quantize(prepared, _broadcastable(constants, axis)), scales
 
     def decode(
@@ -254,11 +269,14 @@ class AbstractMomentCodec(eqx.Module):
         axis: int,
         dtype: DTypeLike,
         factor: Scalar | None = None,
+        boundary: Boundary = no_boundary,
     ) -> Float[Array, "*tile"]:
         """The moments of a tile whose groups run along `axis`, in the floating-point
         `dtype`: both steps at once."""
-        constants = self.decode_constants(scales, factor, dtype)
-        return self.dequantize(codes, _broadcastable(constants, axis), dtype)
+        if self.dtypes is None:
+            boundary = no_boundary
+        constants = boundary(self.decode_constants(scales, factor, dtype))
+        return boundary(self.dequantize(codes, _broadcastable(constants, axis), dtype))
 
 
 def _broadcastable(constants: GroupConstants, axis: int) -> GroupConstants:

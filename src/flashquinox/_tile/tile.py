@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Scalar, Shaped
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule, moments_of
 from .._storage import relative_moment
-from .._storage.codec import AbstractMomentCodec, Dither
+from .._storage.codec import AbstractMomentCodec, Boundary, Dither, no_boundary
 from .._storage.learned_codec import with_parameter
 from .._storage.split import (
     Correction,
@@ -142,9 +142,11 @@ def update_tile(
     grad: Float[Array, "*tile"],
     old: TileState,
     keep_unmoved: bool = True,
+    boundary: Boundary = no_boundary,
 ) -> TileState:
     """One step of one tile, whose groups run along `axis`. `keep_unmoved` is as in
-    [`advance`][].
+    [`advance`][]. `boundary` is called between passes over the tile, for a compiler
+    that would otherwise compute things several times.
 
     **Returns:**
 
@@ -156,7 +158,7 @@ def update_tile(
     factors = structure.factors(scalars)
     moments = {
         name: codec.decode(
-            old.codes[name], old.scales[name], axis, dtype, factors[name][0]
+            old.codes[name], old.scales[name], axis, dtype, factors[name][0], boundary
         )
         for name, codec in codecs.items()
     }
@@ -169,11 +171,12 @@ def update_tile(
         old.correction,
         moments,
         keep_unmoved,
+        boundary,
     )
     codes, scales, dithers = {}, {}, scalars.dithers(structure)
     for name, codec in new_codecs.items():
         codes[name], scales[name] = codec.encode(
-            moments[name], axis, dithers[name], factors[name][1]
+            moments[name], axis, dithers[name], factors[name][1], boundary
         )
     new = TileState(weight, correction, codes, scales)
     if scalars.take is None:
@@ -194,6 +197,7 @@ def advance(
     correction: Correction | None,
     moments: dict[str, Float[Array, "*tile"]],
     keep_unmoved: bool = True,
+    boundary: Boundary = no_boundary,
 ) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
     """The elementwise part of a step: everything but the storage of moments, which come
     and go as they are stored, some relative to others. With `keep_unmoved`, a weight
@@ -208,7 +212,8 @@ def advance(
     caller will round it.
     """
     master = decode_weight(weight, correction)
-    moments = with_roots(structure, moments)
+    if structure.base_of:
+        moments = boundary(with_roots(structure, moments))
     new_master, moments = move(structure, scalars, grad, master, moments)
     moments = without_roots(structure, moments)
     if keep_unmoved:
@@ -218,6 +223,9 @@ def advance(
         # Gradients are ordinary numbers: what overflows is this weight alone.
         largest = float(jnp.finfo(weight.dtype).max)
         new_master = jnp.where(jnp.abs(new_master) <= largest, new_master, master)
+    if correction is not None:
+        # The weight and its correction belong together, so they come of one number.
+        new_master = boundary(new_master)
 
     correction_dtype = None if correction is None else correction.dtype
     new_weight, new_correction = encode_weight(

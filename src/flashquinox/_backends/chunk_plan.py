@@ -1,0 +1,63 @@
+"""Which groups of which leaves make a chunk."""
+
+import functools
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """Consecutive groups of a leaf."""
+
+    leaf: int
+    start: int
+    number: int
+
+
+class Window(NamedTuple):
+    """A chunk of one leaf, from a group on. The first `done` of its groups are in the
+    window before, too."""
+
+    leaf: int
+    start: int
+    done: int
+
+
+class Plan(NamedTuple):
+    # Groups of a chunk.
+    size: int
+    windows: tuple[Window, ...]
+    # The chunks of shorter leaves, and of partial groups.
+    shared: tuple[tuple[Piece, ...], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_chunks(numbers: tuple[tuple[int, int], ...], most: int) -> Plan:
+    """The chunks of leaves: one for all of them, if they have no more than `most`
+    groups; otherwise chunks of so many. `numbers` are those of all groups of a leaf and
+    of those that are not partial."""
+    every = sum([number for number, _ in numbers])
+    if every <= most:
+        pieces = [Piece(leaf, 0, number) for leaf, (number, _) in enumerate(numbers)]
+        return Plan(every, (), (tuple(pieces),))
+    windows: list[Window] = []
+    pieces = []
+    for leaf, (number, whole) in enumerate(numbers):
+        first = 0
+        if whole >= most:
+            # The last window is moved back, to be as long as the others.
+            for first in range(0, whole, most):
+                start = min(first, whole - most)
+                windows.append(Window(leaf, start, first - start))
+            first = whole
+        if first < number:
+            pieces.append(Piece(leaf, first, number - first))
+    shared: list[list[Piece]] = []
+    room: list[int] = []
+    # The largest first, each into the first chunk that has room for it.
+    for piece in sorted(pieces, key=lambda piece: -piece.number):
+        chunk = next((i for i, x in enumerate(room) if x >= piece.number), len(room))
+        if chunk == len(room):
+            room.append(most)
+            shared.append([])
+        room[chunk] -= piece.number
+        shared[chunk].append(piece)
+    return Plan(most, tuple(windows), tuple([tuple(x) for x in shared]))
