@@ -267,6 +267,9 @@ def test_gradients_are_not_copied(make):
         optim = make(1e-3, momentum=0.9)
     lowered = jax.jit(optim.step).lower(w, optim.init(w), w)
     entry = lowered.compile().as_text().split("ENTRY")[1]
+    # Of another shape, but the same array.
+    for name, of in re.findall(r"%(\S+) = \S+ bitcast\(%(grads\S+)\)", entry):
+        entry = re.sub(rf"%{re.escape(name)}(?=[,)\s])", f"%{of}", entry)
     reads = re.findall(r"%\S+ = f32\[([\d,]+)\]\S* \w+\(([^)]*)\)", entry)
     large = [
         re.findall(r"%(\S+?)[,\s]", operands + ",")

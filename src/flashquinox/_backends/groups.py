@@ -32,11 +32,8 @@ class Groups:
         if not is_grouped:
             return Groups(layout, _SIZE, -(-elements // _SIZE), True)
         size, number = layout.group_size, math.prod(layout.scale_shape)
-        if layout.axis is None:
-            return Groups(layout, size, number, True)
-        run, columns = layout.shape[layout.axis], layout.shape[layout.axis :][1:]
-        in_order = math.prod(columns) == 1 and (run % size == 0 or run == elements)
-        return Groups(layout, size, number, in_order)
+        whole_runs = layout.matrices == 1 or layout.run % size == 0
+        return Groups(layout, size, number, layout.columns == 1 and whole_runs)
 
     @property
     def whole(self) -> int:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
 from ..interpreter.arithmetic import Arithmetic
 
@@ -26,6 +26,7 @@ def arithmetic_of(generation: int | None) -> Arithmetic:
         reciprocal=_reciprocal,
         square_root=_root if generation is not None and generation >= 6 else _old_root,
         sign=_sign,
+        canonical_pattern=_canonical_pattern,
         only_words=generation is not None and generation <= 4,
     )
 
@@ -45,3 +46,9 @@ def _old_root(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 def _sign(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     # 2^126 times the smallest normal number is 1, and there are no smaller ones.
     return jnp.clip(x * np.float32(2.0**126), -1, 1)
+
+
+def _canonical_pattern(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    # A comparison and a choice are two operations.
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(jnp.isnan(x), np.int32(0x7FC0_0000), bits)
