@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from ..xla import BACKEND as XLA
+from ..xla import BACKEND as XLA, PlainView
 from .alike import update_alike
 from .gathered import update_gathered
 from .kernel import update_leaf
@@ -80,5 +80,6 @@ def _update_plain(
     new = []
     for view, leaf, grad, state in zip(views, leaves, grads, old, strict=True):
         own = dataclasses.replace(scalars, leaf=leaf)
-        new += update(structure, (view.layout,), own, (leaf,), (grad,), (state,))
+        plain = PlainView(view.layout, None)
+        new += update(structure, (plain,), own, (leaf,), (grad,), (state,))
     return tuple(new)
