@@ -13,7 +13,7 @@ from .. import _compat
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import platforms
 from .base import AbstractBackend, LeafStep as LeafStep, Update, View
-from .platforms import Backend as Backend
+from .platforms import Backend as Backend, Way as Way
 from .xla import BACKEND as XLA, PlainView
 
 
@@ -35,7 +35,7 @@ class _Batch(NamedTuple):
     device: Any
 
 
-def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
+def update_leaves(way: Way, steps: list[LeafStep]) -> list[TileState]:
     """One step of all leaves.
 
     The platform is that of the compiled program, which a process for another platform
@@ -43,11 +43,13 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
     without one, and on other platforms, plain XLA.
     """
     device = _compat.traced_device()
-    kernels = platforms.chosen(backend, device)
+    kernels = [] if way == "divisible" else platforms.chosen(way, device)
     views = {kernel: [kernel.view(step) for step in steps] for kernel in kernels}
     plain = [XLA.view(step) for step in steps]
+    if way == "divisible":
+        plain = [view.whole for view in plain]
     leader = XLA
-    if kernels and (backend != "auto" or kernels[0].serves(device)):
+    if kernels and (way != "auto" or kernels[0].serves(device)):
         leader = kernels[0]
 
     new: dict[int, TileState] = {}
@@ -64,7 +66,7 @@ def update_leaves(backend: Backend, steps: list[LeafStep]) -> list[TileState]:
                     if (own := [of_all[i] for i in numbers]).count(None) < len(own)
                 ]
             ),
-            is_asked=backend != "auto",
+            is_asked=way != "auto",
             device=device,
         )
         operands = (

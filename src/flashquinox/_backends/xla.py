@@ -25,7 +25,7 @@ class PlainView:
 
     @property
     def whole(self) -> "PlainView":
-        """For programs of other platforms than CPUs."""
+        """For programs of other platforms than CPUs, and those that XLA divides."""
         return PlainView(self.layout, None)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from .. import _compat
-from .._backends.dispatch import Backend, LeafStep
+from .._backends.dispatch import LeafStep, Way
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
 from .._sharding import parts
@@ -26,7 +26,7 @@ from .._tile.tile import move, TileState
 
 def differentiable(
     call: str,
-    backend: Backend,
+    way: Way,
     leaves: Sequence[Leaf],
     steps: list[LeafStep],
     shardings: list[NamedSharding | None],
@@ -44,7 +44,7 @@ def differentiable(
 
     @jax.custom_jvp
     def update(*arrays: Array) -> list[TileState]:
-        return parts.update_leaves(backend, rebuild(arrays), shardings)
+        return parts.update_leaves(way, rebuild(arrays), shardings)
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
         new = update(*primals)

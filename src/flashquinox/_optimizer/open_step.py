@@ -58,8 +58,8 @@ def open_step(
         rebuild=rebuild,
         decayed=decayed(call, settings.decay.mask, params, leaves),
         shardings=shardings,
-        # XLA cannot divide a kernel.
-        backend="xla" if unknown else settings.backend,
+        # XLA cannot divide a kernel, nor a loop over chunks.
+        way="divisible" if unknown else settings.backend,
         recorded=state.shardings,
         count=count,
         rule=rule_structure(settings.rule),

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int32, PyTree, Scalar, ScalarLike
 
-from .._backends.dispatch import Backend, LeafStep
+from .._backends.dispatch import LeafStep, Way
 from .._common import meshes
 from .._common.dtypes import compute_dtype, largest_gradient
 from .._model.trees import Leaf, Rebuild
@@ -52,7 +52,7 @@ class StepInProgress:
     rebuild: Rebuild
     decayed: list[bool]
     shardings: list[NamedSharding | None]
-    backend: Backend
+    way: Way
     recorded: record.Shardings
     count: Int32[Array, ""]
     rule: AbstractRule
@@ -148,7 +148,7 @@ class StepInProgress:
         steps = parts.learn(steps, shardings)
         leaves = [self.leaves[index] for index in grads]
         update, arrays = derivatives.differentiable(
-            self.call, self.backend, leaves, steps, shardings
+            self.call, self.way, leaves, steps, shardings
         )
         updated = update(*arrays)
         for index, step, new in zip(grads, steps, updated, strict=True):
@@ -193,7 +193,7 @@ class StepInProgress:
         ]
         leaves = [self.leaves[number] for number in numbers]
         update, arrays = derivatives.differentiable(
-            self.call, self.backend, leaves, steps, shardings
+            self.call, self.way, leaves, steps, shardings
         )
         return update(*arrays)
 

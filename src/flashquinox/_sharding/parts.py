@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, PyTree, Scalar
 
 from .._backends import dispatch, learning
-from .._backends.dispatch import Backend, LeafStep
+from .._backends.dispatch import LeafStep, Way
 from .._common import meshes
 from .._storage.learned_codec import AbstractLearner
 from .._storage.quant_moment import QuantMoment
@@ -24,7 +24,7 @@ from . import state_specs
 
 
 def update_leaves(
-    backend: Backend, steps: list[LeafStep], shardings: list[NamedSharding | None]
+    way: Way, steps: list[LeafStep], shardings: list[NamedSharding | None]
 ) -> list[TileState]:
     """One step of all leaves.
 
@@ -35,10 +35,10 @@ def update_leaves(
     for mesh, indices in by_mesh(shardings).items():
         here = [steps[i] for i in indices]
         if mesh is None:
-            updated = _with_new_codes(here, dispatch.update_leaves(backend, here))
+            updated = _with_new_codes(here, dispatch.update_leaves(way, here))
         else:
             divided = tuple(shardings[i] for i in indices)
-            updated = _update_parts(backend, divided, here)  # pyright: ignore
+            updated = _update_parts(way, divided, here)  # pyright: ignore
         new.update(zip(indices, updated, strict=True))
     return [new[i] for i in range(len(steps))]
 
@@ -232,7 +232,7 @@ def _in_new_codes(step: LeafStep, new: TileState) -> TileState:
 # Compiled once, also where the caller does not.
 @partial(jax.jit, static_argnums=(0, 1))
 def _update_parts(
-    backend: Backend, shardings: tuple[NamedSharding, ...], steps: list[LeafStep]
+    way: Way, shardings: tuple[NamedSharding, ...], steps: list[LeafStep]
 ) -> list[TileState]:
     gathered = [
         bool(jtu.tree_leaves(step.old.scales))
@@ -246,7 +246,7 @@ def _update_parts(
             for step, sharding, needed in zip(steps, shardings, gathered, strict=True)
         ]
         whole = [_with_own_shape(x) for x in whole]
-        new = _with_new_codes(whole, dispatch.update_leaves(backend, whole))
+        new = _with_new_codes(whole, dispatch.update_leaves(way, whole))
         return [
             state.map(lambda x, sharding=sharding: _cut(x, sharding))
             if needed
