@@ -183,9 +183,10 @@ def test_trains_as_on_one_device(layout, types):
             x.addressable_shards[0].data.nbytes for x in jtu.tree_leaves((model, state))
         )
         assert memory.alias_size_in_bytes >= kept
-        # The backend of CPUs has temporaries of what each device has.
+        # The backend of CPUs has temporaries of a chunk, and all that each device has
+        # is one: with the arrays of small leaves one after another.
         parts = sum(x.addressable_shards[0].data.size for x in model.values())
-        assert memory.temp_size_in_bytes <= 20 * parts
+        assert memory.temp_size_in_bytes <= 28 * parts
         found = _train(compiled, model, state, 3, shardings)
     _assert_equal(found, _train(_adamw_step, first, _adamw.init(first), 3))
     _is_divided(found, shardings)

@@ -107,7 +107,9 @@ def update_in_chunks(
     else:
         new = _loop(leaves, plan, update, flat_grads, state)
     return jtu.tree_map(
-        lambda x, like: x.reshape(like.shape), tuple(new[i] for i in range(len(old))), old
+        lambda x, like: x.reshape(like.shape),
+        tuple(new[i] for i in range(len(old))),
+        old,
     )
 
 

@@ -11,7 +11,7 @@ from .. import _compat
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from .base import AbstractBackend, each_alone, LeafStep, Update, View
+from .base import AbstractBackend, LeafStep, Update, View
 from .chunks import takes, update_in_chunks
 from .groups import Groups
 
@@ -66,7 +66,13 @@ def _kind(step: LeafStep, group_size: int) -> Any:
     """What leaves must have in common to share chunks."""
     arrays, structure = jtu.tree_flatten((step.grad, step.old))
     dtypes = tuple([x.dtype for x in arrays])
-    return step.structure, jtu.tree_structure(step.scalars), structure, dtypes, group_size
+    return (
+        step.structure,
+        jtu.tree_structure(step.scalars),
+        structure,
+        dtypes,
+        group_size,
+    )
 
 
 def _update(

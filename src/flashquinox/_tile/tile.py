@@ -158,7 +158,13 @@ def update_tile(
     factors = structure.factors(scalars)
     moments = {
         name: codec.decode(
-            old.codes[name], old.scales[name], axis, dtype, factors[name][0], boundary
+            old.codes[name],
+            old.scales[name],
+            axis,
+            dtype,
+            factors[name][0],
+            # Others are used once, in `with_roots`.
+            no_boundary if name in structure.base_of else boundary,
         )
         for name, codec in codecs.items()
     }

@@ -1,0 +1,102 @@
+"""Plain XLA on CPUs: leaves in chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashquinox as fq
+from flashquinox._backends import chunks, xla
+from flashquinox._backends.chunk_plan import Piece, plan_chunks, Window
+
+from ..helpers import tree_identical
+from ..kernels import arrays, assert_same
+
+
+# Windows of which the last is moved back; partial groups; what shares chunks; groups
+# that do not lie in order, as those of a state for TPUs.
+_SHAPES = {"long": (90, 64), "partial": (33, 5, 31), "rows": (64, 5), "scalar": ()}
+_SHAPES |= {"short": (7, 32), "other": (9, 64), "vector": (40,)}
+
+
+def test_plan():
+    leaves = ((10, 10), (3, 3), (9, 8), (2, 1), (4, 0))
+    plan = plan_chunks(leaves, 4)
+    assert plan.size == 4
+    assert plan.windows == (
+        Window(0, 0, 0),
+        Window(0, 4, 0),
+        Window(0, 6, 2),
+        Window(2, 0, 0),
+        Window(2, 4, 0),
+    )
+    assert plan.shared == (
+        (Piece(4, 0, 4),),
+        (Piece(1, 0, 3), Piece(2, 8, 1)),
+        (Piece(3, 0, 2),),
+    )
+    one = plan_chunks(leaves, 28)
+    assert one.size == 28 and not one.windows and len(one.shared) == 1
+
+
+@pytest.mark.parametrize(
+    "make, dtype",
+    [
+        (fq.adamw, jnp.bfloat16),
+        (lambda *x, **k: fq.lion(*x, skip_nonfinite=True, **k), jnp.float16),
+        (
+            lambda *x, **k: fq.sgdw(
+                *x,
+                momentum=0.9,
+                storage=fq.Storage(master_weight_bits=None, dither_weights=True),
+                **k,
+            ),
+            jnp.bfloat16,
+        ),
+        (
+            lambda *x, **k: fq.adamw(*x, storage=fq.Storage(moments="float32"), **k),
+            jnp.float32,
+        ),
+    ],
+    ids=["adamw", "lion", "sgdw", "float32"],
+)
+def test_chunks_are_whole_leaves(monkeypatch, make, dtype):
+    params = arrays(_SHAPES, dtype, 0)
+    grads = arrays(_SHAPES, jnp.float32, 1)
+    optim = make(1e-2, backend="xla")
+    old = make(1e-2, backend="tpu").init(params)
+
+    def take_two_steps():
+        jax.clear_caches()
+        step = jax.jit(optim.step)
+        return step(*step(params, old, grads), grads)
+
+    monkeypatch.setattr(chunks, "_ELEMENTS", 1024)
+    in_chunks = take_two_steps()
+    monkeypatch.setattr(xla, "takes", lambda leaf: False)
+    assert_same(in_chunks, take_two_steps(), params, old, grads)
+
+
+def test_models_of_an_ensemble(monkeypatch):
+    monkeypatch.setattr(chunks, "_ELEMENTS", 1024)
+    params = arrays({"long": (2, 90, 64), "short": (2, 40)}, jnp.bfloat16, 0)
+    optim = fq.lion(1e-2, backend="xla")
+    jax.clear_caches()
+    state = jax.vmap(optim.init)(params)
+    found, _ = jax.jit(jax.vmap(optim.step))(params, state, params)
+    for i in (0, 1):
+        own = jax.tree.map(lambda x, i=i: x[i], params)
+        expected, _ = jax.jit(optim.step)(own, optim.init(own), own)
+        assert tree_identical(jax.tree.map(lambda x, i=i: x[i], found), expected)
+
+
+def test_a_step_is_in_place():
+    """Whatever the size of a leaf, its temporaries are those of a chunk."""
+    params = {"w": jnp.ones((2048, 1536), jnp.bfloat16), "b": jnp.ones(100)}
+    optim = fq.adamw(1e-2, backend="xla")
+    state = optim.init(params)
+    step = jax.jit(optim.step, donate_argnums=(0, 1))
+    memory = step.lower(params, state, params).compile().memory_analysis()
+    size = sum(np.asarray(x).nbytes for x in jax.tree.leaves((params, state)))
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes <= 32 * chunks._ELEMENTS
