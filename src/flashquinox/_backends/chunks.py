@@ -332,9 +332,9 @@ def _map(
     """Applies functions to the arrays of several states that correspond: to those with
     an entry for each element, and to those with one for each group."""
     of = lambda state: (state.weight, state.correction, state.codes)
-    elements = jtu.tree_map(of_elements, *map(of, each))
+    weight, correction, codes = jtu.tree_map(of_elements, *map(of, each))
     scales = jtu.tree_map(of_groups, *[state.scales for state in each])
-    return TileState(*elements, scales)
+    return TileState(weight, correction, codes, scales)
 
 
 def _update_chunk(
