@@ -75,10 +75,7 @@ def update_leaves(way: Way, steps: list[LeafStep]) -> list[TileState]:
             tuple([step.grad for step in here]),
             tuple([step.old for step in here]),
         )
-        if batch.kernels:
-            updated = _update_batch(batch, *operands)
-        else:
-            updated = _update_plain(batch.structure, batch.plain, *operands)
+        updated = _update_batch(batch, *operands)
         new.update(zip(numbers, updated, strict=True))
     return [new[i] for i in range(len(steps))]
 
@@ -103,10 +100,7 @@ def _batches(
 
 
 # Leaves that are alike are traced once in a process; and compiled once where the caller
-# compiles nothing. Here those that no kernel takes, which are a batch each.
-_update_plain = jax.jit(XLA.load(), static_argnums=(0, 1))
-
-
+# compiles nothing.
 @partial(jax.jit, static_argnums=0)
 def _update_batch(
     batch: _Batch,
@@ -115,7 +109,7 @@ def _update_batch(
     grads: tuple[Array, ...],
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
-    """A batch that a kernel takes, on its platform."""
+    """A batch, on whichever platform."""
     for kernel, _ in batch.kernels:
         by_platform.serve(kernel.platform)
     return by_platform(batch, scalars, leaves, grads, old)
@@ -126,13 +120,18 @@ def _update_on(batch: _Batch, platform: str) -> Update:
     for kernel, views in batch.kernels:
         if kernel.platform == platform:
             return _update_for(batch, kernel, views)
-    if batch.is_asked:
+    if batch.is_asked and batch.kernels:
         ((kernel, views),) = batch.kernels
         return partial(_update_for(batch, kernel, views), interpret=True)
-    return _update_for(batch, XLA, batch.plain)
+    if platform == "cpu":
+        return _update_for(batch, XLA, batch.plain)
+    whole = tuple([view.whole for view in batch.plain])
+    return partial(_one_by_one, batch, XLA, whole)
 
 
 by_platform = _compat.ByPlatform("flashquinox_step", _update_on)
+# Plain XLA takes chunks there.
+by_platform.serve("cpu")
 
 
 def _update_for(
@@ -160,6 +159,7 @@ def _one_by_one(
     for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
         update_leaf = _update_alone(backend)
         if view is None:
+            # On another platform than CPUs.
             view, update_leaf = batch.plain[i].whole, _update_alone(XLA)
         own = dataclasses.replace(scalars, leaf=leaf)
         operands = own, (leaf,), (grads[i],), (old[i],)

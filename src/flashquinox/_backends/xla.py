@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .. import _compat
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
@@ -44,8 +43,6 @@ class Xla(AbstractBackend):
         return True
 
     def view(self, step: LeafStep) -> PlainView:
-        if _compat.traced_device().platform != "cpu":
-            return PlainView(step.layout, None)
         is_grouped = bool(jtu.tree_leaves(step.old.scales))
         groups = Groups.of(step.layout, is_grouped)
         return PlainView(step.layout, groups if takes(groups) else None)
