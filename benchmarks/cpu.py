@@ -66,7 +66,8 @@ class _Contender:
         self.step = lowered.compile()
         self.compile = time.perf_counter() - start - self.trace
         size = sum(x.size for x in weights)
-        self.temp = self.step.memory_analysis().temp_size_in_bytes / size
+        memory: Any = self.step.memory_analysis()
+        self.temp = memory.temp_size_in_bytes / size
         self.carry = weights, state
         self.seconds: list[float] = []
 
