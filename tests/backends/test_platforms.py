@@ -117,6 +117,7 @@ def test_one_warning_where_kernels_would_have_been_used(name, no_kernels):
     state = optim.init(params)
     with compiling_for(*_DEVICES[name]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        lowered = ""
         for _ in range(2):
             traced = jax.jit(optim.step).trace(params, state, params)
             platform = platforms.named(name).platform
