@@ -99,4 +99,7 @@ def test_a_step_is_in_place():
     memory = step.lower(params, state, params).compile().memory_analysis()
     size = sum(np.asarray(x).nbytes for x in jax.tree.leaves((params, state)))
     assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes <= 32 * chunks._ELEMENTS
+    of_chunk = 32 * chunks._ELEMENTS
+    # XLA of JAX 0.10 copies some of the leaf's arrays: 5.3 bytes for each parameter.
+    copied = 6 * params["w"].size if jax.__version_info__ < (0, 11) else 0
+    assert memory.temp_size_in_bytes <= of_chunk + copied
