@@ -6,14 +6,16 @@ the line of `Backend` in `platforms.py`.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
+import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._storage.layout import Layout
-from .._tile.tile import StepScalars, StepStructure, TileState
+from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 
 
 class LeafStep(eqx.Module):
@@ -108,6 +110,25 @@ class AbstractBackend(abc.ABC):
         is the one that was chosen."""
 
 
-def each_alone(steps: Sequence[LeafStep]) -> list[list[int]]:
-    """Batches of one leaf."""
-    return [[i] for i in range(len(steps))]
+def kind_of(step: LeafStep) -> Hashable:
+    """What the leaves of a batch have in common."""
+    arrays, structure = jtu.tree_flatten((step.grad, step.old))
+    dtypes = tuple([x.dtype for x in arrays])
+    return step.structure, jtu.tree_structure(step.scalars), structure, dtypes
+
+
+def one_by_one(
+    update: Update,
+    structure: StepStructure,
+    views: Sequence[View],
+    scalars: StepScalars,
+    leaves: Sequence[LeafScalars],
+    grads: Sequence[Float[Array, "..."]],
+    old: Sequence[TileState],
+) -> tuple[TileState, ...]:
+    """A batch, by what updates one leaf."""
+    new = []
+    for view, leaf, grad, state in zip(views, leaves, grads, old, strict=True):
+        own = dataclasses.replace(scalars, leaf=leaf)
+        new += update(structure, (view,), own, (leaf,), (grad,), (state,))
+    return tuple(new)

@@ -1,6 +1,5 @@
 """Which backend takes a step of which leaves."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from jaxtyping import Array
 from .. import _compat
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import platforms
-from .base import AbstractBackend, LeafStep as LeafStep, Update, View
+from .base import AbstractBackend, LeafStep as LeafStep, one_by_one, Update, View
 from .platforms import Backend as Backend, Way as Way
 from .xla import BACKEND as XLA, PlainView
 
@@ -149,22 +148,21 @@ def _one_by_one(
     batch: _Batch,
     backend: AbstractBackend,
     views: tuple[View | None, ...],
-    scalars: StepScalars,
-    leaves: tuple[LeafScalars, ...],
-    grads: tuple[Array, ...],
-    old: tuple[TileState, ...],
+    *operands: Any,
 ) -> tuple[TileState, ...]:
     """The leaves of another backend's batch."""
-    new = []
-    for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
-        update_leaf = _update_alone(backend)
-        if view is None:
-            # On another platform than CPUs.
-            view, update_leaf = batch.plain[i].whole, _update_alone(XLA)
-        own = dataclasses.replace(scalars, leaf=leaf)
-        operands = own, (leaf,), (grads[i],), (old[i],)
-        new += update_leaf(batch.structure, (view,), *operands)
-    return tuple(new)
+    # Those that it cannot take, on another platform than CPUs.
+    known = [
+        plain.whole if view is None else view
+        for view, plain in zip(views, batch.plain, strict=True)
+    ]
+
+    def update(structure: StepStructure, views: Any, *operands: Any) -> Any:
+        (view,) = views
+        taken_by = XLA if isinstance(view, PlainView) else backend
+        return _update_alone(taken_by)(structure, views, *operands)
+
+    return one_by_one(update, batch.structure, known, *operands)
 
 
 @functools.cache

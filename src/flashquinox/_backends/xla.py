@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from .base import AbstractBackend, LeafStep, Update, View
+from .base import AbstractBackend, kind_of, LeafStep, Update, View
 from .chunks import takes, update_in_chunks
 from .groups import Groups
 
@@ -54,22 +54,11 @@ class Xla(AbstractBackend):
         alike: dict[Any, list[int]] = {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
             assert isinstance(view, PlainView)
-            kind = i if view.groups is None else _kind(step, view.groups.size)
+            kind: Any = i
+            if view.groups is not None:
+                kind = kind_of(step), view.groups.size
             alike.setdefault(kind, []).append(i)
         return [*alike.values()]
-
-
-def _kind(step: LeafStep, group_size: int) -> Any:
-    """What leaves must have in common to share chunks."""
-    arrays, structure = jtu.tree_flatten((step.grad, step.old))
-    dtypes = tuple([x.dtype for x in arrays])
-    return (
-        step.structure,
-        jtu.tree_structure(step.scalars),
-        structure,
-        dtypes,
-        group_size,
-    )
 
 
 def _update(

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.tree_util as jtu
 
-from ..base import AbstractBackend, LeafStep, Update, View
+from ..base import AbstractBackend, kind_of, LeafStep, Update, View
 
 
 class Gpu(AbstractBackend):
@@ -43,22 +42,14 @@ class Gpu(AbstractBackend):
         """Leaves that are stored alike share a kernel."""
         alike: dict[Any, list[int]] = {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
-            kind = _kind(step, view), view.most_leaves
+            kind = kind_of(step), view.kind, view.most_leaves
             alike.setdefault(kind, []).append(i)
         found = []
-        for (_, most), numbers in alike.items():
+        for (*_, most), numbers in alike.items():
             # Of about the same size together.
             numbers = sorted(numbers, key=lambda i: views[i].tiles)
             found += _split(numbers, most)
         return found
-
-
-def _kind(step: LeafStep, view: Any) -> tuple[Any, ...]:
-    """What leaves must have in common to share a kernel."""
-    leaves, structure = jtu.tree_flatten((step.grad, step.old))
-    dtypes = tuple([x.dtype for x in leaves])
-    scalars = jtu.tree_structure(step.scalars)
-    return step.structure, scalars, view.kind, structure, dtypes
 
 
 def _split(numbers: list[int], most: int) -> list[list[int]]:

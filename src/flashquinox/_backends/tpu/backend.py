@@ -1,12 +1,10 @@
 """Pallas for TPUs: one kernel for each leaf."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax.tree_util as jtu
-
 from ..._tile.tile import StepStructure, TileState
-from ..base import AbstractBackend, LeafStep, Update
+from ..base import AbstractBackend, kind_of, LeafStep, Update
 from .view import LARGE, View as TpuView, view_of
 
 
@@ -55,9 +53,9 @@ class Tpu(AbstractBackend):
             if step.grad.size >= LARGE or Chip.current().arithmetic.only_words:
                 found.append([i])
             elif view.kind == "vector":
-                vectors.setdefault(_kind(step, view.group_size), []).append(i)
+                vectors.setdefault((kind_of(step), view.group_size), []).append(i)
             else:
-                alike.setdefault(_kind(step, view), []).append(i)
+                alike.setdefault((kind_of(step), view), []).append(i)
         for numbers in vectors.values():
             for batch in gathered([pieces_of(views[i]) for i in numbers]):
                 found.append([numbers[i] for i in batch])
@@ -67,14 +65,6 @@ class Tpu(AbstractBackend):
             starts = range(0, len(numbers), most)
             found += [numbers[i : i + most] for i in starts]
         return found
-
-
-def _kind(step: LeafStep, view: Hashable) -> tuple[Any, ...]:
-    """What leaves must have in common to share a kernel."""
-    leaves, structure = jtu.tree_flatten((step.grad, step.old))
-    dtypes = tuple([x.dtype for x in leaves])
-    scalars = jtu.tree_structure(step.scalars)
-    return step.structure, scalars, view, structure, dtypes
 
 
 BACKEND = Tpu()
