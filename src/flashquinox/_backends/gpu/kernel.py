@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from ..._tile.tile import (
     update_tile,
 )
 from ..interpreter.arithmetic import Arithmetic
-from ..interpreter.scalars import pack
+from ..interpreter.scalars import pack, with_leaf
 from .arithmetic import ARITHMETIC
 from .views import AbstractPart, AbstractView, parts_of, Tile
 
@@ -92,7 +91,7 @@ class _Kernel:
         # The scalars of all leaves are one array, which is the same for all kernels of
         # a step, and those of each leaf another one: XLA would make every further array
         # by another launch.
-        floats, integers, unpack = pack(eqx.tree_at(_of_leaf, self.scalars, None))
+        floats, integers, unpack = pack(self.scalars)
         words = lax.bitcast_convert_type(floats, jnp.int32)
         own = jnp.stack([_word(x) for x in jtu.tree_leaves(list(leaves))])
         arguments = jnp.concatenate([words, integers]), own
@@ -133,48 +132,33 @@ class _Kernel:
         outputs = refs[len(parts) * width :]
         size = width - 1
         outputs = [outputs[i : i + size] for i in range(0, len(outputs), size)]
-        program = pl.program_id(0)
-        # Of each part, its number, its first tile, and what it says of itself.
-        firsts = itertools.accumulate(x.tiles for x in parts[:-1])
-        firsts = [0, *firsts]
-        table = [
-            (i, first, *x.numbers)
-            for i, (first, x) in enumerate(zip(firsts, parts, strict=True))
-        ]
-        part, first, *numbers = table[0]
-        for row in table[1:]:
-            is_later = program >= row[1]
-            chosen = zip(row, (part, first, *numbers), strict=True)
-            part, first, *numbers = [
-                y if x is y else jnp.where(is_later, jnp.int32(x), jnp.int32(y))
-                for x, y in chosen
-            ]
+        part, start, numbers = self._part_of(pl.program_id(0))
         # The first of the integers is 0, which Triton does not know.
-        tile = Tile(program - first, numbers, words[first_integer])
+        tile = Tile(pl.program_id(0) - start, numbers, words[first_integer])
         # Computed once where they are of all parts alike.
-        shared = None
+        places = None
         if len({x.code for x in parts}) == 1:
-            shared = parts[0].places(tile)
+            places = parts[0].places(tile)
 
         def load(i: int) -> list[Array]:
-            elements, groups = shared or parts[i].places(tile)
+            elements, groups = places or parts[i].places(tile)
             first = width - scales
             return elements.load(inputs[i][:first]) + groups.load(inputs[i][first:])
 
         def store(i: int) -> None:
-            elements, groups = shared or parts[i].places(tile)
-            first = width - 1 - scales
+            elements, groups = places or parts[i].places(tile)
+            first = size - scales
             elements.store(outputs[i][:first], new[:first])
             groups.store(outputs[i][first:], new[first:])
 
         of_parts = range(len(parts))
         grad, *state = _choose(part, [partial(load, i) for i in of_parts])
-        here = unpack(
+        shared = unpack(
             lambda i: lax.bitcast_convert_type(words[i], jnp.float32),
             lambda i: words[first_integer + i],
         )
         operands = {
-            "scalars": self._with_own(here, own_words, part),
+            "scalars": self._with_own(shared, own_words, part),
             "grad": grad,
             "old": jtu.tree_unflatten(jtu.tree_structure(self.like), state),
         }
@@ -183,19 +167,33 @@ class _Kernel:
         new = jtu.tree_leaves(update(**operands))
         _choose(part, [partial(store, i) for i in of_parts])
 
-    def _with_own(self, here: StepScalars, own_words: Any, part: Any) -> StepScalars:
+    def _part_of(self, program: Any) -> tuple[Any, Any, list[Any]]:
+        """The part that a tile is of: its number, its first tile, and what it says of
+        itself."""
+        firsts = [0, *itertools.accumulate(x.tiles for x in self.parts[:-1])]
+        table = [
+            (i, first, *x.numbers)
+            for i, (first, x) in enumerate(zip(firsts, self.parts, strict=True))
+        ]
+        found: Sequence[Any] = table[0]
+        for row in table[1:]:
+            is_later = program >= row[1]
+            found = [
+                y if x is y else jnp.where(is_later, jnp.int32(x), jnp.int32(y))
+                for x, y in zip(row, found, strict=True)
+            ]
+        part, first, *numbers = found
+        return part, first, numbers
+
+    def _with_own(self, shared: StepScalars, own_words: Any, part: Any) -> StepScalars:
         """The scalars of all leaves, and those of the leaf of a part."""
         own, own_structure = jtu.tree_flatten(self.scalars.leaf)
         own_here = own_structure.unflatten(
             _of_word(own_words[part * len(own) + i], like.dtype)
             for i, like in enumerate(own)
         )
-        here = eqx.tree_at(_of_leaf, here, own_here, is_leaf=lambda x: x is None)
+        here = with_leaf(shared, own_here)
         return jtu.tree_map(lambda x, like: x.astype(like.dtype), here, self.scalars)
-
-
-def _of_leaf(scalars: StepScalars) -> Any:
-    return scalars.leaf
 
 
 def _word(x: Scalar) -> Scalar:

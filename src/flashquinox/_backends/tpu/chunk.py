@@ -47,6 +47,20 @@ class ChunkStep:
     # The number 0, which the compiler does not know to be 0.
     zero: Any
 
+    @staticmethod
+    def of(
+        structure: StepStructure, scalars: StepScalars, **fields: Any
+    ) -> "ChunkStep":
+        """With what follows from the scalars: computed here, and not in each turn of a
+        loop."""
+        return ChunkStep(
+            structure=structure,
+            scalars=scalars,
+            dithers=scalars.dithers(structure),
+            threshold=scalars.weight_threshold if structure.dither_weights else None,
+            **fields,
+        )
+
     def update(self, index: Any, carry: None) -> None:
         """The step of one chunk: the body of a loop over all of them."""
         del carry

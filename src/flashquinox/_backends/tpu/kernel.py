@@ -5,23 +5,21 @@ pipeline copies a block into VMEM while the one before it is computed. Inside of
 block, a loop takes a *chunk* at a time: see `block.py` and `chunk.py`.
 """
 
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ..._tile.tile import LeafScalars, no_update, StepScalars, StepStructure, TileState
 from ..interpreter.arithmetic import Arithmetic
-from ..interpreter.scalars import pack
+from ..interpreter.scalars import pack, with_leaf
 from .block import AbstractGridBlock
 from .chip import Chip
 from .chunk import ChunkStep
@@ -58,7 +56,7 @@ def update_leaf(
 
     # What is the same for all leaves is computed once in a step, and what is not in the
     # kernel: every operation of XLA on a number is a program of its own.
-    *packed, unpack = pack(eqx.tree_at(_of_leaf, scalars, None))
+    *packed, unpack = pack(scalars)
     own, own_structure = jtu.tree_flatten(scalars.leaf)
     # Of two axes, of which `vmap` does not divide the last ones.
     packed = [x.reshape(1, -1) for x in (*packed, *own)]
@@ -80,19 +78,11 @@ def update_leaf(
             # edges. The checks take some hundred instructions for each block.
             disable_bounds_checks=True,
         ),
-        # Lets XLA overlap other work. An element takes about 50 operations.
-        cost_estimate=pl.CostEstimate(
-            flops=50 * grad.size,
-            transcendentals=4 * grad.size,
-            bytes_accessed=_bytes(grad) + 2 * _bytes(state),
-        ),
+        cost_estimate=cost_of(grad, state),
         interpret=interpret,
         name=f"flashquinox_{type(structure.rule).__name__.lower()}",
     )(*packed, grad, *arrays)
     return (view.restore(jtu.tree_unflatten(treedef, new)),)
-
-
-_of_leaf = operator.attrgetter("leaf")
 
 
 # Results, and what they alias, say where they are by their types. Older versions of JAX
@@ -144,8 +134,15 @@ def _block_specs(block: AbstractGridBlock, state: TileState) -> tuple[Any, list[
     ]
 
 
-def _bytes(tree: Any) -> int:
-    return sum([x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree)])
+def cost_of(grads: PyTree[Array], old: PyTree[Array]) -> pl.CostEstimate:
+    """Lets XLA overlap other work. An element takes about 50 operations."""
+    size = sum([x.size for x in jtu.tree_leaves(grads)])
+    moved = [*jtu.tree_leaves(grads), *2 * jtu.tree_leaves(old)]
+    return pl.CostEstimate(
+        flops=50 * size,
+        transcendentals=4 * size,
+        bytes_accessed=sum([x.size * x.dtype.itemsize for x in moved]),
+    )
 
 
 def _kernel(
@@ -165,17 +162,15 @@ def _kernel(
         jtu.tree_unflatten(treedef, x)
         for x in (state[: len(state) // 2], state[len(state) // 2 :])
     ]
-    scalars = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
+    shared = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
     own = own_structure.unflatten([x[0, 0] for x in own])
-    scalars = eqx.tree_at(_of_leaf, scalars, own, is_leaf=lambda x: x is None)
-    chunks = ChunkStep(
-        structure=structure,
+    scalars = with_leaf(shared, own)
+    chunks = ChunkStep.of(
+        structure,
+        scalars,
         arithmetic=arithmetic,
         block=block,
         block_index=tuple([pl.program_id(axis) for axis in range(len(block.grid))]),
-        scalars=scalars,
-        dithers=scalars.dithers(structure),
-        threshold=scalars.weight_threshold if structure.dither_weights else None,
         grad=grad,
         old=old,
         new=new,

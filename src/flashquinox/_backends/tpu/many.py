@@ -5,12 +5,10 @@ A kernel for each small leaf would mostly start and end.
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -19,14 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, PyTree
 
 from ..._tile.tile import no_update, StepScalars, StepStructure, TileState
-from ..interpreter.scalars import pack
+from ..interpreter.scalars import pack, with_leaf
 from .block import AbstractBlock
 from .chip import Chip
 from .chunk import ChunkStep
+from .kernel import cost_of
 from .scratch import scratch_shapes
 
 
-_of_leaf = operator.attrgetter("leaf")
 # Leaves of a kernel, at most: more take the compiler longer than several kernels.
 MOST_LEAVES = 24
 
@@ -79,7 +77,7 @@ def update_many(
     # All but the gradients are updated in place.
     results = [i for i in range(len(flat)) if i % width > 0]
 
-    *packed, unpack = pack(eqx.tree_at(_of_leaf, scalars, None))
+    *packed, unpack = pack(scalars)
     own, own_structure = jtu.tree_flatten(own)
     small = (*packed, jnp.asarray(lengths, jnp.int32), *own)
     small = [x.reshape(1, -1) for x in small]
@@ -99,16 +97,12 @@ def update_many(
             index: Any, block_index: Any, grad: Any, state: TileState
         ) -> ChunkStep:
             here = own_structure.unflatten([x[0, index] for x in own_refs])
-            own_scalars = eqx.tree_at(_of_leaf, scalars, here, is_leaf=_is_none)
-            dither = structure.dither_weights
-            return ChunkStep(
-                structure=structure,
+            return ChunkStep.of(
+                structure,
+                with_leaf(scalars, here),
                 arithmetic=arithmetic,
                 block=block,
                 block_index=block_index,
-                scalars=own_scalars,
-                dithers=own_scalars.dithers(structure),
-                threshold=own_scalars.weight_threshold if dither else None,
                 grad=grad,
                 old=state,
                 new=state,
@@ -131,7 +125,6 @@ def update_many(
         _copy([copies[i] for i in results], outputs, semaphore)
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    sizes = [x.size * x.dtype.itemsize for x in flat]
     new = pl.pallas_call(
         kernel,
         out_shape=[pltpu.HBM(flat[i].shape, flat[i].dtype) for i in results],
@@ -150,20 +143,12 @@ def update_many(
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=chip.vmem_limit, disable_bounds_checks=True
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=50 * sum([x.size for x in grads]),
-            transcendentals=4 * sum([x.size for x in grads]),
-            bytes_accessed=sum(sizes) + sum([sizes[i] for i in results]),
-        ),
+        cost_estimate=cost_of(grads, old),
         interpret=interpret,
         name=f"flashquinox_{type(structure.rule).__name__.lower()}_of_many",
     )(*small, *flat)
     each = width - 1
     return [treedef.unflatten(new[i : i + each]) for i in range(0, len(new), each)]
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _split(refs: tuple[Any, ...], sizes: tuple[int, ...]) -> list[tuple[Any, ...]]:
