@@ -10,10 +10,10 @@ from typing import Literal, TypeAlias
 # Axes from the outermost to the innermost.
 Axes: TypeAlias = tuple[int, ...]
 
-_LANES = 128
-_SUBLANES = 8
-# Of a tile of 8-bit integers.
-_TILE_ROWS = 32
+# Of a tile in memory, or a register: columns, and rows of float32.
+LANES, SUBLANES = 128, 8
+# The rows of a tile of 8-bit integers.
+TILE_ROWS = 32
 # In bytes.
 _CODE, _SCALE, _WEIGHT = 1, 2, 2
 # Layers of a model, at most.
@@ -38,7 +38,7 @@ def memory_order(shape: tuple[int, ...], itemsize: int) -> Axes:
 
     def size(rows: int, columns: int) -> int:
         tile = _rows_of_tile(shape[rows], itemsize)
-        filled = _filled(shape[rows], tile) * _filled(shape[columns], _LANES)
+        filled = _filled(shape[rows], tile) * _filled(shape[columns], LANES)
         return filled * math.prod([shape[i] for i in axes if i not in (rows, columns)])
 
     pairs = [(i, j) for j in axes for i in axes if i != j]
@@ -47,11 +47,11 @@ def memory_order(shape: tuple[int, ...], itemsize: int) -> Axes:
 
 
 def _rows_of_tile(rows: int, itemsize: int) -> int:
-    if itemsize == 1 and rows % _TILE_ROWS == 0:
-        return _TILE_ROWS
+    if itemsize == 1 and rows % TILE_ROWS == 0:
+        return TILE_ROWS
     # Rows of narrow numbers share words of 32 bits.
     packed = 4 // itemsize
-    return max(packed, min(_SUBLANES, 2 ** (max(1, rows) - 1).bit_length()))
+    return max(packed, min(SUBLANES, 2 ** (max(1, rows) - 1).bit_length()))
 
 
 def _filled(length: int, tile: int) -> int:
@@ -103,7 +103,7 @@ def groups_in_memory(
         place = outer.index(axis)
         before, between = tuple(outer[:place]), tuple(outer[place + 1 :])
         elements = scales = before, (axis,), between, (rows,), (columns,)
-    elif shape[rows] >= _TILE_ROWS and (
+    elif shape[rows] >= TILE_ROWS and (
         scale_rows == rows or scale_shape[rows] == scale_shape[scale_rows] == 1
     ):
         kind = "rows"

@@ -12,21 +12,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from ..._storage.tpu_memory import LANES, TILE_ROWS
 from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from .block import LANES
 from .chip import Chip
 from .kernel import choose_block
 from .many import Inside, MOST_LEAVES, update_many
 from .view import View
 
 
-_TILE_ROWS = 32
-
-
 def most_alike(view: View, grad: Array, old: TileState) -> int:
     """How many leaves of this sort share a kernel: as many as VMEM has room for."""
     *outer, rows, columns = view.elements.lengths
-    filled = pl.cdiv(rows, _TILE_ROWS) * _TILE_ROWS * pl.cdiv(columns, LANES) * LANES
+    filled = pl.cdiv(rows, TILE_ROWS) * TILE_ROWS * pl.cdiv(columns, LANES) * LANES
     element = sum([x.dtype.itemsize for x in jtu.tree_leaves((grad, old))])
     room = Chip.current().block_bytes // (math.prod(outer) * filled * element)
     return max(1, min(MOST_LEAVES, room - 1))

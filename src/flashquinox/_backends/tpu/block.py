@@ -10,10 +10,6 @@ from jaxtyping import Array, Bool, Shaped
 from ..._storage.codec import Reduction
 
 
-LANES = 128
-SUBLANES = 8
-
-
 class AbstractBlock(abc.ABC):
     """A block, and how it is cut.
 
@@ -133,3 +129,13 @@ def evenly(times: int, count: int, most: int, size: int = 1) -> int:
     turn, edge = 0.5, 0.9
     cost = lambda n: times * pl.cdiv(count, n) * (n * size + turn) + n * size * edge
     return min(range(1, max(1, min(count, most)) + 1), key=cost)
+
+
+def evenly_both(times: int, chunks: tuple[int, int], most: int) -> tuple[int, int]:
+    """How many chunks to take at a time, of `times` times so many that lie one below
+    the other and side by side: in a row first, then whole rows."""
+    below, beside = chunks
+    wide = evenly(times * below, beside, most)
+    if wide < beside:
+        return 1, wide
+    return evenly(times, below, most // wide, wide), wide

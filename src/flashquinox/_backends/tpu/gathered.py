@@ -13,8 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Shaped
 
 from ..._storage.codec import Reduction
+from ..._storage.tpu_memory import LANES
 from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from .block import AbstractBlock, AbstractChunk, LANES
+from .block import AbstractBlock, AbstractChunk
 from .many import Inside, MOST_LEAVES, update_many
 from .vectors import place_in_piece, reduced_along_lanes, spread_along_lanes
 from .view import View

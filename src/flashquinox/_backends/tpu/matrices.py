@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
+from ..._storage.tpu_memory import LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly_both
 from .view import View
 
 
@@ -163,9 +164,7 @@ def matrices_block(view: View, most: int, room: int) -> MatricesBlock:
     height = pl.cdiv(group_size, SUBLANES) * SUBLANES
     room = room // (matrices * height * lanes)
     times = math.prod(shape[:-2]) // shape[axis] * pl.cdiv(shape[axis], matrices)
-    wide, high = evenly(times * chunks[0], chunks[1], room), 1
-    if wide == chunks[1]:
-        high = evenly(times, chunks[0], room // wide, wide)
+    high, wide = evenly_both(times, chunks, room)
     return MatricesBlock(
         shape=shape,
         axis=axis,

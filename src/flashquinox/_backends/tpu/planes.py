@@ -11,13 +11,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
+from ..._storage.tpu_memory import LANES, SUBLANES, TILE_ROWS
+from .block import AbstractChunk, AbstractGridBlock, evenly_both
 
 
 # Of a piece, in registers of float32.
 _PIECE = 4
-# Rows of a chunk, at most: of a tile of 8-bit integers.
-_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +134,12 @@ def planes_block(shape: tuple[int, ...], group_size: int, room: int) -> PlanesBl
     """
     before, planes, between, rows, columns = shape
     group_size = min(group_size, planes)
-    height, lanes = min(rows, _ROWS), min(LANES, columns)
+    height, lanes = min(rows, TILE_ROWS), min(LANES, columns)
     chunks = pl.cdiv(planes, group_size), pl.cdiv(columns, lanes)
     # Tiles of 8-bit integers are filled up.
     room = room // (group_size * -(-height // SUBLANES) * SUBLANES * lanes)
     times = before * between * pl.cdiv(rows, height)
-    wide, high = evenly(times * chunks[0], chunks[1], room), 1
-    if wide == chunks[1]:
-        high = evenly(times, chunks[0], room // wide, wide)
+    high, wide = evenly_both(times, chunks, room)
     return PlanesBlock(
         shape, high * group_size, wide * lanes, group_size, height, lanes
     )

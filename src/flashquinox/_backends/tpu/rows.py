@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
+from ..._storage.tpu_memory import LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly, evenly_both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,6 @@ def rows_block(
     lanes = min(LANES, columns)
     chunks = pl.cdiv(rows, chunk), pl.cdiv(columns, lanes)
     room = room // (chunk * lanes)
-    wide, high = 1, 1
     # As many matrices as make a chunk.
     times = pl.cdiv(matrices, most // groups)
     together = pl.cdiv(matrices, times)
@@ -166,9 +166,8 @@ def rows_block(
         wide = evenly(times, chunks[1], room // together)
         columns = wide * lanes
         return RowsBlock(shape, together, chunk, columns, groups, group_size, lanes)
-    if not one_column:
-        wide = evenly(matrices * chunks[0], chunks[1], room)
-    if wide == chunks[1] or one_column:
-        times = matrices * chunks[1] // wide
-        high = evenly(times, chunks[0], room // wide, wide)
+    if one_column:
+        high, wide = evenly(matrices * chunks[1], chunks[0], room), 1
+    else:
+        high, wide = evenly_both(matrices, chunks, room)
     return RowsBlock(shape, 1, high * chunk, wide * lanes, groups, group_size, lanes)

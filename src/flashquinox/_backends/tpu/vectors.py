@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int32, Shaped
 
 from ..._storage.codec import Reduction
-from .block import AbstractChunk, AbstractGridBlock, evenly, LANES, SUBLANES
+from ..._storage.tpu_memory import LANES, SUBLANES
+from .block import AbstractChunk, AbstractGridBlock, evenly
 
 
 @dataclasses.dataclass(frozen=True)

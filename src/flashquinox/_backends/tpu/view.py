@@ -9,7 +9,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Shaped
 
 from ..._storage.layout import flattened, Layout
-from ..._storage.tpu_memory import Axes, groups_in_memory, memory_order
+from ..._storage.tpu_memory import (
+    Axes,
+    groups_in_memory,
+    LANES,
+    memory_order,
+    TILE_ROWS,
+)
 from ..._tile.tile import TileState
 
 
@@ -17,9 +23,6 @@ from ..._tile.tile import TileState
 Kind: TypeAlias = Literal["rows", "matrices", "planes", "vector"]
 # Elements of a leaf that has a kernel of its own.
 LARGE = 2**14
-# Groups are whole tiles of 8-bit integers.
-_TILE_ROWS = 32
-_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +95,12 @@ def view_of(
     else:
         # Of the kernel's choice.
         axes = rows - len(shape), -2
-        layouts = [Layout(shape, (axis,), _TILE_ROWS) for axis in axes]
+        layouts = [Layout(shape, (axis,), TILE_ROWS) for axis in axes]
     for layout in layouts:
-        if len(layout.axes) != 1 or layout.group_size % _TILE_ROWS != 0:
+        if len(layout.axes) != 1 or layout.group_size % TILE_ROWS != 0:
             continue
         (axis,) = layout.axes
-        whole = shape[axis] % _TILE_ROWS == 0
+        whole = shape[axis] % TILE_ROWS == 0
         if axis + len(shape) == columns and not (axis == -2 and whole):
             # Plain XLA copies less than a transposition does.
             continue
@@ -117,9 +120,9 @@ def _of_vector(layout: Layout, old: TileState) -> View | None:
     """Of a leaf with at most one axis that is longer than 1."""
     shape = layout.shape
     if not jtu.tree_leaves(old.scales):
-        layout = flattened(shape, _TILE_ROWS)
+        layout = flattened(shape, TILE_ROWS)
     # A row of lanes has whole groups.
-    if layout.group_size % _TILE_ROWS != 0 or _LANES % layout.group_size != 0:
+    if layout.group_size % TILE_ROWS != 0 or LANES % layout.group_size != 0:
         return None
     if layout.run != math.prod(shape):
         return None
