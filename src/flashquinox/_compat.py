@@ -178,22 +178,19 @@ class ByPlatform:
         self, flat: Sequence[Any], axes: Sequence[Any], **params: Any
     ) -> tuple[list[Any], list[int]]:
         is_mapped = [axis is not None for axis in axes]
-        size = next(
-            x.shape[i] for x, i in zip(flat, axes, strict=True) if i is not None
-        )
+        arrays = [
+            x if axis is None else jnp.moveaxis(x, axis, 0)
+            for x, axis in zip(flat, axes, strict=True)
+        ]
+        size = arrays[is_mapped.index(True)].shape[0]
         # What is new depends on all operands.
         first_like = len(flat) - params["likes"]
-        flat = [
-            jnp.moveaxis(x, axis, 0)
-            if mapped
-            else (x if i < first_like else jnp.broadcast_to(x, (size, *x.shape)))
-            for i, (x, axis, mapped) in enumerate(
-                zip(flat, axes, is_mapped, strict=True)
-            )
-        ]
+        for i in range(first_like, len(flat)):
+            if not is_mapped[i]:
+                arrays[i] = jnp.broadcast_to(arrays[i], (size, *arrays[i].shape))
         is_mapped[first_like:] = [True] * params["likes"]
         params["maps"] = (*params["maps"], tuple(is_mapped))
-        return self._primitive.bind(*flat, **params), [0] * params["likes"]
+        return self._primitive.bind(*arrays, **params), [0] * params["likes"]
 
 
 def _avals_of_like(*avals: Any, likes: int, **_: Any) -> list[Any]:
