@@ -11,7 +11,10 @@ each model and backend:
 - again: the same for another program with a step of the same leaves;
 - lower: seconds to lower the step of the first program;
 - ratio: of "first", to Optax's;
-- calls: how many functions of this library Python calls in the first trace;
+- both: the same of "first" and "lower" together. Kernels are traced when a program is
+  lowered;
+- calls: how many functions of this library Python calls in the first trace and its
+  lowering;
 - frames: how many of them are on the stack from `step` to the tile function.
 
 Seconds are of CPU time, of which tracing needs one core.
@@ -151,11 +154,11 @@ def own_calls(
                 frames += frame.f_code.co_filename.startswith(_SOURCES)
 
     clear_caches()
-    with device_of(backend):
-        traced = jax.jit(lambda *args: step(*args))
+    with device_of(backend) as platform:
+        program = jax.jit(lambda *args: step(*args))
         sys.setprofile(profile)
         try:
-            traced.trace(*arguments)
+            program.trace(*arguments).lower(lowering_platforms=(platform,))
         finally:
             sys.setprofile(None)
     return {"calls": calls, "frames": frames}
@@ -189,12 +192,12 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in there.items()))
     print(
         f"{'model':>15}{'leaves':>8}  {'':8}{'first':>8}{'again':>8}{'lower':>8}"
-        f"{'ratio':>7}{'calls':>8}{'frames':>8}"
+        f"{'ratio':>7}{'both':>7}{'calls':>8}{'frames':>8}"
     )
     rows = []
     for model in arguments.models:
         shapes = ZOO[model].leaves()
-        reference = None
+        reference: dict[str, Any] | None = None
         for backend in ["optax", *arguments.backends]:
             make = optax_step if backend == "optax" else partial(ours, backend)
             step, operands = make(shapes)
@@ -205,15 +208,18 @@ def main() -> None:
                 "backend": backend,
                 **seconds(step, operands, backend, arguments.repeats),
             }
-            reference = reference or row["first"]
-            row["ratio"] = row["first"] / reference
+            reference = reference or row
+            together = lambda row: row["first"] + row["lower"]
+            row["ratio"] = row["first"] / reference["first"]
+            row["both"] = together(row) / together(reference)
             if backend != "optax":
                 row |= own_calls(step, operands, backend)
             rows.append(row)
             print(
                 f"{model:>15}{len(shapes):8}  {backend:8}{row['first']:8.3f}"
                 f"{row['again']:8.3f}{row['lower']:8.3f}{row['ratio']:7.2f}"
-                f"{row.get('calls', ''):>8}{row.get('frames', ''):>8}",
+                f"{row['both']:7.2f}{row.get('calls', ''):>8}"
+                f"{row.get('frames', ''):>8}",
                 flush=True,
             )
     write_json(arguments.json, versions=there, repeats=arguments.repeats, rows=rows)
