@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from . import options
 from .options import DEFAULTS, Options
+from .short_types import short_type
 
 
 _Parameters = ParamSpec("_Parameters")
@@ -43,23 +45,28 @@ def factory(
     `**options: Unpack[Options]`.
 
     - Their signature names each option, for `help` and for `optax.inject_hyperparams`,
-        which binds arguments to it.
+        which binds arguments to it. It shows short types; `typing.get_type_hints` has
+        the whole ones.
     - An unknown keyword argument is an error that names the call.
     - `optax.inject_hyperparams` leaves defaults alone. Of those that it finds in a
         signature, it turns numbers into arrays in the dtype of the weights: in
         bfloat16, 0.999 is 1.
     """
     declared = inspect.signature(function)
+    names = inspect.unwrap(function).__globals__
     parameters: list[inspect.Parameter] = []
     for parameter in declared.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             parameters.extend(_options())
-        elif type(parameter.default) in (int, float):
+            continue
+        annotation = short_type(parameter.annotation, names)
+        parameter = parameter.replace(annotation=annotation)
+        if type(parameter.default) in (int, float):
             # Optax leaves booleans alone.
-            parameters.append(parameter.replace(default=_Static(parameter.default)))
-        else:
-            parameters.append(parameter)
-    signature = _Signature(parameters, return_annotation=declared.return_annotation)
+            parameter = parameter.replace(default=_Static(parameter.default))
+        parameters.append(parameter)
+    result = short_type(declared.return_annotation, names)
+    signature = _Signature(parameters, return_annotation=result)
 
     @functools.wraps(function)
     def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -77,7 +84,7 @@ def _options() -> list[inspect.Parameter]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=DEFAULTS[name],
-            annotation=annotation,
+            annotation=short_type(annotation, vars(options)),
         )
         for name, annotation in Options.__annotations__.items()
     ]
