@@ -1,7 +1,7 @@
 """What the documentation shows is executed: the programs of a page one after the other,
-as a reader would."""
+as a reader would. What they print is compared with what the page shows."""
 
-import re
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -11,12 +11,21 @@ from .helpers import have_what_haliax_needs, slow
 
 
 _ROOT = Path(__file__).parents[1]
-_FENCED = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
-def _programs(page: str) -> list[str]:
-    text = (_ROOT / page).read_text()
-    return [match[2] for match in _FENCED.finditer(text)]
+def _script(name: str):
+    path = _ROOT / "docs" / "_scripts" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+_pages = _script("pages")
+
+
+def _programs(page: str):
+    return _pages.programs((_ROOT / page).read_text())
 
 
 _PAGES = [
@@ -27,7 +36,6 @@ _PAGES = [
 
 # What a page takes for granted, before the program of this number.
 _BEFORE = {
-    ("README.md", 1): "import optax",
     ("docs/api/codecs.md", 0): "import flashquinox as fq",
     (
         "docs/checkpoints.md",
@@ -104,20 +112,30 @@ _AFTER = {
 # not import beside every version of JAX.
 _ONLY_COMPILED = {("docs/exchange.md", number) for number in (6, 7)}
 _WITH_HALIAX = ("docs/equinox.md", 2)
-# Nothing that other tests do not do, and many programs to compile.
+# Nothing that other tests do not do, and many programs to compile. (`.ci/run package`
+# runs the README.)
 _SLOW = (
+    "README.md",
     "docs/checkpoints.md",
     "docs/exchange.md",
-    "docs/faq.md",
     "docs/flax.md",
+    "docs/how-to/accumulation.md",
+    "docs/how-to/averaging.md",
+    "docs/how-to/clipping.md",
+    "docs/how-to/freezing.md",
+    "docs/how-to/resuming.md",
     "docs/optax.md",
     "docs/release.md",
+    "docs/tutorials/cnn.md",
+    "docs/tutorials/gpt.md",
+    "docs/tutorials/optax-in-five-changes.md",
+    "docs/tutorials/own-optimizer.md",
 )
 
 
 def test_first_page_is_that_of_the_repository():
     (shown,) = _programs("docs/index.md")
-    assert _programs("README.md")[0].startswith(shown)
+    assert _programs("README.md")[0].source.startswith(shown.source)
 
 
 @pytest.mark.parametrize(
@@ -134,18 +152,18 @@ def test_programs(page, tmp_path, monkeypatch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for number, program in enumerate(_programs(page)):
             if (page, number) in _ONLY_COMPILED:
-                compile(program, f"{page}:{number}", "exec")
+                compile(program.source, f"{page}:{number}", "exec")
                 continue
             if (page, number) == _WITH_HALIAX:
                 pytest.importorskip("haliax", exc_type=ImportError)
                 have_what_haliax_needs(monkeypatch)
-            _run(_BEFORE.get((page, number), ""), f"before {page}:{number}", names)
-            _run(program, f"{page}:{number}", names)
-        _run(_AFTER.get(page, ""), f"after {page}", names)
-
-
-def _run(source: str, name: str, names: dict) -> None:
-    exec(compile(source, name, "exec"), names)
+            before = _BEFORE.get((page, number), "")
+            _pages.run(before, f"before {page}:{number}", names)
+            printed = _pages.run(program.source, f"{page}:{number}", names)
+            if program.output is not None:
+                words = _pages.without_numbers
+                assert words(printed) == words(program.output)
+        _pages.run(_AFTER.get(page, ""), f"after {page}", names)
 
 
 def _advance(state):
