@@ -9,12 +9,14 @@ See `--help`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -266,15 +268,18 @@ def train(
         if checkpoints.latest_step() is not None:
             model, state = checkpoints.restore(model, state)
             first += int(state.count)
-            console.print(f"From step {first - 1}, saved in {settings.checkpoints}.")
+            done = f"Resumes from step {first - 1}, saved in {settings.checkpoints}."
+            if first > settings.steps:
+                done += f" Nothing is left to do of {settings.steps}: see --steps."
+            say(console, done)
+        say(console, f"Trains {described(model, settings)} on {mesh.size} devices.")
         before = float(evaluate(model, validation))
-        with progress(console) as bar:
-            task = bar.add_task("", total=settings.steps, completed=first - 1, loss=0.0)
+        with reports(settings, first, console) as report:
             for step in range(first, settings.steps + 1):
                 batch = batch_of(train_text, step)
                 model, state, loss = train_step(batch, model, state)
                 losses.append(float(loss))
-                bar.update(task, completed=step, loss=losses[-1])
+                report(step, losses[-1])
                 stop = in_any_process(interrupted.is_set())
                 if stop or step % settings.save_every == 0 or step == settings.steps:
                     checkpoints.save(step, model, state)
@@ -298,8 +303,24 @@ def arrays_of(tree: PyTree) -> list[Array]:
     return jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
 
 
-def progress(console: Console) -> Progress:
-    return Progress(
+def described(model: GPT, settings: argparse.Namespace) -> str:
+    return (
+        f"a GPT of {sum(x.size for x in arrays_of(model)):,} parameters, up to step "
+        f"{settings.steps}, with {settings.batch_size} windows of {settings.length} "
+        "bytes in each,"
+    )
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def reports(
+    settings: argparse.Namespace, first: int, console: Console
+) -> Iterator[Callable[[int, float], None]]:
+    """Says how far training is: by a bar in a terminal, elsewhere by lines."""
+    bar = Progress(
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(),
@@ -307,7 +328,18 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
+    task = bar.add_task("", total=settings.steps, completed=first - 1, loss=0.0)
+
+    def report(step: int, loss: float) -> None:
+        bar.update(task, completed=step, loss=loss)
+        every = max(1, settings.steps // 10)
+        if not console.is_terminal and (step == first or step % every == 0):
+            say(console, f"step {step} of {settings.steps}: loss {loss:.3f}")
+
+    with bar:
+        yield report
 
 
 def show(result: Result, console: Console) -> None:
@@ -315,16 +347,19 @@ def show(result: Result, console: Console) -> None:
     table.add_column()
     table.add_column(justify="right")
     megabytes = lambda size: f"{size / 1e6:.2f} MB"
-    # A bfloat16 weight, and float32 master weight and moments.
+    # Mixed precision: a bfloat16 weight, a float32 master weight, float32 moments.
     usual = 14 * result.parameters
     for name, value in (
         ("step", f"{result.step}"),
-        ("validation loss before", f"{result.validation_loss_before:.4f}"),
-        ("validation loss", f"{result.validation_loss:.4f}"),
+        (
+            "validation loss before",
+            f"{result.validation_loss_before:.4f} nats per byte",
+        ),
+        ("validation loss", f"{result.validation_loss:.4f} nats per byte"),
         ("parameters", f"{result.parameters:,}"),
         ("devices", f"{result.devices}"),
         ("weights and state on a device", megabytes(result.bytes_on_a_device)),
-        ("the same with float32 AdamW", megabytes(usual / result.devices)),
+        ("the same in mixed precision", megabytes(usual / result.devices)),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -453,13 +488,13 @@ def main() -> None:
         sys.exit(f"fsdp.py: error: {error}")
     show(result, console)
     where = f"The checkpoint of step {result.step} is in {settings.checkpoints}."
-    console.print(where, soft_wrap=True)
+    say(console, f"{where} With more --steps, the same command goes on from it.")
     if settings.json is not None and jax.process_index() == 0:
         try:
             settings.json.write_text(json.dumps(result._asdict()) + "\n")
         except OSError as error:
             wrong(f"--json: {settings.json}: {error.strerror}")
-        console.print(f"Wrote {settings.json}.", soft_wrap=True)
+        say(console, f"Wrote {settings.json}.")
 
 
 if __name__ == "__main__":

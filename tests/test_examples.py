@@ -124,7 +124,10 @@ def test_mnist(optimizers, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for header in ("accuracy", "bytes", "matrix", "check-", "step"):
+    # A pipe, that gets lines.
+    said = re.findall(r"^\S+, \w+: step 8 of 8, loss \d", done.stdout, re.M)
+    assert len(said) == 2 * len(optimizers)
+    for header in ("accuracy", "bytes per", "matrix", "check-", "median"):
         assert header in done.stdout
 
     folder = tmp_path / "mnist-results"
@@ -253,9 +256,11 @@ def test_fsdp(on_others, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    for title in ("validation loss", "parameters", "float32 AdamW"):
+    for title in ("validation loss", "parameters", "mixed precision", "Trains a GPT"):
         assert done.stdout.count(title) >= len(files)
-    assert done.stdout.count("From step 20") == len(files) - 1
+    assert done.stdout.count("Resumes from step 20") == len(files) - 1
+    # A pipe, that gets lines.
+    assert len(re.findall(r"^step 30 of 30: loss \d", done.stdout, re.M)) == len(files)
 
     results = {file: json.loads((tmp_path / file).read_text()) for file in files}
     for file, devices in files.items():
@@ -371,3 +376,41 @@ def test_fsdp_interrupted(tmp_path, count):
     # All stopped after the same step, and saved it.
     steps = [int(path.name) for path in checkpoints.iterdir()]
     assert len(steps) == 2 and max(steps) > 10
+
+
+#
+# flax_nnx.py
+#
+
+
+# Several starts in a process that imports once.
+_STARTS = """
+import runpy, sys
+
+example, *starts = sys.argv[1:]
+for steps in starts:
+    sys.argv = [example, f"--steps={steps}"]
+    runpy.run_path(example, run_name="__main__")
+"""
+
+
+def test_flax_nnx(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _STARTS, str(EXAMPLES / "flax_nnx.py"), "4", "6"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    first, second = done.stdout.split(
+        "Resumes from step 4, saved in nnx-checkpoints.\n"
+    )
+    assert "step 1 of 4: loss " in first and "step 5 of 6: loss " in second
+    for output in (first, second):
+        assert re.search(r"test accuracy +\d+\.\d%", output)
+        assert re.search(r"5\.\d+ bytes per parameter", output)
+        assert "The checkpoint is in nnx-checkpoints." in output
+    assert [x.name for x in tmp_path.iterdir()] == ["nnx-checkpoints"]
+    assert [x.name for x in (tmp_path / "nnx-checkpoints").iterdir()] == ["6"]
