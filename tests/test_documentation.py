@@ -123,6 +123,8 @@ _SLOW = (
     "docs/how-to/averaging.md",
     "docs/how-to/clipping.md",
     "docs/how-to/freezing.md",
+    "docs/how-to/lora.md",
+    "docs/how-to/resetting.md",
     "docs/how-to/resuming.md",
     "docs/optax.md",
     "docs/release.md",
