@@ -64,6 +64,17 @@ def test_classifiers_are_the_pythons_that_are_tested():
     assert f">=3.{minors[0]}" == _project()["requires-python"]
 
 
+# GitHub shows nothing of a file that it cannot read: it only never runs it.
+@pytest.mark.parametrize(
+    "path", sorted((_ROOT / ".github").rglob("*.yml")), ids=lambda x: x.name
+)
+def test_github_can_read(path):
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for job in content.get("jobs", {}).values():
+        assert "timeout-minutes" in job and job["steps"]
+
+
 # Files outside of the folder of the package are not there where a reader of PyPI is.
 @pytest.mark.parametrize("path", [*_TEXTS[:1], *_TEXTS[1:3]], ids=lambda x: x.name)
 def test_links_are_absolute(path):

@@ -24,6 +24,9 @@ def _convert(match: re.Match[str]) -> str:
     # The converter knows this environment by its other name.
     tex = html.unescape(match["tex"]).replace("{aligned}", "{align*}")
     formula = _spaced(latex2mathml.converter.convert(tex, display=display))
+    # What the converter does not know it leaves as it is.
+    if re.search(r"\\|<mi>&(amp;)?</mi>", formula):
+        raise ValueError(f"this formula cannot be converted to MathML: {tex}")
     return f'<{match["tag"]} class="formula">{formula}</{match["tag"]}>'
 
 
