@@ -114,9 +114,9 @@ def _how_many_fit(parameters: int) -> int:
 
 
 def _steps_in_program(parameters: int) -> int:
-    """On GPUs, as many as take about ten milliseconds, so that the call from Python
-    takes little of them."""
-    return min(1000, max(10, 10**9 // parameters)) if on_gpu() else 1
+    """On GPUs, as many as take about fifty milliseconds: the call from Python, of a
+    thousand arrays, takes more than ten, which are hidden behind the calls before."""
+    return min(2000, max(20, 10**10 // parameters)) if on_gpu() else 1
 
 
 def line(row: Row) -> str:

@@ -68,6 +68,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("flashquinox")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_for_gpus_on_cpus():
+    # Not before: types are checked in what is imported from now on.
+    from .backends import host
+
+    host.install()
+
+
 @pytest.fixture
 def without_typechecker():
     # The library's own messages, as users get them who run no type checker.

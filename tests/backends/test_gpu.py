@@ -12,13 +12,13 @@ import pytest
 
 import flashquinox as fq
 from flashquinox import _compat as compat
-from flashquinox._backends.gpu import BACKEND as GPU, views as gpu
+from flashquinox._backends.gpu import BACKEND as GPU, nvrtc
+from flashquinox._backends.gpu.view import Threads, View
 from flashquinox._storage import moment_codecs
 from flashquinox._storage.layout import Layout, layout_of
-from flashquinox._tile.tile import TileState
 
 from ..helpers import Case, float64, parametrize_cases, slow, Storage
-from ..kernels import arrays, compiling_for, run, run_ensemble
+from ..kernels import arrays, compiling_for, needs_compiler, run, run_ensemble
 
 
 _ours = Storage(jnp.bfloat16, 24, "flashquinox")
@@ -126,6 +126,91 @@ def test_leaves_with_and_without_decay():
     run("gpu", make, params, [grads])
 
 
+def _bits(x):
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _integers(x):
+    return jnp.round(1000 * x).astype(jnp.int32)
+
+
+# Of numbers between -1 and 1.
+_OPERATIONS = {
+    function.__name__: function
+    for function in [
+        *[jnp.abs, jnp.sign, jnp.square, jnp.ceil, jnp.floor, jnp.round, jnp.exp],
+        *[jnp.exp2, jnp.expm1, jnp.log1p, jnp.cbrt, jnp.sin, jnp.cos, jnp.tan],
+        *[jnp.arcsin, jnp.arccos, jnp.arctan, jnp.sinh, jnp.cosh, jnp.tanh],
+        *[jnp.arcsinh, jnp.arctanh, jax.lax.erf, jax.lax.erfc, jax.lax.logistic],
+        *[jax.lax.lgamma, jnp.isfinite],
+    ]
+} | {
+    "sqrt": lambda x: jnp.sqrt(jnp.abs(x)),
+    "log": lambda x: jnp.log(2 + x),
+    "log2": lambda x: jnp.log2(2 + x),
+    "rsqrt": lambda x: jax.lax.rsqrt(2 + x),
+    "acosh": lambda x: jnp.arccosh(2 + x),
+    "pow": lambda x: (2 + x) ** x,
+    "integer_pow": lambda x: (2 + x) ** -3 + x**2 + x**5,
+    "rem": lambda x: jax.lax.rem(x, jnp.float32(0.3)),
+    "div": lambda x: 1 / x,
+    "atan2": lambda x: jnp.arctan2(x, 1 - x),
+    "nextafter": lambda x: jnp.nextafter(x, 2 * x),
+    "away": lambda x: jax.lax.round(10 * x, jax.lax.RoundingMethod.AWAY_FROM_ZERO),
+    "clip": lambda x: jnp.clip(x, -0.5, 0.25),
+    "compared": lambda x: (x < 0.1) | (x >= 0.2) & (x != 0.5) ^ ~(x <= -0.3),
+    "equal": lambda x: jnp.round(x) == 0,
+    "cases": lambda x: jax.lax.select_n(_integers(x) & 1, x, -x),
+    "polynomial": lambda x: jnp.polyval(np.float32([1, -2, 3]), x),
+    "bits": lambda x: (_bits(x) ^ 5) & ~(_bits(x) << 3) | 1,
+    "logical": lambda x: jax.lax.shift_right_logical(_bits(x), _integers(x) & 63),
+    "arithmetic": lambda x: _bits(x) >> (_integers(x) & 63),
+    "left": lambda x: jax.lax.shift_left(_bits(x), _integers(x) & 63),
+    "wrapped": lambda x: _bits(x) * _bits(x) + _bits(x) - 7,
+    "integers": lambda x: jnp.abs(-_integers(x)) + jnp.sign(_integers(x)),
+    "quotients": lambda x: jax.lax.rem(_integers(x), 7) - jax.lax.div(_integers(x), 7),
+    "extremes": lambda x: jnp.maximum(_integers(x), 3) - jnp.minimum(_integers(x), -3),
+    "bytes": lambda x: _integers(x).astype(jnp.int8) * jnp.int8(3),
+    "words": lambda x: _integers(x).astype(jnp.uint16) >> np.uint16(3),
+    "half": lambda x: (1e-7 * x).astype(jnp.float16).astype(jnp.float32) * 1e7,
+    # Its bits: of the number, XLA may keep more.
+    "brain": lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16),
+    "infinite": lambda x: jnp.where(x < 0, jnp.inf, -jnp.inf),
+}
+
+
+class Operations(fq.AbstractRule):
+    """A moment for the result of each operation."""
+
+    @property
+    def moments(self):
+        return {name: fq.Moment("signed") for name in _OPERATIONS}
+
+    def scalars(self, count, learning_rate):
+        return {}
+
+    def update(self, grad, weight, moments, scalars):
+        found = {name: f(grad) for name, f in _OPERATIONS.items()}
+        return -grad, {name: x.astype(jnp.float32) for name, x in found.items()}
+
+
+def test_operations():
+    """Those of users' rules."""
+    params = {"w": jnp.zeros((8, 64), jnp.bfloat16)}
+    rng = np.random.default_rng(0)
+    grads = {"w": jnp.asarray(rng.uniform(-1, 1, (8, 64)), jnp.float32)}
+    found = {}
+    for backend in ("gpu", "xla"):
+        storage = fq.Storage(moments="float32")
+        optim = fq.optimizer(Operations(), 1.0, storage=storage, backend=backend)
+        _, state = jax.jit(optim.step)(params, optim.init(params), grads)
+        found[backend] = {name: float64(x["w"]) for name, x in state.moments.items()}
+    for name, expected in found["xla"].items():
+        # Functions of the C library are within some units in the last place.
+        close = np.isclose(found["gpu"][name], expected, rtol=2**-20, atol=2**-22)
+        assert np.all(close), name
+
+
 # Shapes, axes of groups, and sizes of groups.
 _LAYOUTS = {
     # Whole groups, and one more: of a leaf that is tiny, and of one that is not.
@@ -163,22 +248,41 @@ def test_ensembles(make):
     run_ensemble("gpu", _ENSEMBLE, make)
 
 
-def _step(shape, axes=(-1,), group_size=32, dtype=jnp.bfloat16):
-    leaf = jnp.zeros(shape, dtype)
-    scales = {"moment": jnp.zeros(())}
-    return gpu.view_of(
-        Layout(shape, axes, group_size), leaf, TileState(leaf, None, {}, scales)
-    )
+def _view(shape, axes, group_size=32):
+    return View.of(Layout(shape, axes, group_size), has_scales=True)
 
 
 def test_views():
-    assert _step((3, 64)) == gpu.Lanes(3, 64, 32, 128)
-    assert _step((3, 64), group_size=48) == gpu.Lanes(3, 64, 48, 128)
-    assert _step((2, 64, 5), (-2,)) == gpu.Rows(2, 64, 32, 4096, 5)
-    assert _step((64, 3, 5), (-3,)) == gpu.Rows(1, 64, 32, 4096, 15)
-    assert _step((512, 480), (-2, -1)) == gpu.Lanes(1, 512 * 480, 32, 512)
-    with jax.enable_x64(True):
-        assert _step((3, 64), dtype=jnp.float64) is None
+    assert _view((3, 64), (-1,)) == View(3, 64, 1, 32)
+    assert _view((2, 64, 5), (-2,)) == View(2, 64, 5, 32)
+    assert _view((64, 3, 5), (-3,)) == View(1, 64, 15, 32)
+    whole, last, each = (_view((4, n), axes) for n, axes in _RUNS)
+    assert (whole.groups, last.groups, each.groups) == (8, 7, 8)
+    assert whole.is_consecutive and last.is_consecutive and not each.is_consecutive
+    assert View.of(Layout((7, 5), (-1,), 32), has_scales=False).size == 35
+
+
+# The length of four rows, and the axes of groups: whole ones, a partial one at the end
+# of all rows, and one at the end of each.
+_RUNS = [(64, (-1,)), (50, (-2, -1)), (50, (-1,))]
+
+
+@pytest.mark.parametrize("group_size", [1, 7, 16, 32, 48, 128, 1000])
+@pytest.mark.parametrize("rows", [3, 2**17])
+def test_threads(group_size, rows):
+    """Every element has a thread, of those that exchange numbers, and reads where the
+    device can."""
+    view = View(rows, group_size, 1, group_size)
+    threads = Threads.of([view])
+    assert threads.lanes <= 32 and threads.lanes & (threads.lanes - 1) == 0
+    assert threads.lanes * threads.elements >= group_size
+    assert threads.blocks(view) * 128 >= view.groups * threads.lanes
+    for members in (1, 3):
+        aligned = threads.aligned([view], members)
+        assert group_size % aligned == 0 and threads.elements % aligned == 0
+        assert members == 1 or view.size % aligned == 0
+    # Each run begins where the one before it ends.
+    assert threads.aligned([View(rows, group_size + 1, 1, group_size)], 1) == 1
 
 
 #
@@ -189,14 +293,14 @@ def test_views():
 def _kernels(optim: fq.Optimizer, params) -> int:
     """The number of kernels in the step for CUDA."""
     state = jax.eval_shape(optim.init, params)
-    triton = "__gpu$xla.gpu.triton"
+    target = "__gpu$xla.gpu.ptx"
     with compiling_for("NVIDIA H100 80GB HBM3", "cuda"):
         exported = jax.export.export(
             jax.jit(optim.step),
             platforms=["cuda"],
-            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(triton)],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target)],
         )(params, state, params)
-    return exported.mlir_module().count(f"@{triton}")
+    return exported.mlir_module().count(f"@{target}")
 
 
 def _shapes(dtype, **shapes):
@@ -214,6 +318,7 @@ _LOWERED = [
 ]
 
 
+@needs_compiler
 @pytest.mark.product
 @parametrize_cases(
     lambda case: case.name == "adamw" or case.storage == _ours,
@@ -226,6 +331,7 @@ def test_lowers_for_cuda(case):
     assert _kernels(optim, params) == 1
 
 
+@needs_compiler
 @pytest.mark.product
 @pytest.mark.parametrize("moments", ["log", "learned"])
 def test_curves_lower_for_cuda(moments):
@@ -234,22 +340,79 @@ def test_curves_lower_for_cuda(moments):
     assert _kernels(optim, params) == 1
 
 
+@needs_compiler
 def test_leaves_share_kernels():
-    small = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(12)}
+    """Whatever their shapes: but for vectors, which have no groups."""
+    matrices = {f"matrix{i}": (64, 64 * (1 + i % 3)) for i in range(12)}
     vectors = {f"vector{i}": (40 + i,) for i in range(3)}
-    large = {f"odd{i}": (1001, 1001 + i) for i in range(8)}
-    params = _shapes(jnp.bfloat16, **small, **vectors, **large)
-    # No more than so many in one; and the vectors, which have no groups. Large leaves
-    # have partial groups in kernels of their own.
-    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 2 + 1 + 2 * 2
+    odd = {f"odd{i}": (1001, 1001 + i) for i in range(8)}
+    params = _shapes(jnp.bfloat16, **matrices, **vectors, **odd)
+    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 1 + 1
 
 
-def test_equal_leaves_are_one_kernel():
-    """12 of them take it twice, with 6 at a time, and not with 8 and with 4."""
-    params = _shapes(jnp.bfloat16, **{f"matrix{i}": (64, 64) for i in range(12)})
-    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 1
+@needs_compiler
+def test_a_kernel_has_no_more_leaves_than_arguments():
+    # A gradient and four arrays of a state, which are results as well.
+    most = (nvrtc.most_pointers() - 2) // (5 + 4)
+    count = most + most // 2
+    params = _shapes(jnp.bfloat16, **{f"matrix{i}": (64, 64) for i in range(count)})
+    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 2
 
 
+@pytest.fixture(scope="module")
+def program():
+    """What a kernel is compiled from, of leaves with groups."""
+    programs, compiled = [], nvrtc.compiled
+    params = _shapes(jnp.bfloat16, first=(70, 64), second=(37, 48))
+    with pytest.MonkeyPatch.context() as patch:
+        record = lambda source: programs.append(source) or compiled(source)
+        patch.setattr(nvrtc, "compiled", record)
+        _kernels(fq.adamw(1e-3), params)
+    (program,) = programs
+    return program
+
+
+@needs_compiler
+@pytest.mark.parametrize("number", [80, 86, 89, 90, 100, 120])
+def test_every_architecture(number, program):
+    """From the A100 to Blackwell: to what each of them executes."""
+    assert nvrtc.compiled(program, f"sm_{number}").startswith(b"\x7fELF")
+
+
+@needs_compiler
+def test_ptx_is_for_old_drivers_and_gpus(program):
+    ptx = nvrtc.compiled(program).decode()
+    assert ".version 8.1\n" in ptx or ".version 8.0\n" in ptx
+    assert ".target sm_80\n" in ptx
+    # Registers are enough.
+    assert ".local" not in ptx
+
+
+class Odd(fq.AbstractRule):
+    """With an operation that kernels do not have."""
+
+    @property
+    def moments(self):
+        return {"trace": fq.Moment("signed")}
+
+    def scalars(self, count, learning_rate):
+        return {"step": -learning_rate}
+
+    def update(self, grad, weight, moments, scalars):
+        trace = 0.5 * moments["trace"] + grad
+        return scalars["step"] * jax.lax.bessel_i0e(trace), {"trace": trace}
+
+
+@needs_compiler
+def test_rules_that_kernels_lack_take_plain_xla():
+    """With one warning, which says why."""
+    params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))
+    with pytest.warns(UserWarning, match="rule Odd, .* `bessel_i0e`") as caught:
+        assert _kernels(fq.optimizer(Odd(), 1e-2, backend="gpu"), params) == 0
+    assert len(caught) == 1
+
+
+@needs_compiler
 def test_is_the_default_for_gpus():
     """Where the device is known. Elsewhere, plain XLA is lowered for CUDA."""
     params = _shapes(jnp.bfloat16, matrix=(70, 64))

@@ -19,6 +19,7 @@ class Toy(AbstractBackend):
     needs: ClassVar[str | None] = "json.scanner"
     prefers_rows: ClassVar[bool] = True
     in_every_program: ClassVar[bool] = False
+    is_interpreted: ClassVar[bool] = True
 
     def load(self) -> Update:
         import json.scanner  # noqa: F401

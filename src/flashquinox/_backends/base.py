@@ -49,14 +49,19 @@ class AbstractBackend(abc.ABC):
     # backend: "tpu", "cuda". "default" means all platforms without a backend of their
     # own.
     platform: ClassVar[str]
-    # The part of JAX that `load` imports, for messages. `None` if every JAX has it.
+    # What `load` may miss, for messages: its name, and what to install. `None` if it is
+    # always there.
     needs: ClassVar[str | None]
+    remedy: ClassVar[str] = ""
     # Whether new states should have their groups along rows.
     prefers_rows: ClassVar[bool]
     # Whether `backend="auto"` puts this backend also into programs that are traced for
     # a device of another platform, as they may be compiled for this one elsewhere. Each
     # leaf is a batch there.
     in_every_program: ClassVar[bool]
+    # Whether kernels are interpreted on devices of other platforms, if this backend is
+    # asked for. Else these take plain XLA.
+    is_interpreted: ClassVar[bool]
 
     @abc.abstractmethod
     def load(self) -> Update:
@@ -86,7 +91,7 @@ class AbstractBackend(abc.ABC):
 
         **Raises:**
 
-        `ImportError` if this version of JAX does not have what `needs` says. Steps then
+        `ImportError` if what `needs` says is not there. Steps then
         take plain XLA; an optimizer that was asked for this backend is an error.
         """
 

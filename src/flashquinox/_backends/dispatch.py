@@ -119,8 +119,9 @@ def _update_on(batch: _Batch, platform: str) -> Update:
     for kernel, views in batch.kernels:
         if kernel.platform == platform:
             return _update_for(batch, kernel, views)
-    if batch.is_asked and batch.kernels:
-        ((kernel, views),) = batch.kernels
+    for kernel, views in batch.kernels if batch.is_asked else ():
+        if not kernel.is_interpreted:
+            continue
         return partial(_update_for(batch, kernel, views), interpret=True)
     if platform == "cpu":
         return _update_for(batch, XLA, batch.plain)

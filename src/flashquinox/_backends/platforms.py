@@ -1,10 +1,10 @@
-"""Which backends there are, and whether this version of JAX has what they need.
+"""Which backends there are, and whether what they need is there.
 
 Kernels are imported when the first optimizer is built that may take them, and not with
-this library: they need parts of JAX that are experimental, which other versions of it
-may not have. Nor are they imported later, in the middle of a program that is traced:
-Pallas adds settings to those by which JAX finds what it has compiled, and everything
-would be compiled twice.
+this library: they need a compiler, or parts of JAX that are experimental, which other
+versions of it may not have. Nor are they imported later, in the middle of a program
+that is traced: Pallas adds settings to those by which JAX finds what it has compiled,
+and everything would be compiled twice.
 """
 
 import functools
@@ -59,8 +59,8 @@ def chosen(name: Backend, device: Any) -> list[AbstractBackend]:
 
 
 def update_of(backend: AbstractBackend, warn: bool = True) -> Update | None:
-    """What updates batches of a backend; `None` if JAX has no more what it is made
-    with. With `warn`, that is said, once."""
+    """What updates batches of a backend; `None` if what it needs is not there. With
+    `warn`, that is said, once."""
     update, reason = _loaded(backend)
     if update is None and warn:
         _warn_of_plain_xla(backend, reason)
@@ -80,9 +80,9 @@ def check_loads(call: str, name: str) -> None:
     update, reason = _loaded(backend)
     if update is None:
         raise ImportError(
-            f'`{call}(backend="{name}")` needs `{backend.needs}`, which cannot be '
-            f"imported from this JAX ({jax.__version__}): {reason}. Install a version "
-            'that has it, or pass `backend="auto"` for plain XLA.'
+            f'`{call}(backend="{name}")` needs `{backend.needs}`, which is not there '
+            f"(JAX {jax.__version__}): {reason}. {backend.remedy}, or pass "
+            '`backend="auto"` for plain XLA.'
         )
 
 
@@ -98,8 +98,7 @@ def _loaded(backend: AbstractBackend) -> tuple[Update | None, str]:
 def _warn_of_plain_xla(backend: AbstractBackend, reason: str) -> None:
     warnings.warn(
         f"flashquinox: no kernels for {backend.name.upper()}s, as `{backend.needs}` "
-        f"cannot be imported from this JAX ({jax.__version__}): {reason}. Steps take "
-        "plain XLA instead: the same results, in more time and memory. Install a "
-        "version of JAX that has it for the kernels.",
+        f"is not there (JAX {jax.__version__}): {reason}. Steps take plain XLA: the "
+        f"same results, in more time and memory. {backend.remedy} for the kernels.",
         stacklevel=2,
     )

@@ -34,6 +34,7 @@ class Xla(AbstractBackend):
     needs: ClassVar[str | None] = None
     prefers_rows: ClassVar[bool] = False
     in_every_program: ClassVar[bool] = True
+    is_interpreted: ClassVar[bool] = False
 
     def load(self) -> Update:
         return _update

@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._common.arithmetic import rounded_quotient, rounded_root
+from .._common.arithmetic import accurate_quotient, rounded_quotient, rounded_root
 from .._rules.rule import check_kind, MomentKind
 from .codec import Dither, GroupConstants, Reduction
 from .curves import AbstractCurve, RationalCurve
@@ -139,7 +139,7 @@ class CompandedCodec(AbstractLearnedCodec):
         n = magnitude * inverse_unit
         for _ in range(self._roots):
             n = n * n
-        fraction = jnp.minimum((n - low) / (high - low), 1)
+        fraction = jnp.minimum(accurate_quotient(n - low, high - low), 1)
         codes = below + jnp.floor(fraction + (threshold + 0.5))
         return jnp.where(moment[0] < 0, -codes, codes).astype(jnp.int8)
 

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from .._common.arithmetic import rounded_quotient
+from .._common.arithmetic import accurate_quotient, rounded_quotient
 from .._common.number_checks import check_constant, check_flag
 
 
@@ -108,7 +108,7 @@ def _compress(n: Float[Array, "*tile"], a: float | Scalar) -> Float[Array, "*til
 def _expand(y: Float[Array, "*tile"], a: float | Scalar) -> Float[Array, "*tile"]:
     if isinstance(a, float) and a == 0:
         return y
-    return y / ((1 + a) - a * y)
+    return accurate_quotient(y, (1 + a) - a * y)
 
 
 class MuLawCurve(AbstractCurve):

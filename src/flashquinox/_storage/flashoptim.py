@@ -4,7 +4,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._common.arithmetic import rounded_quotient, rounded_root
+from .._common.arithmetic import accurate_quotient, rounded_quotient, rounded_root
 from .._rules.rule import check_kind, MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
 
@@ -120,7 +120,7 @@ class FlashOptimCodec(AbstractMomentCodec):
         codes = codes.astype(dtype)
         amplitude = codes * high.astype(dtype) + codes * low.astype(dtype)
         if self.kind == "signed":
-            moment = amplitude / (2 - jnp.abs(amplitude)) * scale
+            moment = accurate_quotient(amplitude, 2 - jnp.abs(amplitude)) * scale
         else:
             amplitude = amplitude * scale
             moment = amplitude * amplitude

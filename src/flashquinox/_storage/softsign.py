@@ -4,6 +4,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
+from .._common.arithmetic import accurate_quotient
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
@@ -99,7 +100,7 @@ class SoftsignCodec(AbstractMomentCodec):
         # The quotient comes first here too. It is NaN for infinity, which is stored as
         # zero. A scale that was rounded down, or that is the largest one, leaves
         # elements above it.
-        quotient = moment / (scale + magnitude)
+        quotient = accurate_quotient(moment, scale + magnitude)
         if self.dithered:
             codes = jnp.clip(256 * quotient + threshold[0], -127, 127)
         else:
@@ -124,4 +125,4 @@ class SoftsignCodec(AbstractMomentCodec):
     ) -> Float[Array, "*tile"]:
         (scale,) = decode_constants
         codes = codes.astype(dtype)
-        return codes / (256 - jnp.abs(codes)) * scale
+        return accurate_quotient(codes, 256 - jnp.abs(codes)) * scale

@@ -1,29 +1,45 @@
-"""Pallas for GPUs, by way of Triton: one kernel for several leaves."""
+"""CUDA C++ for NVIDIA's GPUs: one kernel for many leaves.
 
-import itertools
+The tile function is traced once for leaves that are stored alike, and written as a
+program in CUDA C++; NVIDIA's runtime compiler makes PTX of it, which XLA loads. That
+needs nothing of JAX but custom calls.
+"""
+
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 
-from ..base import AbstractBackend, kind_of, LeafStep, Update, View
+from ..base import AbstractBackend, kind_of, LeafStep, Update
+from .view import View
 
 
 class Gpu(AbstractBackend):
     name: ClassVar[str] = "gpu"
     platform: ClassVar[str] = "cuda"
-    needs: ClassVar[str | None] = "jax.experimental.pallas.triton"
+    needs: ClassVar[str | None] = "libnvrtc"
+    remedy: ClassVar[str] = (
+        'Install NVIDIA\'s runtime compiler, as `pip install "jax[cuda13]"` does'
+    )
     prefers_rows: ClassVar[bool] = False
     # Leaves are batched for it: a program for another platform would be worse.
     in_every_program: ClassVar[bool] = False
+    is_interpreted: ClassVar[bool] = False
 
     def load(self) -> Update:
-        from .kernel import update_leaves
+        from . import nvrtc
+        from .kernel import run_on_gpu, update_leaves
+        from .view import Threads
 
-        return update_leaves
+        nvrtc.load()
+        return functools.partial(update_leaves, run_on_gpu, Threads.of)
 
     def serves(self, device: Any) -> bool:
-        """Triton needs a compute capability of 8.0."""
+        """The kernels need a compute capability of 8.0."""
         if isinstance(device, jax.sharding.AbstractDevice):
             return device.platform in ("gpu", "cuda")
         capability = getattr(device, "compute_capability", "")
@@ -32,31 +48,45 @@ class Gpu(AbstractBackend):
         return known and float(capability) >= 8
 
     def view(self, step: LeafStep) -> View | None:
-        from .views import view_of
+        from .expressions import Unsupported
+        from .translation import translation_of
 
-        return view_of(step.layout, step.grad, step.old)
+        arrays = jtu.tree_leaves((step.grad, step.old))
+        is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
+        if is_wide or step.old.weight.size == 0:
+            return None
+        try:
+            translation_of(step.structure, step.scalars, step.grad, step.old)
+        except Unsupported as error:
+            _warn_of(type(step.structure.rule).__name__, str(error))
+            return None
+        return View.of(step.layout, bool(jtu.tree_leaves(step.old.scales)))
 
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]
     ) -> list[list[int]]:
         """Leaves that are stored alike share a kernel."""
+        from .kernel import most_leaves
+
         alike: dict[Any, list[int]] = {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
-            kind = kind_of(step), view.kind, view.most_leaves
+            kind = kind_of(step), view.group_size, view.is_consecutive
             alike.setdefault(kind, []).append(i)
         found = []
-        for (*_, most), numbers in alike.items():
-            # Of about the same size together.
-            numbers = sorted(numbers, key=lambda i: views[i].tiles)
-            found += _split(numbers, most)
+        for numbers in alike.values():
+            step = steps[numbers[0]]
+            most = most_leaves(len(jtu.tree_leaves((step.grad, step.old))))
+            found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
         return found
 
 
-def _split(numbers: list[int], most: int) -> list[list[int]]:
-    """Parts of about equal length, and of at most so many."""
-    count = -(-len(numbers) // most)
-    cuts = [i * len(numbers) // count for i in range(count + 1)]
-    return [numbers[i:j] for i, j in itertools.pairwise(cuts)]
+@functools.cache
+def _warn_of(rule: str, reason: str) -> None:
+    warnings.warn(
+        f"flashquinox: no kernel for GPUs of the rule {rule}, which has {reason}. Its "
+        "steps take plain XLA instead: the same results, in more time and memory.",
+        stacklevel=2,
+    )
 
 
 BACKEND = Gpu()

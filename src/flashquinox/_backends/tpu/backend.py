@@ -12,8 +12,10 @@ class Tpu(AbstractBackend):
     name: ClassVar[str] = "tpu"
     platform: ClassVar[str] = "tpu"
     needs: ClassVar[str | None] = "jax.experimental.pallas.tpu"
+    remedy: ClassVar[str] = "Install a version of JAX that has it"
     prefers_rows: ClassVar[bool] = True
     in_every_program: ClassVar[bool] = True
+    is_interpreted: ClassVar[bool] = True
 
     def load(self) -> Update:
         from .kernel import update_leaf

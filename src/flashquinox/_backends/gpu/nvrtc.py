@@ -1,0 +1,116 @@
+"""NVIDIA's runtime compiler, which JAX's packages for CUDA come with."""
+
+import ctypes
+import functools
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+# Every later GPU runs what was compiled for an earlier one. The kernels have
+# instructions for bfloat16, which are there from this one on.
+_ARCHITECTURE = "compute_80"
+# The compiler writes down its own version of PTX, and drivers refuse one that is later
+# than theirs. These have all instructions of the kernels: that of CUDA 12.1, from which
+# on a kernel may have more than 4096 bytes of arguments, and that of CUDA 12.0.
+_VERSIONS = ((12010, "8.1", 32764), (0, "8.0", 4096))
+
+
+class CompilationError(Exception):
+    """The text is the compiler's log, and the program."""
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(source: str, architecture: str = _ARCHITECTURE) -> bytes:
+    """A program in CUDA C++ as PTX, or, for a real architecture such as `"sm_90"`, in
+    its instructions.
+
+    **Raises:**
+
+    - `ImportError` if there is no compiler.
+    - `CompilationError` if the program is wrong.
+    """
+    library, program = load(), ctypes.c_void_p()
+    create = library.nvrtcCreateProgram
+    if create(ctypes.byref(program), source.encode(), None, 0, None, None):
+        raise CompilationError("the compiler cannot be started")
+    try:
+        options = f"--gpu-architecture={architecture}", "--std=c++17"
+        array = (ctypes.c_char_p * len(options))(*[x.encode() for x in options])
+        failed = library.nvrtcCompileProgram(program, len(options), array)
+        read = functools.partial(_read, library, program)
+        if failed:
+            log = read("nvrtcGetProgramLog").decode()
+            raise CompilationError(f"{log}\n{source}")
+        if architecture.startswith("sm"):
+            return read("nvrtcGetCUBIN")
+        version = f".version {_version()}".encode()
+        ptx = read("nvrtcGetPTX").rstrip(b"\0")
+        return re.sub(rb"^\.version .*$", version, ptx, count=1, flags=re.MULTILINE)
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiler.
+
+    **Raises:**
+
+    `ImportError` if it is not there.
+    """
+    errors = []
+    for path in _candidates():
+        try:
+            return ctypes.CDLL(path)
+        except OSError as error:
+            errors.append(str(error))
+    raise ImportError("; ".join(errors))
+
+
+def most_pointers() -> int:
+    """How many arguments a kernel has at most. XLA passes no more than 1024."""
+    return min(1024, _limits()[1] // 8)
+
+
+def _version() -> str:
+    return _limits()[0]
+
+
+@functools.cache
+def _limits() -> tuple[str, int]:
+    """The version of PTX for the driver of this machine, and how many bytes of
+    arguments a kernel has there. Without a driver, kernels are for another machine,
+    which is taken to have a recent one."""
+    number = ctypes.c_int(_VERSIONS[0][0])
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        pass
+    (found, *_) = [x for x in _VERSIONS if number.value >= x[0]]
+    return found[1:]
+
+
+def _candidates() -> Iterator[str]:
+    """Where the compiler may be: in NVIDIA's packages, then in CUDA."""
+    # Of CUDA 12, each library is a package; of CUDA 13, all are one.
+    for package in ("nvidia.cuda_nvrtc", "nvidia.cu13"):
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for folder in (found and found.submodule_search_locations) or ():
+            paths = pathlib.Path(folder).glob("lib/libnvrtc.so.*")
+            yield from sorted(str(x) for x in paths if ".alt." not in x.name)
+    yield from ("libnvrtc.so.13", "libnvrtc.so.12")
+
+
+def _read(library: ctypes.CDLL, program: ctypes.c_void_p, name: str) -> bytes:
+    size = ctypes.c_size_t()
+    size_of: Callable[..., Any] = getattr(library, f"{name}Size")
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(library, name)(program, buffer)
+    return buffer.raw

@@ -1,0 +1,181 @@
+// What kernels are written with. Each begins with this text. Where another compiler than
+// NVIDIA's reads it, as in the tests, that brings its own for what is NVIDIA's alone.
+
+#ifdef __CUDACC_RTC__
+#define DEVICE static __device__ __forceinline__
+#define FLT_MAX 3.402823466e+38f
+#endif
+
+// Numbers as they are stored. Arithmetic is in float.
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
+
+template <class To, class From>
+DEVICE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To result;
+  memcpy(&result, &x, sizeof(To));
+  return result;
+}
+
+DEVICE float widened(bfloat16 x) {
+  return bit_cast<float>((unsigned)x.bits << 16);
+}
+
+#ifdef __CUDACC_RTC__
+
+DEVICE bfloat16 as_bfloat16(float x) {
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+
+DEVICE float widened(float16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+}
+
+DEVICE float16 as_float16(float x) {
+  float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+
+// Its error is at most one unit in the last place (PTX ISA, "rcp").
+DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Its relative error is at most 2^-23 (PTX ISA, "sqrt").
+DEVICE float square_root(float x) {
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+DEVICE float rounded_quotient(float x, float y) { return __fdiv_rn(x, y); }
+DEVICE float rounded_root(float x) { return __fsqrt_rn(x); }
+
+// A NaN if either is one.
+DEVICE float maximum(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
+DEVICE float minimum(float x, float y) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
+// The bits of a number that arithmetic has made, with one pattern for NaN: arithmetic
+// gives no other NaN than 0x7fffffff.
+DEVICE unsigned canonical_pattern(float x) {
+  int bits = __float_as_int(x);
+  return bits < 0x7fc00000 ? bits : 0x7fc00000;
+}
+
+// The value of the neighbouring lane whose number differs by `step`, which is a power
+// of two.
+template <class T>
+DEVICE T of_neighbour(T x, int step) {
+  return __shfl_xor_sync(0xffffffffu, x, step);
+}
+
+#endif
+
+template <class T>
+DEVICE T maximum(T x, T y) { return x < y ? y : x; }
+template <class T>
+DEVICE T minimum(T x, T y) { return x < y ? x : y; }
+
+DEVICE float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
+
+// Mostly the nearest number, where a product with a reciprocal has an error of up to two
+// units in the last place.
+DEVICE float accurate_quotient(float x, float y) {
+  const float inverse = reciprocal(y), near = x * inverse;
+  const float nearer = fmaf(fmaf(-y, near, x), inverse, near);
+  // Not where the quotient is infinite.
+  return nearer == nearer ? nearer : near;
+}
+
+template <int N, class T>
+DEVICE T power(T x) {
+  if constexpr (N < 0) {
+    return T(1) / power<-N>(x);
+  } else if constexpr (N == 0) {
+    return T(1);
+  } else if constexpr (N % 2 == 0) {
+    return power<N / 2>(x * x);
+  } else {
+    return x * power<N - 1>(x);
+  }
+}
+
+// Shifts by at least as many places as there are bits leave nothing.
+DEVICE unsigned shifted_left(unsigned x, unsigned n) { return n < 32 ? x << n : 0; }
+DEVICE unsigned shifted_right(unsigned x, unsigned n) { return n < 32 ? x >> n : 0; }
+DEVICE int shifted_right_signed(int x, unsigned n) { return x >> (n < 32 ? n : 31); }
+
+template <int Bytes>
+struct Word;
+template <>
+struct Word<16> { using type = uint4; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<4> { using type = unsigned; };
+template <>
+struct Word<2> { using type = unsigned short; };
+template <>
+struct Word<1> { using type = unsigned char; };
+
+// The elements of a group that one thread has: `N` of them, of which `count` exist.
+// Of those that do not, it has copies of the last one of the group: these change neither
+// its largest nor its smallest element. They lie `stride` apart; where that is 1, as
+// many as `Aligned` start at a multiple of their size.
+template <int N, int Aligned, class T>
+DEVICE void load(T (&x)[N], const T* from, int count, long long stride) {
+  constexpr int bytes = Aligned * sizeof(T) < 16 ? Aligned * sizeof(T) : 16;
+  if (stride == 1 && count >= N) {
+    using W = typename Word<bytes>::type;
+    constexpr int each = bytes / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < N / each; ++i) {
+      W word = ((const W*)from)[i];
+      memcpy(x + i * each, &word, bytes);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = from[(i < count ? i : count - 1) * stride];
+  }
+}
+
+template <int N, int Aligned, class T>
+DEVICE void store(T (&x)[N], T* to, int count, long long stride) {
+  constexpr int bytes = Aligned * sizeof(T) < 16 ? Aligned * sizeof(T) : 16;
+  if (stride == 1 && count >= N) {
+    using W = typename Word<bytes>::type;
+    constexpr int each = bytes / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < N / each; ++i) {
+      W word;
+      memcpy(&word, x + i * each, bytes);
+      ((W*)to)[i] = word;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < count) to[i * stride] = x[i];
+    }
+  }
+}

@@ -1,0 +1,184 @@
+"""The program of a kernel: one step of several leaves.
+
+It is a prelude that all kernels share, and one function of four parts. A block finds
+out which leaf it is of; a thread, which elements of which group it has, and loads them;
+the statements of the translation follow; and what they computed is stored.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .expressions import type_of
+from .translation import Translation
+from .view import THREADS, Threads, View
+
+
+class Kernel(NamedTuple):
+    """What a program depends on. Hashable.
+
+    Its arguments are pointers: to the words of the scalars of all leaves, and to those
+    of each leaf; of each leaf in turn, to the gradient and the arrays of its state; and
+    to the arrays of the new states, which are the same ones.
+    """
+
+    name: str
+    translation: Translation
+    views: tuple[View, ...]
+    threads: Threads
+    # Each scalar as an expression of the words.
+    scalars: tuple[str, ...]
+    # The models that take a step together: their arrays lie one after the other.
+    members: int = 1
+    # How far apart their words of scalars are: 0 where they share them.
+    shared_stride: int = 0
+    own_stride: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """Those of one model."""
+        return sum([self.threads.blocks(view) for view in self.views])
+
+    @property
+    def source(self) -> str:
+        body = "\n".join(f"  {line}" for line in self._body())
+        pointers = ",\n".join(f"    {line}" for line in self._pointers())
+        head = f'extern "C" __global__ void __launch_bounds__({THREADS}) {self.name}('
+        return f"{_prelude()}\n{head}\n{pointers}) {{\n{body}\n}}\n"
+
+    def _pointers(self) -> Iterator[str]:
+        yield "const int* shared, const int* own"
+        types = self.translation.input_types
+        for leaf in range(len(self.views)):
+            yield ", ".join(f"{x}* p{leaf}_{i}" for i, x in enumerate(types))
+        results = len(self.views) * len(self.translation.output_types)
+        yield ", ".join(f"void* q{i}" for i in range(results))
+
+    def _body(self) -> Iterator[str]:
+        threads = self.threads
+        aligned = threads.aligned(self.views, self.members)
+        yield f"constexpr int N = {threads.elements}, LANES = {threads.lanes};"
+        yield f"constexpr int GROUP_SIZE = {threads.group_size}, ALIGNED = {aligned};"
+        yield ""
+        yield from self._leaf()
+        yield ""
+        yield from self._elements()
+        yield ""
+        yield from self.translation.lines
+        yield ""
+        yield from self._stores()
+
+    def _leaf(self) -> Iterator[str]:
+        member = " of a member" if self.members > 1 else ""
+        yield f"// The leaf{member} that this block is of, and the first of its blocks."
+        if self.members > 1:
+            yield f"const unsigned block = blockIdx.x % {self.blocks}u;"
+            yield f"const long long member = blockIdx.x / {self.blocks}u;"
+        else:
+            yield "const unsigned block = blockIdx.x;"
+        yield "unsigned leaf, first_block, groups;"
+        yield "long long size;"
+        if not self._is_consecutive:
+            yield "unsigned run, groups_of_run, columns;"
+        for i, kind in enumerate(self.translation.input_types):
+            yield f"{kind}* p{i};"
+        ends = itertools.accumulate(self.threads.blocks(view) for view in self.views)
+        yield from self._chosen([0, *ends], 0, len(self.views))
+        if self.members > 1:
+            yield f"shared += member * {self.shared_stride};"
+            yield f"own += member * {self.own_stride};"
+            for i, is_scale in enumerate(self.translation.is_scale):
+                yield f"p{i} += member * {'groups' if is_scale else 'size'};"
+
+    def _chosen(self, starts: Sequence[int], first: int, last: int) -> Iterator[str]:
+        """One of the leaves from `first` to before `last`, by binary search."""
+        if last - first > 1:
+            middle = (first + last) // 2
+            yield f"if (block < {starts[middle]}u) {{"
+            yield from _indented(self._chosen(starts, first, middle))
+            yield "} else {"
+            yield from _indented(self._chosen(starts, middle, last))
+            yield "}"
+            return
+        view = self.views[first]
+        yield f"leaf = {first}; first_block = {starts[first]}u;"
+        yield f"groups = {view.groups}u; size = {view.size}ll;"
+        if not self._is_consecutive:
+            yield f"run = {view.run}u; groups_of_run = {view.groups_of_run}u;"
+            yield f"columns = {view.columns}u;"
+        pointers = range(len(self.translation.input_types))
+        yield " ".join(f"p{i} = p{first}_{i};" for i in pointers)
+
+    @property
+    def _is_consecutive(self) -> bool:
+        return self.views[0].is_consecutive
+
+    def _elements(self) -> Iterator[str]:
+        yield "// The group that this thread is of. Where there is none, it computes"
+        yield "// the last one with the others, and stores nothing."
+        yield f"const unsigned first_thread = (block - first_block) * {THREADS}u;"
+        yield "const unsigned thread = first_thread + threadIdx.x;"
+        yield "const bool is_there = thread / LANES < groups;"
+        yield "const unsigned group = is_there ? thread / LANES : groups - 1;"
+        if self._is_consecutive:
+            yield "const long long start = (long long)group * GROUP_SIZE, stride = 1;"
+            yield "const long long left = size - start;"
+        else:
+            yield "const unsigned column = group % columns, row = group / columns;"
+            yield "const unsigned of_run = row % groups_of_run * GROUP_SIZE;"
+            yield "const long long stride = columns;"
+            yield "const long long first_row = (long long)(row / groups_of_run) * run;"
+            yield "const long long start = (first_row + of_run) * stride + column;"
+            yield "const unsigned left = run - of_run;"
+        yield "// Of its elements, this thread has N, of which `count` exist."
+        yield "const int first = thread % LANES * N;"
+        yield "const int count = (left < GROUP_SIZE ? (int)left : GROUP_SIZE) - first;"
+        yield "const long long at = start + first * stride;"
+        types = zip(
+            self.translation.input_types, self.translation.is_scale, strict=True
+        )
+        for i, (kind, is_scale) in enumerate(types):
+            if is_scale:
+                yield f"const {kind} x{i} = p{i}[group];"
+            else:
+                yield f"{kind} x{i}[N];"
+                yield f"load<N, ALIGNED>(x{i}, p{i} + at, count, stride);"
+        scalars = zip(self.translation.scalar_types, self.scalars, strict=True)
+        for i, (kind, text) in enumerate(scalars):
+            yield f"const {kind} s{i} = {text};"
+        for i, (kind, is_scale) in enumerate(self._outputs):
+            if not is_scale:
+                yield f"{kind} y{i}[N];"
+
+    def _stores(self) -> Iterator[str]:
+        yield "if (!is_there) return;"
+        for i, (_, is_scale) in enumerate(self._outputs):
+            if is_scale:
+                yield f"if (first == 0) p{i + 1}[group] = y{i};"
+            else:
+                yield f"store<N, ALIGNED>(y{i}, p{i + 1} + at, count, stride);"
+
+    @property
+    def _outputs(self) -> list[tuple[str, bool]]:
+        """The types of the new arrays, and whether they are scales."""
+        types, is_scale = self.translation.output_types, self.translation.is_scale[1:]
+        return list(zip(types, is_scale, strict=True))
+
+
+def of_word(word: str, dtype: Any) -> str:
+    """The scalar that a 32-bit word stands for."""
+    kind = type_of(dtype)
+    if kind == "float":
+        return f"bit_cast<float>({word})"
+    return f"({word} != 0)" if kind == "bool" else f"({kind}){word}"
+
+
+@functools.cache
+def _prelude() -> str:
+    return pathlib.Path(__file__).with_name("prelude.cu").read_text(encoding="utf-8")
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    return (f"  {line}" for line in lines)

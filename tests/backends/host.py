@@ -1,0 +1,106 @@
+"""The kernels for GPUs on CPUs: their programs, compiled by the C++ compiler that there
+is, in which one thread has a whole group."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from flashquinox._backends import platforms
+from flashquinox._backends.base import Update
+from flashquinox._backends.gpu.backend import Gpu
+from flashquinox._backends.gpu.kernel import update_leaves
+from flashquinox._backends.gpu.source import Kernel
+from flashquinox._backends.gpu.view import THREADS, Threads, View
+
+
+_COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+class HostGpu(Gpu):
+    """Interpreted on devices of other platforms."""
+
+    is_interpreted: ClassVar[bool] = _COMPILER is not None
+
+    def load(self) -> Update:
+        def update(*args: Any, interpret: bool = False) -> Any:
+            if interpret:
+                return update_leaves(_run, _whole_groups, *args)
+            return super(HostGpu, self).load()(*args)
+
+        return update
+
+
+def install() -> None:
+    """From now on, `backend="gpu"` is this one."""
+    others, ours = platforms.named, HostGpu()
+    platforms.named = lambda name: ours if name == "gpu" else others(name)
+
+
+def _whole_groups(views: Sequence[View]) -> Threads:
+    return Threads(views[0].group_size, 1)
+
+
+def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
+    width = len(kernel.translation.input_types)
+    states = [i for i in range(2, len(operands)) if (i - 2) % width > 0]
+
+    def launch(*values: Any) -> list[np.ndarray]:
+        # Kernels write where they have read.
+        arrays = [np.array(x) for x in values]
+        pointers = [x.ctypes.data for x in [*arrays, *[arrays[i] for i in states]]]
+        arguments = (ctypes.c_void_p * len(pointers))(*pointers)
+        blocks = kernel.blocks * kernel.members
+        _compiled(kernel.source, kernel.name).launch(arguments, blocks, THREADS)
+        return [arrays[i] for i in states]
+
+    results = [
+        jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in states
+    ]
+    return jax.pure_callback(launch, results, *operands)
+
+
+@functools.cache
+def _compiled(source: str, name: str) -> ctypes.CDLL:
+    """Compiled by the first process that needs it."""
+    shim = pathlib.Path(__file__).with_name("host.h").read_text(encoding="utf-8")
+    # The types are known after the prelude, whose functions need the conversions.
+    conversions = """
+DEVICE bfloat16 as_bfloat16(float x) { return narrowed<bfloat16>(x, 8, 7); }
+DEVICE float16 as_float16(float x) { return narrowed<float16>(x, 5, 10); }
+DEVICE float widened(float16 x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+      : exponent ? std::ldexp(1024.0f + fraction, exponent - 25)
+      : std::ldexp((float)fraction, -24);
+  return x.bits & 0x8000 ? -size : size;
+}
+"""
+    launch = f"""
+extern "C" void launch(void** arguments, unsigned blocks, unsigned threads) {{
+  launch_all({name}, arguments, blocks, threads);
+}}
+"""
+    prelude, head, body = source.partition('\nextern "C"')
+    text = "".join([shim, prelude, conversions, head, body, launch])
+    key = hashlib.sha256(f"{_COMPILER}{text}".encode()).hexdigest()[:24]
+    # Beside those of XLA, for all processes of this run.
+    folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    library = folder / f"flashquinox-{key}.so"
+    if not library.exists():
+        part = folder / f"flashquinox-{key}.{os.getpid()}"
+        command = [str(_COMPILER), "-std=c++17", "-w", "-shared", "-fPIC"]
+        # A product and a sum are one operation, as XLA has them.
+        command += ["-O1", "-march=native", "-ffp-contract=fast"]
+        command += ["-x", "c++", "-", "-o", str(part)]
+        subprocess.run(command, input=text.encode(), check=True)
+        part.replace(library)
+    return ctypes.CDLL(str(library))
