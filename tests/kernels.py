@@ -114,13 +114,14 @@ def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
                 new, expected, before = map(float64, (new, expected, before))
                 size = size + np.abs(before)
                 assert np.all(np.abs(new - expected) <= size * 2**-22)
-    corrections = {str(x.dtype) for x in jtu.tree_leaves(state.corrections)}
-    is_exact = "int16" in corrections
+    is_none = lambda x: x is None
+    corrections = jtu.tree_leaves(state.corrections, is_leaf=is_none)
     masters = jtu.tree_leaves(_master_weights(model, state))
     expected_masters = jtu.tree_leaves(_master_weights(expected_model, expected_state))
-    for param, new, expected in zip(
-        jtu.tree_leaves(params), masters, expected_masters, strict=True
+    for param, new, expected, correction in zip(
+        jtu.tree_leaves(params), masters, expected_masters, corrections, strict=True
     ):
+        is_exact = correction is not None and correction.dtype == jnp.int16
         dtype = jnp.dtype(param.dtype)
         narrow = dtype != jnp.float32
         param, new, expected = map(float64, (param, new, expected))
@@ -128,7 +129,7 @@ def assert_same(ours, reference, params, old, grads, approximate=False) -> None:
         # in Adam's, (1 - b1) / sqrt(1 - b2) < 4 of a gradient; in others, gradients.
         size = np.maximum(np.abs(param), np.abs(expected - param)) + 4 * 1e-2
         # A unit of the stored weight, where its rounding went the other way.
-        bits = _STORED_BITS[dtype] + (8 if corrections else 0)
+        bits = _STORED_BITS[dtype] + (0 if correction is None else 8)
         unit = np.abs(expected) * 2.0 ** (1 - bits)
         bound = size * 2**-22
         if narrow and not is_exact:

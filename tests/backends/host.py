@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -96,7 +97,7 @@ extern "C" void launch(void** arguments, unsigned blocks, unsigned threads) {{
     folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     library = folder / f"flashquinox-{key}.so"
     if not library.exists():
-        part = folder / f"flashquinox-{key}.{os.getpid()}"
+        part = folder / f"flashquinox-{key}.{os.getpid()}.{threading.get_ident()}"
         command = [str(_COMPILER), "-std=c++17", "-w", "-shared", "-fPIC"]
         # A product and a sum are one operation, as XLA has them.
         command += ["-O1", "-march=native", "-ffp-contract=fast"]
