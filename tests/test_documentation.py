@@ -123,6 +123,7 @@ _SLOW = (
     "docs/how-to/averaging.md",
     "docs/how-to/clipping.md",
     "docs/how-to/freezing.md",
+    "docs/how-to/learning-rate.md",
     "docs/how-to/lora.md",
     "docs/how-to/resetting.md",
     "docs/how-to/resuming.md",
