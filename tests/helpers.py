@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float32, PyTree, UInt32
@@ -65,8 +66,26 @@ OPTIMIZERS = {
         partial(fq.adan, b2=0.5, weight_decay=0.1),
         partial(optax.adan, b2=0.5, weight_decay=0.1),
     ),
+    "ademamix": OptimizerCase(
+        partial(fq.ademamix, b3=0.99, weight_decay=0.1),
+        partial(optax.contrib.ademamix, b3=0.99, weight_decay=0.1),
+    ),
+    "lamb": OptimizerCase(
+        partial(fq.lamb, weight_decay=0.1), partial(optax.lamb, weight_decay=0.1)
+    ),
+    "lars": OptimizerCase(
+        partial(fq.lars, weight_decay=0.1, trust_coefficient=0.5),
+        partial(optax.lars, weight_decay=0.1, trust_coefficient=0.5),
+    ),
     "lion": OptimizerCase(
         partial(fq.lion, weight_decay=0.1), partial(optax.lion, weight_decay=0.1)
+    ),
+    "rmsprop": OptimizerCase(
+        partial(fq.rmsprop, weight_decay=0.1), lambda lr: _l2(0.1, optax.rmsprop(lr))
+    ),
+    "rmsprop-momentum": OptimizerCase(
+        partial(fq.rmsprop, eps=1e-3, momentum=0.9),
+        partial(optax.rmsprop, eps=1e-3, momentum=0.9),
     ),
     "sgd": OptimizerCase(fq.sgd, optax.sgd),
     "sgd-momentum": OptimizerCase(
@@ -175,7 +194,12 @@ _QUICK = {
     "adamw-nesterov": [_FEW[0], _FEW[1]],
     "adam": [_FEW[0], _FEW[2]],
     "adan": [_FEW[0], _FEW[1], _FEW[2]],
+    "ademamix": [_FEW[0], _FEW[1]],
+    "lamb": [_FEW[0], _FEW[1]],
+    "lars": [_FEW[0], _FEW[3]],
     "lion": _FEW,
+    "rmsprop": [_FEW[0], _FEW[2]],
+    "rmsprop-momentum": [_FEW[0]],
     "sgd": [_FEW[0], _FEW[3]],
     "sgd-momentum": [_FEW[0], _FEW[1]],
     "sgd-nesterov": [_FEW[0], _FEW[2]],

@@ -5,22 +5,36 @@ from ._common.version import __version__ as __version__
 from ._model.decay_mask import decay_mask as decay_mask
 from ._optimizer.adam import adam as adam, adamw as adamw
 from ._optimizer.adan import adan as adan
+from ._optimizer.ademamix import ademamix as ademamix
+from ._optimizer.lamb import lamb as lamb
+from ._optimizer.lars import lars as lars
 from ._optimizer.lion import lion as lion
 from ._optimizer.map_moments import map_moments as map_moments
 from ._optimizer.map_params import map_params as map_params
+from ._optimizer.muon import muon as muon
 from ._optimizer.optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._optimizer.options import Options as Options
+from ._optimizer.rmsprop import rmsprop as rmsprop
 from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
 from ._optimizer.state import OptimizerState as OptimizerState
 from ._rules.adam import Adam as Adam
 from ._rules.adan import Adan as Adan
+from ._rules.ademamix import AdEMAMix as AdEMAMix
+from ._rules.lamb import Lamb as Lamb
+from ._rules.lars import Lars as Lars
 from ._rules.lion import Lion as Lion
+from ._rules.muon import Momentum as Momentum, Muon as Muon
+from ._rules.rmsprop import RMSProp as RMSProp
 from ._rules.rule import (
     AbstractRule as AbstractRule,
     hyperparameter as hyperparameter,
     Moment as Moment,
 )
 from ._rules.sgd import SGD as SGD
+from ._rules.whole_leaf import (
+    AbstractMatrixRule as AbstractMatrixRule,
+    AbstractWholeLeafRule as AbstractWholeLeafRule,
+)
 from ._sharding.fsdp import fsdp_shardings as fsdp_shardings
 from ._storage.codec import (
     AbstractMomentCodec as AbstractMomentCodec,

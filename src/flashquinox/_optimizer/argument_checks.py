@@ -9,38 +9,43 @@ import jax
 from .._common.dtypes import NARROW_DTYPES
 from .._common.number_checks import check_flag, check_in_range, known_number
 from .._common.text import shown
-from .._rules.checks import check_rule
-from .._rules.rule import AbstractRule, ranges_of
+from .._rules.checks import check_moments_are_apart, check_rule
+from .._rules.rule import ranges_of
+from .._rules.whole_leaf import AnyRule, elementwise_parts
+from .groups import Group
 from .schedules import check_takes_count
 
 
-def check_hyperparameters(
-    call: str, rule: Any, learning_rate: Any, weight_decay: Any
-) -> None:
-    if not isinstance(rule, AbstractRule):
+def check_hyperparameters(call: str, group: Group) -> None:
+    rule: Any = group.rule
+    if not isinstance(rule, AnyRule):
         hint = ""
-        if isinstance(rule, type) and issubclass(rule, AbstractRule):
+        if isinstance(rule, type) and issubclass(rule, AnyRule):
             hint = f" Make one: `{rule.__name__}(...)`."
         raise TypeError(
             f"`{call}(rule=...)` takes an instance of a subclass of "
-            f"`flashquinox.AbstractRule`; got {shown(rule)}.{hint}"
+            "`flashquinox.AbstractRule`, or of `AbstractWholeLeafRule` or "
+            f"`AbstractMatrixRule`; got {shown(rule)}.{hint}"
         )
     for field in dataclasses.fields(rule):
         if field.type in (bool, "bool"):
-            check_flag(call, field.name, getattr(rule, field.name))
+            check_flag(call, f"{group.prefix}{field.name}", getattr(rule, field.name))
     for name, (low, high) in ranges_of(rule).items():
-        check_in_range(call, name, getattr(rule, name), low, high)
+        argument = f"{group.prefix}{name}"
+        check_in_range(call, argument, getattr(rule, name), low, high)
         if high <= 1:
-            _check_exact(call, name, getattr(rule, name))
+            _check_exact(call, argument, getattr(rule, name))
     for name, value in (
-        ("learning_rate", learning_rate),
-        ("weight_decay", weight_decay),
+        ("learning_rate", group.learning_rate),
+        ("weight_decay", group.decay.rate),
     ):
         if callable(value):
-            check_takes_count(call, name, value)
+            check_takes_count(call, f"{group.prefix}{name}", value)
         else:
-            check_in_range(call, name, value, 0.0, math.inf)
-    check_rule(call, rule)
+            check_in_range(call, f"{group.prefix}{name}", value, 0.0, math.inf)
+    for part in elementwise_parts(rule):
+        check_rule(call, part)
+    check_moments_are_apart(call, rule)
 
 
 def _check_exact(call: str, name: str, value: Any) -> None:

@@ -26,15 +26,20 @@ class _Static:
         return repr(self.value)
 
 
+# Arguments that may be functions of the model.
+_OF_MODELS = ("mask", "weight_dimension_numbers")
+
+
 class _Signature(inspect.Signature):
-    """Hides masks that are functions from `optax.inject_hyperparams`, which binds
+    """Hides functions of the model from `optax.inject_hyperparams`, which binds
     arguments to this signature and takes every function for a schedule: it would call
-    the mask with the number of steps."""
+    them with the number of steps."""
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
-        if callable(bound.arguments.get("mask")):
-            bound.arguments["mask"] = _Static(bound.arguments["mask"])
+        for name in _OF_MODELS:
+            if callable(bound.arguments.get(name)):
+                bound.arguments[name] = _Static(bound.arguments[name])
         return bound
 
 

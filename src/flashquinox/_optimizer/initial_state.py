@@ -12,6 +12,7 @@ from .._common import meshes
 from .._common.dtypes import compute_dtype, NARROW_DTYPES
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, Rebuild
+from .._rules.whole_leaf import AbstractMatrixRule, AnyRule
 from .._sharding import parts, record
 from .._storage.layout import Layout
 from .._storage.quant_moment import StoredMoment, zeros
@@ -20,7 +21,7 @@ from .call_checks import check_model, warn_of_nothing_to_train
 from .checksums import checksums
 from .device_checks import warn_of_divided_groups
 from .leaf_checks import check_correction_has_effect
-from .mask import decayed
+from .passes import axes_of
 from .settings import Settings
 from .state import OptimizerState, StepCount
 
@@ -33,15 +34,20 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         index: leaf for index, leaf in enumerate(leaves) if is_trainable(leaf.value)
     }
     warn_of_nothing_to_train(call, leaves, trained)
+    rules = settings.rules(call, params, leaves)
     if trained:
         # What a step would find wrong.
-        decayed(call, settings.decay.mask, params, leaves)
+        settings.decayed(call, params, leaves, rules)
         settings.rates(jnp.zeros((), jnp.int32))
     check_correction_has_effect(call, settings.storage, list(trained.values()))
     are_trained = [index in trained for index in range(len(leaves))]
     shardings, _ = settings.resolve_shardings(call, leaves, are_trained, recorded=())
+    for index, leaf in trained.items():
+        rule = rules[index].rule
+        if isinstance(rule, AbstractMatrixRule):
+            axes_of(call, rule, leaf)
     makers = [
-        partial(_zeros, settings, leaf, shardings[index])
+        partial(_zeros, settings, rules[index].rule, leaf, shardings[index])
         for index, leaf in trained.items()
     ]
     *made, count = parts.make(
@@ -49,7 +55,7 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         [*(shardings[index] for index in trained), meshes.everywhere(shardings)],
         is_traced=record.are_traced(leaves),
     )
-    moments = {name: [None for _ in leaves] for name in settings.rule.moments}
+    moments = {name: [None for _ in leaves] for name in settings.moments}
     corrections: list[Any] = [None for _ in leaves]
     for index, (stored, correction) in zip(trained, made, strict=True):
         sharding = shardings[index]
@@ -84,7 +90,7 @@ def _checksums(
 
 
 def _zeros(
-    settings: Settings, leaf: Leaf, sharding: NamedSharding | None
+    settings: Settings, rule: AnyRule, leaf: Leaf, sharding: NamedSharding | None
 ) -> tuple[dict[str, StoredMoment], Correction | None]:
     """The moments and the correction of a leaf that has not been trained yet."""
     shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
@@ -96,7 +102,7 @@ def _zeros(
             compute_dtype(dtype),
             codecs.base_of(moment, shape),
         )
-        for name, moment in settings.rule.moments.items()
+        for name, moment in rule.moments.items()
     }
     if settings.storage.correction_dtype is None or dtype not in NARROW_DTYPES:
         return moments, None

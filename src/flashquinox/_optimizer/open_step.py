@@ -3,17 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._common.dtypes import compute_dtype
 from .._model.trained import with_state
 from .._model.trees import flatten, match
-from .._rules.rule import rule_structure
 from .._sharding import state_specs
 from .call_checks import check_has_values, check_model
-from .mask import decayed
 from .settings import Settings
 from .state import OptimizerState
 from .state_checks import check_not_ensemble, check_state
-from .step_in_progress import StepInProgress
+from .step_in_progress import all_passes, StepInProgress
 from .stored_leaf import StoredLeaf
 
 
@@ -23,10 +20,11 @@ def open_step(
     """Takes a model and its state apart, for one step."""
     check_model(call, params)
     leaves, rebuild = flatten(params)
-    check_state(call, state, settings.rule)
+    check_state(call, state, settings.moments)
     check_not_ensemble(call, state)
     check_has_values(call, model=params, state=state)
-    names = [*settings.rule.moments]
+    names = settings.moments
+    rules = settings.rules(call, params, leaves)
     moments = [
         match(call, f"state.moments[{name!r}]", state.moments[name], leaves)
         for name in names
@@ -40,8 +38,11 @@ def open_step(
     stored = {}
     for index, sharding in enumerate(shardings):
         if trained[index]:
+            own = rules[index].rule.moments
             of_leaf = {
-                name: column[index] for name, column in zip(names, moments, strict=True)
+                name: column[index]
+                for name, column in zip(names, moments, strict=True)
+                if name in own
             }
             of_leaf, correction = state_specs.where_the_weight_is(
                 (of_leaf, corrections[index]), sharding
@@ -49,21 +50,22 @@ def open_step(
             stored[index] = StoredLeaf(of_leaf, correction, checksums[index])
     count = jnp.asarray(state.count)
     rates = settings.rates(count)
-    # In an order that is the same in every process.
-    dtypes = dict.fromkeys([compute_dtype(leaves[i].value.dtype) for i in stored])
+    decays = settings.decayed(call, params, leaves, rules)
     return StepInProgress(
         call=call,
         settings=settings,
         leaves=leaves,
         rebuild=rebuild,
-        decayed=decayed(call, settings.decay.mask, params, leaves),
+        decayed=decays,
         shardings=shardings,
         # XLA cannot divide a kernel, nor a loop over chunks.
         way="divisible" if unknown else settings.backend,
         recorded=state.shardings,
         count=count,
-        rule=rule_structure(settings.rule),
+        rules=rules,
         rates=rates,
-        scalars={dtype: settings.scalars(rates, count, dtype) for dtype in dtypes},
         stored=stored,
+        passes=all_passes(
+            call, settings, rates, count, leaves, rules, decays, [*stored]
+        ),
     )

@@ -1,14 +1,16 @@
+import dataclasses
 from typing import Any, cast, TYPE_CHECKING, Unpack
 
 import optax
 from jaxtyping import PyTree, ScalarLike
 
 from .._model.trees import Model, Updates
-from .._rules.rule import AbstractRule
+from .._rules.whole_leaf import AnyRule
 from .._storage.storage import check_storage, Storage
 from .argument_checks import check_hyperparameters
 from .engine import StepEngine
 from .factory import factory
+from .groups import AbstractChoice, Group
 from .method import Method
 from .options import check_options, Options
 from .schedules import ScalarOrSchedule
@@ -105,7 +107,7 @@ def _engine_of(optim: Optimizer) -> StepEngine:
 
 @factory
 def optimizer(
-    rule: AbstractRule,
+    rule: AnyRule,
     learning_rate: ScalarOrSchedule,
     *,
     weight_decay: ScalarOrSchedule = 0.0,
@@ -119,7 +121,9 @@ def optimizer(
 
     **Arguments:**
 
-    - `rule`: a [`flashquinox.AbstractRule`][].
+    - `rule`: a [`flashquinox.AbstractRule`][], or one that needs whole leaves: a
+        [`flashquinox.AbstractWholeLeafRule`][] or a
+        [`flashquinox.AbstractMatrixRule`][].
     - `learning_rate`: a float, a scalar array, or an Optax schedule: a function of the
         number of steps taken, from 0, to a scalar. `init` calls it once, for what it
         returns to be checked.
@@ -130,7 +134,8 @@ def optimizer(
     - `decay`: which form weight decay has. `"decoupled"`: $w \leftarrow
         (1 - \alpha\lambda) w + u$. `"independent"`: the same with $\lambda \alpha /
         \alpha_\text{peak}$ for $\lambda\alpha$: it follows the shape of the schedule,
-        not its height. `"l2"`: L2 regularization: $\lambda w$ is added to the gradient.
+        not its height. `"l2"`: L2 regularization: $\lambda w$ is added to the gradient;
+        of rules that need whole leaves, to the direction.
     - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
         unless `learning_rate` is a number, which is its own peak.
     - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
@@ -162,19 +167,25 @@ def optimizer(
 
 def build_optimizer(
     call: str,
-    rule: AbstractRule,
+    rule: AnyRule,
     learning_rate: ScalarOrSchedule,
     decay: WeightDecay,
     storage: Storage,
     options: Options,
+    others: tuple[Group, ...] = (),
+    choice: AbstractChoice | None = None,
 ) -> Optimizer:
-    """`optimizer`, for errors that name `call` as the user wrote it."""
-    check_hyperparameters(call, rule, learning_rate, decay.rate)
+    """`optimizer`, for errors that name `call` as the user wrote it. `others` are
+    groups of leaves that are trained by other rules, as `choice` says."""
+    groups = []
+    for group in (Group(rule, learning_rate, decay), *others):
+        check_hyperparameters(call, group)
+        checked = check_weight_decay(call, group.decay, group.learning_rate)
+        groups.append(dataclasses.replace(group, decay=checked))
     settings = Settings(
         call=call,
-        rule=rule,
-        learning_rate=learning_rate,
-        decay=check_weight_decay(call, decay, learning_rate),
+        groups=tuple(groups),
+        choice=choice,
         storage=check_storage(call, storage),
         **check_options(call, options),
     )

@@ -1,5 +1,6 @@
 """What an optimizer was built from."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Scalar, ScalarLike
+from jaxtyping import PyTree, Scalar, ScalarLike
 
 from .._backends.dispatch import Backend
 from .._model.trees import Leaf, match
@@ -17,17 +18,22 @@ from .._sharding.resolve import resolve_all, Resolved
 from .._storage.storage import Storage
 from .checksums import Verify
 from .device_checks import warn_of_unknown_division
-from .schedules import ScalarOrSchedule, scheduled
-from .weight_decay import WeightDecay
+from .groups import AbstractChoice, Group, LeafRule
+from .mask import decayed
+from .schedules import scheduled
+
+
+# The learning rate and the weight decay of a group.
+Rates = tuple[ScalarLike, ScalarLike]
 
 
 class Settings(eqx.Module):
     """What an optimizer was built from, and what follows from it for each step."""
 
     call: str = eqx.field(static=True)
-    rule: AbstractRule
-    learning_rate: ScalarOrSchedule
-    decay: WeightDecay
+    groups: tuple[Group, ...]
+    # `None` if there is one group.
+    choice: AbstractChoice | None
     storage: Storage = eqx.field(static=True)
     skip_nonfinite: bool = eqx.field(static=True)
     verify_weights: Verify = eqx.field(static=True)
@@ -35,25 +41,54 @@ class Settings(eqx.Module):
     # As leaves and their structure, which have a hash.
     shardings: tuple[tuple[NamedSharding, ...], Any] = eqx.field(static=True)
 
-    def rates(self, count: Scalar) -> tuple[ScalarLike, ScalarLike]:
-        """The learning rate and the weight decay after so many steps."""
-        return (
-            scheduled(self.call, "learning_rate", self.learning_rate, count),
-            scheduled(self.call, "weight_decay", self.decay.rate, count),
-        )
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the moments of all groups."""
+        names = [name for group in self.groups for name in group.rule.moments]
+        return tuple(dict.fromkeys(names))
+
+    def rules(
+        self, call: str, params: PyTree, leaves: Sequence[Leaf]
+    ) -> list[LeafRule]:
+        """For each leaf, trained or not, its rule."""
+        if self.choice is None:
+            return [LeafRule(0, self.groups[0].rule) for _ in leaves]
+        return self.choice(call, params, leaves, self.groups)
+
+    def decayed(
+        self, call: str, params: PyTree, leaves: list[Leaf], rules: Sequence[LeafRule]
+    ) -> list[bool]:
+        """For each leaf, whether weight decay applies to it."""
+        found = [decayed(call, x.decay.mask, params, leaves) for x in self.groups]
+        return [found[rule.group][i] for i, rule in enumerate(rules)]
+
+    def rates(self, count: Scalar) -> list[Rates]:
+        """For each group, the learning rate and the weight decay after so many
+        steps."""
+        return [
+            (
+                scheduled(
+                    self.call, f"{x.prefix}learning_rate", x.learning_rate, count
+                ),
+                scheduled(self.call, f"{x.prefix}weight_decay", x.decay.rate, count),
+            )
+            for x in self.groups
+        ]
 
     def scalars(
-        self, rates: tuple[ScalarLike, ScalarLike], count: Scalar, dtype: DTypeLike
-    ) -> tuple[dict[str, Scalar], Scalar | None]:
-        """The rule's scalars and the scalar of weight decay, in the precision
-        `dtype`."""
-        learning_rate = jnp.asarray(rates[0], dtype)
+        self, rule: AbstractRule, learning_rate: Any, count: Scalar, dtype: DTypeLike
+    ) -> dict[str, Scalar]:
+        """The scalars of a rule in the step after so many, in the precision `dtype`."""
         # The last count is taken again and again, as by Optax. It is computed apart
         # from the count of the next state. A GPU computes what both share in a kernel
         # of its own, after a copy: 3% of a step of 4096 x 4096 weights (H100).
         number = jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
-        rule = rule_scalars(self.rule, number, learning_rate, dtype)
-        return rule, self.decay.scalar(rates[1], learning_rate, dtype)
+        return rule_scalars(rule, number, jnp.asarray(learning_rate, dtype), dtype)
+
+    def decay_scalar(self, group: int, rates: Rates, dtype: DTypeLike) -> Scalar | None:
+        """The scalar of a group's weight decay, in the precision `dtype`."""
+        learning_rate = jnp.asarray(rates[0], dtype)
+        return self.groups[group].decay.scalar(rates[1], learning_rate, dtype)
 
     def resolve_shardings(
         self,

@@ -5,7 +5,7 @@ Each message names the call, the leaf, what came, and the remedy. Other checks a
 other's place), `leaf_checks.py` and `device_checks.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
-from .._rules.rule import AbstractRule, moments_of
+from .._rules.rule import Moment
 from .._storage.full_precision import FullPrecision
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction, CORRECTION_DTYPES
@@ -24,7 +24,7 @@ from .state import OptimizerState
 from .state_dtypes import check_correction_dtype, check_count_dtype, check_moment_dtypes
 
 
-def check_state(call: str, state: Any, rule: AbstractRule | None) -> None:
+def check_state(call: str, state: Any, moments: Sequence[str]) -> None:
     if not isinstance(state, OptimizerState):
         raise TypeError(
             f"`{call}`: the state is no `flashquinox.OptimizerState` but a "
@@ -33,10 +33,10 @@ def check_state(call: str, state: Any, rule: AbstractRule | None) -> None:
             "`update`."
         )
     check_count_dtype(call, state)
-    if rule is not None and set(state.moments) != set(rule.moments):
+    if set(state.moments) != set(moments):
         raise ValueError(
             f"`{call}`: this is the state of another optimizer: it has the moments "
-            f"{sorted(state.moments)}, where this one keeps {sorted(rule.moments)}. "
+            f"{sorted(state.moments)}, where this one keeps {sorted(moments)}. "
             "Make a new state with `init`."
         )
 
@@ -87,11 +87,11 @@ def check_moments(
     call: str,
     leaf: Leaf,
     stored: Mapping[str, StoredMoment | None],
-    rule: AbstractRule,
+    moments: Mapping[str, Moment],
     storage: Storage,
 ) -> None:
     codecs = storage.codecs
-    for name, of_rule in moments_of(rule).items():
+    for name, of_rule in moments.items():
         moment = stored[name]
         _check_moment(call, leaf, name, moment, codecs.of(of_rule, leaf.value.shape))
         if not isinstance(moment, QuantMoment):

@@ -1,29 +1,31 @@
 """A step in progress."""
 
 import dataclasses
+import itertools
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Int32, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Bool, Int32, PyTree, ScalarLike
 
-from .._backends.dispatch import LeafStep, Way
+from .._backends.dispatch import Way
 from .._common import meshes
 from .._common.dtypes import compute_dtype, largest_gradient
 from .._model.trees import Leaf, Rebuild
-from .._rules.rule import AbstractRule, moments_of
-from .._sharding import parts, record, reductions
+from .._rules.whole_leaf import AbstractMatrixRule
+from .._sharding import record, reductions
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping
-from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from . import derivatives
+from .._tile.tile import TileState
+from .advance import Advance, Part
 from .checksums import checksums, verified
 from .device_checks import check_state_is_with_weight, warn_of_divided_groups
-from .settings import Settings
+from .groups import LeafRule
+from .passes import axes_of, Passes, PassMaker
+from .settings import Rates, Settings
 from .state import OptimizerState, StepCount
 from .state_checks import check_checksum, check_correction, check_moments, check_width
 from .stored_leaf import Learned, StoredLeaf
@@ -39,10 +41,10 @@ class StepInProgress:
     - `shardings`: how a leaf is divided among devices, if it is.
     - `recorded`: what the state remembers of that.
     - `count`: the number of steps before this one.
-    - `rule`: the rule without its numbers, which are among the scalars.
-    - `rates`: the learning rate and the weight decay of this step.
-    - `scalars`: what is the same for all leaves, for each dtype that computes.
+    - `rules`: the rule of a leaf.
+    - `rates`: for each group, the learning rate and the weight decay of this step.
     - `stored`: what the state had, for each leaf that is trained.
+    - `passes`: those of each leaf that is trained, with what is the same for leaves.
     - `new`, `learned`: what leaves that have been updated are now.
     """
 
@@ -55,10 +57,10 @@ class StepInProgress:
     way: Way
     recorded: record.Shardings
     count: Int32[Array, ""]
-    rule: AbstractRule
-    rates: tuple[ScalarLike, ScalarLike]
-    scalars: dict[Any, tuple[dict[str, Scalar], Scalar | None]]
+    rules: list[LeafRule]
+    rates: list[Rates]
     stored: dict[int, StoredLeaf]
+    passes: dict[int, Passes]
     new: dict[int, TileState] = dataclasses.field(default_factory=dict)
     learned: dict[int, Learned] = dataclasses.field(default_factory=dict)
 
@@ -66,7 +68,7 @@ class StepInProgress:
         """Checks that a leaf that is trained and its state go together."""
         call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
         settings, (moments, correction, checksum) = self.settings, self.stored[index]
-        check_moments(call, leaf, moments, self.rule, settings.storage)
+        check_moments(call, leaf, moments, self.passes[index].moments, settings.storage)
         check_correction(call, leaf, correction)
         check_width(call, leaf, correction, settings.storage)
         check_checksum(call, leaf, correction, checksum, settings.verify_weights)
@@ -95,14 +97,17 @@ class StepInProgress:
             [*kept.values()],
             None if on is None else on.mesh,
         )
-        return dataclasses.replace(
-            self,
-            count=count,
-            scalars={
-                dtype: self.settings.scalars(self.rates, count, dtype)
-                for dtype in self.scalars
-            },
+        passes = all_passes(
+            self.call,
+            self.settings,
+            self.rates,
+            count,
+            self.leaves,
+            self.rules,
+            self.decayed,
+            [*self.stored],
         )
+        return dataclasses.replace(self, count=count, passes=passes)
 
     def read(self, index: int) -> TileState:
         """The arrays of a leaf that is trained, as they are now."""
@@ -133,26 +138,13 @@ class StepInProgress:
         shardings = [self.shardings[index] for index in grads]
         arrived = _as_typed([*grads.values()], shardings)
         all_finite = self.all_finite([*grads], arrived, shardings, clip)
-        steps = [
-            self._leaf_step(
-                index,
-                self.read(index),
-                grad,
-                all_finite,
-                clip,
-                self.stored[index].not_learned,
-                as_update,
-            )
-            for index, grad in zip(grads, arrived, strict=True)
+        of = [
+            Part(i, self.read(i), grad, sharding, self.stored[i].not_learned)
+            for i, grad, sharding in zip(grads, arrived, shardings, strict=True)
         ]
-        steps = parts.learn(steps, shardings)
-        leaves = [self.leaves[index] for index in grads]
-        update, arrays = derivatives.differentiable(
-            self.call, self.way, leaves, steps, shardings
-        )
-        updated = update(*arrays)
-        for index, step, new in zip(grads, steps, updated, strict=True):
-            self.write(index, new, step.scalars.leaf.parameters)
+        advance = Advance(self, all_finite, clip, learn=True, as_update=as_update)
+        for index, new in zip(grads, advance.all(of), strict=True):
+            self.write(index, *new)
         return all_finite
 
     def learn(
@@ -160,16 +152,13 @@ class StepInProgress:
     ) -> list[Learned]:
         """For each of these leaves, the parameters of its codecs that learn, before
         this step and after: what `update_parts` asks of parts of them."""
-        shardings = [self.shardings[number] for number in numbers]
-        steps = []
+        of = []
         for number in numbers:
             old, not_learned = self.read(number), self.stored[number].not_learned
             # No gradient is looked at; the weight stands for it.
-            steps.append(
-                self._leaf_step(number, old, old.weight, all_finite, None, not_learned)
-            )
-        steps = parts.learn(steps, shardings)
-        return [step.scalars.leaf.parameters for step in steps]
+            there = self.shardings[number]
+            of.append(Part(number, old, old.weight, there, not_learned))
+        return Advance(self, all_finite, None, learn=True).learned(of)
 
     def update_parts(
         self,
@@ -183,19 +172,22 @@ class StepInProgress:
     ) -> list[TileState]:
         """One step of parts of leaves, which need not be those of this object: only
         what does not depend on their values is. `numbers` are those of their leaves."""
-        steps = [
-            self._leaf_step(
-                number, part, grad, all_finite, clip, parameters, in_loop=True
-            )
-            for number, part, grad, parameters in zip(
-                numbers, old, _as_typed(grads, shardings), learned, strict=True
-            )
-        ]
-        leaves = [self.leaves[number] for number in numbers]
-        update, arrays = derivatives.differentiable(
-            self.call, self.way, leaves, steps, shardings
-        )
-        return update(*arrays)
+        arrived = _as_typed(grads, shardings)
+        each = zip(numbers, old, arrived, shardings, learned, strict=True)
+        advance = Advance(self, all_finite, clip, learn=False, in_loop=True)
+        return [new for new, _ in advance.all([Part(*x) for x in each])]
+
+    def layers_are_apart(self, index: int) -> bool:
+        """Whether the entries along the first axis of a leaf may be updated one by one:
+        of rules that need whole leaves, only matrices."""
+        rule = self.passes[index].between
+        if rule is None:
+            return True
+        leaf = self.leaves[index]
+        if not isinstance(rule, AbstractMatrixRule):
+            return False
+        axes = axes_of(self.call, rule, leaf)
+        return -leaf.value.ndim not in axes.of_matrix
 
     def clip(
         self,
@@ -230,52 +222,10 @@ class StepInProgress:
         else:
             arrived = _as_typed(grads, shardings)
             finite = reductions.all_within(arrived, limits, shardings)
-        for rate in self.rates:
+        for rate in itertools.chain(*self.rates):
             if isinstance(rate, jax.Array):
                 finite = finite & jnp.isfinite(rate)
         return finite
-
-    def _leaf_step(
-        self,
-        number: int,
-        old: TileState,
-        grad: Array,
-        all_finite: Bool[Array, ""] | None,
-        clip: Clipping | None,
-        parameters: Learned,
-        as_update: bool = False,
-        in_loop: bool = False,
-    ) -> LeafStep:
-        settings, stored = self.settings, self.stored[number]
-        dtype = compute_dtype(old.weight.dtype)
-        rule_values, decay = self.scalars[dtype]
-        factors = None
-        if clip is not None:
-            # A float64 gradient may only fit a float32 weight once it is scaled.
-            dtypes = jnp.dtype(dtype), jnp.dtype(compute_dtype(grad.dtype))
-            factors = clip.factors_for(max(dtypes, key=lambda x: x.itemsize))
-        return LeafStep(
-            StepStructure(
-                self.rule,
-                tuple([stored.codec(name) for name in moments_of(self.rule)]),
-                tuple([stored.base(name) for name in moments_of(self.rule)]),
-                settings.decay.is_decoupled,
-                as_update,
-                settings.storage.dither_weights,
-                in_loop,
-            ),
-            stored.layout(old.weight.shape),
-            StepScalars(
-                rule=rule_values,
-                decay=decay if self.decayed[number] else None,
-                count=self.count,
-                leaf=LeafScalars(jnp.asarray(np.uint32(number)), parameters),
-                take=all_finite,
-                clip=factors,
-            ),
-            grad,
-            old,
-        )
 
     def close(
         self,
@@ -290,7 +240,7 @@ class StepInProgress:
             count = jnp.where(all_finite, count, self.count)
         values: list[Any] = [leaf.value for leaf in self.leaves]
         moments: dict[str, list[Any]] = {
-            name: [None for _ in values] for name in moments_of(self.rule)
+            name: [None for _ in values] for name in self.settings.moments
         }
         corrections: list[Any] = [None for _ in values]
         for index, stored in self.stored.items():
@@ -335,3 +285,23 @@ def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list
         meshes.as_typed(grad, sharding)
         for grad, sharding in zip(grads, shardings, strict=True)
     ]
+
+
+def all_passes(
+    call: str,
+    settings: Settings,
+    rates: list[Rates],
+    count: Int32[Array, ""],
+    leaves: list[Leaf],
+    rules: list[LeafRule],
+    decayed: list[bool],
+    trained: list[int],
+) -> dict[int, Passes]:
+    """The passes of all leaves that are trained, in the step after so many."""
+    maker = PassMaker(call, settings, rates, count)
+    return {
+        i: maker.of_leaf(
+            leaves[i], rules[i], compute_dtype(leaves[i].value.dtype), decayed[i]
+        )
+        for i in trained
+    }

@@ -11,6 +11,7 @@ import numpy as np
 from .._common.number_checks import is_zero
 from .._common.text import function_name, shown
 from .._storage.storage import Storage
+from .groups import AbstractChoice
 from .options import DEFAULTS
 from .settings import Settings
 
@@ -18,17 +19,23 @@ from .settings import Settings
 def optimizer_text(settings: Settings) -> str:
     """The call that makes this optimizer: with its learning rate, its hyperparameters,
     its weight decay, and all other arguments that are not at their defaults."""
-    of_rule = _of_rule(settings.rule)
-    arguments = {"learning_rate": settings.learning_rate, **of_rule}
+    group, *more = settings.groups
+    of_rule = _of_rule(group.rule)
+    arguments = {"learning_rate": group.learning_rate, **of_rule}
     first = []
     if settings.call == "optimizer":
-        first = [f"{type(settings.rule).__name__}({_joined(of_rule)})"]
-        arguments = {"learning_rate": settings.learning_rate}
-    arguments["weight_decay"] = settings.decay.rate
+        first = [f"{type(group.rule).__name__}({_joined(of_rule)})"]
+        arguments = {"learning_rate": group.learning_rate}
+    arguments["weight_decay"] = group.decay.rate
+    for other in more:
+        of_group = {"learning_rate": other.learning_rate, **_of_rule(other.rule)}
+        of_group["weight_decay"] = other.decay.rate
+        arguments |= {f"{other.prefix}{name}": x for name, x in of_group.items()}
+    arguments |= _of_choice(settings.choice)
     others = {
-        "mask": (settings.decay.mask, None),
-        "decay": (settings.decay.form, _default_form(settings)),
-        "peak_learning_rate": (settings.decay.peak_learning_rate, None),
+        "mask": (group.decay.mask, None),
+        "decay": (group.decay.form, _default_form(settings)),
+        "peak_learning_rate": (group.decay.peak_learning_rate, None),
         "storage": (settings.storage, Storage()),
     }
     for name in ("skip_nonfinite", "verify_weights", "backend"):
@@ -46,21 +53,32 @@ def optimizer_text(settings: Settings) -> str:
 
 
 def _of_rule(rule: Any) -> dict[str, Any]:
-    """The hyperparameters of a rule, but for those that are off."""
+    """The hyperparameters of a rule, but for those that are off, and static ones at
+    their defaults."""
     found = {}
     for field in dataclasses.fields(rule):
         value = getattr(rule, field.name)
         is_off = is_zero(value) and is_zero(field.default)
+        if field.metadata.get("static", False):
+            is_off = value == field.default
         if value is not None and value is not False and not is_off:
             found[field.name] = value
     return found
+
+
+def _of_choice(choice: AbstractChoice | None) -> dict[str, Any]:
+    """The arguments that say which leaves are of which group."""
+    fields = [] if choice is None else dataclasses.fields(choice)
+    values = {field.name: getattr(choice, field.name) for field in fields}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _default_form(settings: Settings) -> str:
     """The form of weight decay without an argument `decay`. Factories other than
     `optimizer` either have no such argument, or no L2 regularization."""
     is_named = settings.call != "optimizer"
-    return "l2" if is_named and settings.decay.form == "l2" else "decoupled"
+    form = settings.groups[0].decay.form
+    return "l2" if is_named and form == "l2" else "decoupled"
 
 
 def _is_default(value: Any, default: Any) -> bool:

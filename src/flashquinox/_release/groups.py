@@ -84,6 +84,10 @@ class GroupedStep:
         group, index = self.owners[number]
         return self.groups[group].layout(index)
 
+    def layers_are_apart(self, number: int) -> bool:
+        group, index = self.owners[number]
+        return self.groups[group].layers_are_apart(index)
+
     def update(self, grads: dict[int, Array], max_norm: ScalarLike | None) -> None:
         """Updates the leaves that `grads` has, after scaling these gradients to at most
         `max_norm` together, if that is given."""

@@ -20,20 +20,6 @@ def layers_have_own_groups(stack: TileState, layout: Layout) -> bool:
     return not _is_run(layout) or layout.run % (layers * layout.group_size) == 0
 
 
-def update_batches(sizes: dict[int, int]) -> list[list[int]]:
-    """Batches of leaves to update together, by the numbers of the leaves. No batch is
-    larger than the largest leaf, so that batching does not raise the peak memory."""
-    batches: list[list[int]] = []
-    left = 0
-    for index, size in sizes.items():
-        if size > left:
-            batches.append([])
-            left = max(sizes.values())
-        batches[-1].append(index)
-        left -= size
-    return batches
-
-
 def by_layer(stack: TileState, layout: Layout) -> TileState:
     """The state of a stack such that every array has the axis of layers first: scales
     get that axis where it is one of a run."""

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Key, PyTree, ScalarLike
 
 from .. import _compat
+from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
 from .._model.trees import Model, State
 from .._optimizer.argument_checks import check_max_norm
@@ -27,7 +28,6 @@ from .stacks import (
     materialized,
     place_stack,
     read_layer,
-    update_batches,
     whole_stack,
     write_layer,
 )
@@ -155,19 +155,23 @@ def release_step(
     for index, of_leaf in new.items():
         step.write(index, *of_leaf)
 
-    # The blocks, from the last to the first. Leaves whose groups span several layers
-    # cannot be updated layer by layer: they wait for the gradients of all layers.
+    # The blocks, from the last to the first. Leaves whose groups span several layers,
+    # or whose rules need all layers, cannot be updated layer by layer: they wait for
+    # the gradients of all layers.
     layers = layered.layers
     layouts = {i: step.layout(i) for i in blocks}
     waiting = {
         i: x
         for i, x in blocks.items()
-        if not layers_have_own_groups(step.read(i), layouts[i])
+        if not (
+            layers_have_own_groups(step.read(i), layouts[i])
+            and step.layers_are_apart(i)
+        )
     }
     stacks = {i: by_layer(step.read(i), layouts[i]) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
     divided = {i: layer_sharding(step.sharding(i)) for i in blocks}
-    groups = update_batches({i: stack.weight.size for i, stack in stacks.items()})
+    groups = batches_by_size({i: stack.weight.size for i, stack in stacks.items()})
 
     # Codecs learn before the gradients of layers are known. A cotangent that is not
     # finite here makes those of all layers so, and then nothing is learned.

@@ -10,12 +10,14 @@ import numpy as np
 from .._common.elementwise_checks import check_array, check_elementwise, told
 from .._common.text import shown
 from .rule import AbstractRule, Moment, raw_scalars, rule_structure
+from .whole_leaf import AnyRule, elementwise_parts
 
 
 _REMEDY = (
     "Compute each element from the same element of the arguments alone; what is the "
     "same for all elements belongs into `scalars`, and what is not elementwise (norms, "
-    "means, random numbers) into a transformation of the gradients."
+    "means, products) into a `flashquinox.AbstractWholeLeafRule` or "
+    "`AbstractMatrixRule`, or into a transformation of the gradients."
 )
 
 
@@ -48,6 +50,19 @@ def check_rule(call: str, rule: AbstractRule) -> None:
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
         _checked.add(key)
+
+
+def check_moments_are_apart(call: str, rule: AnyRule) -> None:
+    """The two passes of a rule that needs whole leaves must not have a moment of the
+    same name."""
+    parts = elementwise_parts(rule)
+    if len(parts) == 2:
+        both = sorted(set(parts[0].moments) & set(parts[1].moments))
+        if both:
+            raise ValueError(
+                f"`{call}(rule=...)`: `{type(rule).__name__}.before` and `.after` both "
+                f"have a moment {both[0]!r}. Give one of them another name."
+            )
 
 
 # The structures of rules that passed, so that each is traced once in a process.

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, get_args, Literal, TypeAlias
+from typing import Any, get_args, Literal, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def hyperparameter(
 _RANGE = "flashquinox_range"
 
 
-def ranges_of(rule: "AbstractRule") -> dict[str, tuple[float, float]]:
+def ranges_of(rule: Any) -> dict[str, tuple[float, float]]:
     """The valid ranges of a rule's hyperparameters, by their names; not of those that
     are `None` by default, and are left so."""
     return {
@@ -252,6 +252,7 @@ class _Withheld:
 
 
 _withheld = _Withheld()
+_Rule = TypeVar("_Rule", bound=eqx.Module)
 
 
 def _is_numeric(x: object) -> bool:
@@ -259,12 +260,12 @@ def _is_numeric(x: object) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def moments_of(structure: AbstractRule) -> dict[str, Moment]:
+def moments_of(structure: Any) -> dict[str, Moment]:
     """The moments of a rule without its numbers. A step asks for them at each leaf."""
     return structure.moments
 
 
-def rule_structure(rule: AbstractRule) -> AbstractRule:
+def rule_structure(rule: _Rule) -> _Rule:
     """The rule without its numbers: hashable, free of tracers, safe to close over."""
     return jtu.tree_map(lambda x: _withheld if _is_numeric(x) else x, rule)
 

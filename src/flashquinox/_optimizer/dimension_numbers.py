@@ -1,0 +1,136 @@
+"""Which leaves are matrices, and which of their axes are rows and columns."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax.tree_util as jtu
+import optax.contrib
+from jaxtyping import PyTree
+
+from .._common.text import shown
+from .._model.trained import is_float_array, is_trainable
+from .._model.trees import Leaf, match
+from .._rules.muon import Muon
+from .groups import AbstractChoice, Group, LeafRule
+
+
+DimensionNumbers: TypeAlias = PyTree[optax.contrib.MuonDimensionNumbers | None]
+_ARGUMENT = "weight_dimension_numbers"
+
+# Names of embeddings and of the layer that makes logits, or parts of them.
+_NO_MATRICES = frozenset(
+    "emb embed embedder embedding embeddings embeds head lm_head logits unembed "
+    "unembedding wpe wte".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """`MuonDimensionNumbers` as a leaf of a tree, counted from the end."""
+
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+class ByDimensionNumbers(AbstractChoice):
+    """The first group trains matrices, the second one all else."""
+
+    weight_dimension_numbers: DimensionNumbers | Callable | None
+
+    def __call__(
+        self,
+        call: str,
+        params: PyTree,
+        leaves: Sequence[Leaf],
+        groups: tuple[Group, ...],
+    ) -> list[LeafRule]:
+        given = self.weight_dimension_numbers
+        if given is None:
+            axes = _matrices(params, leaves)
+        else:
+            if callable(given):
+                given = given(eqx.filter(params, is_float_array))
+            is_one = lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)
+            boxed = jtu.tree_map(
+                lambda x: _Box(x) if is_one(x) else x, given, is_leaf=is_one
+            )
+            found = match(call, _ARGUMENT, boxed, [*leaves], prefix=True)
+            axes = [
+                _axes(call, leaf, x) if is_trainable(leaf.value) else None
+                for leaf, x in zip(leaves, found, strict=True)
+            ]
+        matrices, others = groups
+        assert isinstance(matrices.rule, Muon)
+        return [
+            LeafRule(1, others.rule)
+            if x is None
+            else LeafRule(
+                0,
+                dataclasses.replace(
+                    matrices.rule, reduction_axis=x.reduction, output_axis=x.output
+                ),
+            )
+            for x in axes
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Box:
+    numbers: optax.contrib.MuonDimensionNumbers
+
+
+def _axes(call: str, leaf: Leaf, found: Any) -> _Axes | None:
+    if found is None:
+        return None
+    if not isinstance(found, _Box):
+        raise TypeError(
+            f"`{call}`: `{_ARGUMENT}` at `{leaf.name}` must be an "
+            "`optax.contrib.MuonDimensionNumbers`, or None to train this weight by "
+            f"AdamW; got {shown(found)}."
+        )
+    shape = leaf.value.shape
+    numbers = [found.numbers.reduction_axis, found.numbers.output_axis]
+    each = [(x,) if isinstance(x, int) else tuple(x) for x in numbers]
+    ndim = len(shape)
+    wrong = any(not -ndim <= i < ndim for x in each for i in x)
+    normal = [tuple(i % ndim - ndim for i in x) for x in each] if not wrong else []
+    flat = [i for x in normal for i in x]
+    if wrong or not all(each) or len(set(flat)) < len(flat):
+        raise ValueError(
+            f"`{call}`: `{_ARGUMENT}` at `{leaf.name}` is {found.numbers}; the weight "
+            f"has the shape {shape}. Name different axes of it, at least one as "
+            "reduction axis and one as output axis, or None to train it by AdamW."
+        )
+    return _Axes(*normal)
+
+
+def _matrices(params: PyTree, leaves: Sequence[Leaf]) -> list[_Axes | None]:
+    """The axes of what is a matrix by default."""
+    is_layer = lambda x: isinstance(x, eqx.nn.Linear | eqx.nn.Embedding)
+    nodes = jtu.tree_leaves_with_path(params, is_leaf=is_layer)
+    layers = {path: type(node) for path, node in nodes if is_layer(node)}
+    found: list[_Axes | None] = []
+    for leaf in leaves:
+        path = leaf.path
+        layer = layers.get(path[:-1])
+        names = _names(path)
+        if not is_trainable(leaf.value) or not _NO_MATRICES.isdisjoint(names):
+            found.append(None)
+        elif layer is not None:
+            # `Linear` has outputs before inputs; others of a stack come first.
+            is_matrix = issubclass(layer, eqx.nn.Linear) and names[-1] == "weight"
+            is_matrix = is_matrix and leaf.value.ndim >= 2
+            found.append(_Axes((-1,), (-2,)) if is_matrix else None)
+        else:
+            found.append(_Axes((-2,), (-1,)) if leaf.value.ndim == 2 else None)
+    return found
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """All names on a path, and their words, in lower case; the last name comes last."""
+    names = [str(getattr(key, "name", getattr(key, "key", ""))).lower() for key in path]
+    words = [word for name in names for word in re.findall("[a-z]+", name)]
+    return words + names

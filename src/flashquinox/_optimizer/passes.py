@@ -1,0 +1,128 @@
+"""The passes of a step over a leaf: one for most rules, and two for those that need
+whole leaves, with a function of the leaf between them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Scalar
+
+from .._model.trees import Leaf
+from .._rules.rule import AbstractRule, Moment, moments_of, rule_structure
+from .._rules.whole_leaf import AbstractMatrixRule, AbstractWholeLeafRule
+from .._sharding.matrices import MatrixAxes
+from .groups import LeafRule
+from .settings import Rates, Settings
+
+
+class Pass(NamedTuple):
+    """An elementwise rule without its numbers, its scalars, and what applies weight
+    decay."""
+
+    rule: AbstractRule
+    scalars: dict[str, Scalar]
+    decay: Scalar | None
+    is_decoupled: bool
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return tuple(moments_of(self.rule))
+
+
+class Passes(NamedTuple):
+    """`last` changes the weight. Of a rule that needs whole leaves, `first` makes the
+    direction, if anything does, and `between` is the rule, with its numbers."""
+
+    first: Pass | None
+    between: AbstractWholeLeafRule | AbstractMatrixRule | None
+    # The coefficient of L2 regularization, which is added to a direction.
+    l2: Scalar | None
+    last: Pass
+
+    @property
+    def moments(self) -> dict[str, Moment]:
+        first = {} if self.first is None else moments_of(self.first.rule)
+        return (
+            first | moments_of(self.last.rule) if first else moments_of(self.last.rule)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PassMaker:
+    """Makes the passes of all leaves in one step. Leaves with the same rule share their
+    scalars."""
+
+    call: str
+    settings: Settings
+    rates: list[Rates]
+    count: Scalar
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def of_leaf(
+        self, leaf: Leaf, rule: LeafRule, dtype: DTypeLike, decays: bool
+    ) -> Passes:
+        """`dtype` is that in which the leaf computes."""
+        decay = self._once(("decay", rule.group, dtype), self._decay, rule.group, dtype)
+        decay = decay if decays else None
+        decoupled = self.settings.groups[rule.group].decay.is_decoupled
+        if isinstance(rule.rule, AbstractRule):
+            return Passes(
+                None, None, None, self._pass(rule, "only", dtype, (decay, decoupled))
+            )
+        first, scale = None, None
+        if rule.rule.before is not None:
+            # Of a weight without meaning, nothing is left.
+            zero = self._once(("zero", dtype), jnp.zeros, (), dtype)
+            first = self._pass(rule, "before", dtype, (zero, True))
+        if isinstance(rule.rule, AbstractMatrixRule):
+            scale = axes_of(self.call, rule.rule, leaf).size(leaf.value.shape)
+        own = decay if decoupled else None
+        last = self._pass(rule, "after", dtype, (own, decoupled), scale)
+        return Passes(first, rule.rule, None if decoupled else decay, last)
+
+    def _pass(
+        self,
+        rule: LeafRule,
+        name: str,
+        dtype: Any,
+        decay: tuple[Scalar | None, bool],
+        shape: tuple[int, int] | None = None,
+    ) -> Pass:
+        def make() -> tuple[AbstractRule, dict[str, Scalar]]:
+            own: Any = rule.rule if name == "only" else getattr(rule.rule, name)
+            rate: Any = self.rates[rule.group][0]
+            if name == "before":
+                rate = -1.0
+            rate = jnp.asarray(rate, dtype)
+            if shape is not None:
+                rate = rate * jnp.asarray(rule.rule.scale(*shape), dtype)  # pyright: ignore
+            scalars = self.settings.scalars(own, rate, self.count, dtype)
+            return rule_structure(own), scalars
+
+        structure, scalars = self._once((name, rule.group, dtype, shape), make)
+        return Pass(structure, scalars, *decay)
+
+    def _decay(self, group: int, dtype: Any) -> Scalar | None:
+        return self.settings.decay_scalar(group, self.rates[group], dtype)
+
+    def _once(self, key: Any, make: Any, *args: Any) -> Any:
+        if key not in self.made:
+            self.made[key] = make(*args)
+        return self.made[key]
+
+
+def axes_of(call: str, rule: AbstractMatrixRule, leaf: Leaf) -> MatrixAxes:
+    """The axes of the matrices of a leaf."""
+    try:
+        return MatrixAxes(*rule.axes(leaf.value.shape))
+    except ValueError as error:
+        raise ValueError(f"`{call}`: at `{leaf.name}`, {error}") from None
+
+
+def parameters_of(
+    one: Pass, parameters: Mapping[str, tuple[Array, Array]]
+) -> dict[str, tuple[Array, Array]]:
+    """Those of the moments of a pass."""
+    return {name: x for name, x in parameters.items() if name in one.moments}

@@ -1,0 +1,254 @@
+"""Muon: matrices by a rule that needs whole leaves, all else by Adam, in one state."""
+
+import collections
+import functools as ft
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import flashquinox as fq
+from flashquinox._rules.newton_schulz import named_coefficients, orthogonalized
+from flashquinox.checkpoint import Checkpoints
+
+from ..helpers import assert_raises, float64, slow, tree_identical
+from ..kernels import arrays
+
+
+# Two of a stack; fused axes of outputs; a matrix for each of three heads; a vector.
+_SHAPES = {"a": (64, 32), "b": (64, 32), "fused": (32, 3, 32), "heads": (3, 32, 48)}
+_SHAPES |= {"vector": (32,)}
+_NUMBERS = {
+    "a": MuonDimensionNumbers(),
+    "b": MuonDimensionNumbers(),
+    "fused": MuonDimensionNumbers(0, (1, 2)),
+    "heads": MuonDimensionNumbers(1, 2),
+    "vector": None,
+}
+_make = ft.partial(fq.muon, weight_dimension_numbers=_NUMBERS)
+
+
+def _tree(seed: int, dtype=jnp.float32):
+    return jtu.tree_map(lambda x: x.astype(dtype), arrays(_SHAPES, jnp.float32, seed))
+
+
+@pytest.mark.parametrize(
+    "name, steps, low, high",
+    [("quintic", 5, 0.5, 1.3), ("polar_express", 8, 0.98, 1.02)],
+)
+def test_singular_values_become_one(name, steps, low, high):
+    """In float32; of a matrix whose singular values are from 0.01 to 1."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 16)))[0] for n in (24, 40))
+    matrix = jnp.asarray((u * np.geomspace(0.01, 1, 16)) @ v.T, jnp.float32)
+    coefficients = named_coefficients(name, steps)
+    for x in (matrix, matrix.T):
+        found = orthogonalized(x[None], coefficients, 1e-8)[0]
+        values = np.linalg.svd(found, compute_uv=False)[:16]
+        assert low < values.min() and values.max() < high
+
+
+@pytest.mark.parametrize("rms, nesterov", [(None, True), (0.2, False)])
+def test_is_that_of_optax(rms, nesterov):
+    """Nothing but the products, in bfloat16, is rounded: of five iterations, each with
+    three products, the last ones count: 3 * 2^-8 of the update, in norm."""
+    ours = _make(
+        0.02,
+        nesterov=nesterov,
+        consistent_rms=rms,
+        weight_decay=0.1,
+        adam_learning_rate=0.01,
+        storage=fq.Storage(master_weight_bits=None, moments="float32"),
+    )
+    theirs = optax.contrib.muon(
+        0.02,
+        nesterov=nesterov,
+        consistent_rms=rms,
+        weight_decay=0.1,
+        adam_learning_rate=0.01,
+        muon_weight_dimension_numbers=_NUMBERS,
+    )
+    w, expected = _tree(0), _tree(0)
+    state, their_state = ours.init(w), theirs.init(expected)
+    step = jax.jit(ours.step)
+    for seed in range(1, 4):
+        before, grads = expected, _tree(seed)
+        w, state = step(w, state, grads)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, their_state = theirs.update(grads, their_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        for name in _SHAPES:
+            bound = 1e-4 if name == "vector" else seed * 3 * 2.0**-8
+            error = float64(w[name]) - float64(expected[name])
+            way = float64(expected[name]) - float64(before[name])
+            assert np.linalg.norm(error) <= bound * np.linalg.norm(way), name
+
+
+def test_state_has_what_each_leaf_needs():
+    model, state = fq.prepare(_tree(0), _make(1e-2))
+    assert set(state.moments) == {"momentum", "mu", "nu"}
+    for name in _SHAPES:
+        is_vector = name == "vector"
+        assert (state.moments["momentum"][name] is None) == is_vector
+        assert (state.moments["nu"][name] is None) != is_vector
+    stored = [state.moments["momentum"]["a"], state.corrections["a"], model["a"]]
+    total = sum(x.nbytes for x in jtu.tree_leaves(stored))
+    assert total / model["a"].size == 4.0625
+    plan = fq.memory_plan(model, _make(1e-2))
+    held = sum(x.nbytes for x in jtu.tree_leaves((model, state)))
+    assert plan.step.total - plan.step.gradients == held
+
+
+def _steps(optim, model, grads, method="step"):
+    state = optim.init(model)
+    for grad in grads:
+        if method == "step":
+            model, state = jax.jit(optim.step)(model, state, grad)
+        else:
+            updates, state = jax.jit(optim.update)(grad, state, model)
+            model = optax.apply_updates(model, updates)
+    return model, state
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, slow(AxisType.Explicit)])
+def test_divided_among_devices(axis_type):
+    """Each device has whole matrices, and its share of the work; matrices go there and
+    back by one exchange each."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    shapes = {f"w{i}": (64, 32) for i in range(8)} | {"stack": (4, 48, 32)}
+    numbers = dict.fromkeys(shapes, MuonDimensionNumbers(-2, -1))
+    optim = fq.muon(1e-2, weight_dimension_numbers=numbers)
+    model, *grads = (arrays(shapes, jnp.bfloat16, seed) for seed in range(3))
+    there = NamedSharding(mesh, P("data"))
+    put = lambda tree: jax.device_put(tree, there)
+    expected = _steps(optim, model, grads)
+    found = _steps(optim, put(model), [put(x) for x in grads])
+    for x, y in zip(*map(jtu.tree_leaves, (found, expected)), strict=True):
+        # Products of as many matrices as a device has may be rounded elsewhere.
+        np.testing.assert_allclose(float64(x), float64(y), rtol=2.0**-6, atol=2)
+    masters = [fq.master_weights(*x) for x in (found, expected)]
+    for name in shapes:
+        x, y = (float64(x[name]) for x in masters)
+        way = np.linalg.norm(y - float64(model[name]))
+        assert np.linalg.norm(x - y) <= 3 * 2.0**-8 * way
+        assert found[0][name].sharding.is_equivalent_to(there, x.ndim)
+
+    def compiled(model, grads):
+        state = optim.init(model)
+        return jax.jit(optim.step).lower(model, state, grads).compile()
+
+    alone, divided = compiled(model, grads[0]), compiled(put(model), put(grads[0]))
+    collectives = collections.Counter(
+        re.findall(
+            r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
+            r"(?:-start)?\(",
+            divided.as_text(),
+        )
+    )
+    # The stack is divided as it is.
+    assert collectives == {"all-to-all": 2}
+    work = [_flops(x) for x in (alone, divided)]
+    assert work[1] <= 1.05 * work[0] / 4
+
+
+def _flops(compiled) -> float:
+    found = compiled.cost_analysis()
+    return (found[0] if isinstance(found, list) else found)["flops"]
+
+
+def test_axes_that_divide_nothing_share_the_work():
+    """Also where a stack has fewer matrices than there are devices."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    model, grads = (arrays(_SHAPES, jnp.bfloat16, seed) for seed in range(2))
+    specs = {
+        "a": P(None, "model"),
+        "b": P(None, "model"),
+        "fused": P(None, None, "model"),
+    }
+    specs |= {"heads": P(), "vector": P()}
+    put = lambda tree: {
+        k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()
+    }
+    optim = _make(1e-2)
+    found = _steps(optim, put(model), [put(grads)])
+    expected = _steps(optim, model, [grads])
+    masters = [fq.master_weights(*x) for x in (found, expected)]
+    for name in _SHAPES:
+        x, y = (float64(x[name]) for x in masters)
+        way = np.linalg.norm(y - float64(model[name]))
+        assert np.linalg.norm(x - y) <= 3 * 2.0**-8 * way, name
+
+
+def test_update_is_a_step():
+    model, grads = _tree(0, jnp.bfloat16), _tree(1, jnp.bfloat16)
+    optim = _make(
+        1e-2, weight_decay=0.1, mask={**dict.fromkeys(_SHAPES, True), "a": False}
+    )
+    expected = _steps(optim, model, [grads])
+    found = _steps(optim, model, [grads], "update")
+    assert tree_identical(found[0], expected[0])
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    optim, model = _make(1e-2), _tree(0, jnp.bfloat16)
+    step = jax.jit(optim.step)
+    model, state = step(model, optim.init(model), _tree(1, jnp.bfloat16))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, model, state)
+        found = checkpoints.restore(model, optim.init(model))
+    assert tree_identical(found, (model, state))
+    grads = _tree(2, jnp.bfloat16)
+    assert tree_identical(step(*found, grads), step(model, state, grads))
+
+
+class _Model(eqx.Module):
+    embedding: eqx.nn.Embedding
+    blocks: eqx.nn.Linear
+    last: eqx.nn.Linear
+    lm_head: jax.Array
+    other: jax.Array
+
+
+def test_what_is_a_matrix_by_default():
+    key = jax.random.key(0)
+    model = _Model(
+        eqx.nn.Embedding(64, 32, key=key),
+        eqx.filter_vmap(lambda k: eqx.nn.Linear(32, 32, key=k))(jax.random.split(key)),
+        eqx.nn.Linear(32, 64, key=key),
+        jnp.ones((32, 64)),
+        jnp.ones((32, 64)),
+    )
+    state = fq.muon(1e-2, consistent_rms=0.2).init(model)
+    momentum = state.moments["momentum"]
+    found = {
+        jtu.keystr(path): x is not None
+        for path, x in jtu.tree_leaves_with_path(
+            momentum, is_leaf=lambda x: x is None or isinstance(x, fq.QuantMoment)
+        )
+    }
+    matrices = {name for name, is_matrix in found.items() if is_matrix}
+    assert matrices == {".blocks.weight", ".last.weight", ".other"}
+
+
+def test_errors():
+    model = _tree(0)
+    assert_raises(ValueError, lambda: fq.muon(1e-2, "cubic"), "quintic", "'cubic'")
+    assert_raises(ValueError, lambda: fq.muon(1e-2, ns_steps=0), "at least 1")
+    assert_raises(ValueError, lambda: fq.muon(1e-2, adam_b1=1.5), "adam_b1")
+    wrong = _NUMBERS | {"a": MuonDimensionNumbers(0, 0)}
+    optim = fq.muon(1e-2, weight_dimension_numbers=wrong)
+    assert_raises(ValueError, lambda: optim.init(model), "['a']", "(64, 32)")
+    optim = fq.muon(1e-2, weight_dimension_numbers=_NUMBERS | {"a": 1})
+    assert_raises(TypeError, lambda: optim.init(model), "['a']", "None to train")
+    alone = fq.optimizer(fq.Muon(), 1e-2)
+    assert_raises(
+        ValueError, lambda: alone.init(model), "['vector']", "flashquinox.muon"
+    )

@@ -1,0 +1,172 @@
+"""Rules that need whole leaves: two passes, and a function between them."""
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import flashquinox as fq
+
+from ..helpers import assert_raises, float64, slow, tree_identical, weights
+from ..kernels import arrays
+
+
+class _ScaledSign(fq.AbstractWholeLeafRule):
+    momentum: float | jax.Array = 0.9
+
+    @property
+    def before(self):
+        return fq.SGD(self.momentum)
+
+    @property
+    def after(self):
+        return fq.SGD()
+
+    def transform(self, direction, weight):
+        del weight
+        return jnp.sign(direction) * jnp.mean(jnp.abs(direction))
+
+
+_SHAPES = {"w": (64, 64), "v": (64,), "k": (3, 3, 8, 32)}
+_RULES = {"sign": _ScaledSign(), "lamb": fq.Lamb(), "lars": fq.Lars(0.1)}
+
+
+def test_a_rule_of_a_user():
+    w, grads = weights("matrix"), [weights("matrix", seed=i) for i in (1, 2)]
+    storage = fq.Storage(master_weight_bits=32, moments="float32")
+    optim = fq.optimizer(_ScaledSign(), 0.1, weight_decay=0.5, storage=storage)
+    state, exact, trace = optim.init(w), float64(w["matrix"]), 0.0
+    for grad in grads:
+        w, state = jax.jit(optim.step)(w, state, grad)
+        trace = 0.9 * trace + float64(grad["matrix"])
+        size = np.mean(np.abs(trace))
+        exact = (1 - 0.1 * 0.5) * exact - 0.1 * np.sign(trace) * size
+    found = float64(fq.master_weights(w, state)["matrix"])
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.moments["trace"]["matrix"], trace, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, slow(AxisType.Explicit)])
+@pytest.mark.parametrize("name", ["lamb", slow("sign"), slow("lars")])
+def test_divided_among_devices(name, axis_type):
+    """Norms are of whole leaves."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    specs = {"w": P("a", "b"), "v": P("a"), "k": P(None, None, "b", "a")}
+    put = lambda tree: {
+        key: jax.device_put(x, NamedSharding(mesh, specs[key]))
+        for key, x in tree.items()
+    }
+    optim = fq.optimizer(_RULES[name], 0.1, weight_decay=0.1, decay="l2")
+    model, *grads = (arrays(_SHAPES, jnp.bfloat16, seed) for seed in range(3))
+    results = []
+    for place in (lambda tree: tree, put):
+        here, state = place(model), optim.init(place(model))
+        for grad in grads:
+            here, state = jax.jit(optim.step)(here, state, place(grad))
+        results.append(fq.master_weights(here, state))
+    for key, start in model.items():
+        found, expected = (float64(x[key]) for x in results)
+        way = np.max(np.abs(expected - float64(start)))
+        # A norm is summed in another order; then single codes, and units of a master
+        # weight, may differ.
+        assert np.max(np.abs(found - expected)) <= 2.0**-6 * way + 2.0**-14
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_kernels_take_both_passes(backend):
+    try:
+        kernel = fq.optimizer(_RULES["lamb"], 0.1, backend=backend)
+    except ImportError:
+        pytest.skip("this JAX has no such kernels")
+    plain = fq.optimizer(_RULES["lamb"], 0.1, backend="xla")
+    model, grads = (arrays({"w": (64, 128)}, jnp.bfloat16, seed) for seed in (0, 1))
+    state = kernel.init(model)
+    found = jax.jit(kernel.step)(model, state, grads)
+    expected = jax.jit(plain.step)(model, state, grads)
+    found, expected = (float64(fq.master_weights(*x)["w"]) for x in (found, expected))
+    way = np.max(np.abs(expected - float64(model["w"])))
+    assert np.max(np.abs(found - expected)) <= 2.0**-14 * way + 2.0**-16
+
+
+def test_as_an_optax_transformation():
+    model, grads = weights("matrix", "bias"), weights("matrix", "bias", seed=1)
+    optim = fq.lamb(0.1, weight_decay=0.1)
+    expected, _ = jax.jit(optim.step)(model, optim.init(model), grads)
+    chain = optax.chain(optax.identity(), optim)
+    updates, _ = jax.jit(chain.update)(grads, chain.init(model), model)
+    assert tree_identical(optax.apply_updates(model, updates), expected)
+
+
+def test_steps_that_are_skipped_change_nothing():
+    model, grads = weights("matrix", "bias"), weights("matrix", "bias", seed=1)
+    optim = fq.lamb(0.1, skip_nonfinite=True)
+    state = optim.init(model)
+    grads["bias"] = grads["bias"].at[0].set(jnp.nan)
+    assert tree_identical(jax.jit(optim.step)(model, state, grads), (model, state))
+
+
+def test_clipping():
+    model, grads = weights("matrix"), weights("matrix", seed=1)
+    small = jtu.tree_map(lambda x: x * jnp.bfloat16(2.0**-10), grads)
+    norm = float(np.linalg.norm(float64(grads["matrix"])))
+    for make in (fq.lars, fq.lamb):
+        optim = make(0.1, eps=1e-2)
+        state, step = optim.init(model), jax.jit(optim.step)
+        found, _ = step(model, state, grads, max_norm=norm * 2.0**-10)
+        expected, _ = step(model, state, small)
+        np.testing.assert_allclose(
+            float64(found["matrix"]), float64(expected["matrix"]), rtol=2.0**-7
+        )
+
+
+def test_derivatives():
+    """Of the learning rate, through two steps without rounding."""
+    storage = fq.Storage(master_weight_bits=None, moments="float32")
+    model, grads = arrays(_SHAPES, jnp.float32, 0), arrays(_SHAPES, jnp.float32, 1)
+
+    def ours(rate):
+        optim = fq.lamb(rate, weight_decay=0.1, storage=storage)
+        w, state = model, optim.init(model)
+        for _ in range(2):
+            w, state = optim.step(w, state, grads)
+        return jnp.sum(w["w"] ** 2)
+
+    def theirs(rate):
+        optim = optax.lamb(rate, weight_decay=0.1)
+        w, state = model, optim.init(model)
+        for _ in range(2):
+            updates, state = optim.update(grads, state, w)
+            w = optax.apply_updates(w, updates)
+        return jnp.sum(w["w"] ** 2)
+
+    with jax.numpy_dtype_promotion("standard"):
+        found, expected = (jax.jit(jax.grad(f))(0.1) for f in (ours, theirs))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_one_leaf_at_a_time():
+    """Memory is that of one leaf's direction, however many leaves there are."""
+
+    def temporaries(leaves: int) -> int:
+        shapes = {str(i): (256, 256) for i in range(leaves)}
+        like = {k: jax.ShapeDtypeStruct(x, jnp.bfloat16) for k, x in shapes.items()}
+        optim = fq.lamb(0.1)
+        state = jax.eval_shape(optim.init, like)
+        step = jax.jit(optim.step, donate_argnums=(0, 1))
+        compiled = step.lower(like, state, like).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8) <= temporaries(2) + 256 * 256
+
+
+class _Twice(_ScaledSign):
+    @property
+    def after(self):
+        return fq.SGD(0.5)
+
+
+def test_moments_of_two_passes_have_names_of_their_own():
+    assert_raises(ValueError, lambda: fq.optimizer(_Twice(), 0.1), "'trace'", "before")
