@@ -58,38 +58,43 @@ def test_singular_values_become_one(name, steps, low, high):
 
 @pytest.mark.parametrize("rms, nesterov", [(None, True), (0.2, False)])
 def test_is_that_of_optax(rms, nesterov):
-    """Nothing but the products, in bfloat16, is rounded: of five iterations, each with
-    three products, the last ones count: 3 * 2^-8 of the update, in norm."""
-    ours = _make(
-        0.02,
-        nesterov=nesterov,
-        consistent_rms=rms,
-        weight_decay=0.1,
-        adam_learning_rate=0.01,
-        storage=fq.Storage(master_weight_bits=None, moments="float32"),
-    )
-    theirs = optax.contrib.muon(
-        0.02,
-        nesterov=nesterov,
-        consistent_rms=rms,
-        weight_decay=0.1,
-        adam_learning_rate=0.01,
-        muon_weight_dimension_numbers=_NUMBERS,
-    )
-    w, expected = _tree(0), _tree(0)
-    state, their_state = ours.init(w), theirs.init(expected)
-    step = jax.jit(ours.step)
-    for seed in range(1, 4):
-        before, grads = expected, _tree(seed)
-        w, state = step(w, state, grads)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, their_state = theirs.update(grads, their_state, expected)
-        expected = optax.apply_updates(expected, updates)
-        for name in _SHAPES:
-            bound = 1e-4 if name == "vector" else seed * 3 * 2.0**-8
-            error = float64(w[name]) - float64(expected[name])
-            way = float64(expected[name]) - float64(before[name])
-            assert np.linalg.norm(error) <= bound * np.linalg.norm(way), name
+    """Of weights in float64, products are in float64, and nothing is rounded."""
+    with jax.enable_x64(True):
+        numbers = {"muon_weight_dimension_numbers": _NUMBERS}
+        arguments = {
+            "nesterov": nesterov,
+            "consistent_rms": rms,
+            "weight_decay": 0.1,
+            "adam_learning_rate": 0.01,
+        }
+        storage = fq.Storage(master_weight_bits=None, moments="float32")
+        ours = _make(0.02, storage=storage, **arguments)
+        theirs = optax.contrib.muon(0.02, **numbers, **arguments)
+        w = expected = _tree(0, jnp.float64)
+        state, their_state = ours.init(w), theirs.init(expected)
+        step = jax.jit(ours.step)
+        for seed in range(1, 4):
+            grads = _tree(seed, jnp.float64)
+            w, state = step(w, state, grads)
+            with jax.numpy_dtype_promotion("standard"):
+                with jax.numpy_rank_promotion("allow"):
+                    updates, their_state = theirs.update(grads, their_state, expected)
+            expected = optax.apply_updates(expected, updates)
+            for name in _SHAPES:
+                # Optax's coefficients are float32.
+                np.testing.assert_allclose(w[name], expected[name], atol=1e-6)
+
+
+def test_products_are_in_bfloat16():
+    """Errors of the first products are multiplied by the slope of the later ones, at
+    small singular values: of an update, they are a few in a hundred, in norm."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 48, 64)), jnp.float32)
+    coefficients = named_coefficients("quintic", 5)
+    exact = float64(orthogonalized(x, coefficients, 1e-8))
+    found = orthogonalized(x.astype(jnp.bfloat16), coefficients, 1e-8)
+    assert found.dtype == jnp.bfloat16
+    error = np.linalg.norm(float64(found) - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.05
 
 
 def test_state_has_what_each_leaf_needs():
@@ -194,7 +199,16 @@ def test_update_is_a_step():
     )
     expected = _steps(optim, model, [grads])
     found = _steps(optim, model, [grads], "update")
-    assert tree_identical(found[0], expected[0])
+    _assert_masters_agree(found, expected)
+
+
+def _assert_masters_agree(found, expected):
+    """But for what 24 bits can tell."""
+    for x, y in zip(
+        *(jtu.tree_leaves(fq.master_weights(*x)) for x in (found, expected)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(float64(x), float64(y), rtol=2.0**-15, atol=2.0**-15)
 
 
 def test_resumes_bit_for_bit(tmp_path):

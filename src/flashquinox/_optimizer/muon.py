@@ -151,7 +151,7 @@ def _coefficients(given: Any, steps: Any) -> tuple[Coefficients, ...]:
         if all(isinstance(x, int | float) for x in given):
             given = [given] * steps
         found: Any = tuple([tuple([float(x) for x in one]) for one in given])
-    except TypeError:
+    except (TypeError, ValueError):
         found = ()
     if len(found) == steps and all(len(one) == 3 for one in found):
         return found
