@@ -2,10 +2,15 @@
 as a reader would. What they print is compared with what the page shows."""
 
 import importlib.util
+import inspect
+import re
 from pathlib import Path
 
 import jax
 import pytest
+
+import flashquinox as fq
+from flashquinox._optimizer.catalog import OPTIMIZERS
 
 from .helpers import have_what_haliax_needs, slow
 
@@ -134,6 +139,18 @@ _SLOW = (
     "docs/tutorials/optax-in-five-changes.md",
     "docs/tutorials/own-optimizer.md",
 )
+
+
+def test_reference_has_every_optimizer():
+    page = (_ROOT / "docs/api/optimizers.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: flashquinox\.(\w+)$", page, re.MULTILINE))
+    made = {
+        name
+        for name, value in vars(fq).items()
+        if inspect.isfunction(value)
+        and inspect.signature(value).return_annotation in (fq.Optimizer, "Optimizer")
+    }
+    assert made == {*OPTIMIZERS, "optimizer"} and made <= documented
 
 
 def test_first_page_is_that_of_the_repository():

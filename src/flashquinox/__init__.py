@@ -5,7 +5,12 @@ from ._common.version import __version__ as __version__
 from ._model.decay_mask import decay_mask as decay_mask
 from ._optimizer.adam import adam as adam, adamw as adamw
 from ._optimizer.adan import adan as adan
+from ._optimizer.add_updates import add_updates as add_updates
 from ._optimizer.ademamix import ademamix as ademamix
+from ._optimizer.compress import (
+    compress as compress,
+    CompressedState as CompressedState,
+)
 from ._optimizer.lamb import lamb as lamb
 from ._optimizer.lars import lars as lars
 from ._optimizer.lion import lion as lion

@@ -72,13 +72,13 @@ def test_is_that_of_optax(rms, nesterov):
         theirs = optax.contrib.muon(0.02, **numbers, **arguments)
         w = expected = _tree(0, jnp.float64)
         state, their_state = ours.init(w), theirs.init(expected)
-        step = jax.jit(ours.step)
+        step, update = jax.jit(ours.step), jax.jit(theirs.update)
         for seed in range(1, 4):
             grads = _tree(seed, jnp.float64)
             w, state = step(w, state, grads)
             with jax.numpy_dtype_promotion("standard"):
                 with jax.numpy_rank_promotion("allow"):
-                    updates, their_state = theirs.update(grads, their_state, expected)
+                    updates, their_state = update(grads, their_state, expected)
             expected = optax.apply_updates(expected, updates)
             for name in _SHAPES:
                 # Optax's coefficients are float32.
@@ -86,15 +86,15 @@ def test_is_that_of_optax(rms, nesterov):
 
 
 def test_products_are_in_bfloat16():
-    """Errors of the first products are multiplied by the slope of the later ones, at
-    small singular values: of an update, they are a few in a hundred, in norm."""
+    """Each of 15 products rounds both of its factors, by at most 2^-9 in norm, and what
+    comes of it: 15 * 3 * 2^-9 in all."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 48, 64)), jnp.float32)
     coefficients = named_coefficients("quintic", 5)
     exact = float64(orthogonalized(x, coefficients, 1e-8))
     found = orthogonalized(x.astype(jnp.bfloat16), coefficients, 1e-8)
     assert found.dtype == jnp.bfloat16
     error = np.linalg.norm(float64(found) - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.05
+    assert 2.0**-9 < error < 15 * 3 * 2.0**-9
 
 
 def test_state_has_what_each_leaf_needs():
@@ -109,7 +109,7 @@ def test_state_has_what_each_leaf_needs():
     assert total / model["a"].size == 4.0625
     plan = fq.memory_plan(model, _make(1e-2))
     held = sum(x.nbytes for x in jtu.tree_leaves((model, state)))
-    assert plan.step.total - plan.step.gradients == held
+    assert (plan.step.total or 0) - (plan.step.gradients or 0) == held
 
 
 def _steps(optim, model, grads, method="step"):
@@ -226,6 +226,7 @@ def test_resumes_bit_for_bit(tmp_path):
 class _Model(eqx.Module):
     embedding: eqx.nn.Embedding
     blocks: eqx.nn.Linear
+    norms: eqx.nn.LayerNorm
     last: eqx.nn.Linear
     lm_head: jax.Array
     other: jax.Array
@@ -236,6 +237,7 @@ def test_what_is_a_matrix_by_default():
     model = _Model(
         eqx.nn.Embedding(64, 32, key=key),
         eqx.filter_vmap(lambda k: eqx.nn.Linear(32, 32, key=k))(jax.random.split(key)),
+        eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(32))(jnp.arange(2)),
         eqx.nn.Linear(32, 64, key=key),
         jnp.ones((32, 64)),
         jnp.ones((32, 64)),
@@ -252,7 +254,8 @@ def test_what_is_a_matrix_by_default():
     assert matrices == {".blocks.weight", ".last.weight", ".other"}
 
 
-def test_errors():
+def test_errors(without_typechecker):
+    del without_typechecker
     model = _tree(0)
     assert_raises(ValueError, lambda: fq.muon(1e-2, "cubic"), "quintic", "'cubic'")
     assert_raises(ValueError, lambda: fq.muon(1e-2, ns_steps=0), "at least 1")

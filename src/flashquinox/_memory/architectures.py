@@ -11,6 +11,7 @@ import jax
 import jax.tree_util as jtu
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
+from optax.contrib import MuonDimensionNumbers
 
 
 Shape: TypeAlias = tuple[int, ...]
@@ -90,6 +91,16 @@ def _model(
     blocks = {name: (layers, *shape) for name, shape in block.items()}
     head = {} if tied_head else {"head": before["token"]}
     return {**before, "blocks": blocks, **after, **head}
+
+
+def dimension_numbers(model: dict[str, Any]) -> Any:
+    """What of a model Muon trains: the matrices of its blocks, (layers, out, in)."""
+
+    def of(path: tuple[Any, ...], x: Any) -> MuonDimensionNumbers | None:
+        is_matrix = path[0].key == "blocks" and x.ndim == 3
+        return MuonDimensionNumbers(2, 1) if is_matrix else None
+
+    return jtu.tree_map_with_path(of, model)
 
 
 def blocks(model: dict[str, Any]) -> Any:

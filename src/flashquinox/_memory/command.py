@@ -11,10 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .._optimizer.catalog import OPTIMIZERS
 from .._optimizer.optimizer import Optimizer
 from .._storage.storage import Storage
 from . import architectures
-from .command_arguments import OPTIMIZERS
 from .plan import memory_plan
 from .report import MemoryPlan
 
@@ -112,6 +112,8 @@ def make_optimizer(settings: argparse.Namespace) -> Optimizer:
         if settings.optimizer not in ("sgd", "sgdw"):
             raise ValueError("--momentum: only of sgd and sgdw")
         arguments["momentum"] = settings.momentum
+    if settings.optimizer == "muon" and settings.params is None:
+        arguments["weight_dimension_numbers"] = architectures.dimension_numbers
     make: Callable[..., Optimizer] = OPTIMIZERS[settings.optimizer]
     return make(1e-3, **arguments)
 

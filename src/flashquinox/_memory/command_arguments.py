@@ -7,24 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .._optimizer.adam import adam, adamw
-from .._optimizer.adan import adan
-from .._optimizer.lion import lion
-from .._optimizer.sgd import sgd, sgdw
+from .._optimizer.catalog import OPTIMIZERS
 from .._storage.moment_codecs import MomentCodecs
 from .._storage.storage import AUTO_BITS, Storage
 from . import architectures
 from .plan import MOST_DEVICES
 
-
-OPTIMIZERS = {
-    "adamw": adamw,
-    "adam": adam,
-    "adan": adan,
-    "lion": lion,
-    "sgd": sgd,
-    "sgdw": sgdw,
-}
 
 _PLAN = """Will it fit? Prints what each device holds in training: weights, corrections,
 moments, scales and gradients, with and without gradient release, beside mixed precision
@@ -76,7 +64,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--optimizer",
         default="adamw",
         choices=tuple(OPTIMIZERS),
-        help="adamw (the default), adam, adan, lion, sgd or sgdw",
+        help=f"one of {', '.join(OPTIMIZERS)} (adamw)",
         metavar="NAME",
     )
     add("--momentum", type=float, metavar="B", help="of sgd and sgdw (none)")

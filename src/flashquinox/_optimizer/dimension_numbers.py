@@ -11,10 +11,12 @@ import optax.contrib
 from jaxtyping import PyTree
 
 from .._common.text import shown
+from .._model.decay_mask import decay_mask
 from .._model.trained import is_float_array, is_trainable
 from .._model.trees import Leaf, match
 from .._rules.muon import Muon
 from .groups import AbstractChoice, Group, LeafRule
+from .mask import decayed
 
 
 DimensionNumbers: TypeAlias = PyTree[optax.contrib.MuonDimensionNumbers | None]
@@ -49,7 +51,7 @@ class ByDimensionNumbers(AbstractChoice):
     ) -> list[LeafRule]:
         given = self.weight_dimension_numbers
         if given is None:
-            axes = _matrices(params, leaves)
+            axes = _matrices(call, params, [*leaves])
         else:
             if callable(given):
                 given = given(eqx.filter(params, is_float_array))
@@ -107,22 +109,23 @@ def _axes(call: str, leaf: Leaf, found: Any) -> _Axes | None:
     return _Axes(*normal)
 
 
-def _matrices(params: PyTree, leaves: Sequence[Leaf]) -> list[_Axes | None]:
+def _matrices(call: str, params: PyTree, leaves: list[Leaf]) -> list[_Axes | None]:
     """The axes of what is a matrix by default."""
     is_layer = lambda x: isinstance(x, eqx.nn.Linear | eqx.nn.Embedding)
     nodes = jtu.tree_leaves_with_path(params, is_leaf=is_layer)
     layers = {path: type(node) for path, node in nodes if is_layer(node)}
+    # Not the vectors of norms and biases, which have two axes if layers are stacked.
+    is_candidate = decayed(call, decay_mask(), params, leaves)
     found: list[_Axes | None] = []
-    for leaf in leaves:
+    for leaf, candidate in zip(leaves, is_candidate, strict=True):
         path = leaf.path
         layer = layers.get(path[:-1])
         names = _names(path)
-        if not is_trainable(leaf.value) or not _NO_MATRICES.isdisjoint(names):
+        if not candidate or not _NO_MATRICES.isdisjoint(names):
             found.append(None)
         elif layer is not None:
             # `Linear` has outputs before inputs; others of a stack come first.
-            is_matrix = issubclass(layer, eqx.nn.Linear) and names[-1] == "weight"
-            is_matrix = is_matrix and leaf.value.ndim >= 2
+            is_matrix = issubclass(layer, eqx.nn.Linear) and leaf.value.ndim >= 2
             found.append(_Axes((-1,), (-2,)) if is_matrix else None)
         else:
             found.append(_Axes((-2,), (-1,)) if leaf.value.ndim == 2 else None)

@@ -1,0 +1,238 @@
+"""Any transformation of Optax with compressed state."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, get_args, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int32, PyTree
+
+from .._backends import dispatch
+from .._common import meshes
+from .._common.text import shown
+from .._model.trained import is_float_array
+from .._rules.rule import Moment
+from .._storage.codec import Dither
+from .._storage.full_precision import FullPrecision
+from .._storage.layout import Layout
+from .._storage.quant_moment import QuantMoment
+from .._storage.storage import check_storage, Storage
+from .optax_kinds import KINDS, StateKind
+
+
+# Steps in which values of moments that must not be negative are checked: a moment that
+# has the wrong kind has them from the first one on.
+_CHECKED_STEPS = 4
+
+
+class CompressedState(NamedTuple):
+    """The state of [`flashquinox.compress`][].
+
+    - `compressed_count`: the number of updates, by which codes are rounded.
+    - `inner_state`: that of the transformation, with `QuantMoment`s in it.
+    """
+
+    compressed_count: Int32[Array, ""]
+    inner_state: PyTree
+
+
+def compress(
+    transformation: optax.GradientTransformation,
+    *,
+    kinds: Mapping[str, StateKind] | None = None,
+    storage: Storage = Storage(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Any Optax transformation, with its state in 8 bits between updates.
+
+    Each update decodes the state, calls the transformation, and encodes the new state.
+    The transformation sees float32: weights, gradients and states. Compressed are
+    float32 arrays with at least two axes, or with 4096 elements; everything else stays
+    as it is, as do counts.
+
+    ??? Example
+
+        With weights in bfloat16 and their corrections, in 24 bits:
+
+        ```python
+        optim = optax.chain(fq.compress(optax.contrib.ademamix(1e-3)), fq.add_updates())
+        model, state = fq.prepare(float32_model, optim)
+        ```
+
+    **Arguments:**
+
+    - `transformation`: any `optax.GradientTransformation`.
+    - `kinds`: how arrays of its state are stored: a dictionary from the name of a
+        field, such as `"mu"`, or of a class and a field, `"ScaleByAdamState.mu"`, to
+        `"signed"`, `"nonnegative"` for averages of squares, or `"exact"` for what must
+        not be rounded. Those of all transformations in `optax` and `optax.contrib` are
+        known: pass those of your own.
+    - `storage`: `moments` and `group_size` of a [`flashquinox.Storage`][]: which codecs
+        store arrays of either kind.
+
+    **Returns:**
+
+    An `optax.GradientTransformationExtraArgs`, whose updates are float32.
+
+    **Raises:**
+
+    `TypeError` or `ValueError` for other arguments; `ValueError` from `init` for an
+    array of an unknown kind. An error from one of the first updates if an array that is
+    `"nonnegative"` has a negative element.
+    """
+    call = "compress"
+    if not hasattr(transformation, "init") or not hasattr(transformation, "update"):
+        raise TypeError(
+            f"`{call}` takes an `optax.GradientTransformation`; got "
+            f"{shown(transformation)}."
+        )
+    for name, kind in (kinds or {}).items():
+        if kind not in get_args(StateKind):
+            raise ValueError(
+                f"`{call}(kinds=...)` must be 'signed', 'nonnegative' or 'exact'; got "
+                f"{shown(kind)} for {name!r}."
+            )
+    known: dict[str, StateKind] = {**KINDS, **(kinds or {})}
+    storage = check_storage(call, storage)
+    inner = optax.with_extra_args_support(transformation)
+
+    def init(params: PyTree) -> CompressedState:
+        count = jnp.zeros((), jnp.int32)
+        state = inner.init(_wide(params))
+        return CompressedState(count, _encoded(call, known, storage, state, count))
+
+    def update(
+        updates: PyTree,
+        state: CompressedState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, CompressedState]:
+        count = state.compressed_count
+        updates, new = inner.update(
+            _wide(updates), _decoded(state.inner_state), _wide(params), **extra_args
+        )
+        new = _encoded(call, known, storage, new, count, state.inner_state)
+        return updates, CompressedState(jnp.asarray(optax.safe_increment(count)), new)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """A tree with its narrow floating-point arrays as float32."""
+    is_narrow = lambda x: is_float_array(x) and x.dtype.itemsize < 4
+    return jtu.tree_map(lambda x: x.astype(jnp.float32) if is_narrow(x) else x, tree)
+
+
+def _is_stored(x: Any) -> bool:
+    return isinstance(x, QuantMoment)
+
+
+def _decoded(state: PyTree) -> PyTree:
+    decode = lambda x: x.decode() if _is_stored(x) else x
+    return jtu.tree_map(decode, state, is_leaf=_is_stored)
+
+
+def _encoded(
+    call: str,
+    known: Mapping[str, StateKind],
+    storage: Storage,
+    state: PyTree,
+    count: Array,
+    like: PyTree | None = None,
+) -> PyTree:
+    """A state with its arrays encoded: as in `like`, or for the first time."""
+    leaves, structure = jtu.tree_flatten(state)
+    old: list[Any] = [None] * len(leaves)
+    if like is not None:
+        old = structure.flatten_up_to(like)
+    kinds = [*_kinds(known, state, (), None)]
+    assert len(kinds) == len(leaves)
+    new = []
+    for number, (x, (path, kind), before) in enumerate(
+        zip(leaves, kinds, old, strict=True)
+    ):
+        if _is_stored(before):
+            layout, codec = before.layout, before.codec
+        elif like is not None:
+            new.append(x)
+            continue
+        else:
+            layout, codec = _storage_of(call, storage, path, kind, x)
+        if codec is None:
+            new.append(x)
+            continue
+        moment_kind = "nonnegative" if kind == "nonnegative" else "signed"
+        if kind == "nonnegative":
+            x = _checked(call, path, x, count)
+        new.append(_encode(layout, codec, x, Dither.at(count, number, moment_kind)))
+    return structure.unflatten(new)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(layout: Layout, codec: Any, x: Array, dither: Dither) -> QuantMoment:
+    codes, scales = codec.encode(layout.tile(x), layout.tile_axis, dither)
+    return QuantMoment(
+        layout.untile(codes), scales, layout.axes, layout.group_size, codec
+    )
+
+
+def _storage_of(
+    call: str, storage: Storage, path: tuple[Any, ...], kind: StateKind | None, x: Any
+) -> tuple[Any, Any]:
+    """The layout and the codec of an array of a new state. `None` if it stays."""
+    if not is_float_array(x) or x.dtype != jnp.float32 or kind == "exact":
+        return None, None
+    codecs = storage.codecs
+    moment = Moment("nonnegative" if kind == "nonnegative" else "signed")
+    codec = codecs.of(moment, x.shape)
+    if x.size == 0 or isinstance(codec, FullPrecision):
+        return None, None
+    if kind is None:
+        raise ValueError(
+            f"`{call}`: nothing is known of the array of the state at "
+            f"`{jtu.keystr(path)}`, of shape {x.shape}. Pass its kind by the name of "
+            "its field, `kinds={'name': 'signed'}`: 'nonnegative' for averages of "
+            "squares, 'exact' to leave it as it is."
+        )
+    there = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    parts = meshes.divisions(there) if isinstance(there, NamedSharding) else None
+    rows = dispatch.prefers_rows("auto")
+    layout = codecs.layout(x.shape, storage.group_size, prefer_rows=rows, parts=parts)
+    return layout, codec
+
+
+def _checked(call: str, path: tuple[Any, ...], x: Array, count: Array) -> Array:
+    is_early = count < _CHECKED_STEPS
+    wrong = jax.lax.cond(is_early, lambda: jnp.any(x < 0), lambda: jnp.asarray(False))
+    return eqx.error_if(
+        x,
+        wrong,
+        f"`{call}`: the array of the state at `{jtu.keystr(path)}` is stored as "
+        "'nonnegative', and has negative elements. Pass its kind by the name of its "
+        "field: `kinds={'name': 'signed'}`.",
+    )
+
+
+def _kinds(
+    known: Mapping[str, StateKind],
+    node: Any,
+    path: tuple[Any, ...],
+    kind: StateKind | None,
+) -> Iterator[tuple[tuple[Any, ...], StateKind | None]]:
+    """The path and the kind of each leaf of a state, in order."""
+    of_all = kind or known.get(type(node).__name__)
+    below, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    for key, child in below:
+        if not key:
+            # A leaf.
+            yield path, of_all
+            continue
+        found, name = of_all, getattr(key[0], "name", None)
+        if found is None and name is not None:
+            found = known.get(f"{type(node).__name__}.{name}") or known.get(name)
+        yield from _kinds(known, child, (*path, *key), found)

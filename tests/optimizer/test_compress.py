@@ -1,0 +1,134 @@
+"""Any Optax transformation, with compressed state."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import flashquinox as fq
+from flashquinox.checkpoint import Checkpoints
+
+from ..helpers import assert_raises, float64, slow, tree_identical
+from ..kernels import arrays
+
+
+_SHAPES = {"w": (64, 64), "v": (64,)}
+_arrays = ft.partial(arrays, _SHAPES, jnp.float32)
+
+
+def _steps(optim, weights, grads):
+    state, update = optim.init(weights), jax.jit(optim.update)
+    with jax.numpy_dtype_promotion("standard"):
+        for grad in grads:
+            updates, state = update(grad, state, weights)
+            weights = optax.apply_updates(weights, updates)
+    return weights, state
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        optax.adam,
+        optax.contrib.ademamix,
+        slow(optax.adan),
+        slow(optax.yogi),
+        slow(optax.contrib.schedule_free_adamw),
+    ],
+)
+def test_way_is_that_of_optax(make):
+    """Codes are rounded by the dither: 2^-7 of the largest of a group, each way."""
+    weights, grads = _arrays(0), [_arrays(1 + i) for i in range(8)]
+    found, state = _steps(fq.compress(make(1e-2)), weights, grads)
+    expected, full = _steps(make(1e-2), weights, grads)
+    for name, start in weights.items():
+        x, y = float64(found[name]), float64(expected[name])
+        way = np.linalg.norm(y - float64(start))
+        assert np.linalg.norm(x - y) <= 0.06 * way
+    moments = [x for x in jtu.tree_leaves(full) if x.shape == (64, 64)]
+    # 3 of 4 bytes are gone, but for scales and for what is kept exact.
+    saved = sum(x.nbytes for x in jtu.tree_leaves(full))
+    saved -= sum(x.nbytes for x in jtu.tree_leaves(state))
+    assert saved >= (len(moments) - (make is optax.adan)) * 64 * 64 * (
+        3 - 2 / 32
+    ) - 4 or (make in (optax.contrib.schedule_free_adamw,))
+
+
+def test_small_arrays_counts_and_what_must_be_exact_stay():
+    state = fq.compress(optax.adan(1e-2)).init(_arrays(0))
+    assert int(optax.tree.get(state, "t")) == 0
+    assert isinstance(optax.tree.get(state, "n")["w"], fq.QuantMoment)
+    assert optax.tree.get(state, "n")["v"].dtype == jnp.float32
+    assert optax.tree.get(state, "g")["w"].dtype == jnp.float32
+
+
+def test_weights_have_24_bits():
+    optim = optax.chain(fq.compress(optax.adam(1e-4)), fq.add_updates())
+    start, grads = _arrays(0), [_arrays(1)] * 8
+    weights, state = fq.prepare(start, optim)
+    step = jax.jit(optim.update)
+    for grad in grads:
+        updates, state = step(grad, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    assert weights["w"].dtype == jnp.bfloat16
+    # Equal gradients: eight steps of the learning rate, which bfloat16 cannot take.
+    moved = float64(fq.master_weights(weights, state)["w"]) - float64(start["w"])
+    expected = -8e-4 * np.sign(float64(grads[0]["w"]))
+    unit = 2.0**-16 * np.maximum(np.abs(float64(start["w"])), 8e-4)
+    assert np.all(np.abs(moved - expected) <= 0.05 * 8e-4 + 8 * unit)
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    optim = optax.chain(fq.compress(optax.adam(1e-2)), fq.add_updates())
+    weights, state = fq.prepare(_arrays(0), optim)
+    step = jax.jit(optim.update)
+    _, state = step(_arrays(1), state, weights)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, weights, state)
+        found = checkpoints.restore(weights, optim.init(weights))
+    assert tree_identical(found, (weights, state))
+    assert tree_identical(
+        step(_arrays(2), found[1], found[0]), step(_arrays(2), state, weights)
+    )
+
+
+def test_divided_like_the_weights():
+    mesh = jax.make_mesh((4,), ("data",))
+    there = NamedSharding(mesh, P("data"))
+    optim = fq.compress(optax.adam(1e-2))
+    weights, grads = (jax.device_put(_arrays(i), there) for i in (0, 1))
+    found, state = _steps(optim, weights, [grads])
+    mu = optax.tree.get(state, "mu")["w"]
+    for x in (mu.codes, found["w"]):
+        assert x.sharding.is_equivalent_to(there, x.ndim)
+    expected, _ = _steps(optim, _arrays(0), [_arrays(1)])
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
+
+
+def test_every_array_of_the_state_is_mapped():
+    optim = fq.compress(optax.adam(1e-2))
+    state = optim.init(_arrays(0))
+    doubled = fq.map_params(optim, lambda x: x * x.dtype.type(2), state)
+    assert jtu.tree_structure(doubled) == jtu.tree_structure(state)
+
+
+def test_errors(without_typechecker):
+    del without_typechecker
+    assert_raises(TypeError, lambda: fq.compress(1e-2), "GradientTransformation")  # pyright: ignore
+    wrong = lambda: fq.compress(optax.adam(1e-2), kinds={"mu": "positive"})  # pyright: ignore
+    assert_raises(ValueError, wrong, "'positive'")
+    mine = optax.GradientTransformation(
+        lambda p: {"mine": p}, lambda u, s, p=None: (u, s)
+    )
+    assert_raises(
+        ValueError, lambda: fq.compress(mine).init(_arrays(0)), "'mine'", "kinds="
+    )
+    optim = fq.compress(optax.adam(1e-2), kinds={"ScaleByAdamState.mu": "nonnegative"})
+    state = optim.init(_arrays(0))
+    with pytest.raises(Exception, match="has negative elements"):
+        jax.block_until_ready(optim.update(_arrays(1), state, _arrays(0)))
