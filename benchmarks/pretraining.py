@@ -12,11 +12,15 @@ same batches; gradients are those of bfloat16 weights. Contenders (--contenders)
 - optax-bfloat16: optax from weights that were rounded to bfloat16, as from a
   bfloat16 checkpoint;
 - spread: flashquinox from the same rounded weights, with `spread_lower_bits=True`;
-- flashoptim: as "prepare", with moments by the paper's codec (not by default).
+- flashoptim: as "prepare", with moments by the paper's codec (not by default);
+- muon, optax-muon: Muon for the matrices of the blocks and AdamW for the rest, with
+  consistent RMS and the same learning rate: flashquinox, from `prepare`, and float32
+  (not by default).
 
 Printed for each: mean losses over spans of 25 steps, and the gap to optax ("spread": to
-"optax-bfloat16") over the steps from 100 on, paired by seeds, with its 95 % interval
-by Student's t. Then how many seeds make that interval ±0.008 (--interval).
+"optax-bfloat16", "muon": to "optax-muon") over the steps from 100 on, paired by seeds,
+with its 95 % interval by Student's t. Then how many seeds make that interval ±0.008
+(--interval).
 
 A pilot of 3 seeds, and the rest of, say, 8, in calls of at most 9 minutes:
 
@@ -49,7 +53,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
+import optax.contrib
 from _command_line import (
     in_few_words,
     Parser,
@@ -107,12 +113,14 @@ TINY = Task(
 
 class Contender(NamedTuple):
     """`storage`: how flashquinox stores; `None` for optax. `rounded`: whether the model
-    comes in bfloat16. `reference`: whose losses its gap is to."""
+    comes in bfloat16. `reference`: whose losses its gap is to. `rule`: "adamw" or
+    "muon"."""
 
     storage: fq.Storage | None
     rounded: bool = False
     prepared: bool = True
     reference: str | None = "optax"
+    rule: str = "adamw"
 
 
 CONTENDERS = {
@@ -122,8 +130,10 @@ CONTENDERS = {
     "optax-bfloat16": Contender(None, rounded=True),
     "spread": Contender(fq.Storage(), rounded=True, reference="optax-bfloat16"),
     "flashoptim": Contender(fq.Storage(moments="flashoptim")),
+    "optax-muon": Contender(None, reference=None, rule="muon"),
+    "muon": Contender(fq.Storage(), reference="optax-muon", rule="muon"),
 }
-BY_DEFAULT = [name for name in CONTENDERS if name != "flashoptim"]
+BY_DEFAULT = ["optax", "prepare", "cast", "optax-bfloat16", "spread"]
 
 
 #
@@ -145,22 +155,68 @@ def float32_weights(task: Task, seed: Any) -> tuple[PyTree, PyTree]:
     return eqx.partition(model, eqx.is_inexact_array)
 
 
-def optimizer(task: Task, storage: fq.Storage | None) -> Any:
+def optimizer(task: Task, storage: fq.Storage | None, rule: str) -> Any:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, task.learning_rate, task.warm_up, task.decay_steps
     )
     mask = fq.decay_mask()
-    arguments: Any = {"b2": task.b2, "weight_decay": task.weight_decay, "mask": mask}
+    clip = optax.clip_by_global_norm(task.max_norm)
+    decay = task.weight_decay
+    if rule == "muon":
+        both: Any = {"consistent_rms": 0.2, "adam_b2": task.b2}
+        both |= {"weight_decay": decay, "adam_weight_decay": decay}
+        if storage is not None:
+            numbers = {"weight_dimension_numbers": matrices}
+            return fq.muon(schedule, mask=mask, storage=storage, **numbers, **both)
+        # Its AdamW decays all that Muon does not train: its weight decay goes apart.
+        both["adam_weight_decay"] = 0.0
+        numbers = {"muon_weight_dimension_numbers": matrices}
+        return optax.chain(
+            clip,
+            optax.contrib.muon(schedule, **numbers, **both),
+            _decay_outside_of_blocks(schedule, decay, mask),
+        )
+    arguments: Any = {"b2": task.b2, "weight_decay": decay, "mask": mask}
     if storage is not None:
         return fq.adamw(schedule, storage=storage, **arguments)
-    clip = optax.clip_by_global_norm(task.max_norm)
     return optax.chain(clip, optax.adamw(schedule, **arguments))
+
+
+def matrices(weights: PyTree) -> PyTree:
+    """The stacked matrices of blocks, (layers, out, in)."""
+
+    def of(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        is_matrix = x.ndim == 3 and path[0].name == "blocks"
+        return optax.contrib.MuonDimensionNumbers(2, 1) if is_matrix else None
+
+    return jtu.tree_map_with_path(of, weights)
+
+
+def _decay_outside_of_blocks(
+    schedule: Any, decay: float, mask: Any
+) -> optax.GradientTransformation:
+    """Decoupled weight decay of what `matrices` leaves out and the mask selects."""
+
+    def update(updates: PyTree, state: Any, params: PyTree) -> Any:
+        is_matrix = [
+            path[0].name == "blocks" and x.ndim == 3
+            for path, x in jtu.tree_leaves_with_path(params)
+        ]
+        rate = decay * schedule(state)
+        leaves, structure = jtu.tree_flatten(updates)
+        of_mask = jtu.tree_leaves(mask(params))
+        each = zip(leaves, jtu.tree_leaves(params), of_mask, is_matrix, strict=True)
+        new = [u - rate * w if m and not apart else u for u, w, m, apart in each]
+        return structure.unflatten(new), state + 1
+
+    init = lambda params: jnp.zeros((), jnp.int32)
+    return optax.GradientTransformation(init, update)
 
 
 @functools.cache
 def start(task: Task, contender: Contender) -> Callable[[int], tuple[PyTree, PyTree]]:
     """From a seed to weights and state."""
-    optim = optimizer(task, contender.storage)
+    optim = optimizer(task, contender.storage, contender.rule)
 
     def weights_and_state(seed: Any) -> tuple[PyTree, PyTree]:
         weights, _ = float32_weights(task, seed)
@@ -178,10 +234,10 @@ def start(task: Task, contender: Contender) -> Callable[[int], tuple[PyTree, PyT
 
 
 @functools.cache
-def advance(task: Task, storage: fq.Storage | None) -> Callable[..., Any]:
+def advance(task: Task, storage: fq.Storage | None, rule: str) -> Callable[..., Any]:
     """The steps of a span, and their mean loss. Contenders that differ in their start
     alone share this program."""
-    optim = optimizer(task, storage)
+    optim = optimizer(task, storage, rule)
     _, static = float32_weights(task, 0)
 
     def gradient(weights: PyTree, batch: Any) -> tuple[Any, PyTree]:
@@ -216,7 +272,7 @@ def train(task: Task, contender: Contender, seed: int, tokens: Tokens) -> list[f
     losses = []
     for first in range(0, task.steps, task.span):
         here = jnp.asarray(windows[first : first + task.span])
-        carry, mean = advance(task, contender.storage)(carry, here)
+        carry, mean = advance(task, contender.storage, contender.rule)(carry, here)
         losses.append(mean)
     return [float(x) for x in losses]
 

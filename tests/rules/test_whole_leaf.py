@@ -100,8 +100,10 @@ def test_as_an_optax_transformation():
     updates, state = jax.jit(chain.update)(grads, chain.init(model), model)
     found = fq.master_weights(optax.apply_updates(model, updates), state)
     for name, x in expected.items():
-        # 24 bits; of the sum with an update in bfloat16.
-        np.testing.assert_allclose(found[name], x, rtol=2.0**-15, atol=2.0**-15)
+        # 24 bits of the weight, or those of an update that is larger than it.
+        size = np.abs(float64(x) - float64(model[name]))
+        bound = 2.0**-15 * np.abs(float64(x)) + 2.0**-8 * size
+        assert np.all(np.abs(float64(found[name]) - float64(x)) <= bound)
 
 
 def test_steps_that_are_skipped_change_nothing():
@@ -116,14 +118,14 @@ def test_clipping():
     model, grads = weights("matrix"), weights("matrix", seed=1)
     small = jtu.tree_map(lambda x: x * jnp.bfloat16(2.0**-10), grads)
     norm = float(np.linalg.norm(float64(grads["matrix"])))
-    for make in (fq.lars, fq.lamb):
-        optim = make(0.1, eps=1e-2)
-        state, step = optim.init(model), jax.jit(optim.step)
-        found, _ = step(model, state, grads, max_norm=norm * 2.0**-10)
-        expected, _ = step(model, state, small)
-        np.testing.assert_allclose(
-            float64(found["matrix"]), float64(expected["matrix"]), rtol=2.0**-7
-        )
+    # Without a first pass.
+    optim = fq.lars(0.1, eps=1e-2, trust_coefficient=0.1)
+    state, step = optim.init(model), jax.jit(optim.step)
+    found, _ = step(model, state, grads, max_norm=norm * 2.0**-10)
+    expected, _ = step(model, state, small)
+    np.testing.assert_allclose(
+        float64(found["matrix"]), float64(expected["matrix"]), rtol=2.0**-7
+    )
 
 
 def test_derivatives():

@@ -200,7 +200,10 @@ def _storage_of(
             "squares, 'exact' to leave it as it is."
         )
     there = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    parts = meshes.divisions(there) if isinstance(there, NamedSharding) else None
+    parts = None
+    if isinstance(there, NamedSharding):
+        spec = meshes.restrict(there.spec, there.mesh.axis_names, x.ndim)
+        parts = meshes.divisions(NamedSharding(there.mesh, spec))
     rows = dispatch.prefers_rows("auto")
     layout = codecs.layout(x.shape, storage.group_size, prefer_rows=rows, parts=parts)
     return layout, codec
