@@ -90,11 +90,16 @@ def products(settings: argparse.Namespace) -> tuple[Callable, Any, list[Any]]:
 
 def flashquinox(settings: argparse.Namespace) -> tuple[Callable, Any, list[Any]]:
     there = sharding(settings)
-    numbers = {"weight_dimension_numbers": lambda x: jtu.tree_map(lambda _: _AXES, x)}
-    optim = fq.muon(1e-3, consistent_rms=0.2, weight_decay=0.1, **numbers)
+    numbers = lambda x: jtu.tree_map(lambda _: _AXES, x)
+    optim = fq.muon(
+        1e-3,
+        consistent_rms=0.2,
+        weight_decay=0.1,
+        weight_dimension_numbers=numbers,
+    )
     model = fq.cast(weights(settings), jnp.bfloat16)
     model = model if there is None else jax.device_put(model, there)
-    step = lambda carry, grads: optim.step(*carry, grads)
+    step = lambda carry, grads: optim.step(carry[0], carry[1], grads)
     # A copy: the model is donated.
     grads = jtu.tree_map(lambda x: x * 2, model)
     return step, (model, optim.init(model)), [grads]

@@ -210,7 +210,7 @@ def _decay_outside_of_blocks(
         return structure.unflatten(new), state + 1
 
     init = lambda params: jnp.zeros((), jnp.int32)
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore
 
 
 @functools.cache

@@ -10,8 +10,8 @@ class StepMomentum(AbstractRule):
     r"""Momentum of steps, rather than of gradients: it remembers their learning rates.
 
     $$
-    m_t = \mu m_{t-1} + \alpha_t g_t \qquad
-    u_t = -\begin{cases} m_t \\ \alpha_t g_t + \mu m_t & \text{with Nesterov}
+    m_t = \mu m_{t-1} - \alpha_t g_t \qquad
+    u_t = \begin{cases} m_t \\ \mu m_t - \alpha_t g_t & \text{with Nesterov}
     \end{cases}
     $$
 
@@ -30,7 +30,7 @@ class StepMomentum(AbstractRule):
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         del count
-        return {"momentum": self.momentum, "step": learning_rate}
+        return {"momentum": self.momentum, "step": -learning_rate}
 
     def update(
         self,
@@ -43,7 +43,7 @@ class StepMomentum(AbstractRule):
         step = scalars["step"] * grad
         trace = moments["trace"] + step
         update = step + scalars["momentum"] * trace if self.nesterov else trace
-        return -update, {"trace": trace}
+        return update, {"trace": trace}
 
 
 class Lars(AbstractWholeLeafRule):
@@ -54,10 +54,10 @@ class Lars(AbstractWholeLeafRule):
     $$
     d_t = g_t + \lambda w_{t-1} \qquad s_t = \alpha_t \eta
     \frac{\|w_{t-1}\|}{\|d_t\| + \epsilon} d_t \qquad
-    m_t = \mu m_{t-1} + s_t \qquad u_t = -m_t
+    m_t = \mu m_{t-1} - s_t \qquad u_t = m_t
     $$
 
-    With `nesterov=True`, $u_t = -(s_t + \mu m_t)$. Where one of the norms is 0,
+    With `nesterov=True`, $u_t = \mu m_t - s_t$. Where one of the norms is 0,
     $s_t = \alpha_t d_t$.
 
     ??? cite "Reference"

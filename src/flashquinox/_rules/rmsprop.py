@@ -13,8 +13,8 @@ class RMSProp(AbstractRule):
     s_t &= \alpha_t \frac{g_t}{\sqrt{v_t + \epsilon}} \end{aligned} \qquad u_t = -s_t
     $$
 
-    With momentum $\mu$, $m_t = \mu m_{t-1} + s_t$, and $u_t = -m_t$; with
-    `nesterov=True`, $u_t = -(s_t + \mu m_t)$.
+    With momentum $\mu$, $m_t = \mu m_{t-1} - s_t$, and $u_t = m_t$; with
+    `nesterov=True`, $u_t = \mu m_t - s_t$.
 
     ??? cite "References"
 
@@ -40,7 +40,7 @@ class RMSProp(AbstractRule):
         scalars = {"decay": self.decay, "rest": 1 - self.decay, "eps": self.eps}
         if self.momentum is not None:
             scalars["momentum"] = self.momentum
-        return scalars | {"step": learning_rate}
+        return scalars | {"step": -learning_rate}
 
     def update(
         self,
@@ -53,7 +53,7 @@ class RMSProp(AbstractRule):
         nu = scalars["decay"] * moments["nu"] + scalars["rest"] * (grad * grad)
         step = scalars["step"] * grad / jnp.sqrt(nu + scalars["eps"])
         if self.momentum is None:
-            return -step, {"nu": nu}
+            return step, {"nu": nu}
         trace = moments["trace"] + step
         update = step + scalars["momentum"] * trace if self.nesterov else trace
-        return -update, {"nu": nu, "trace": trace}
+        return update, {"nu": nu, "trace": trace}
