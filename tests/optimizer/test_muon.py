@@ -269,3 +269,32 @@ def test_errors(without_typechecker):
     assert_raises(
         ValueError, lambda: alone.init(model), "['vector']", "flashquinox.muon"
     )
+
+
+@pytest.mark.parametrize("make", [_make, slow(fq.lamb)])
+def test_gradient_release(make):
+    """Matrices are updated layer by layer; norms wait for all layers."""
+    model = {"in": (32, 32), "blocks": (3, 32, 32)}
+    model = {k: x / 8 for k, x in arrays(model, jnp.bfloat16, 0).items()}
+    loss = fq.LayeredLoss(
+        lambda model: model["blocks"],
+        lambda model, batch, key: batch @ model["in"],
+        lambda block, x, batch, key: x + jnp.tanh(x @ block),
+        lambda model, x, batch, key: jnp.mean(x.astype(jnp.float32) ** 2),
+    )
+    arguments = {}
+    if make is _make:
+        numbers = {"in": None, "blocks": MuonDimensionNumbers(1, 2)}
+        arguments["weight_dimension_numbers"] = numbers
+    optim = make(1e-2, **arguments)
+    batch = jnp.ones((4, 32), jnp.bfloat16)
+    state = optim.init(model)
+    release = jax.jit(lambda *x: fq.release_step(optim, loss, *x)[:2])
+    found = release(model, state, batch)
+    grads = jax.jit(jax.grad(loss))(model, batch)
+    expected = jax.jit(optim.step)(model, state, grads)
+    masters = [fq.master_weights(*x) for x in (found, expected)]
+    for name, start in model.items():
+        x, y = (float64(x[name]) for x in masters)
+        way = np.linalg.norm(y - float64(start))
+        assert np.linalg.norm(x - y) <= 2.0**-5 * way, name
