@@ -555,7 +555,7 @@ ARGUMENTS = {
     ),
     # Names that there are not.
     "fq.AdamW": (lambda: fq.AdamW, Elsewhere(AttributeError, "AdamW")),
-    "fq.muon": (lambda: fq.muon, Elsewhere(AttributeError, "muon")),
+    "fq.soap": (lambda: fq.soap, Elsewhere(AttributeError, "soap")),
     "optim.apply": (lambda: _optim.apply, Elsewhere(AttributeError, "apply")),
     "optim(model)": (lambda: _optim(_model), Elsewhere(TypeError, "not callable")),
     "repr": (

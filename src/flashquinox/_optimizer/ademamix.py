@@ -31,8 +31,8 @@ def ademamix(
 
     $$w_t = (1 - \alpha_t \lambda) w_{t-1} + u_t$$
 
-    in 6.1875 bytes per parameter at rest: a bfloat16 weight, an 8-bit correction, and
-    three 8-bit moments with a 16-bit scale per 32 elements.
+    in 9.125 bytes per parameter at rest: a bfloat16 weight, an 8-bit correction, two
+    8-bit moments with a 16-bit scale per 32 elements, and the slow average in float32.
 
     ??? cite "Reference"
 

@@ -13,7 +13,7 @@ _SIGNED = """
     ApplyEvery.grad_acc DAdaptAdamWState.exp_avg DAdaptAdamWState.grad_sum EmaState.ema
     MadgradState.s MomoAdamState.exp_avg MomoState.exp_avg MuonState.mu
     ProdigyState.exp_avg ProdigyState.grad_sum ScaleByAdamState.mu ScaleByAdanState.m
-    ScaleByAdanState.v ScaleByAdemamixState.m1 ScaleByAdemamixState.m2
+    ScaleByAdanState.v ScaleByAdemamixState.m1
     ScaleByAmsgradState.mu ScaleByBeliefState.mu ScaleByLionState.mu
     ScaleByNovogradState.mu ScaleByRStdDevState.mu ScaleBySM3State.nu
     ScaleBySimplifiedAdEMAMixState.m SophiaState.mu SophiaState.nu TraceState.trace
@@ -32,6 +32,7 @@ _EXACT = """
     COCOBState.cumulative_gradients COCOBState.init_particles COCOBState.reward
     GaLoreState.projector MadgradState.x0 MechanicState.x0 MuonState.ns_coeffs
     ProdigyState.params0 SAMState.cache ScaleByAdanState.g
+    ScaleByAdemamixState.m2
     ScaleByDistanceOverGradientsState.grad_sum_of_squares
     ScaleByDistanceOverGradientsState.init_params DoGState.init_params
     DoWGState.init_params ScaleByOptimisticGradientState.previous_gradient

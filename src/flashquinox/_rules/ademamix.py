@@ -16,7 +16,8 @@ class AdEMAMix(AbstractRule):
     {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} \end{aligned}
     $$
 
-    The moments $m$ and $s$ are `m1` and `m2`, as in Optax. The paper's schedules of $a$
+    The moments $m$ and $s$ are `m1` and `m2`, as in Optax. The slow one is kept as it
+    is, in float32. The paper's schedules of $a$
     and $\beta_3$ are `optax.inject_hyperparams`.
 
     ??? cite "Reference"
@@ -33,10 +34,14 @@ class AdEMAMix(AbstractRule):
 
     @property
     def moments(self) -> dict[str, Moment]:
-        average = lambda i: Moment(
-            "signed", before=f"decay{i}", after=f"one_minus_b{i}", relative_to="nu"
-        )
-        return {"m1": average(1), "m2": average(3), "nu": Moment("nonnegative")}
+        return {
+            "m1": Moment(
+                "signed", before="decay1", after="one_minus_b1", relative_to="nu"
+            ),
+            # It forgets so slowly that the noise of rounded codes would add up.
+            "m2": Moment("signed", before="decay3", after="one_minus_b3", kept="exact"),
+            "nu": Moment("nonnegative"),
+        }
 
     def scalars(self, count: Scalar, learning_rate: Scalar) -> dict[str, ScalarLike]:
         # As in Adam: with r = sqrt(1 - b2^t), the numerator and eps are multiplied by
