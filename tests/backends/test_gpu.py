@@ -2,7 +2,7 @@
 run there."""
 
 import functools as ft
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -290,17 +290,25 @@ def test_threads(group_size, rows):
 #
 
 
+_TARGET = "__gpu$xla.gpu.ptx"
+
+
+def _exported(optim: fq.Optimizer, params) -> jax.export.Exported:
+    """The step for CUDA, of the leaves of its arguments: modules cannot be stored."""
+    state = jax.eval_shape(optim.init, params)
+    leaves, structure = jax.tree.flatten((params, state, params))
+    step = lambda leaves: jax.tree.leaves(optim.step(*structure.unflatten(leaves)))
+    check = jax.export.DisabledSafetyCheck.custom_call(_TARGET)
+    with compiling_for("NVIDIA H100 80GB HBM3", "cuda"):
+        export = jax.export.export(
+            jax.jit(step), platforms=["cuda"], disabled_checks=[check]
+        )
+        return export(leaves)
+
+
 def _kernels(optim: fq.Optimizer, params) -> int:
     """The number of kernels in the step for CUDA."""
-    state = jax.eval_shape(optim.init, params)
-    target = "__gpu$xla.gpu.ptx"
-    with compiling_for("NVIDIA H100 80GB HBM3", "cuda"):
-        exported = jax.export.export(
-            jax.jit(optim.step),
-            platforms=["cuda"],
-            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target)],
-        )(params, state, params)
-    return exported.mlir_module().count(f"@{target}")
+    return _exported(optim, params).mlir_module().count(f"@{_TARGET}")
 
 
 def _shapes(dtype, **shapes):
@@ -412,6 +420,36 @@ def test_rules_that_kernels_lack_take_plain_xla():
     assert len(caught) == 1
 
 
+class _Device(NamedTuple):
+    platform: str
+    device_kind: str
+    compute_capability: str
+
+
+@pytest.mark.parametrize(
+    "kind, capability", [("Tesla V100", "7.0"), ("AMD Instinct MI300X", "gfx942")]
+)
+def test_other_gpus_take_plain_xla(kind, capability):
+    """With one warning, which names them."""
+    with pytest.warns(UserWarning, match=f"{kind}.*{capability}") as caught:
+        for _ in range(2):
+            assert not GPU.serves(_Device("gpu", kind, capability))
+    assert len(caught) == 1
+    assert GPU.serves(_Device("gpu", "NVIDIA A100", "8.0"))
+    assert not GPU.serves(_Device("cpu", "cpu", ""))
+
+
+@needs_compiler
+def test_exported_steps():
+    """For a GPU that is not here, as bytes."""
+    pytest.importorskip("flatbuffers")
+    params = _shapes(jnp.bfloat16, matrix=(70, 64))
+    exported = _exported(fq.adamw(1e-3), params)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cuda",)
+    assert again.mlir_module() == exported.mlir_module()
+
+
 @needs_compiler
 def test_is_the_default_for_gpus():
     """Where the device is known. Elsewhere, plain XLA is lowered for CUDA."""
@@ -473,6 +511,22 @@ def test_millions_of_codes_on_a_gpu(name, groups_of):
     params = arrays(shapes, jnp.bfloat16, 0)
     make = ft.partial(Case(name, _ours).optimizer, 1e-2)
     run("gpu", make, params, grads, groups_of=groups_of, device=_gpus()[0])
+
+
+@_needs_gpu
+def test_exported_steps_on_a_gpu():
+    """What another process would run."""
+    pytest.importorskip("flatbuffers")
+    params, grads = (arrays({"m": (70, 64)}, jnp.bfloat16, seed) for seed in (0, 1))
+    optim = fq.adamw(1e-2)
+    operands = jax.device_put((params, optim.init(params), grads), _gpus()[0])
+    exported = _exported(optim, jax.eval_shape(lambda: params))
+    again = jax.export.deserialize(exported.serialize())
+    with jax.default_device(_gpus()[0]):
+        found = again.call(jax.tree.leaves(operands))
+        expected = jax.tree.leaves(jax.jit(optim.step)(*operands))
+    for x, y in zip(found, expected, strict=True):
+        assert np.array_equal(x, y)
 
 
 @_needs_gpu

@@ -39,13 +39,18 @@ class Gpu(AbstractBackend):
         return functools.partial(update_leaves, run_on_gpu, Threads.of)
 
     def serves(self, device: Any) -> bool:
-        """The kernels need a compute capability of 8.0."""
+        """The kernels need a compute capability of 8.0. Another GPU is a warning."""
         if isinstance(device, jax.sharding.AbstractDevice):
             return device.platform in ("gpu", "cuda")
-        capability = getattr(device, "compute_capability", "")
+        if device.platform != "gpu":
+            return False
         # Of other makers, it is a name.
-        known = device.platform == "gpu" and capability.replace(".", "").isdigit()
-        return known and float(capability) >= 8
+        capability = str(getattr(device, "compute_capability", ""))
+        known = capability.replace(".", "").isdigit()
+        if known and float(capability) >= 8:
+            return True
+        _warn_of_device(device.device_kind, capability)
+        return False
 
     def view(self, step: LeafStep) -> View | None:
         from .expressions import Unsupported
@@ -78,6 +83,16 @@ class Gpu(AbstractBackend):
             most = most_leaves(len(jtu.tree_leaves((step.grad, step.old))))
             found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
         return found
+
+
+@functools.cache
+def _warn_of_device(kind: str, capability: str) -> None:
+    warnings.warn(
+        f"flashquinox: no kernels for the GPU {kind!r} (compute capability "
+        f"{capability or 'unknown'}): they are for NVIDIA's, from 8.0 on. Steps take "
+        "plain XLA: the same results, in more time and memory.",
+        stacklevel=2,
+    )
 
 
 @functools.cache

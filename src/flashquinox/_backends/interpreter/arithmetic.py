@@ -45,19 +45,7 @@ class Arithmetic:
     # A division is the product with it.
     reciprocal: Callable[[Array], Array] | None = None
     square_root: Callable[[Array], Array] | None = None
-    # Of arrays of one shape. These two are no approximations.
-    rounded_quotient: Callable[[Array, Array], Array] = lax.div
-    rounded_root: Callable[[Array], Array] = lax.sqrt
     sign: Callable[[Array], Array] | None = None
-    # To the nearest integer, halves to even, where that is not a byte afterwards.
-    round: Callable[[Array], Array] | None = None
-    # x y + z.
-    multiply_add: Callable[[Array, Array, Array], Array] | None = None
-    # An array of narrow integers or floats in 32 bits. `None` for other dtypes.
-    widen: Callable[[Array], Array | None] | None = None
-    # The byte with an index, from the lowest, of an array of 32-bit integers, as an
-    # 8-bit dtype.
-    byte_of: Callable[[Array, int, Any], Array] | None = None
     # The bits of numbers that arithmetic has made, with one pattern for NaN.
     canonical_pattern: Callable[[Array], Array] | None = None
     # Whether there are no instructions for bytes, nor for products of integers.
@@ -234,9 +222,9 @@ def _replace(
         return [Value(lax.bitcast_convert_type(pattern, jnp.uint32))]
     if function is rounded_quotient:
         x, y = jnp.broadcast_arrays(*[operand.array for operand in operands])
-        return [Value(arithmetic.rounded_quotient(x, y))]
+        return [Value(lax.div(x, y))]
     if function is rounded_root:
-        return [Value(arithmetic.rounded_root(operands[0].array))]
+        return [Value(lax.sqrt(operands[0].array))]
     return _compose(function.function, arithmetic, eqn, operands)
 
 

@@ -37,7 +37,7 @@ def _divide(
         return None
     x, y = operands
     inverse = Value(arithmetic.reciprocal(*_floats(eqn, y)))
-    return [Value(None, lambda: x.array * inverse.array, factors=(x, inverse))]
+    return [Value(None, lambda: x.array * inverse.array)]
 
 
 def _take_root(
@@ -59,13 +59,12 @@ def _take_sign(
 def _round(
     arithmetic: "Arithmetic", eqn: Any, operands: list[Value]
 ) -> list[Value] | None:
+    del arithmetic
     if eqn.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
         return None
-    (x,), own = operands, arithmetic.round
+    (x,) = operands
     rounded = x.scaled or (x, 1.0)
-    if own is None:
-        return [Value(None, partial(apply, eqn, operands), rounded=rounded)]
-    return [Value(None, lambda: own(x.array), rounded=rounded)]
+    return [Value(None, partial(apply, eqn, operands), rounded=rounded)]
 
 
 def _multiply(
@@ -77,26 +76,7 @@ def _multiply(
         factor = y.constant
         if factor is not None and np.frexp(factor)[0] == 0.5:
             scaled = (x, float(factor))
-    return [
-        Value(
-            None,
-            partial(apply, eqn, operands),
-            factors=(operands[0], operands[1]),
-            scaled=scaled,
-        )
-    ]
-
-
-def _add(
-    arithmetic: "Arithmetic", eqn: Any, operands: list[Value]
-) -> list[Value] | None:
-    multiply_add = arithmetic.multiply_add
-    if multiply_add is None:
-        return None
-    for product, other in (operands[::-1], operands):
-        if product.factors is not None:
-            return [Value(multiply_add(*_floats(eqn, *product.factors, other)))]
-    return None
+    return [Value(None, partial(apply, eqn, operands), scaled=scaled)]
 
 
 #
@@ -176,19 +156,13 @@ def _convert(
     (x,), dtype = operands, eqn.params["new_dtype"]
     only_words = arithmetic.only_words
     bits = 8 * dtype.itemsize
-    if bits == 32:
-        widen, wide = arithmetic.widen, None
-        if x.words is not None:
-            wide = x.words.widen()
-        elif widen is not None and np.ndim(x.array) > 0:
-            wide = widen(x.array)
-        if wide is not None:
-            return [Value(wide.astype(dtype))]
+    if bits == 32 and x.words is not None:
+        return [Value(x.words.widen().astype(dtype))]
     if x.rounded is not None and dtype in (jnp.int8, jnp.uint8):
         number, factor = x.rounded
         if only_words:
             return [Value.of(Words.of_rounded(number.array, factor, dtype))]
-        return [Value(_rounded_to_byte(arithmetic, eqn, number, factor, dtype))]
+        return [Value(_rounded_to_byte(number, factor, dtype))]
     if not jnp.issubdtype(dtype, jnp.integer):
         return None
     if bits == 32:
@@ -209,24 +183,14 @@ def _narrow(arithmetic: "Arithmetic", field: Field, dtype: Any) -> Any:
     source = lax.bitcast_convert_type(field.source, jnp.int32)
     if arithmetic.only_words:
         return Words.of_bits(source, field.first, dtype)
-    byte_of = arithmetic.byte_of
-    if byte_of is not None and dtype.itemsize == 1 and field.first % 8 == 0:
-        return byte_of(source, field.first // 8, dtype)
     return lax.shift_right_logical(source, np.int32(field.first)).astype(dtype)
 
 
-def _rounded_to_byte(
-    arithmetic: "Arithmetic", eqn: Any, x: Value, factor: float, dtype: Any
-) -> Array:
+def _rounded_to_byte(x: Value, factor: float, dtype: Any) -> Array:
     """`round(x * factor)` as a byte, of numbers that fit: the addition that leaves no
     bits for a fraction rounds, and puts the integer into the lowest byte."""
     magic = np.float32(1.5 * 2.0**23 / factor)
-    multiply_add = arithmetic.multiply_add
-    if x.factors is None or multiply_add is None:
-        shifted = x.array + magic
-    else:
-        shifted = multiply_add(*_floats(eqn, *x.factors, Value(magic)))
-    byte = lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
+    byte = lax.bitcast_convert_type(x.array + magic, jnp.int32).astype(jnp.int8)
     return byte if dtype == jnp.int8 else lax.bitcast_convert_type(byte, dtype)
 
 
@@ -256,7 +220,6 @@ RULES_OF_FLOATS = {
     lax.sign_p: _take_sign,
     lax.round_p: _round,
     lax.mul_p: _multiply,
-    lax.add_p: _add,
 }
 RULES_OF_BITS = {
     lax.shift_right_logical_p: _shift,

@@ -1,8 +1,8 @@
 """What is known of the values of a function that is evaluated with a device's own
 arithmetic.
 
-A product that is added to, or a number that is rounded and then made a byte, is one
-instruction. So a value knows how it was made.
+A number that is rounded and then made a byte is one instruction. So a value knows how
+it was made.
 """
 
 import dataclasses
@@ -37,8 +37,6 @@ class Value:
     make: Callable[[], Any] | None = None
     # Of an array of a narrow dtype.
     words: Words | None = None
-    # x and y, of an array that is x * y.
-    factors: "tuple[Value, Value] | None" = None
     # x and c, of an array that is x * c with a power of two c.
     scaled: "tuple[Value, float] | None" = None
     # The same, of an array that is x * c rounded to integers.
