@@ -88,8 +88,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--half",
         choices=["first", "second"],
-        help="Of tests that are marked as `product`, half of the cases: CI runs one "
-        "half on each of two Pythons.",
+        help="CI runs one half on each of two Pythons. The first: all tests, but half "
+        "of the cases of those that are marked as `product`. The second: the other half "
+        "of these, and half of the cases of all other tests.",
     )
 
 
@@ -101,7 +102,8 @@ def pytest_collection_modifyitems(config, items):
         return
     groups = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("product") and hasattr(item, "callspec"):
+        is_divided = half == "second" or item.get_closest_marker("product")
+        if is_divided and hasattr(item, "callspec"):
             # Each kernel on both.
             kernel = item.callspec.params.get("backend")
             groups[item.nodeid.split("[")[0], kernel].append(item)
