@@ -4,6 +4,7 @@ as a reader would. What they print is compared with what the page shows."""
 import importlib.util
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import jax
@@ -148,7 +149,7 @@ def test_reference_has_every_optimizer():
         name
         for name, value in vars(fq).items()
         if inspect.isfunction(value)
-        and inspect.signature(value).return_annotation in (fq.Optimizer, "Optimizer")
+        and typing.get_type_hints(value).get("return") is fq.Optimizer
     }
     assert made == {*OPTIMIZERS, "add_updates", "optimizer"} and made <= documented
 
