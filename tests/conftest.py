@@ -89,8 +89,8 @@ def pytest_addoption(parser):
         "--half",
         choices=["first", "second"],
         help="CI runs one half on each of two Pythons. The first: all tests, but half "
-        "of the cases of those that are marked as `product`. The second: the other half "
-        "of these, and half of the cases of all other tests.",
+        "of the cases of those that are marked as `product`. The second: the other "
+        "half of these, and half of the cases of all other tests.",
     )
 
 
