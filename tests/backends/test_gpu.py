@@ -142,13 +142,15 @@ _OPERATIONS = {
         *[jnp.exp2, jnp.expm1, jnp.log1p, jnp.cbrt, jnp.sin, jnp.cos, jnp.tan],
         *[jnp.arcsin, jnp.arccos, jnp.arctan, jnp.sinh, jnp.cosh, jnp.tanh],
         *[jnp.arcsinh, jnp.arctanh, jax.lax.erf, jax.lax.erfc, jax.lax.logistic],
-        *[jax.lax.lgamma, jnp.isfinite],
+        jnp.isfinite,
     ]
 } | {
     "sqrt": lambda x: jnp.sqrt(jnp.abs(x)),
     "log": lambda x: jnp.log(2 + x),
     "log2": lambda x: jnp.log2(2 + x),
     "rsqrt": lambda x: jax.lax.rsqrt(2 + x),
+    # XLA's differs more where it is small.
+    "lgamma": lambda x: jax.lax.lgamma(40 + x),
     "acosh": lambda x: jnp.arccosh(3 + x),
     "pow": lambda x: (2 + x) ** x,
     "integer_pow": lambda x: (2 + x) ** -3 + x**2 + x**5,
@@ -205,10 +207,11 @@ def test_operations():
         optim = fq.optimizer(Operations(), 1.0, storage=storage, backend=backend)
         _, state = jax.jit(optim.step)(params, optim.init(params), grads)
         found[backend] = {name: float64(x["w"]) for name, x in state.moments.items()}
-    for name, expected in found["xla"].items():
-        # Functions of the C library are within some units in the last place.
-        close = np.isclose(found["gpu"][name], expected, rtol=2**-20, atol=2**-22)
-        assert np.all(close), name
+    # Functions of the C library are within some units in the last place.
+    is_close = ft.partial(np.allclose, rtol=2**-20, atol=2**-22)
+    found_there, expected = found["gpu"], found["xla"]
+    wrong = [x for x in expected if not is_close(found_there[x], expected[x])]
+    assert not wrong
 
 
 # Shapes, axes of groups, and sizes of groups.
