@@ -1,0 +1,136 @@
+"""A function with another implementation on each platform."""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.interpreters import batching, mlir
+
+from .primitives import Primitive
+
+
+class ByPlatform:
+    """A function with another implementation on each platform. Unlike those of
+    `jax.lax.platform_dependent`, only the one of the platform that a program is
+    compiled for is ever traced.
+
+    `implementation(key, platform)` is the function for programs of a platform, of which
+    `"default"` stands for all that `serve` was not called with. It takes the operands,
+    and returns arrays as those of the last operand, `like`.
+    """
+
+    def __init__(
+        self, name: str, implementation: Callable[[Any, str], Callable[..., Any]]
+    ):
+        self.name = name
+        self._implementation = implementation
+        # Traced once in a process, whatever the program.
+        self._function = functools.lru_cache(maxsize=1024)(self._make_function)
+        self._primitive = Primitive(name)
+        self._primitive.multiple_results = True
+        self._primitive.def_impl(self._compute)
+        self._primitive.def_abstract_eval(_avals_of_like)
+        batching.primitive_batchers[self._primitive] = self._batch
+        mlir.register_lowering(self._primitive, partial(self._lower, "default"))
+        self._served: set[str] = set()
+
+    def serve(self, platform: str) -> None:
+        """From now on, programs for this platform have an implementation of their
+        own."""
+        if platform not in self._served:
+            self._served.add(platform)
+            rule = partial(self._lower, platform)
+            mlir.register_lowering(self._primitive, rule, platform=platform)
+
+    def __call__(self, key: Hashable, *operands: Any) -> Any:
+        flat, structure = jtu.tree_flatten(operands)
+        likes, structure_of_like = jtu.tree_flatten(operands[-1])
+        new = self._primitive.bind(
+            *flat,
+            key=key,
+            structure=structure,
+            likes=len(likes),
+            # Of each `vmap` around it, which operands have an axis of its members.
+            maps=(),
+            # As when it was traced.
+            mesh=jax.sharding.get_abstract_mesh(),
+            x64=bool(jax.config.jax_enable_x64),
+        )
+        return structure_of_like.unflatten(new)
+
+    def function_of(self, params: Mapping[str, Any], platform: str) -> Callable:
+        """What an equation of this primitive with these parameters computes there."""
+        key, structure, maps = [params[x] for x in ("key", "structure", "maps")]
+        return self._function(platform, key, structure, maps)
+
+    def _make_function(
+        self,
+        platform: str,
+        key: Hashable,
+        structure: Any,
+        maps: tuple[tuple[bool, ...], ...],
+    ) -> Callable[..., list[Any]]:
+        """The implementation, of flat arrays."""
+
+        def function(*flat: Any) -> list[Any]:
+            compute = self._implementation(key, platform)
+            return jtu.tree_leaves(compute(*structure.unflatten(flat)))
+
+        for mapped in maps:
+            in_axes = tuple([0 if x else None for x in mapped])
+            function = jax.vmap(function, in_axes=in_axes)
+        return jax.jit(function)
+
+    def _compute(
+        self, *flat: Any, key: Hashable, structure: Any, maps: Any, **_: Any
+    ) -> list[Any]:
+        """Without compiling it."""
+        devices = {device for x in flat for device in getattr(x, "devices", set)()}
+        platform = devices.pop().platform if devices else "default"
+        platform = {"gpu": "cuda"}.get(platform, platform)
+        return self._function(platform, key, structure, maps)(*flat)
+
+    def _lower(
+        self,
+        platform: str,
+        ctx: Any,
+        *flat: Any,
+        key: Hashable,
+        structure: Any,
+        maps: Any,
+        mesh: Any,
+        x64: bool,
+        **_: Any,
+    ) -> Any:
+        function = self._function(platform, key, structure, maps)
+        with jax.sharding.use_abstract_mesh(mesh), jax.enable_x64(x64):
+            return mlir.lower_fun(function, multiple_results=True)(ctx, *flat)
+
+    def _batch(
+        self, flat: Sequence[Any], axes: Sequence[Any], **params: Any
+    ) -> tuple[list[Any], list[int]]:
+        is_mapped = [axis is not None for axis in axes]
+        arrays = [
+            x if axis is None else jnp.moveaxis(x, axis, 0)
+            for x, axis in zip(flat, axes, strict=True)
+        ]
+        size = arrays[is_mapped.index(True)].shape[0]
+        # What is new depends on all operands.
+        first_like = len(flat) - params["likes"]
+        for i in range(first_like, len(flat)):
+            if not is_mapped[i]:
+                arrays[i] = jnp.broadcast_to(arrays[i], (size, *arrays[i].shape))
+        is_mapped[first_like:] = [True] * params["likes"]
+        params["maps"] = (*params["maps"], tuple(is_mapped))
+        return self._primitive.bind(*arrays, **params), [0] * params["likes"]
+
+
+def _avals_of_like(*avals: Any, likes: int, **_: Any) -> list[Any]:
+    # What varies over an axis of a mesh makes everything vary.
+    varying = frozenset().union(*[getattr(x, "vma", ()) for x in avals])
+    new = [x.update(weak_type=False) for x in avals[len(avals) - likes :]]
+    return [x.update(vma=varying) if varying else x for x in new]
