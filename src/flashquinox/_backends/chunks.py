@@ -11,7 +11,7 @@ others, and leaves what is done as it is. Shorter leaves share chunks.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.lax as lax
@@ -28,8 +28,19 @@ from .._tile.tile import (
     TileState,
     update_tile,
 )
-from .chunk_plan import Piece, Plan, plan_chunks
-from .groups import Groups, put
+from .chunk_moves import (
+    Chunk,
+    joined,
+    Leaves,
+    load_pieces,
+    load_window,
+    map_arrays,
+    Starts,
+    store_pieces,
+    store_window,
+)
+from .chunk_plan import Plan, plan_chunks
+from .groups import Groups
 
 
 # Elements of a chunk; its arrays fill 5 MB. The fastest on two cores of an EPYC 7763
@@ -42,31 +53,12 @@ _MOST_ELEMENTS = 1 << 31
 _CASES = 4
 
 
-class _Chunk(NamedTuple):
-    """Groups of whichever leaves, in arrays of one axis. `leaf` tells the number of the
-    leaf of each group."""
-
-    leaf: Int32[Array, " groups"]
-    grad: Shaped[Array, " elements"]
-    old: TileState
-
-
-class _Starts(NamedTuple):
-    """Where a window begins."""
-
-    element: Int32[Array, ""]
-    group: Int32[Array, ""]
-
-
-_Leaves: TypeAlias = dict[int, TileState]
-
-
 class _Case(NamedTuple):
     """What a turn of the loop does if its chunk is one of these leaves."""
 
     leaves: tuple[int, ...]
-    load: Callable[[_Starts, dict[int, Array], _Leaves, _Chunk], _Chunk]
-    store: Callable[[_Starts, TileState, _Leaves], _Leaves]
+    load: Callable[[Starts, dict[int, Array], Leaves, Chunk], Chunk]
+    store: Callable[[Starts, TileState, Leaves], Leaves]
 
 
 def takes(leaf: Groups) -> bool:
@@ -97,13 +89,13 @@ def update_in_chunks(
     flat = lambda leaf, x: x.reshape(-1) if leaf.in_order else x
     flat_grads = dict(enumerate(map(flat, leaves, grads)))
     state = {
-        i: _map(partial(flat, leaf), jnp.ravel, own)
+        i: map_arrays(partial(flat, leaf), jnp.ravel, own)
         for i, (leaf, own) in enumerate(zip(leaves, old, strict=True))
     }
     if not plan.windows and len(plan.shared) == 1:
         (pieces,) = plan.shared
-        chunk = _boundary(_joined(leaves, pieces, flat_grads, state))
-        new = _store_pieces(leaves, pieces, None, _boundary(update(chunk)), state)
+        chunk = _boundary(joined(leaves, pieces, flat_grads, state))
+        new = store_pieces(leaves, pieces, None, _boundary(update(chunk)), state)
     else:
         new = _loop(leaves, plan, update, flat_grads, state)
     return jtu.tree_map(
@@ -116,22 +108,22 @@ def update_in_chunks(
 def _loop(
     leaves: tuple[Groups, ...],
     plan: Plan,
-    update: Callable[[_Chunk], TileState],
+    update: Callable[[Chunk], TileState],
     grads: dict[int, Array],
-    old: _Leaves,
-) -> _Leaves:
+    old: Leaves,
+) -> Leaves:
     cases, turns = _cases(leaves, plan)
     batches = [cases[i : i + _CASES] for i in range(0, len(cases), _CASES)]
     size = leaves[0].size
     moved = any([window.done > 0 for window in plan.windows])
 
-    def turn(i: Int32[Array, ""], carry: tuple[_Leaves, _Chunk]) -> Any:
+    def turn(i: Int32[Array, ""], carry: tuple[Leaves, Chunk]) -> Any:
         state, chunk = carry
         # XLA may compile a loop into one function for one thread, and takes minutes to
         # compile this one so: but no loop with a sort in it.
         i = lax.sort(jnp.stack([i, np.int32(len(turns))]))[0]
         number, group, done = jnp.asarray(turns).at[i].get(mode="promise_in_bounds")
-        starts = _Starts(group * size, group)
+        starts = Starts(group * size, group)
         for k, batch in enumerate(batches):
             loads = [partial(_call_load, case) for case in batch]
             operands = starts, _of(batch, grads), _of(batch, state), chunk
@@ -147,10 +139,10 @@ def _loop(
         return state, chunk
 
     # Not read: each turn loads its own.
-    nothing = _Chunk(
+    nothing = Chunk(
         jnp.zeros(plan.size, jnp.int32),
         jnp.zeros(plan.size * size, grads[0].dtype),
-        _map(
+        map_arrays(
             lambda x: jnp.zeros(plan.size * size, x.dtype),
             lambda x: jnp.zeros(plan.size, x.dtype),
             old[0],
@@ -180,7 +172,7 @@ def _unless(done: Bool[Array, " groups"], old: TileState, new: TileState) -> Til
         chosen = jnp.where(done[:, None], old.reshape(groups), new.reshape(groups))
         return chosen.reshape(new.shape)
 
-    return _map(of_elements, partial(jnp.where, done), old, new)
+    return map_arrays(of_elements, partial(jnp.where, done), old, new)
 
 
 def _cases(
@@ -193,148 +185,23 @@ def _cases(
     for window in plan.windows:
         leaf = window.leaf
         if not cases or cases[-1].leaves != (leaf,):
-            load = partial(_load_window, plan.size, leaves[leaf].size, leaf)
-            cases.append(_Case((leaf,), load, partial(_store_window, leaf)))
+            load = partial(load_window, plan.size, leaves[leaf].size, leaf)
+            cases.append(_Case((leaf,), load, partial(store_window, leaf)))
         turns.append((len(cases) - 1, window.start, window.done))
     for pieces in plan.shared:
-        load = partial(_load_pieces, leaves, pieces)
-        store = partial(_store_pieces, leaves, pieces)
+        load = partial(load_pieces, leaves, pieces)
+        store = partial(store_pieces, leaves, pieces)
         turns.append((len(cases), 0, 0))
         cases.append(_Case(tuple([piece.leaf for piece in pieces]), load, store))
     return cases, np.asarray(turns, np.int32)
 
 
-def _load_window(
-    number: int,
-    size: int,
-    leaf: int,
-    starts: _Starts,
-    grads: dict[int, Array],
-    state: _Leaves,
-    before: _Chunk,
-) -> _Chunk:
-    del before
-
-    def take(start: Array, length: int) -> Callable[[Array], Array]:
-        return lambda x: lax.dynamic_slice(
-            x, (start,), (length,), allow_negative_indices=False
-        )
-
-    elements, groups = take(starts.element, number * size), take(starts.group, number)
-    return _Chunk(
-        jnp.full(number, leaf, jnp.int32),
-        elements(grads[leaf]),
-        _map(elements, groups, state[leaf]),
-    )
-
-
-def _store_window(
-    leaf: int, starts: _Starts, new: TileState, state: _Leaves
-) -> _Leaves:
-    elements = lambda x, part: put(x, starts.element, part)
-    groups = lambda x, part: put(x, starts.group, part)
-    return {leaf: _map(elements, groups, state[leaf], new)}
-
-
-def _load_pieces(
-    leaves: tuple[Groups, ...],
-    pieces: tuple[Piece, ...],
-    starts: _Starts,
-    grads: dict[int, Array],
-    state: _Leaves,
-    before: _Chunk,
-) -> _Chunk:
-    """The rest of the chunk is as it was before."""
-    del starts
-    first, chunk = 0, before
-    for piece in pieces:
-        loaded = _joined(leaves, (piece,), grads, state)
-        elements = lambda x, part, first=first: put(x, first * leaves[0].size, part)
-        groups = lambda x, part, first=first: put(x, first, part)
-        chunk = _Chunk(
-            groups(chunk.leaf, loaded.leaf),
-            elements(chunk.grad, loaded.grad),
-            _map(elements, groups, chunk.old, loaded.old),
-        )
-        first += piece.number
-    return chunk
-
-
-def _joined(
-    leaves: tuple[Groups, ...],
-    pieces: tuple[Piece, ...],
-    grads: dict[int, Array],
-    state: _Leaves,
-) -> _Chunk:
-    """These groups, one after another."""
-
-    def join(parts: list[Array]) -> Array:
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-    def elements(*arrays: Array) -> Array:
-        each = zip(pieces, arrays, strict=True)
-        return join([leaves[p.leaf].take(x, p.start, p.number) for p, x in each])
-
-    def groups(*arrays: Array) -> Array:
-        each = zip(pieces, arrays, strict=True)
-        return join([lax.slice_in_dim(x, p.start, p.start + p.number) for p, x in each])
-
-    leaf = np.repeat(
-        np.asarray([piece.leaf for piece in pieces], np.int32),
-        [piece.number for piece in pieces],
-    )
-    return _Chunk(
-        jnp.asarray(leaf),
-        elements(*[grads[piece.leaf] for piece in pieces]),
-        _map(elements, groups, *[state[piece.leaf] for piece in pieces]),
-    )
-
-
-def _store_pieces(
-    leaves: tuple[Groups, ...],
-    pieces: tuple[Piece, ...],
-    starts: _Starts | None,
-    new: TileState,
-    state: _Leaves,
-) -> _Leaves:
-    del starts
-    first, stored = 0, {}
-    for leaf, start, number in pieces:
-        size, end = leaves[leaf].size, first + number
-        own = _map(
-            lambda x, first=first * size, end=end * size: x[first:end],
-            lambda x, first=first, end=end: x[first:end],
-            new,
-        )
-        stored[leaf] = _map(
-            lambda x, part, leaf=leaf, start=start: leaves[leaf].put(x, start, part),
-            lambda x, part, start=start: put(x, start, part),
-            state[leaf],
-            own,
-        )
-        first = end
-    return stored
-
-
-def _call_load(case: _Case, *operands: Any) -> _Chunk:
+def _call_load(case: _Case, *operands: Any) -> Chunk:
     return case.load(*operands)
 
 
-def _call_store(
-    case: _Case, starts: _Starts, new: TileState, state: _Leaves
-) -> _Leaves:
+def _call_store(case: _Case, starts: Starts, new: TileState, state: Leaves) -> Leaves:
     return state | case.store(starts, new, state)
-
-
-def _map(
-    of_elements: Callable[..., Array], of_groups: Callable[..., Array], *each: TileState
-) -> TileState:
-    """Applies functions to the arrays of several states that correspond: to those with
-    an entry for each element, and to those with one for each group."""
-    of = lambda state: (state.weight, state.correction, state.codes)
-    weight, correction, codes = jtu.tree_map(of_elements, *map(of, each))
-    scales = jtu.tree_map(of_groups, *[state.scales for state in each])
-    return TileState(weight, correction, codes, scales)
 
 
 def _update_chunk(
@@ -342,7 +209,7 @@ def _update_chunk(
     size: int,
     scalars: StepScalars,
     of_leaves: tuple[LeafScalars, ...],
-    chunk: _Chunk,
+    chunk: Chunk,
 ) -> TileState:
     # Each group is a tile, with the scalars of its own leaf.
     leaf, axis = of_leaves[0], None

@@ -53,8 +53,8 @@ class Gpu(AbstractBackend):
         return False
 
     def view(self, step: LeafStep) -> View | None:
-        from .expressions import Unsupported
         from .translation import translation_of
+        from .types import Unsupported
 
         arrays = jtu.tree_leaves((step.grad, step.old))
         is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TYPE_CHECKING
 
 from ... import _compat
-from .expressions import Unsupported
+from .types import Unsupported
 from .values import declared, indented, Kind, STACKED, Value, VARIED
 
 

@@ -1,11 +1,9 @@
 """Operations of traced functions as expressions of CUDA C++."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-import numpy as np
 
 from ..._common.arithmetic import (
     accurate_quotient,
@@ -15,19 +13,15 @@ from ..._common.arithmetic import (
     rounded_quotient,
     rounded_root,
 )
-
-
-class Unsupported(Exception):
-    """An operation or a dtype that kernels do not have. The text names it."""
-
-
-class Operand(NamedTuple):
-    """A value as an expression, whose dtype is that of its variable."""
-
-    text: str
-    dtype: Any
-    # Whether it is the same for all elements of a leaf.
-    is_uniform: bool
+from .types import (
+    converted,
+    is_float,
+    narrowed,
+    Operand,
+    type_of,
+    Unsupported,
+    widened,
+)
 
 
 class Call(NamedTuple):
@@ -51,51 +45,6 @@ class Call(NamedTuple):
 Rule: TypeAlias = Callable[[Call], str]
 
 
-_TYPES = {
-    "float32": "float",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "int32": "int",
-    "uint32": "unsigned",
-    "int16": "short",
-    "uint16": "unsigned short",
-    "int8": "signed char",
-    "uint8": "unsigned char",
-    "bool": "bool",
-}
-# Floating-point numbers that are stored, and not computed with.
-_NARROW = {"bfloat16", "float16"}
-
-
-def type_of(dtype: Any) -> str:
-    """The type of variables of a dtype."""
-    name = jnp.dtype(dtype).name
-    if name not in _TYPES:
-        raise Unsupported(f"numbers of {name}")
-    return _TYPES[name]
-
-
-def literal(x: Any) -> str:
-    """A number."""
-    number = np.asarray(x)
-    if number.shape:
-        raise Unsupported("an array of constants")
-    kind = type_of(number.dtype)
-    if number.dtype == jnp.bool_:
-        return "true" if number else "false"
-    if jnp.issubdtype(number.dtype, jnp.integer):
-        # -2^31 as an expression is the negative of a number that is no int.
-        return f"({kind}){int(number) & 0xFFFF_FFFF:#x}u"
-    wide = float(number.astype(np.float32))
-    text = f"{wide.hex()}f"
-    if not math.isfinite(wide):
-        bits = int(np.float32(wide).view(np.uint32))
-        text = f"bit_cast<float>({bits:#x}u)"
-    elif wide < 0 or text.startswith("-"):
-        text = f"({text})"
-    return _narrowed(text, number.dtype)
-
-
 def expression(primitive: Any, call: Call) -> str:
     """The result of an operation on single elements."""
     function = Replaceable.of(primitive)
@@ -105,57 +54,14 @@ def expression(primitive: Any, call: Call) -> str:
     return rule(call)
 
 
-#
-# Conversions
-#
-
-
-def _is_narrow(dtype: Any) -> bool:
-    return jnp.dtype(dtype).name in _NARROW
-
-
-def _is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
-
-
-def _widened(x: Operand) -> str:
-    return f"widened({x.text})" if _is_narrow(x.dtype) else x.text
-
-
-def _narrowed(text: str, dtype: Any) -> str:
-    return f"as_{jnp.dtype(dtype).name}({text})" if _is_narrow(dtype) else text
-
-
-def converted(x: Operand, dtype: Any) -> str:
-    """A number in another dtype, as `astype` gives it."""
-    to = type_of(dtype)
-    if type_of(x.dtype) == to:
-        return x.text
-    wide = _widened(x)
-    if _is_float(dtype):
-        if not _is_float(x.dtype):
-            wide = f"(float){wide}"
-        return _narrowed(wide, dtype)
-    if to == "bool":
-        return f"({wide} != 0)"
-    if _is_float(x.dtype) and to not in ("int", "unsigned"):
-        return f"({to})(int)({wide})"
-    return f"({to})({wide})"
-
-
-#
-# Rules: an expression of the operands
-#
-
-
 def _of_floats(template: str) -> Rule:
     """Of floats alone, computed in float."""
 
     def rule(call: Call) -> str:
-        if not _is_float(call.operands[0].dtype):
+        if not is_float(call.operands[0].dtype):
             raise Unsupported(f"`{call.name}` of {call.operands[0].dtype}")
-        texts = [_widened(x) for x in call.operands]
-        return _narrowed(template.format(*texts), call.dtype)
+        texts = [widened(x) for x in call.operands]
+        return narrowed(template.format(*texts), call.dtype)
 
     return rule
 
@@ -165,7 +71,7 @@ def _of_numbers(of_floats: str, of_integers: str | None = None) -> Rule:
     compute = _of_floats(of_floats)
 
     def rule(call: Call) -> str:
-        if _is_float(call.operands[0].dtype):
+        if is_float(call.operands[0].dtype):
             return compute(call)
         to = type_of(call.dtype)
         # Signed ones must not overflow.
@@ -177,7 +83,7 @@ def _of_numbers(of_floats: str, of_integers: str | None = None) -> Rule:
 
 def _comparison(operator: str) -> Rule:
     def rule(call: Call) -> str:
-        x, y = map(_widened, call.operands)
+        x, y = map(widened, call.operands)
         return f"({x} {operator} {y})"
 
     return rule
@@ -189,8 +95,8 @@ def _bitwise(operator: str) -> Rule:
 
 def _extreme(name: str) -> Rule:
     def rule(call: Call) -> str:
-        x, y = map(_widened, call.operands)
-        return _narrowed(f"{name}({x}, {y})", call.dtype)
+        x, y = map(widened, call.operands)
+        return narrowed(f"{name}({x}, {y})", call.dtype)
 
     return rule
 
@@ -211,33 +117,33 @@ def _shift(name: str, unsigned: bool = True) -> Rule:
 
 def _divide(call: Call) -> str:
     x, y = call.operands
-    if not _is_float(x.dtype):
+    if not is_float(x.dtype):
         return f"({x.text} / {y.text})"
-    x, y = _widened(x), _widened(y)
+    x, y = widened(x), widened(y)
     # Of numbers that all elements share, for the cost of nothing.
     exact = f"rounded_quotient({x}, {y})"
-    return _narrowed(
+    return narrowed(
         exact if call.is_uniform else f"({x} * reciprocal({y}))", call.dtype
     )
 
 
 def _take_root(call: Call) -> str:
-    (x,) = map(_widened, call.operands)
+    (x,) = map(widened, call.operands)
     function = "rounded_root" if call.is_uniform else "square_root"
-    return _narrowed(f"{function}({x})", call.dtype)
+    return narrowed(f"{function}({x})", call.dtype)
 
 
 def _absolute(call: Call) -> str:
     (x,) = call.operands
-    if _is_float(x.dtype):
-        return _narrowed(f"fabsf({_widened(x)})", call.dtype)
+    if is_float(x.dtype):
+        return narrowed(f"fabsf({widened(x)})", call.dtype)
     return f"({type_of(call.dtype)})({x.text} < 0 ? 0u - {x.text} : {x.text})"
 
 
 def _sign(call: Call) -> str:
     (x,) = call.operands
-    if _is_float(x.dtype):
-        return _narrowed(f"sign({_widened(x)})", call.dtype)
+    if is_float(x.dtype):
+        return narrowed(f"sign({widened(x)})", call.dtype)
     return f"({type_of(call.dtype)})(({x.text} > 0) - ({x.text} < 0))"
 
 
@@ -257,36 +163,36 @@ def _select(call: Call) -> str:
 
 
 def _clamp(call: Call) -> str:
-    low, x, high = map(_widened, call.operands)
-    return _narrowed(f"minimum(maximum({x}, {low}), {high})", call.dtype)
+    low, x, high = map(widened, call.operands)
+    return narrowed(f"minimum(maximum({x}, {low}), {high})", call.dtype)
 
 
 def _integer_power(call: Call) -> str:
-    (x,) = map(_widened, call.operands)
-    return _narrowed(f"power<{call.params['y']}>({x})", call.dtype)
+    (x,) = map(widened, call.operands)
+    return narrowed(f"power<{call.params['y']}>({x})", call.dtype)
 
 
 def _round(call: Call) -> str:
-    (x,) = map(_widened, call.operands)
+    (x,) = map(widened, call.operands)
     # 0 is away from zero, 1 to even.
     function = "rintf" if int(call.params["rounding_method"]) == 1 else "roundf"
-    return _narrowed(f"{function}({x})", call.dtype)
+    return narrowed(f"{function}({x})", call.dtype)
 
 
 def _remainder(call: Call) -> str:
     x, y = call.operands
-    if _is_float(x.dtype):
-        return _narrowed(f"fmodf({_widened(x)}, {_widened(y)})", call.dtype)
+    if is_float(x.dtype):
+        return narrowed(f"fmodf({widened(x)}, {widened(y)})", call.dtype)
     return f"({x.text} % {y.text})"
 
 
 def _polynomial(call: Call) -> str:
     """By Horner's rule. The coefficient of the highest power is the last one."""
-    x, *coefficients = map(_widened, call.operands)
+    x, *coefficients = map(widened, call.operands)
     text = coefficients.pop()
     for coefficient in reversed(coefficients):
         text = f"({text} * {x} + {coefficient})"
-    return _narrowed(text, call.dtype)
+    return narrowed(text, call.dtype)
 
 
 def _same(call: Call) -> str:
@@ -324,7 +230,7 @@ _RULES: dict[str, Rule] = {
     "select_n": _select,
     "integer_pow": _integer_power,
     "round": _round,
-    "is_finite": lambda call: f"(fabsf({_widened(call.operands[0])}) <= FLT_MAX)",
+    "is_finite": lambda call: f"(fabsf({widened(call.operands[0])}) <= FLT_MAX)",
     "convert_element_type": lambda call: converted(call.operands[0], call.dtype),
     "bitcast_convert_type": lambda call: (
         f"bit_cast<{type_of(call.dtype)}>({call.texts[0]})"

@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .expressions import type_of
 from .translation import Translation
+from .types import type_of
 from .view import THREADS, Threads, View
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ... import _compat
 from . import control_flow
-from .expressions import Call, expression, literal, Operand, type_of, Unsupported
+from .expressions import Call, expression
+from .types import literal, Operand, type_of, Unsupported
 from .values import (
     declared,
     indented,

@@ -9,8 +9,8 @@ import jax.tree_util as jtu
 
 from ... import _compat
 from ..._tile.tile import StepScalars, StepStructure, TileState, update_tile
-from .expressions import type_of
 from .statements import Walk
+from .types import type_of
 from .values import declared, Kind, TILE, Value
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .expressions import type_of, Unsupported
+from .types import type_of, Unsupported
 
 
 # A tile that stands for all: groups, and elements of each.
