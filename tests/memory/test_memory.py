@@ -1,5 +1,6 @@
 """What is said of memory beforehand, against what is compiled."""
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import flashquinox as fq
 from flashquinox.__main__ import main
 from flashquinox._memory import architectures, command
+from flashquinox._memory.adapters import with_adapters
 
 from ..helpers import slow
 from ..kernels import compiling_for, tpu_devices
@@ -390,10 +392,61 @@ def test_categories():
     assert step.moments == 2 * (2560 + 4 * 10 + 4 * 5)
     # Groups along both axes.
     assert step.scales == 2 * 2 * 80
-    assert step.other == 4 * 7 + 4
+    assert step.frozen == 4 * 7 and step.other == 4
     mixed = fq.memory_plan(model, fq.adamw(1e-3)).mixed_precision
     assert mixed.master_weights == 4 * 2570 and mixed.moments == 8 * 2575
     assert mixed.corrections == mixed.scales == 0
+
+
+def test_trainable_parts():
+    struct = jax.ShapeDtypeStruct
+    model = {
+        "codes": struct((64, 128), jnp.uint4),
+        "scale": struct((64, 2), jnp.bfloat16),
+        "down": struct((8, 128), jnp.bfloat16),
+        "norm": [struct((3,), jnp.float32)],
+    }
+    spec = {"codes": False, "scale": False, "down": True, "norm": False}
+    step = fq.memory_plan(model, fq.adamw(1e-3), trainable=spec).step
+    assert step.parameters == 8 * 128
+    assert step.weights == step.gradients == 2 * 8 * 128
+    assert step.corrections == 8 * 128
+    # Two codes share a byte, as in the arguments of a compiled program.
+    assert step.frozen == 64 * 128 // 2 + 2 * 64 * 2 + 4 * 3
+    compiled = jax.jit(lambda x: x).lower(model["codes"]).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == 64 * 128 // 2
+    # The same as of the part alone, and what is frozen.
+    part = fq.memory_plan({"down": model["down"]}, fq.adamw(1e-3)).step
+    assert dataclasses.replace(step, frozen=0) == part
+    text = str(fq.memory_plan(model, fq.adamw(1e-3), trainable=spec))
+    assert "frozen" in text and "bytes per trained parameter" in text
+    with pytest.raises(ValueError, match="looks like a scale"):
+        fq.memory_plan(model, fq.adamw(1e-3))
+    with pytest.raises(TypeError, match=r"True and False .* got 'yes' for `.*codes"):
+        fq.memory_plan(model, fq.adamw(1e-3), trainable=spec | {"codes": "yes"})
+    with pytest.raises(ValueError, match="`trainable` has nothing at"):
+        fq.memory_plan(model, fq.adamw(1e-3), trainable={"down": True})
+
+
+def test_adapters_of_a_preset():
+    """What `--lora` and `--base` add, counted by hand: Llama's layers have 7 matrices,
+    (out, in)."""
+    shapes = architectures.PRESETS["llama-3.2-1b"]
+    matrices = [x[1:] for x in shapes["blocks"].values() if len(x) == 3]
+    assert len(matrices) == 7
+    model = architectures.structs(shapes, jnp.bfloat16)
+    before = fq.memory_plan(model, fq.adamw(1e-3))
+    elements = 16 * sum(out * into for out, into in matrices)
+    for base, expected in {
+        None: 2 * elements,
+        "int8": elements + 2 * 16 * sum(out for out, _ in matrices),
+        "nf4": elements // 2 + 2 * elements // 64,
+    }.items():
+        adapted, trainable = with_adapters(model, 4, base)
+        plan = fq.memory_plan(adapted, fq.adamw(1e-3), trainable=trainable)
+        assert plan.parameters == 16 * 4 * sum(out + into for out, into in matrices)
+        others = before.step.weights - 2 * elements
+        assert plan.step.frozen == expected + others
 
 
 def test_where_weights_are():
@@ -661,6 +714,10 @@ def test_help(capsys, command):
             "takes a whole number from 1 to 2147483647; got 'two'",
         ),
         ("plan --params=7B --optimizer=adagrad", "invalid choice: 'adagrad'"),
+        ("plan --model=gpt2-124m --lora=0", "--lora: takes a whole number from 1"),
+        ("plan --model=gpt2-124m --lora=8 --base=int2", "invalid choice: 'int2'"),
+        ("plan --model=gpt2-124m --base=int8", "--base: only with --lora"),
+        ("plan --params=7B --lora=8", "--lora: needs a model with layers"),
         ("plan --params=7B --momentum=0.9", "--momentum: only of sgd and sgdw"),
         (
             "plan --params=7B --optimizer=sgd --momentum=2",

@@ -15,6 +15,7 @@ from .._optimizer.catalog import OPTIMIZERS
 from .._optimizer.optimizer import Optimizer
 from .._storage.storage import Storage
 from . import architectures
+from .adapters import with_adapters
 from .plan import memory_plan
 from .report import MemoryPlan
 
@@ -27,14 +28,19 @@ def run_plan(settings: argparse.Namespace) -> None:
             'pip install "flashquinox[plot]"'
         )
     name, shapes = shapes_of(settings)
-    parts = {}
+    model = architectures.structs(shapes, jnp.dtype(settings.dtype))
+    parts: dict[str, Any] = {}
+    if settings.lora is not None:
+        model, parts["trainable"] = with_adapters(model, settings.lora, settings.base)
+        name += f", LoRA of rank {settings.lora}"
+        name += f" on {settings.base}" if settings.base else ""
     if "blocks" in shapes:
         for part in ("blocks", "prologue", "epilogue"):
             parts[part] = getattr(architectures, part)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan = memory_plan(
-            architectures.structs(shapes, jnp.dtype(settings.dtype)),
+            model,
             make_optimizer(settings),
             settings.devices,
             **parts,
@@ -53,7 +59,8 @@ def run_plan(settings: argparse.Namespace) -> None:
         found = {"title": title} | as_json(plan) | {"written": written}
         print(json.dumps(found, indent=1))
         return
-    print(f"{title}: {plan.parameters:,} parameters\n")
+    trained = " trained" if settings.lora is not None else ""
+    print(f"{title}: {plan.parameters:,}{trained} parameters\n")
     print(plan.table(settings.device_memory))
     straddling = sum("hold no whole groups" in str(x.message) for x in caught)
     if straddling > 0:
@@ -67,6 +74,10 @@ def run_plan(settings: argparse.Namespace) -> None:
 
 def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
     """The name and the shapes of the chosen model."""
+    if settings.base is not None and settings.lora is None:
+        raise ValueError("--base: only with --lora, as a quantized base is not trained")
+    if settings.lora is not None and settings.params is not None:
+        raise ValueError("--lora: needs a model with layers; pass --model or --config")
     if settings.model is not None:
         if settings.model not in architectures.PRESETS:
             names = ", ".join(architectures.PRESETS)

@@ -11,6 +11,7 @@ from .._optimizer.catalog import OPTIMIZERS
 from .._storage.moment_codecs import MomentCodecs
 from .._storage.storage import AUTO_BITS, Storage
 from . import architectures
+from .adapters import BASES
 from .plan import MOST_DEVICES
 
 
@@ -24,6 +25,7 @@ examples:
   %(prog)s --model llama-3.1-8b --devices 8 --optimizer adamw
   %(prog)s --params 7e9 --optimizer lion --device-memory 80GB
   %(prog)s --config path/to/model --devices 16 --plot plan.png
+  %(prog)s --model llama-3.1-8b --lora 16 --base nf4
 
 models:
   {", ".join(list(architectures.PRESETS)[:4])}
@@ -66,6 +68,20 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         choices=tuple(OPTIMIZERS),
         help=f"one of {', '.join(OPTIMIZERS)} (adamw)",
         metavar="NAME",
+    )
+    add(
+        "--lora",
+        type=whole,
+        metavar="RANK",
+        help="train adapters of this rank on the matrices of the layers, and nothing "
+        "else (train all weights)",
+    )
+    add(
+        "--base",
+        choices=tuple(BASES),
+        metavar="NAME",
+        help=f"with --lora: those matrices as codes, {' or '.join(BASES)}, and scales, "
+        "one for each row or for each 64 elements of it (in the dtype of the weights)",
     )
     add("--momentum", type=float, metavar="B", help="of sgd and sgdw (none)")
     add(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
@@ -39,4 +40,14 @@ def elements_on_device(x: Any) -> int:
 
 
 def bytes_on_device(arrays: Iterable[Any]) -> int:
-    return sum(elements_on_device(x) * x.dtype.itemsize for x in arrays)
+    return sum(math.ceil(elements_on_device(x) * _bits(x.dtype) / 8) for x in arrays)
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of an element. On devices, those of fewer than 8 share bytes, which
+    `itemsize` does not say."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return 8 * dtype.itemsize

@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -47,6 +48,7 @@ def memory_plan(
     blocks: Callable[[PyTree], PyTree] | None = None,
     prologue: Callable[[PyTree], PyTree] | None = None,
     epilogue: Callable[[PyTree], PyTree] | None = None,
+    trainable: PyTree | None = None,
 ) -> MemoryPlan:
     r"""The memory of each device in training: weights, corrections, moments, scales and
     gradients. Nothing is allocated, and no devices are needed.
@@ -88,6 +90,10 @@ def memory_plan(
     - `prologue`, `epilogue`: for gradient release: functions from the model to the
         parts that are read before and after the blocks. `None` means everything outside
         of the blocks.
+    - `trainable`: which leaves are trained, if not all: a tree of `True` and `False`
+        of the structure of the model, or a prefix of it, as for `eqx.partition`. The
+        others are frozen; they may be codes and scales of quantized weights.
+        Elements of fewer than 8 bits share bytes.
 
     **Returns:**
 
@@ -115,13 +121,18 @@ def memory_plan(
         )
     }
     explicit = _shardings(call, model, leaves, optim, mesh, blocks)
+    may_train = _trainable(call, trainable, leaves)
     leaves = [
         leaf._replace(value=as_struct(leaf.value, sharding))
         if is_array(leaf.value)
         else leaf
         for leaf, sharding in zip(leaves, explicit, strict=True)
     ]
-    state = _state(optim, rebuild([x.value for x in leaves]), explicit)
+    part = [
+        leaf.value if chosen else None
+        for leaf, chosen in zip(leaves, may_train, strict=True)
+    ]
+    state = _state(optim, rebuild(part), explicit)
     states = [x for x in _nodes(state, OptimizerState) if isinstance(x, OptimizerState)]
     if not states:
         raise TypeError(
@@ -136,7 +147,9 @@ def memory_plan(
         for i, leaf in enumerate(leaves)
         if is_array(leaf.value)
     }
-    trained = {i: x for i, x in arrays.items() if x.dtype in TRAINABLE_DTYPES}
+    trained = {
+        i: x for i, x in arrays.items() if x.dtype in TRAINABLE_DTYPES and may_train[i]
+    }
     moments = arrays_of_state(
         [tree for x in states for tree in x.moments.values()], there
     )
@@ -158,9 +171,8 @@ def memory_plan(
         moments=bytes_on_device(codes),
         scales=bytes_on_device(jtu.tree_leaves(moments)) - bytes_on_device(codes),
         gradients=weights,
-        other=bytes_on_device(arrays.values())
-        - weights
-        + bytes_on_device(jtu.tree_leaves([rest, [x.steps for x in states]])),
+        frozen=bytes_on_device(arrays.values()) - weights,
+        other=bytes_on_device(jtu.tree_leaves([rest, [x.steps for x in states]])),
     )
     narrow = [x for x in trained.values() if x.dtype in NARROW_DTYPES]
     whole = [x for x in trained.values() if elements_on_device(x) == math.prod(x.shape)]
@@ -180,6 +192,20 @@ def memory_plan(
         ),
         whole=bytes_on_device(whole) if devices > 1 else 0,
     )
+
+
+def _trainable(call: str, trainable: PyTree | None, leaves: list[Leaf]) -> list[bool]:
+    if trainable is None:
+        return [True] * len(leaves)
+    found = match(call, "trainable", trainable, leaves, prefix=True)
+    for leaf, value in zip(leaves, found, strict=True):
+        if not isinstance(value, bool | np.bool_ | None):
+            raise TypeError(
+                f"`{call}(trainable=...)` takes a tree of True and False of the "
+                f"structure of the model, or a prefix of it; got {shown(value)} for "
+                f"`{leaf.name}`."
+            )
+    return [bool(x) for x in found]
 
 
 def _nodes(tree: PyTree, kind: type) -> list[Any]:

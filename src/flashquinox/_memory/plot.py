@@ -14,6 +14,7 @@ _COLORS = {
     "master_weights": "#56B4E9",
     "moments": "#E69F00",
     "scales": "#D55E00",
+    "frozen": "#009E73",
     "other": "#F0E442",
     "gradients": "#BBBBBB",
 }

@@ -12,7 +12,7 @@ from .._common.text import aligned
 class DeviceMemory:
     """The bytes on one device in a [`flashquinox.MemoryPlan`][].
 
-    - `parameters`: the parameters of the model over the number of devices.
+    - `parameters`: the parameters that are trained, over the number of devices.
     - `weights`: the weights that are trained.
     - `corrections`: the corrections of bfloat16 and float16 weights.
     - `master_weights`: in mixed precision, the float32 weights.
@@ -20,8 +20,8 @@ class DeviceMemory:
     - `scales`: the scales of moments, and the parameters of codecs that learn.
     - `gradients`: the most that exist at one time, in the dtypes of the weights. `None`
         if that is not known.
-    - `other`: arrays of the model that are not trained, the number of steps, and the
-        state of Optax's wrappers.
+    - `frozen`: arrays of the model that are not trained.
+    - `other`: the number of steps, and the state of Optax's wrappers.
     """
 
     parameters: float
@@ -31,6 +31,7 @@ class DeviceMemory:
     moments: int
     scales: int
     gradients: int | None
+    frozen: int
     other: int
 
     @property
@@ -56,6 +57,7 @@ CATEGORIES = (
     "master_weights",
     "moments",
     "scales",
+    "frozen",
     "other",
     "gradients",
 )
@@ -113,7 +115,9 @@ class MemoryPlan:
         ]
         rows.append(("total", *of_all(cell)))
         share = max(1, self.step.parameters)
-        rows.append(("bytes per parameter", *of_all(lambda x: f"{x / share:.3f}")))
+        # Of frozen weights, nothing here knows how many parameters they are.
+        of = "trained parameter" if self._is_mostly_frozen() else "parameter"
+        rows.append((f"bytes per {of}", *of_all(lambda x: f"{x / share:.3f}")))
         if device_memory is not None:
             left = lambda x: (
                 f"{cell(device_memory - x)} left"
@@ -124,15 +128,21 @@ class MemoryPlan:
         notes = [textwrap.fill(note, 80) for note in self._notes()]
         return "\n".join([aligned(rows, left=1), "", *notes])
 
+    def _is_mostly_frozen(self) -> bool:
+        return self.step.frozen > self.step.weights
+
     def _notes(self) -> list[str]:
         mixed = self.mixed_precision
-        share = max(1, mixed.parameters)
-        notes = [
-            "Not in it: activations, and the temporaries of a step.",
+        beside = (
             "Mixed precision: Optax with float32 master weights and float32 moments, "
-            "beside the same weights and gradients; without gradients, "
-            f"{mixed.at_rest / share:.3f} bytes per parameter.",
-        ]
+            "beside the same weights and gradients"
+        )
+        if not self._is_mostly_frozen():
+            share = max(1, mixed.parameters)
+            beside += (
+                f"; without gradients, {mixed.at_rest / share:.3f} bytes per parameter"
+            )
+        notes = ["Not in it: activations, and the temporaries of a step.", f"{beside}."]
         if self.gradient_release.gradients is None:
             notes.append(
                 "Gradient release: not known here, as it takes the layers of a stack "

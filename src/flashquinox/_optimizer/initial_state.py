@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from .._backends import dispatch
 from .._common import meshes
 from .._common.dtypes import compute_dtype, NARROW_DTYPES
+from .._model.quantized import check_no_scales
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, Rebuild
 from .._rules.whole_leaf import AbstractMatrixRule, AnyRule
@@ -34,6 +35,7 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         index: leaf for index, leaf in enumerate(leaves) if is_trainable(leaf.value)
     }
     warn_of_nothing_to_train(call, leaves, trained)
+    check_no_scales(call, leaves, trained)
     rules = settings.rules(call, params, leaves)
     if trained:
         # What a step would find wrong.
