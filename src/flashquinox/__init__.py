@@ -3,6 +3,11 @@
 from ._checkpoint import serialization as _serialization  # noqa: F401
 from ._common.version import __version__ as __version__
 from ._model.decay_mask import decay_mask as decay_mask
+from ._optimizer.accumulate import (
+    accumulate as accumulate,
+    AccumulatingOptimizer as AccumulatingOptimizer,
+)
+from ._optimizer.accumulation_state import AccumulationState as AccumulationState
 from ._optimizer.adam import adam as adam, adamw as adamw
 from ._optimizer.adan import adan as adan
 from ._optimizer.add_updates import add_updates as add_updates

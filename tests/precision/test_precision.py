@@ -550,25 +550,34 @@ def test_special_weights_are_dithered(dtype):
 
 
 @_narrow_dtypes
-def test_small_steps_arrive(dtype):
-    """Of a hundredth of a unit: rounded to nearest, none does."""
-    unit = 2.0 ** -float(jnp.finfo(dtype).nmant)
+@pytest.mark.parametrize("bits, method", [(None, "step"), (24, "step"), (24, "update")])
+def test_small_steps_arrive(dtype, bits, method):
+    """Of a hundredth of a unit, or a sixteenth where float32 has no more bits: rounded
+    to nearest, none does."""
+    unit = 2.0 ** -(float(jnp.finfo(dtype).nmant) + (0 if bits is None else 8))
     weight = jnp.asarray([1.5, -1.5, 1.25, -1.75], dtype)
     # That stay in their power of two.
-    grad, steps = jnp.ones(4, jnp.float32), 1000
+    grad, share = jnp.ones(4, jnp.float32), 100 if bits is None else 16
+    steps = 10 * share
 
     def train(dithered):
-        optim = fq.sgd(
-            unit / 100,
-            storage=fq.Storage(master_weight_bits=None, dither_weights=dithered),
-        )
-        step = lambda _, carry: optim.step(*carry, grad)
+        storage = fq.Storage(master_weight_bits=bits, dither_weights=dithered)
+        optim = fq.sgd(unit / share, storage=storage)
+
+        def step(_, carry):
+            model, state = carry
+            if method == "step":
+                return optim.step(model, state, grad)
+            updates, state = optim.update(grad, state, model)
+            return model + updates, state
+
         carry = weight, optim.init(weight)
-        return float64(jax.lax.fori_loop(0, steps, step, carry)[0]) - float64(weight)
+        found = fq.master_weights(*jax.lax.fori_loop(0, steps, step, carry))
+        return float64(found) - float64(weight)
 
     assert not train(False).any()
     # What is due, give or take the discrepancy of thresholds.
-    assert np.all(np.abs(train(True) + unit * steps / 100) <= 2 * unit)
+    assert np.all(np.abs(train(True) + unit * steps / share) <= 2 * unit)
 
 
 @pytest.mark.parametrize("backend, method", [("tpu", "step"), ("gpu", "update")])
@@ -713,12 +722,6 @@ def test_errors_of_weights_that_are_not_finite():
 
 @pytest.mark.usefixtures("without_typechecker")
 def test_errors_of_dithered_weights():
-    assert_raises(
-        ValueError,
-        lambda: fq.lion(1e-3, storage=fq.Storage(dither_weights=True)),
-        "`Storage(dither_weights=True)`",
-        "master_weight_bits=None",
-    )
     assert_raises(
         TypeError,
         lambda: fq.sgd(

@@ -343,10 +343,6 @@ ARGUMENTS = {
         ),
         _type_error("`Storage(dither_weights=...)`", _flag),
     ),
-    "dither_weights with a correction": (
-        lambda: fq.adamw(1e-3, storage=fq.Storage(dither_weights=True)),
-        _value_error("`Storage(dither_weights=True)`", "master_weight_bits=None"),
-    ),
     "decay of any rule misspelled": (
         lambda: fq.optimizer(fq.Adam(), 1e-3, decay="L2"),
         _value_error("`optimizer(decay=...)`", "'l2'", "got 'L2'"),

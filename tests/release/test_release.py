@@ -626,8 +626,9 @@ def test_wrong_losses(number):
     [
         optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-2)),
         optax.MultiSteps(fq.adamw(1e-2), 4),
+        fq.accumulate(fq.adamw(1e-2), 4),
     ],
-    ids=["clipping", "accumulation"],
+    ids=["clipping", "accumulation", "accumulate"],
 )
 def test_what_needs_all_gradients_is_refused(wrapped):
     model = _model()

@@ -10,6 +10,8 @@ import optax
 from jaxtyping import PyTree
 
 from .._model.trees import flatten, Leaf, match, State
+from .._model.variables import without_variables
+from .._optimizer.accumulation_state import AccumulationState
 from .._optimizer.call_checks import check_has_values
 from .._optimizer.state import OptimizerState, StepCount
 from .._optimizer.states import bases, find
@@ -268,9 +270,14 @@ def _check_no_moments(call: str, optax_state: PyTree) -> None:
 
 
 def _check_nothing_accumulated(call: str, tree: PyTree) -> None:
-    for state in find(tree, optax.MultiStepsState).values:
-        if not is_traced(state.mini_step) and jnp.any(state.mini_step != 0):
-            raise ValueError(
-                f"`{call}`: `optax.MultiSteps` has accumulated {state.mini_step} "
-                "gradients, which would be lost. Call it until it has taken a step."
-            )
+    for kind, name in (
+        (optax.MultiStepsState, "optax.MultiSteps"),
+        (AccumulationState, "flashquinox.accumulate"),
+    ):
+        for state in find(tree, kind).values:
+            number = without_variables(state.mini_step)
+            if not is_traced(number) and jnp.any(number != 0):
+                raise ValueError(
+                    f"`{call}`: `{name}` has accumulated {number} gradients, which "
+                    "would be lost. Call it until it has taken a step."
+                )

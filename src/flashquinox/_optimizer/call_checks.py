@@ -80,6 +80,22 @@ def check_grads(call: str, grads: Any, model: Any) -> None:
         )
 
 
+def check_update(call: str, params: Any, extra_args: dict[str, Any]) -> None:
+    """Checks what `update` got beside the gradients and the state."""
+    if extra_args.get("max_norm") is not None:
+        # Others are those of other transformations.
+        raise TypeError(
+            f"`{call}` does not clip: `max_norm` is an argument "
+            "of `step`. Put `optax.clip_by_global_norm` before the optimizer, in "
+            "`optax.chain`."
+        )
+    if params is None:
+        raise ValueError(
+            f"`{call}(grads, state, params)` got no `params`. The "
+            "weights are part of the computation: pass them as third argument."
+        )
+
+
 def check_order(call: str, leaves: list[Leaf], grads: list[Any]) -> None:
     """Where the model has `None`, gradients must not have a function or a Python
     number: it is the model that has these. Otherwise the two have changed places."""

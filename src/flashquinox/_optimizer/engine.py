@@ -9,7 +9,7 @@ from jaxtyping import PyTree, ScalarLike
 from .._model.trained import has_gradient
 from .._model.trees import match, Model, Updates
 from .argument_checks import check_max_norm
-from .call_checks import check_grads, check_has_values, check_order
+from .call_checks import check_grads, check_has_values, check_order, check_update
 from .initial_state import initial_state
 from .leaf_checks import check_grad
 from .open_step import open_step
@@ -32,9 +32,11 @@ class StepEngine(eqx.Module):
         state: OptimizerState,
         grads: PyTree,
         max_norm: ScalarLike | None = None,
+        divisor: ScalarLike | None = None,
     ) -> tuple[Model, OptimizerState]:
         """One step. `method` is "step", which gives the new model, or "update", which
-        gives what to add to the old one."""
+        gives what to add to the old one. `divisor`: what gradients are divided by where
+        they are read."""
         call = f"{self.settings.call}(...).{method}"
         check_max_norm(call, max_norm)
         step = open_step(self.settings, call, params, state)
@@ -52,7 +54,7 @@ class StepEngine(eqx.Module):
                     arrived[index] = jnp.asarray(grad)
         step = step.verified()
         there = [step.shardings[index] for index in arrived]
-        clip = step.clip([*arrived.values()], there, max_norm)
+        clip = step.clip([*arrived.values()], there, max_norm, divisor)
         as_update = method == "update"
         all_finite = step.update(arrived, clip, as_update=as_update)
         return step.close(all_finite, with_gradient if as_update else None)
@@ -64,17 +66,5 @@ class StepEngine(eqx.Module):
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, OptimizerState]:
-        call = f"{self.settings.call}(...).update"
-        if extra_args.get("max_norm") is not None:
-            # Others are those of other transformations.
-            raise TypeError(
-                f"`{call}` does not clip: `max_norm` is an argument "
-                "of `step`. Put `optax.clip_by_global_norm` before the optimizer, in "
-                "`optax.chain`."
-            )
-        if params is None:
-            raise ValueError(
-                f"`{call}(grads, state, params)` got no `params`. The "
-                "weights are part of the computation: pass them as third argument."
-            )
+        check_update(f"{self.settings.call}(...).update", params, extra_args)
         return self.advance("update", params, state, updates)

@@ -18,7 +18,7 @@ from .._model.trees import Leaf, Rebuild
 from .._rules.whole_leaf import AbstractMatrixRule
 from .._sharding import record, reductions
 from .._storage.layout import Layout
-from .._tile.clipping import Clipping
+from .._tile.clipping import Clipping, division
 from .._tile.tile import TileState
 from .advance import Advance, Part
 from .checksums import checksums, verified
@@ -194,11 +194,17 @@ class StepInProgress:
         grads: list[Array],
         shardings: list[NamedSharding | None],
         max_norm: ScalarLike | None,
+        divisor: ScalarLike | None = None,
     ) -> Clipping | None:
-        """The scaling of these gradients together to at most this norm."""
-        if max_norm is None or not grads:
+        """The scaling of these gradients, divided by a number, together to at most this
+        norm."""
+        if not grads or (max_norm is None and divisor is None):
             return None
-        return reductions.clip(_as_typed(grads, shardings), shardings, max_norm)
+        if max_norm is None:
+            dtypes = [compute_dtype(grad.dtype) for grad in grads]
+            return division(divisor, jnp.result_type(*dtypes))  # pyright: ignore
+        arrived = _as_typed(grads, shardings)
+        return reductions.clip(arrived, shardings, max_norm, divisor)
 
     def all_finite(
         self,
@@ -217,8 +223,8 @@ class StepInProgress:
         if not self.settings.skip_nonfinite:
             return None
         limits = [largest_gradient(self.leaves[i].value.dtype) for i in numbers]
-        if clip is not None:
-            finite = clip.is_finite & (clip.largest <= min(limits))
+        if clip is not None and clip.norm is not None:
+            finite = clip.norm.is_finite & (clip.norm.largest <= min(limits))
         else:
             arrived = _as_typed(grads, shardings)
             finite = reductions.all_within(arrived, limits, shardings)

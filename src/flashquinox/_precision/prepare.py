@@ -16,6 +16,8 @@ from .._common.text import shown
 from .._model.selection import Selectors
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, match, Model
+from .._optimizer.accumulate import AccumulatingOptimizer
+from .._optimizer.accumulation_state import AccumulationState
 from .._optimizer.call_checks import check_has_values, check_model
 from .._optimizer.master_weights import split_master_weight, with_encoded
 from .._optimizer.optimizer import Optimizer, settings_of
@@ -40,6 +42,18 @@ def prepare(
     wrap: bool = ...,
     spread_lower_bits: bool = ...,
 ) -> tuple[Model, OptimizerState]: ...
+
+
+@overload
+def prepare(
+    model: Model,
+    optim: AccumulatingOptimizer,
+    dtype: DTypeLike = ...,
+    keep: Selectors = ...,
+    *,
+    wrap: bool = ...,
+    spread_lower_bits: bool = ...,
+) -> tuple[Model, AccumulationState]: ...
 
 
 @overload
@@ -169,6 +183,8 @@ def _is_narrow(x: Any) -> bool:
 
 
 def _usual_correction_dtype(optim: Any) -> Any:
+    if isinstance(optim, AccumulatingOptimizer):
+        optim = optim.inner
     if isinstance(optim, Optimizer):
         return settings_of(optim).storage.correction_dtype
     return CORRECTION_DTYPES[AUTO_BITS]

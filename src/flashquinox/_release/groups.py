@@ -277,10 +277,11 @@ def _settings(call: str, name: str, optim: Any) -> Settings:
         return settings_of(optim)
     raise TypeError(
         f"`{call}`: `{name}` is no `flashquinox.Optimizer` but {shown(optim)}. What "
-        "`optax.chain`, `optax.MultiSteps` and other wrappers add, such as clipping by "
-        "the global norm and the accumulation of gradients, needs the gradients of all "
-        "layers at once, and here there is only one layer's at a time. Pass the "
-        "optimizer itself, or a dictionary of those that `optax.partition` got, and "
+        "`optax.chain`, `optax.MultiSteps`, `flashquinox.accumulate` and others add, "
+        "such as clipping by the global norm and the accumulation of gradients, needs "
+        "the gradients of all layers at once, and here there is only one layer's at a "
+        "time. Pass the optimizer itself, or a dictionary of those that "
+        "`optax.partition` got, and "
         f"`{call}(max_norm=...)` to clip each layer's; or take an ordinary step."
     )
 

@@ -60,10 +60,13 @@ def _all_within(limits: tuple[float, ...], grads: list[Array]) -> Bool[Array, ""
 
 
 def clip(
-    grads: list[Array], shardings: list[NamedSharding | None], max_norm: ScalarLike
+    grads: list[Array],
+    shardings: list[NamedSharding | None],
+    max_norm: ScalarLike,
+    divisor: ScalarLike | None = None,
 ) -> Clipping:
-    """The scaling of all gradients, on all devices, to at most this norm. One
-    collective for each mesh."""
+    """The scaling of all gradients, divided by a number, on all devices, to at most
+    this norm. One collective for each mesh."""
     is_double = any(grad.dtype == jnp.float64 for grad in grads)
     dtype = jnp.dtype(jnp.float64 if is_double else jnp.float32)
     sums = jnp.zeros(3, dtype)
@@ -74,7 +77,7 @@ def clip(
         else:
             divided = tuple(shardings[i] for i in indices)
             sums += _sums_of_all_parts(dtype, divided, here)  # pyright: ignore
-    return clipping(sums, max_norm)
+    return clipping(sums, max_norm, divisor)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

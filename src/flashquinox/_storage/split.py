@@ -5,6 +5,8 @@ last place is a difference of integers: no exponent arithmetic, exact through su
 and across binades.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
@@ -157,15 +159,16 @@ def encode_weight(
     correction_dtype: DTypeLike | None,
     threshold: Shaped[Array, ""] | None = None,
 ) -> tuple[Float[Array, "*shape"], Correction | None]:
-    """The weight and the correction that together are nearest to `master`. A narrow
-    weight without a correction is rounded by a threshold of 16 bits, if there is one:
-    away from zero where its sum with the bits that are cut overflows."""
+    """The weight and the correction that together are nearest to `master`. With a
+    threshold of 16 bits, a narrow weight, or a weight and its correction together, is
+    rounded by that: away from zero where its sum with the bits that are cut
+    overflows."""
     if correction_dtype is None:
         if threshold is None or jnp.dtype(dtype) not in NARROW_DTYPES:
             return master.astype(dtype), None
         dropped = _dropped_bits(dtype)
-        rounding = threshold.astype(jnp.uint32) >> (16 - dropped)
-        high = (_aligned_pattern(master, dtype) + rounding) >> dropped
+        pattern = _aligned_pattern(master, dtype)
+        high = (pattern + _rounding(dropped, threshold)) >> dropped
         return _from_high_bits(high, master, dtype), None
     pattern = _aligned_pattern(master, dtype)
     stored_bits = correction_bits(dtype, correction_dtype)
@@ -173,8 +176,9 @@ def encode_weight(
     # Both roundings at once: floor((floor(x / a) + b) / c) is floor((x + a b) / (a c)).
     # With c = 2 b, what is left of it is the last digit in base c, less b.
     half = 1 << (stored_bits - 1)
-    rounding = (half << unstored_bits) + ((1 << unstored_bits) >> 1)
-    shifted = pattern + np.uint32(rounding)
+    shifted = pattern + (
+        np.uint32(half << unstored_bits) + _rounding(unstored_bits, threshold)
+    )
     high = shifted >> (stored_bits + unstored_bits)
     digit = (shifted >> unstored_bits) & np.uint32(2 * half - 1)
     low = digit.astype(jnp.int32) - half
@@ -199,13 +203,23 @@ def _from_high_bits(
     return lax.bitcast_convert_type(weight.astype(jnp.uint16), dtype)
 
 
+def _rounding(bits: int, threshold: Shaped[Array, ""] | None) -> Any:
+    """What is added before so many bits are cut: half of their unit, or a threshold of
+    16 bits in place of the half."""
+    if threshold is None or bits == 0:
+        return np.uint32((1 << bits) >> 1)
+    return threshold.astype(jnp.uint32) >> (16 - bits)
+
+
 def encode_correction(
     master: Float[Array, "*shape"],
     weight: Float[Array, "*shape"],
     correction_dtype: DTypeLike | None,
+    threshold: Shaped[Array, ""] | None = None,
 ) -> Correction | None:
     """The correction that brings a *given* weight nearest to `master`: at most half a
-    unit in the last place of the weight either way.
+    unit in the last place of the weight either way. With a threshold, rounded by that,
+    as by [`encode_weight`][].
 
     [`flashquinox.ECCWeight.encode`][] chooses the weight too. This is for a weight that
     was decided elsewhere, such as the rounded sum of an old weight and an Optax update.
@@ -215,7 +229,8 @@ def encode_correction(
     dtype = weight.dtype
     shift = _unstored_bits(dtype, correction_dtype)
     wide = weight.astype(jnp.float32)
-    target = _round_shift(_aligned_pattern(master, dtype) & _MAGNITUDE, shift)
+    magnitude = _aligned_pattern(master, dtype) & _MAGNITUDE
+    target = (magnitude + _rounding(shift, threshold)) >> shift
     origin = (_aligned_pattern(wide, dtype) & _MAGNITUDE) >> shift
     most = (1 << (correction_bits(dtype, correction_dtype) - 1)) - 1
     low = jnp.clip(target.astype(jnp.int32) - origin.astype(jnp.int32), -most - 1, most)
@@ -265,11 +280,6 @@ def _pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 
 def _from_pattern(x: UInt32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return lax.bitcast_convert_type(x, jnp.float32)
-
-
-def _round_shift(x: UInt32[Array, "*shape"], bits: int) -> UInt32[Array, "*shape"]:
-    """`x / 2^bits`, rounded to the nearest integer, halves up."""
-    return x if bits == 0 else (x + np.uint32(1 << (bits - 1))) >> bits
 
 
 def _aligned_pattern(

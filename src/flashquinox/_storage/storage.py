@@ -57,10 +57,11 @@ class Storage(eqx.Module):
         `"float32"` (uncompressed), another name or a pair of names in
         [`flashquinox.MomentCodecs`][], or one of these.
     - `group_size`: how many elements share a scale: a multiple of 16 from 16 to 128.
-    - `dither_weights`: with `master_weight_bits=None`, whether bfloat16 and float16
-        weights are rounded by a threshold that rotates from step to step, instead of to
-        nearest: a step of a hundredth of a unit then moves the weight by one unit in
-        one of a hundred cases.
+    - `dither_weights`: whether master weights of bfloat16 and float16 weights are
+        rounded by a threshold that rotates from step to step, instead of to nearest: a
+        step of a hundredth of a unit in their last place then moves them by one unit in
+        one of a hundred cases. With `master_weight_bits=None` they are rounded to the
+        weight itself; with 32, bfloat16 weights lose nothing to round.
 
     **Raises:**
 
@@ -85,12 +86,6 @@ class Storage(eqx.Module):
         self.moments = _shortest(_check_moments(moments))
         self.group_size = _check_group_size(group_size)
         self.dither_weights = check_flag("Storage", "dither_weights", dither_weights)
-        if self.dither_weights and self.master_weight_bits is not None:
-            raise ValueError(
-                "`Storage(dither_weights=True)` has no effect on weights with a "
-                "correction, which lose no steps to begin with: pass "
-                "`master_weight_bits=None` too, or leave it out."
-            )
 
     @property
     def codecs(self) -> MomentCodecs:

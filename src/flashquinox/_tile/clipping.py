@@ -19,17 +19,28 @@ from jaxtyping import Array, Bool, Float, Scalar, ScalarLike
 Factors = tuple[Scalar, Scalar]
 
 
-class Clipping(NamedTuple):
-    factors: Factors
+class Norm(NamedTuple):
     # Whether all gradients are finite.
     is_finite: Bool[Array, ""]
     # No gradient is larger once it is scaled.
     largest: Scalar
 
+
+class Clipping(NamedTuple):
+    factors: Factors
+    # What the norm tells. `None` if it was not taken.
+    norm: Norm | None
+
     def factors_for(self, dtype: Any) -> Factors:
         """Those of gradients that are computed with in this dtype."""
         first, second = self.factors
         return first.astype(dtype), second.astype(dtype)
+
+
+def division(divisor: ScalarLike, dtype: Any) -> Clipping:
+    """What divides gradients by a number, whatever their norm is."""
+    one = jnp.ones((), dtype)
+    return Clipping((one / jnp.asarray(divisor, dtype), one), None)
 
 
 def scaled(grad: Float[Array, "*shape"], factors: Factors) -> Float[Array, "*shape"]:
@@ -57,11 +68,15 @@ def _unit(dtype: Any) -> float:
     return 2.0 ** (90 * (int(jnp.finfo(dtype).maxexp) // 128))
 
 
-def clipping(sums: Float[Array, "3"], max_norm: ScalarLike) -> Clipping:
-    """What takes gradients to at most this norm. `sums` are those of
-    `sums_of_squares`, over all of them."""
+def clipping(
+    sums: Float[Array, "3"], max_norm: ScalarLike, divisor: ScalarLike | None = None
+) -> Clipping:
+    """What takes gradients, divided by a number, to at most this norm. `sums` are those
+    of `sums_of_squares`, over all of them."""
     dtype = sums.dtype
     unit, bound = _unit(dtype), jnp.asarray(max_norm, dtype)
+    if divisor is not None:
+        bound = bound * jnp.asarray(divisor, dtype)
     small, ordinary, large = sums
     # A compiler may divide by the square of the unit, which is infinite.
     two_units_down = lambda x: lax.optimization_barrier(x / unit) / unit
@@ -88,8 +103,9 @@ def clipping(sums: Float[Array, "3"], max_norm: ScalarLike) -> Clipping:
         jnp.where(fits, 1.0, jnp.where(is_normal, product, half / its_unit)),
         jnp.where(fits | is_normal, 1.0, half * bound),
     )
-    return Clipping(
-        factors,
-        lax.is_finite(norm) & ~jnp.isnan(bound),
-        jnp.minimum(norm * its_unit, bound),
-    )
+    largest = jnp.minimum(norm * its_unit, bound)
+    if divisor is not None:
+        shrink = 1 / jnp.asarray(divisor, dtype)
+        factors, largest = (factors[0] * shrink, factors[1]), largest * shrink
+    is_finite = lax.is_finite(norm) & ~jnp.isnan(bound)
+    return Clipping(factors, Norm(is_finite, largest))

@@ -39,7 +39,7 @@ class StepStructure(eqx.Module):
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
     as_update: bool = eqx.field(static=True)
-    # Round narrow weights that have no correction by a rotating threshold.
+    # Round narrow weights, or these and their corrections, by a rotating threshold.
     dither_weights: bool = eqx.field(static=True)
     # Whether the arrays are layers that a loop over stacks has read. These need not be
     # where stacks are, in the large memory of a device.
@@ -208,7 +208,7 @@ def advance(
     """The elementwise part of a step: everything but the storage of moments, which come
     and go as they are stored, some relative to others. With `keep_unmoved`, a weight
     that did not move keeps its bits, even if it is subnormal or -0. `threshold` is what
-    weights without a correction are rounded by, or `None`.
+    narrow weights are rounded by, or `None`.
 
     **Returns:**
 
@@ -239,7 +239,10 @@ def advance(
     )
     if structure.as_update:
         update, held = _difference(new_master, new_weight, weight)
-        return update, encode_correction(new_master, held, correction_dtype), moments
+        new_correction = encode_correction(
+            new_master, held, correction_dtype, threshold
+        )
+        return update, new_correction, moments
     return new_weight, new_correction, moments
 
 
