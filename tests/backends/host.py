@@ -51,8 +51,7 @@ def _whole_groups(views: Sequence[View]) -> Threads:
 
 
 def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
-    width = len(kernel.translation.input_types)
-    states = [i for i in range(2, len(operands)) if (i - 2) % width > 0]
+    states = kernel.states(len(operands))
 
     def launch(*values: Any) -> list[np.ndarray]:
         # Kernels write where they have read.

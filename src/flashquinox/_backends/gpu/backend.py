@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -65,7 +66,12 @@ class Gpu(AbstractBackend):
         except Unsupported as error:
             _warn_of(type(step.structure.rule).__name__, str(error))
             return None
-        return View.of(step.layout, bool(jtu.tree_leaves(step.old.scales)))
+        number = step.scalars.leaf.number
+        return View.of(
+            step.layout,
+            bool(jtu.tree_leaves(step.old.scales)),
+            None if isinstance(number, jax.core.Tracer) else int(number),
+        )
 
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]

@@ -1,5 +1,6 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -32,17 +33,17 @@ def update_leaves(
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
-    words = _Words.of(scalars)
+    words = _Words.of(scalars, leaves, all(view.number is not None for view in views))
     kernel = Kernel(
         f"flashquinox_{type(structure.rule).__name__.lower()}",
         translation_of(structure, scalars, grads[0], old[0]),
         views,
         threads_of(views),
         words.scalars,
+        (0,) * len(words.arrays),
     )
-    own = jnp.stack([_word(x) for x in jtu.tree_leaves(list(leaves))])
     arrays = [x.ravel() for x in jtu.tree_leaves(list(zip(grads, old, strict=True)))]
-    new = _launched(run, kernel)(words.shared, own, *arrays)
+    new = _launched(run, kernel)(*words.arrays, *arrays)
     like, structure_of_all = jtu.tree_flatten(old)
     shaped = [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
     return structure_of_all.unflatten(shaped)
@@ -55,25 +56,40 @@ def most_leaves(arrays: int) -> int:
 
 
 class _Words(NamedTuple):
-    """The scalars of a step in 32-bit words. They are one array: XLA would make every
-    further one by another launch."""
+    """The scalars of a step in 32-bit words: those of all leaves, and those of each, if
+    there are any that are not known now. XLA would make every further array by another
+    launch, and even constant ones take time."""
 
-    shared: Int32[Array, " words"]
-    # What they are in terms of the words of all leaves, and of those of one.
+    arrays: tuple[Int32[Array, " words"], ...]
+    # What they are in terms of the words.
     scalars: tuple[str, ...]
 
     @staticmethod
-    def of(scalars: StepScalars) -> "_Words":
-        width = len(jtu.tree_leaves(scalars.leaf))
-        shared, texts = [], []
+    def of(
+        scalars: StepScalars, leaves: Sequence[LeafScalars], numbered: bool
+    ) -> "_Words":
+        """`numbered`: whether the numbers of leaves are known now."""
+        unknown = [
+            dataclasses.replace(x, number=None) if numbered else x for x in leaves
+        ]
+        width = len(jtu.tree_leaves(unknown[0]))
+        shared, texts, own = [], [], 0
         for path, x in jtu.tree_leaves_with_path(scalars):
-            if path[0] == jtu.GetAttrKey("leaf"):
-                word = f"own[leaf * {width} + {len(texts) - len(shared)}]"
+            if path == _NUMBER and numbered:
+                texts.append("number")
+                continue
+            if path[0] == _NUMBER[0]:
+                word, own = f"own[leaf * {width} + {own}]", own + 1
             else:
                 word = f"shared[{len(shared)}]"
-                shared.append(_word(x))
+                shared.append(x)
             texts.append(source.of_word(word, x.dtype))
-        return _Words(jnp.stack(shared), tuple(texts))
+        every = [shared, jtu.tree_leaves(unknown)]
+        arrays = [jnp.stack([_word(x) for x in xs]) for xs in every if xs]
+        return _Words(tuple(arrays), tuple(texts))
+
+
+_NUMBER = jtu.GetAttrKey("leaf"), jtu.GetAttrKey("number")
 
 
 def _word(x: Scalar) -> Int32[Array, ""]:
@@ -94,11 +110,11 @@ def _launched(run: Run, kernel: Kernel) -> Run:
     @launch.def_vmap
     def _(size: int, is_mapped: Sequence[bool], *args: Array) -> Any:
         inner = (kernel.members,) if kernel.members > 1 else ()
-        strides = kernel.shared_stride, kernel.own_stride
+        words, arrays = len(kernel.strides), len(args) - len(kernel.strides)
         # Words are shared until they are mapped; arrays are each model's own.
-        own = [bool(x) or y for x, y in zip(strides, is_mapped[:2], strict=True)]
-        own += [True] * (len(args) - 2)
-        before = [bool(x) for x in strides] + [kernel.members > 1] * (len(args) - 2)
+        before = [x > 0 for x in kernel.strides] + [kernel.members > 1] * arrays
+        own = [x or y for x, y in zip(before, is_mapped, strict=True)]
+        own = own[:words] + [True] * arrays
         members = []
         for x, is_own, was_own, mapped in zip(
             args, own, before, is_mapped, strict=True
@@ -110,12 +126,11 @@ def _launched(run: Run, kernel: Kernel) -> Run:
                     x = jnp.broadcast_to(x[:, None], (size, *inner, *shape))
                 x = x.reshape(-1, shape[-1])
             members.append(x)
-        strides = [x.shape[-1] if y else 0 for x, y in zip(members, own, strict=True)]
-        joined = kernel._replace(
-            members=size * kernel.members,
-            shared_stride=strides[0],
-            own_stride=strides[1],
-        )
+        strides = [
+            x.shape[-1] if y else 0
+            for x, y in zip(members[:words], own[:words], strict=True)
+        ]
+        joined = kernel._replace(members=size * kernel.members, strides=tuple(strides))
         new = _launched(run, joined)(*members)
         new = [x.reshape(size, *inner, x.shape[-1]) for x in new]
         return new, [True] * len(new)
@@ -124,25 +139,17 @@ def _launched(run: Run, kernel: Kernel) -> Run:
 
 
 def run_on_gpu(
-    kernel: Kernel,
-    shared: Int32[Array, "..."],
-    own: Int32[Array, "..."],
-    *arrays: Shaped[Array, "..."],
+    kernel: Kernel, *operands: Shaped[Array, "..."]
 ) -> Sequence[Shaped[Array, "..."]]:
     """Launches a kernel. XLA loads it and puts the addresses into its arguments."""
-    width = len(kernel.translation.input_types)
-    # Beside gradients.
-    states = [i for i in range(len(arrays)) if i % width > 0]
-    results = range(2 + len(arrays), 2 + len(arrays) + len(states))
+    states = kernel.states(len(operands))
     call = jax.ffi.ffi_call(
         "__gpu$xla.gpu.ptx",
-        [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in states],
-        input_output_aliases={2 + i: j for j, i in enumerate(states)},
+        [jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in states],
+        input_output_aliases={i: j for j, i in enumerate(states)},
     )
     return call(
-        shared,
-        own,
-        *arrays,
+        *operands,
         name=kernel.name,
         kernel_type="ptx",
         kernel_data=nvrtc.compiled(kernel.source).decode(),
@@ -153,5 +160,5 @@ def run_on_gpu(
         block_y=1,
         block_z=1,
         shared_mem_bytes=0,
-        output_indices=tuple(results),
+        output_indices=tuple(range(len(operands), len(operands) + len(states))),
     )

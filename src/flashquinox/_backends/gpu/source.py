@@ -19,9 +19,9 @@ from .view import THREADS, Threads, View
 class Kernel(NamedTuple):
     """What a program depends on. Hashable.
 
-    Its arguments are pointers: to the words of the scalars of all leaves, and to those
-    of each leaf; of each leaf in turn, to the gradient and the arrays of its state; and
-    to the arrays of the new states, which are the same ones.
+    Its arguments are pointers: to the words of the scalars of all leaves, and, if there
+    are any, to those of each leaf; of each leaf in turn, to the gradient and the arrays
+    of its state; and to the arrays of the new states, which are the same ones.
     """
 
     name: str
@@ -30,16 +30,25 @@ class Kernel(NamedTuple):
     threads: Threads
     # Each scalar as an expression of the words.
     scalars: tuple[str, ...]
+    # Of each array of words, how far apart those of the models are: 0 where they share
+    # them.
+    strides: tuple[int, ...]
     # The models that take a step together: their arrays lie one after the other.
     members: int = 1
-    # How far apart their words of scalars are: 0 where they share them.
-    shared_stride: int = 0
-    own_stride: int = 0
 
     @property
     def blocks(self) -> int:
         """Those of one model."""
         return sum([self.threads.blocks(view) for view in self.views])
+
+    def states(self, operands: int) -> list[int]:
+        """Which of so many arrays of words, gradients and states are of states."""
+        words, width = len(self.strides), len(self.translation.input_types)
+        return [i for i in range(words, operands) if (i - words) % width > 0]
+
+    @property
+    def _words(self) -> list[tuple[str, int]]:
+        return list(zip(("shared", "own"), self.strides, strict=False))
 
     @property
     def source(self) -> str:
@@ -49,7 +58,7 @@ class Kernel(NamedTuple):
         return f"{_prelude()}\n{head}\n{pointers}) {{\n{body}\n}}\n"
 
     def _pointers(self) -> Iterator[str]:
-        yield "const int* shared, const int* own"
+        yield ", ".join(f"const int* {x}" for x, _ in self._words)
         types = self.translation.input_types
         for leaf in range(len(self.views)):
             yield ", ".join(f"{x}* p{leaf}_{i}" for i, x in enumerate(types))
@@ -78,7 +87,7 @@ class Kernel(NamedTuple):
             yield f"const long long member = blockIdx.x / {self.blocks}u;"
         else:
             yield "const unsigned block = blockIdx.x;"
-        yield "unsigned leaf, first_block, groups;"
+        yield "unsigned leaf, number, first_block, groups;"
         yield "long long size;"
         if not self._is_consecutive:
             yield "unsigned run, groups_of_run, columns;"
@@ -87,8 +96,8 @@ class Kernel(NamedTuple):
         ends = itertools.accumulate(self.threads.blocks(view) for view in self.views)
         yield from self._chosen([0, *ends], 0, len(self.views))
         if self.members > 1:
-            yield f"shared += member * {self.shared_stride};"
-            yield f"own += member * {self.own_stride};"
+            for words, stride in self._words:
+                yield f"{words} += member * {stride};"
             for i, is_scale in enumerate(self.translation.is_scale):
                 yield f"p{i} += member * {'groups' if is_scale else 'size'};"
 
@@ -103,7 +112,8 @@ class Kernel(NamedTuple):
             yield "}"
             return
         view = self.views[first]
-        yield f"leaf = {first}; first_block = {starts[first]}u;"
+        yield f"leaf = {first}; number = {view.number or 0}u;"
+        yield f"first_block = {starts[first]}u;"
         yield f"groups = {view.groups}u; size = {view.size}ll;"
         if not self._is_consecutive:
             yield f"run = {view.run}u; groups_of_run = {view.groups_of_run}u;"

@@ -30,13 +30,17 @@ class View:
     run: int
     columns: int
     group_size: int
+    # That of the leaf among all, or `None` if it is not known when a step is compiled.
+    number: int | None = None
 
     @staticmethod
-    def of(layout: Layout, has_scales: bool) -> "View":
+    def of(layout: Layout, has_scales: bool, number: int | None = None) -> "View":
         if not has_scales:
             # In groups that nothing depends on.
-            return View(1, math.prod(layout.shape), 1, _MANY_ELEMENTS)
-        return View(layout.matrices, layout.run, layout.columns, layout.group_size)
+            return View(1, math.prod(layout.shape), 1, _MANY_ELEMENTS, number)
+        return View(
+            layout.matrices, layout.run, layout.columns, layout.group_size, number
+        )
 
     @property
     def groups_of_run(self) -> int:
