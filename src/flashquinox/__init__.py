@@ -16,6 +16,7 @@ from ._optimizer.compress import (
     compress as compress,
     CompressedState as CompressedState,
 )
+from ._optimizer.ema import EMA as EMA, ema as ema, EMAState as EMAState
 from ._optimizer.lamb import lamb as lamb
 from ._optimizer.lars import lars as lars
 from ._optimizer.lion import lion as lion

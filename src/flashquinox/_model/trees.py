@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -192,6 +192,13 @@ def match(
                 + _structure_hint(name, tree)
             )
     return values
+
+
+def with_values(tree: PyTree, values: Mapping[tuple[Any, ...], Any]) -> PyTree:
+    """A tree of a state with new values at the leaves with these unwrapped paths. It
+    keeps its structure, which may be that of a part of the model."""
+    old, rebuild = flatten(tree)
+    return rebuild([values.get(leaf.unwrapped, leaf.value) for leaf in old])
 
 
 def without_masked(tree: PyTree) -> PyTree:

@@ -16,7 +16,15 @@ from jaxtyping import Array, PyTree, ScalarLike
 from .._common.number_checks import is_number, known_number
 from .._common.text import function_name, shown
 from .._model.trained import has_gradient
-from .._model.trees import flatten, Leaf, match, Model, Rebuild, Updates
+from .._model.trees import (
+    flatten,
+    Leaf,
+    match,
+    Model,
+    Rebuild,
+    Updates,
+    with_values,
+)
 from .._model.variables import without_variables
 from .._storage.split import Correction, decode_weight
 from .._tile.tile import no_update
@@ -126,11 +134,14 @@ class AccumulateEngine(eqx.Module):
             corrections=at("state.corrections", added.corrections),
         )
         new, structure = step.take_if(is_last, old)
+        by_path = lambda found: {
+            leaves[i].unwrapped: x for i, x in zip(dtypes, found, strict=True)
+        }
         return step.model(new.weights), AccumulationState(
             mini_step=jnp.where(is_last, 0, mini_step),
             rounding_count=added.count & _LAST_COUNT,
-            sums=_with(sums, leaves, dtypes, new.sums),
-            corrections=_with(added.corrections, leaves, dtypes, new.corrections),
+            sums=with_values(sums, by_path(new.sums)),
+            corrections=with_values(added.corrections, by_path(new.corrections)),
             inner_state=structure.unflatten(new.inner),
         )
 
@@ -261,12 +272,3 @@ def _arrays_at(
 ) -> list[Any]:
     values = match(call, name, tree, leaves)
     return [values[i] for i in numbers]
-
-
-def _with(
-    tree: PyTree, leaves: list[Leaf], numbers: Iterable[int], new: list[Any]
-) -> PyTree:
-    """A tree of a state with others at the leaves of these numbers."""
-    values = {leaves[i].unwrapped: x for i, x in zip(numbers, new, strict=True)}
-    old, rebuild = flatten(tree)
-    return rebuild([values.get(leaf.unwrapped, leaf.value) for leaf in old])

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._model.trained import is_trainable, with_state
-from .._model.trees import flatten, Leaf, match, path_name
+from .._model.trees import flatten, Leaf, match, path_name, with_values
 from .._model.variables import has_variables
 from .._storage.quant_moment import base_name, StoredMoment
 from .call_checks import check_has_values
@@ -101,23 +101,21 @@ class OpenedStates:
         for number, state in enumerate(self.states):
             mine = [i for i, owner in enumerate(self.owners) if owner == number]
             edits = {i: new[i] for i in mine}
-            corrections = self._edited(state.corrections, edits)
             sums = {i: x for i, x in (checksums or {}).items() if i in edits}
             states.append(
                 dataclasses.replace(
                     state,
-                    corrections=corrections,
+                    corrections=self._edited(state.corrections, edits),
                     checksums=self._edited(state.checksums, sums),
                 )
             )
         return self.replace(states)
 
     def _edited(self, tree: PyTree, edits: dict[int, Any]) -> PyTree:
-        """A tree of a state with new values at the leaves of these numbers. It keeps
-        its structure, which may be that of a part of the model."""
-        values = {self.leaves[i].unwrapped: value for i, value in edits.items()}
-        old, rebuild = flatten(tree)
-        return rebuild([values.get(leaf.unwrapped, leaf.value) for leaf in old])
+        """A tree of a state with new values at the leaves of these numbers."""
+        return with_values(
+            tree, {self.leaves[i].unwrapped: x for i, x in edits.items()}
+        )
 
 
 def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
