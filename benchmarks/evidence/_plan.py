@@ -1,0 +1,101 @@
+"""What `jobs.py` runs, in which order."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program with its arguments.
+
+    - `room`: 2 for a GPU of its own, 1 where two share it.
+    - `least`: the seconds in which it comes to its first result on an H100.
+    - `group`: jobs of one group do not run at the same time.
+    - `writes`: the last files that it writes. With all of them there, it is done.
+    """
+
+    name: str
+    program: str
+    arguments: tuple[str, ...]
+    room: int
+    least: float
+    group: str
+    writes: tuple[pathlib.Path, ...]
+    log: pathlib.Path
+
+    def is_done(self) -> bool:
+        return all(path.exists() for path in self.writes)
+
+    def last_words(self, lines: int = 8) -> str:
+        return "\n".join(self.log.read_text().splitlines()[-lines:])
+
+
+OPTIMIZERS = ("adamw", "lion", "sgd")
+CONTENDERS = ("float32", "ours", "flashoptim", "bfloat16")
+
+
+def plan(data: pathlib.Path, out: pathlib.Path, small: bool) -> list[Job]:
+    if small:
+        jobs = [dataclasses.replace(job, least=0.0) for job in _jobs(data, out)]
+        return [
+            dataclasses.replace(job, arguments=(*job.arguments, "--small"))
+            for job in jobs
+        ]
+    return [*_jobs(data, out)]
+
+
+def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
+    """The number of seeds is fixed here: five of the two contenders whose gap is to be
+    known best, and three of the others."""
+
+    def job(
+        kind: str, cell: str, room: int, least: float, files: list[str], **of: str
+    ) -> Job:
+        """`files`: the ends of their names, after the cell."""
+        chosen = {"data": str(data), "out": str(out / kind), **of}
+        name = f"{kind}-{cell}"
+        label = name if len(files) < 2 else f"{name}{files[0]}-{files[-1][-1]}"
+        return Job(
+            name=label,
+            program=f"{kind}.py",
+            arguments=tuple(x for k, v in chosen.items() for x in (f"--{k}", v)),
+            room=room,
+            least=least,
+            group=name,
+            writes=tuple(out / kind / f"{cell}{file}.json" for file in files),
+            log=out / "logs" / f"{label}.log",
+        )
+
+    def gpt2(optimizer: str, contender: str, first: int, last: int) -> Job:
+        files = [f"-seed-{seed}" for seed in range(first, last + 1)]
+        cell, seeds = f"{optimizer}-{contender}", f"{first}-{last}"
+        of = {"optimizer": optimizer, "contender": contender, "seeds": seeds}
+        return job("gpt2", cell, 2, 75.0, files, **of)
+
+    def images(model: str, optimizer: str, contender: str) -> Job:
+        of = {"model": model, "optimizer": optimizer, "contender": contender}
+        return job("images", "-".join(of.values()), 1, 100.0, ["-seeds"], **of)
+
+    def long(case: str, optimizer: str, contender: str) -> Job:
+        of = {"case": case, "optimizer": optimizer, "contender": contender}
+        return job("long", "-".join(of.values()), 1, 120.0, [""], **of)
+
+    first, second = CONTENDERS[:2], CONTENDERS[2:]
+    for optimizer, contender in itertools.product(OPTIMIZERS, first):
+        yield gpt2(optimizer, contender, 0, 2)
+    for contender, optimizer in itertools.product(second, OPTIMIZERS):
+        yield gpt2(optimizer, contender, 0, 2)
+    for optimizer, contender in itertools.product(OPTIMIZERS, first):
+        yield gpt2(optimizer, contender, 3, 4)
+    for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
+        yield images("vit", optimizer, contender)
+    for contender in CONTENDERS:
+        yield long("change", "adamw", contender)
+    for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
+        yield images("resnet", optimizer, contender)
+    for case, contender in itertools.product(("pruned", "sparse"), CONTENDERS):
+        yield long(case, "adamw", contender)
+    for optimizer, contender in itertools.product(OPTIMIZERS[1:], CONTENDERS):
+        yield long("change", optimizer, contender)

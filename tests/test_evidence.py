@@ -1,0 +1,218 @@
+"""Runs of `benchmarks/evidence` are paired, are not run twice, and end in time."""
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import flashquinox as fq
+
+
+_BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(_BENCHMARKS))
+    monkeypatch.syspath_prepend(str(_BENCHMARKS / "evidence"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    # Other programs may have modules of these names too.
+    for name in set(sys.modules) - before:
+        path = getattr(sys.modules[name], "__file__", None) or ""
+        if path.startswith(str(_BENCHMARKS)):
+            monkeypatch.delitem(sys.modules, name)
+
+
+#
+# Pairing
+#
+
+
+def _weights():
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "matrix": jax.random.normal(keys[0], (64, 32)),
+        "bias": jax.random.normal(keys[1], (64,)),
+    }
+
+
+def test_contenders_start_from_the_same_float32_weights(module):
+    recipes = module("_recipes")
+    recipe = module("gpt2").RECIPES["adamw"]
+    weights = _weights()
+    for name in ("float32", "ours", "bfloat16"):
+        storage = recipes.CONTENDERS[name]
+        training = recipes.Training(recipe, storage, 1e-3, 10, 100)
+        start = lambda w, t=training: recipes.full_weights(t.storage, t.start(w))
+        found = jax.jit(start)(weights)
+        # Of 24 bits, half of the last; of bfloat16 alone, half of its last.
+        digits = {"float32": 24, "bfloat16": 8}.get(name, 16)
+        for x, y in zip(jtu.tree_leaves(weights), jtu.tree_leaves(found), strict=True):
+            error = jnp.max(jnp.abs(x - y) / jnp.abs(x))
+            assert error <= (0 if name == "float32" else 2.0**-digits), name
+
+
+@pytest.mark.parametrize(
+    "program, optimizer",
+    [("gpt2", "adamw"), ("gpt2", "lion"), ("gpt2", "sgd"), ("images", "sgd")],
+)
+def test_optimizers_differ_in_their_storage_alone(module, program, optimizer):
+    """With nothing compressed, the library's takes the steps of Optax."""
+    recipes = module("_recipes")
+    recipe = module(program).RECIPES[optimizer]
+    slope = jax.random.normal(jax.random.key(1), (64, 32), jnp.bfloat16)
+    rate = recipe.rates[1]
+
+    @partial(jax.jit, static_argnums=0)
+    def train(storage):
+        training = recipes.Training(recipe, storage, rate, 2, 8)
+        carry = training.start({"matrix": _weights()["matrix"]})
+        # Linear, so that gradients do not depend on how weights are rounded.
+        loss = lambda w: jnp.sum((w["matrix"] * slope).astype(jnp.float32))
+        step = lambda carry, _: training.step(carry, loss)
+        carry, (_, largest) = jax.lax.scan(step, carry, None, length=6)
+        return recipes.full_weights(storage, carry)["matrix"], largest
+
+    exact = fq.Storage(master_weight_bits=32, moments="float32")
+    with jax.numpy_dtype_promotion("standard"):  # for Optax
+        (ours, largest), (theirs, as_large) = train(exact), train(None)
+    assert float(jnp.max(jnp.abs(theirs - _weights()["matrix"]))) > rate / 10
+    # Six roundings of a weight of up to 8, and of an update.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=6 * 2.0**-22 + 1e-5 * rate)
+    np.testing.assert_allclose(largest, as_large, rtol=1e-3, atol=2.0**-20 / rate)
+
+
+def test_schedule_ends_at_zero_and_peaks_after_the_warm_up(module):
+    schedule = jax.jit(
+        lambda count: module("_recipes").warmup_cosine(2.0, 10.0, 100.0)(count)
+    )
+    found = [float(schedule(count)) for count in (0, 9, 10, 55, 100)]
+    np.testing.assert_allclose(found, [0.2, 2.0, 2.0, 1.0, 0.0], atol=1e-6)
+
+
+def test_no_token_is_trained_on_and_validated(module):
+    tokens = np.arange(60_000).astype(np.uint16)
+    training, validation = module("gpt2").split(tokens, 1024)
+    assert not set(training.tolist()) & set(validation.tolist())
+    assert len(training) + len(validation) == len(tokens)
+    assert 0.03 < len(validation) / len(tokens) < 0.06
+
+
+def test_best_rate_is_never_one_that_diverged(module):
+    best = module("_runs").best_rate
+    assert best({0.1: 3.0, 0.3: float("nan"), 1.0: 2.0}) == 1.0
+    assert best({0.1: 80.0, 0.3: float("nan"), 1.0: 90.0}, least=False) == 1.0
+    assert best({0.1: 80.0, 0.3: 70.0}) == 0.3
+
+
+#
+# Runs
+#
+
+
+def test_run_that_is_there_is_not_run_again(module, tmp_path, monkeypatch):
+    runs = module("_runs")
+    folder = runs.Folder(tmp_path / "new")
+    assert folder.begin("a")
+    assert not folder.has("a")
+    folder.end("a", {"result": {"loss": 1.5}})
+    assert not runs.Folder(tmp_path / "new").begin("a")
+    assert folder.read("a")["result"] == {"loss": 1.5}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+    # No run is begun that would end after the deadline.
+    monkeypatch.setenv(runs.ENDS, "1000")
+    with pytest.raises(SystemExit) as exit:
+        folder.begin("b")
+    assert exit.value.code == runs.LEFT
+    # What is there needs no time.
+    assert not folder.begin("a")
+
+
+class _Process:
+    def __init__(self):
+        self.code = None
+
+    def poll(self):
+        return self.code
+
+    def terminate(self):
+        self.code = -15
+
+
+def _job(module, tmp_path, name, room=2, least=10.0, group=None):
+    log = tmp_path / f"{name}.log"
+    log.write_text("first\nlast\n")
+    return module("_plan").Job(
+        name, "x.py", (), room, least, group or name, (tmp_path / name,), log
+    )
+
+
+def test_queue_begins_what_fits_in_order_and_in_time(module, tmp_path, capsys):
+    job = lambda *args, **options: _job(module, tmp_path, *args, **options)
+    jobs = [
+        job("a"),
+        job("b", group="a"),
+        job("c", room=1),
+        job("d", room=1, least=60.0),
+        job("e", room=1),
+        job("f", room=1),
+    ]
+    begun = {}
+
+    def launch(job, device):
+        begun[job.name] = device
+        return _Process()
+
+    queue = module("jobs").Queue(jobs, 2, 100.0, launch)
+    assert queue.advance(0.0)
+    # b writes what a writes; c and d share the second device.
+    assert begun == {"a": 0, "c": 1, "d": 1}
+    at = lambda name: next(x for x in queue.running if x.job.name == name)
+    at("a").process.code = 0
+    at("c").process.code = module("_runs").LEFT
+    queue.advance(50.0)
+    assert begun == {"a": 0, "c": 1, "d": 1, "b": 0, "e": 1}
+    at("b").process.code = 2
+    # 95 + 10 seconds are too late for f.
+    queue.advance(95.0)
+    assert [x.name for x in queue.waiting] == ["f"]
+    queue.stop()
+    assert queue.results == {
+        "a": "done",
+        "b": "failed: 2",
+        "c": "left runs for later",
+        "d": "stopped at the deadline",
+        "e": "stopped at the deadline",
+    }
+    assert "last" in capsys.readouterr().out
+    queue.advance(101.0)
+    assert not queue.running
+
+
+def test_plan_has_every_cell_once_and_no_two_jobs_write_one_file(module, tmp_path):
+    plan = module("_plan")
+    jobs = plan.plan(tmp_path, tmp_path / "out", small=False)
+    written = [path for job in jobs for path in job.writes]
+    assert len(written) == len(set(written))
+    assert len({job.name for job in jobs}) == len(jobs)
+    seeds = [path.stem for path in written if path.parent.name == "gpt2"]
+    for optimizer in plan.OPTIMIZERS:
+        for contender, count in zip(plan.CONTENDERS, (5, 5, 3, 3), strict=True):
+            cell = f"{optimizer}-{contender}-seed-"
+            assert sorted(x for x in seeds if x.startswith(cell)) == [
+                f"{cell}{seed}" for seed in range(count)
+            ]
+    for job in jobs:
+        assert (_BENCHMARKS / "evidence" / job.program).is_file()
+    assert not jobs[0].is_done()
+    for path in jobs[0].writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert jobs[0].is_done()
