@@ -78,6 +78,16 @@ def test_files_that_were_written_are_named(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["written"] == []
 
 
+def test_sums_and_averages(capsys):
+    plan = ["plan", "--params=7e9", "--json"]
+    bytes_of = {}
+    for arguments in ([], ["--accumulate"], ["--accumulate=16"], ["--ema"]):
+        main([*plan, *arguments])
+        found = json.loads(capsys.readouterr().out)["on_each_device"]["flashquinox"]
+        bytes_of[" ".join(arguments)] = found["accumulators"] + found["averages"]
+    assert [x / 7e9 for x in bytes_of.values()] == [0, 3, 2, 3]
+
+
 def test_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "flashquinox", "plna"], capture_output=True, text=True

@@ -239,6 +239,10 @@ _OTHERS = {
     "float32": lambda: fq.adam(1e-3, storage=fq.Storage(moments="float32")),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), fq.adamw(1e-3)),
     "MultiSteps": lambda: optax.MultiSteps(fq.adamw(1e-3), 2),
+    "accumulate": lambda: fq.accumulate(fq.adamw(1e-3), 2),
+    "accumulate, 16 bits": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), fq.accumulate(fq.lion(1e-3), 2, bits=16)
+    ),
     "inject_hyperparams": lambda: optax.inject_hyperparams(
         fq.adamw, hyperparam_dtype=jnp.float32
     )(learning_rate=1e-3),
@@ -257,6 +261,8 @@ _OTHERS = {
             "float32": 1,
             "chain": 1,
             "MultiSteps": 8,
+            "accumulate": 8,
+            "accumulate, 16 bits": 1,
             "inject_hyperparams": 1,
         }.items()
         for devices in (1, 8)
@@ -426,6 +432,31 @@ def test_trainable_parts():
         fq.memory_plan(model, fq.adamw(1e-3), trainable=spec | {"codes": "yes"})
     with pytest.raises(ValueError, match="`trainable` has nothing at"):
         fq.memory_plan(model, fq.adamw(1e-3), trainable={"down": True})
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_sums_and_averages(devices):
+    """3 bytes each, beside 4 in float32; divided like the weights."""
+    shape = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    model, elements = {"w": shape, "v": shape}, 2 * 512 * 512 // devices
+    plain = fq.memory_plan(model, fq.adamw(1e-3), devices)
+    for optim, size in (
+        (fq.accumulate(fq.adamw(1e-3), 2), 3),
+        (fq.accumulate(fq.adamw(1e-3), 2, bits=16), 2),
+        (optax.MultiSteps(fq.adamw(1e-3), 2), 4),
+    ):
+        plan = fq.memory_plan(model, optim, devices)
+        assert plan.step.accumulators == size * elements
+        assert plan.mixed_precision.accumulators == 4 * elements
+        # Counts.
+        rest = plan.step.at_rest - size * elements
+        assert plain.step.at_rest <= rest <= plain.step.at_rest + 16
+        assert plan.gradient_release.gradients is None
+        assert "not with sums of gradients" in str(plan)
+    plan = fq.memory_plan(model, fq.adamw(1e-3), devices, ema=fq.ema(0.999))
+    assert plan.step.averages == 3 * elements
+    assert plan.mixed_precision.averages == 4 * elements
+    assert plan.step.at_rest == plain.step.at_rest + 3 * elements + 8
 
 
 def test_adapters_of_a_preset():
@@ -714,6 +745,7 @@ def test_help(capsys, command):
             "takes a whole number from 1 to 2147483647; got 'two'",
         ),
         ("plan --params=7B --optimizer=adagrad", "invalid choice: 'adagrad'"),
+        ("plan --params=7B --accumulate=8", "invalid choice: 8"),
         ("plan --model=gpt2-124m --lora=0", "--lora: takes a whole number from 1"),
         ("plan --model=gpt2-124m --lora=8 --base=int2", "invalid choice: 'int2'"),
         ("plan --model=gpt2-124m --base=int8", "--base: only with --lora"),

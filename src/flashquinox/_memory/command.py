@@ -11,7 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .._optimizer.accumulate import accumulate, AccumulatingOptimizer
 from .._optimizer.catalog import OPTIMIZERS
+from .._optimizer.ema import ema
 from .._optimizer.optimizer import Optimizer
 from .._storage.storage import Storage
 from . import architectures
@@ -43,6 +45,7 @@ def run_plan(settings: argparse.Namespace) -> None:
             model,
             make_optimizer(settings),
             settings.devices,
+            ema=ema(0.999) if settings.ema else None,
             **parts,
         )
     devices = "1 device" if plan.devices == 1 else f"{plan.devices} devices"
@@ -112,7 +115,9 @@ def shapes_of(settings: argparse.Namespace) -> tuple[str, architectures.Shapes]:
     return "matrices", {"matrices": shape}
 
 
-def make_optimizer(settings: argparse.Namespace) -> Optimizer:
+def make_optimizer(
+    settings: argparse.Namespace,
+) -> Optimizer | AccumulatingOptimizer:
     storage = Storage(
         master_weight_bits=settings.master_weight_bits,
         moments=settings.moments,
@@ -126,7 +131,10 @@ def make_optimizer(settings: argparse.Namespace) -> Optimizer:
     if settings.optimizer == "muon" and settings.params is None:
         arguments["weight_dimension_numbers"] = architectures.dimension_numbers
     make: Callable[..., Optimizer] = OPTIMIZERS[settings.optimizer]
-    return make(1e-3, **arguments)
+    optim = make(1e-3, **arguments)
+    # How many does not change the bytes.
+    bits = settings.accumulate
+    return optim if bits is None else accumulate(optim, every=2, bits=bits)
 
 
 def as_json(plan: MemoryPlan) -> dict[str, Any]:

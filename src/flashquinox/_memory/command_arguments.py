@@ -26,6 +26,7 @@ examples:
   %(prog)s --params 7e9 --optimizer lion --device-memory 80GB
   %(prog)s --config path/to/model --devices 16 --plot plan.png
   %(prog)s --model llama-3.1-8b --lora 16 --base nf4
+  %(prog)s --model llama-3.1-8b --devices 8 --accumulate --ema
 
 models:
   {", ".join(list(architectures.PRESETS)[:4])}
@@ -82,6 +83,20 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"with --lora: those matrices as codes, {' or '.join(BASES)}, and scales, "
         "one for each row or for each 64 elements of it (in the dtype of the weights)",
+    )
+    add(
+        "--accumulate",
+        type=int,
+        nargs="?",
+        const=24,
+        choices=(16, 24, 32),
+        metavar="BITS",
+        help="sum gradients between calls, in 24 bits (the default), 16 or 32",
+    )
+    add(
+        "--ema",
+        action="store_true",
+        help="keep an average of the weights, in 24 bits",
     )
     add("--momentum", type=float, metavar="B", help="of sgd and sgdw (none)")
     add(

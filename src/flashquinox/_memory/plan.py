@@ -20,12 +20,15 @@ from .._common.text import shown
 from .._model.blocks import part_of
 from .._model.trained import TRAINABLE_DTYPES
 from .._model.trees import flatten, is_array, Leaf, match
+from .._optimizer.accumulate import AccumulatingOptimizer
+from .._optimizer.ema import EMA
 from .._optimizer.optimizer import Optimizer, settings_of
 from .._optimizer.state import OptimizerState
 from .._sharding.fsdp import fsdp_shardings
 from .._sharding.resolve import as_explicit
 from .._storage.quant_moment import QuantMoment
 from .._storage.storage import Storage
+from .accumulated import without_sums
 from .device_bytes import (
     arrays_of_state,
     as_struct,
@@ -49,9 +52,11 @@ def memory_plan(
     prologue: Callable[[PyTree], PyTree] | None = None,
     epilogue: Callable[[PyTree], PyTree] | None = None,
     trainable: PyTree | None = None,
+    ema: EMA | None = None,
 ) -> MemoryPlan:
-    r"""The memory of each device in training: weights, corrections, moments, scales and
-    gradients. Nothing is allocated, and no devices are needed.
+    r"""The memory of each device in training: weights, corrections, moments, scales,
+    gradients, their sums and averages of weights. Nothing is allocated, and no devices
+    are needed.
 
     The state is the one that `optim.init` would make, so that codecs, partial groups
     and uncompressed vectors are counted exactly. It is divided like the weights. These
@@ -81,7 +86,8 @@ def memory_plan(
 
     - `model`: any pytree, of arrays or of `jax.ShapeDtypeStruct`s, as from
         `eqx.filter_eval_shape`; in the dtypes that training has.
-    - `optim`: a [`flashquinox.Optimizer`][], or one that is wrapped by Optax.
+    - `optim`: a [`flashquinox.Optimizer`][], one of [`flashquinox.accumulate`][], or
+        one that is wrapped by Optax.
     - `mesh`: the devices that the model is divided among: a `jax.sharding.Mesh`, an
         `AbstractMesh`, or a number of devices. `None` means the devices of the
         weights, or one device if they have no shardings.
@@ -94,6 +100,7 @@ def memory_plan(
         of the structure of the model, or a prefix of it, as for `eqx.partition`. The
         others are frozen; they may be codes and scales of quantized weights.
         Elements of fewer than 8 bits share bytes.
+    - `ema`: the average of weights that is kept, of [`flashquinox.ema`][], if one is.
 
     **Returns:**
 
@@ -110,6 +117,11 @@ def memory_plan(
             f"`{call}`: `optim` is no optimizer but {shown(optim)}. Pass "
             "`flashquinox.adamw(1e-3)`, say, or a transformation of Optax with such an "
             "optimizer in it."
+        )
+    if not isinstance(ema, EMA | None):
+        raise TypeError(
+            f"`{call}(ema=...)` takes a `flashquinox.EMA`, as `flashquinox.ema(0.999)` "
+            f"makes one; got {shown(ema)}."
         )
     leaves, rebuild = flatten(model)
     parts = {
@@ -132,7 +144,7 @@ def memory_plan(
         leaf.value if chosen else None
         for leaf, chosen in zip(leaves, may_train, strict=True)
     ]
-    state = _state(optim, rebuild(part), explicit)
+    state = _made(explicit, optim.init, rebuild(part))
     states = [x for x in _nodes(state, OptimizerState) if isinstance(x, OptimizerState)]
     if not states:
         raise TypeError(
@@ -155,10 +167,16 @@ def memory_plan(
     )
     corrections = arrays_of_state([x.corrections for x in states], there)
     codes = [x.codes if isinstance(x, QuantMoment) else x for x in moments]
+    rest, sums = without_sums(state)
+    sums = arrays_of_state(sums, there)
     rest = [
-        [] if isinstance(x, OptimizerState) else x
-        for x in _nodes(state, OptimizerState)
+        [] if isinstance(x, OptimizerState) else x for x in _nodes(rest, OptimizerState)
     ]
+    averages: list[Any] = []
+    if ema is not None:
+        average = _made(explicit, ema.init, rebuild(part), state)
+        averages = arrays_of_state([average.weights, average.corrections], there)
+        rest += [average.count, average.steps_seen]
     everywhere = meshes.everywhere(list(there.values()))
     devices = 1 if everywhere is None else everywhere.mesh.size
     parameters = sum(math.prod(x.shape) for x in trained.values())
@@ -171,24 +189,30 @@ def memory_plan(
         moments=bytes_on_device(codes),
         scales=bytes_on_device(jtu.tree_leaves(moments)) - bytes_on_device(codes),
         gradients=weights,
+        accumulators=bytes_on_device(sums),
+        averages=bytes_on_device(averages),
         frozen=bytes_on_device(arrays.values()) - weights,
         other=bytes_on_device(jtu.tree_leaves([rest, [x.steps for x in states]])),
     )
+    in_float32 = 4 * sum(map(elements_on_device, trained.values()))
+    released = None
+    if not sums:
+        released = released_gradients(call, leaves, trained, **parts)
     narrow = [x for x in trained.values() if x.dtype in NARROW_DTYPES]
     whole = [x for x in trained.values() if elements_on_device(x) == math.prod(x.shape)]
     return MemoryPlan(
         parameters=parameters,
         devices=devices,
         step=step,
-        gradient_release=dataclasses.replace(
-            step, gradients=released_gradients(call, leaves, trained, **parts)
-        ),
+        gradient_release=dataclasses.replace(step, gradients=released),
         mixed_precision=dataclasses.replace(
             step,
             corrections=0,
             master_weights=4 * sum(map(elements_on_device, narrow)),
             moments=4 * sum(map(elements_on_device, codes)),
             scales=0,
+            accumulators=in_float32 if sums else 0,
+            averages=in_float32 if averages else 0,
         ),
         whole=bytes_on_device(whole) if devices > 1 else 0,
     )
@@ -213,18 +237,16 @@ def _nodes(tree: PyTree, kind: type) -> list[Any]:
     return jtu.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind))
 
 
-def _state(
-    optim: optax.GradientTransformation | optax.MultiSteps,
-    shapes: PyTree,
-    explicit: list[NamedSharding | None],
-) -> PyTree:
-    """The shapes and shardings of the state that `init` would make."""
+def _made(
+    explicit: list[NamedSharding | None], init: Callable[..., Any], *of: PyTree
+) -> Any:
+    """The shapes and shardings of what `init` would make."""
     # The mesh also applies to arrays that `init` makes from nothing. It replaces any
     # mesh that the caller has set.
     nowhere = AbstractMesh((), ())
     mesh: Any = next((x.mesh for x in explicit if x is not None), nowhere)
     with jax.sharding.use_abstract_mesh(mesh):
-        return eqx.filter_eval_shape(optim.init, shapes)
+        return eqx.filter_eval_shape(init, *of)
 
 
 #
@@ -244,6 +266,8 @@ def _shardings(
     types of arrays that are computed from them have shardings too. `None` on one
     device."""
     given, storage = [None] * len(leaves), Storage()
+    if isinstance(optim, AccumulatingOptimizer):
+        optim = optim.inner
     if isinstance(optim, Optimizer):
         settings = settings_of(optim)
         values, structure = settings.shardings

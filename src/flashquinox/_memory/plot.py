@@ -14,11 +14,13 @@ _COLORS = {
     "master_weights": "#56B4E9",
     "moments": "#E69F00",
     "scales": "#D55E00",
+    "accumulators": "#CC79A7",
+    "averages": "#CC79A7",
     "frozen": "#009E73",
     "other": "#F0E442",
     "gradients": "#BBBBBB",
 }
-_HATCHES = {"master_weights": "///"}
+_HATCHES = {"master_weights": "///", "averages": "///"}
 
 
 def draw(

@@ -20,6 +20,9 @@ class DeviceMemory:
     - `scales`: the scales of moments, and the parameters of codecs that learn.
     - `gradients`: the most that exist at one time, in the dtypes of the weights. `None`
         if that is not known.
+    - `accumulators`: the sums of gradients of [`flashquinox.accumulate`][] or
+        `optax.MultiSteps`.
+    - `averages`: the average of weights of [`flashquinox.ema`][].
     - `frozen`: arrays of the model that are not trained.
     - `other`: the number of steps, and the state of Optax's wrappers.
     """
@@ -31,6 +34,8 @@ class DeviceMemory:
     moments: int
     scales: int
     gradients: int | None
+    accumulators: int
+    averages: int
     frozen: int
     other: int
 
@@ -57,6 +62,8 @@ CATEGORIES = (
     "master_weights",
     "moments",
     "scales",
+    "accumulators",
+    "averages",
     "frozen",
     "other",
     "gradients",
@@ -71,9 +78,11 @@ class MemoryPlan:
     - `devices`: the number of devices.
     - `step`: an ordinary step of this optimizer, with all gradients at once.
     - `gradient_release`: a step in which each layer is updated as soon as its gradient
-        is known. Its `gradients` are `None` if the model has no stacked blocks.
+        is known. Its `gradients` are `None` if the model has no stacked blocks, or if
+        gradients are accumulated.
     - `mixed_precision`: the same optimizer in Optax, in mixed precision: float32 master
-        weights and float32 moments, with the same weights and gradients.
+        weights and float32 moments, sums of gradients and averages of weights, with the
+        same weights and gradients.
     - `whole`: the bytes of weights that are replicated on every device.
     """
 
@@ -109,7 +118,8 @@ class MemoryPlan:
             found = [getattr(x, category) for x in columns.values()]
             if any(size is None or size >= unit / 2000 for size in found):
                 label = category.replace("_", " ")
-                rows.append((label, *map(_or(cell, "no blocks", "-"), found)))
+                unknown = "no blocks" if self.step.accumulators == 0 else "-"
+                rows.append((label, *map(_or(cell, unknown, "-"), found)))
         of_all = lambda show: [
             _or(show, "-", "-")(x) for x in (y.total for y in columns.values())
         ]
@@ -143,7 +153,11 @@ class MemoryPlan:
                 f"; without gradients, {mixed.at_rest / share:.3f} bytes per parameter"
             )
         notes = ["Not in it: activations, and the temporaries of a step.", f"{beside}."]
-        if self.gradient_release.gradients is None:
+        if self.gradient_release.gradients is None and self.step.accumulators > 0:
+            notes.append(
+                "Gradient release: not with sums of gradients, which need all of them."
+            )
+        elif self.gradient_release.gradients is None:
             notes.append(
                 "Gradient release: not known here, as it takes the layers of a stack "
                 "one at a time."
