@@ -1,6 +1,5 @@
 import collections
 import gc
-import itertools
 import os
 import shutil
 import tempfile
@@ -86,56 +85,60 @@ def without_typechecker():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--half",
+        "--part",
         choices=["first", "second"],
-        help="CI runs one half on each of two Pythons. The first: all tests, but half "
-        "of the cases of those that are marked as `product`. The second: the other "
-        "half of these, and half of the cases of all other tests.",
+        help="CI runs one part on each of two Pythons. The first: all tests, but half "
+        "of the cases of those that are marked as `product`. The second: one case of "
+        "each test, or one for each kernel; of those products, one of the other half.",
     )
 
 
 # After cases that are slow were left out.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    half = config.getoption("half")
-    if half is None:
+    part = config.getoption("part")
+    if part is None:
         return
     groups = collections.defaultdict(list)
     for item in items:
-        is_divided = half == "second" or item.get_closest_marker("product")
-        if is_divided and hasattr(item, "callspec"):
-            # Each kernel on both.
+        if hasattr(item, "callspec"):
+            # Each kernel in both parts.
             kernel = item.callspec.params.get("backend")
             groups[item.nodeid.split("[")[0], kernel].append(item)
     left_out = set()
     for group in groups.values():
-        left_out.update(itertools.compress(group, _is_left_out(group, half)))
+        is_product = group[0].get_closest_marker("product") is not None
+        first, second = _halves(group) if is_product else (group, group)
+        # Another one for each test.
+        chosen = zlib.crc32(group[0].nodeid.encode()) % len(second)
+        kept = first if part == "first" else second[chosen : chosen + 1]
+        left_out.update(set(group) - set(kept))
     config.hook.pytest_deselected(items=[x for x in items if x in left_out])
     items[:] = [x for x in items if x not in left_out]
 
 
-def _is_left_out(group, half):
-    """Of the cases of one test. Of each two, one is in the first half, so that values
-    of options are in both as often as can be. A single case is in both."""
+def _halves(group):
+    """The cases of one test in two halves. Of each two, one is in the first half, so
+    that values of options are in both as often as can be. A single case is in both."""
     if len(group) == 1:
-        return [False]
+        return group, group
     # How many more cases of this value are in the first half.
     surplus = collections.Counter()
     values = [item.callspec.id.split("-") for item in group]
     of = lambda i: sum(surplus[value] for value in values[i])
     # A test with two cases has its first one in either half.
     tie = zlib.crc32(group[0].nodeid.encode()) % 2 == 0
-    result = []
+    halves = [], []
     first = False
-    for i in range(len(group)):
+    for i, item in enumerate(group):
         if i % 2 == 1:
             first = not first
         else:
             other = of(i + 1) if i + 1 < len(group) else 0
             first = tie if of(i) == other else of(i) < other
         surplus.update({value: 1 if first else -1 for value in values[i]})
-        result.append(first != (half == "first"))
-    return result
+        halves[0 if first else 1].append(item)
+    return halves
 
 
 def pytest_unconfigure():

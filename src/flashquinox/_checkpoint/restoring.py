@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Float32, Integer, PyTree
+from jaxtyping import PyTree
 
 from .._common.placement import compute_like, no_mesh
 from .._common.target import Target
@@ -18,7 +18,7 @@ from .._storage.codec import AbstractMomentCodec
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.regroup import regroup
-from .._storage.split import decode_weight
+from .._storage.split import decode_stored
 from . import manifests
 from .named_leaves import (
     base_of,
@@ -127,7 +127,7 @@ class Wanted:
             if origin.widened:
                 correction = [read[origin.correction]] if origin.correction else []
                 pair, likes = [x, *correction], [like, *(like for _ in correction)]
-                x = compute_like(self._call, name, _decode, pair, likes)
+                x = compute_like(self._call, name, decode_stored, pair, likes)
             new[name] = self._targets[name].put(x)
         for name, weight in plan.summed.items():
             x = new[weight]
@@ -193,10 +193,3 @@ def _checksum(members: int) -> Callable[[Any], Any]:
     for _ in range(members):
         function = jax.vmap(function)
     return function
-
-
-@jax.jit
-def _decode(
-    weight: Float[Array, "*shape"], correction: Integer[Array, "*shape"] | None = None
-) -> Float32[Array, "*shape"]:
-    return decode_weight(weight, correction)

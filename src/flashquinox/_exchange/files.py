@@ -20,7 +20,7 @@ from .._model.trees import dotted_name, flatten, is_array, Leaf, Model
 from .._optimizer.call_checks import check_given
 from .._optimizer.leaf_checks import check_floating_dtype
 from .._optimizer.states import open_states
-from .._storage.split import decode_weight
+from .._storage.split import decode_stored
 
 
 # The dtypes of safetensors files, and their names in NumPy.
@@ -103,7 +103,7 @@ def save_safetensors(
     for name, leaf in named.items():
         x = leaf.value
         if state is not None and is_trainable(x):
-            x = decode_weight(jnp.asarray(x), corrections_of[leaf.path])
+            x = decode_stored(jnp.asarray(x), corrections_of[leaf.path])
         if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
             x = x.astype(dtype)
         if str(x.dtype) not in _DTYPES.values():

@@ -13,7 +13,7 @@ from .._common.dtypes import compute_dtype
 from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
 from .._model.trees import Leaf, match, Model, State
-from .._storage.split import Correction, decode_weight, encode_weight
+from .._storage.split import Correction, decode_stored, encode_weight
 from .call_checks import check_not_state
 from .checksums import checksums
 from .leaf_checks import check_master_weight
@@ -164,7 +164,7 @@ def _split(
 
 @jax.custom_jvp
 def _decoded(weight: Array, correction: Correction | None) -> Array:
-    return decode_weight(weight, correction)
+    return decode_stored(weight, correction)
 
 
 @_decoded.defjvp

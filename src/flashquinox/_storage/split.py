@@ -8,6 +8,7 @@ and across binades.
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
@@ -119,11 +120,11 @@ class ECCWeight(eqx.Module):
 
     def decode(self) -> Float32[Array, "*shape"]:
         """The float32 master weight."""
-        return decode_weight(self.weight, self.correction)
+        return decode_stored(self.weight, self.correction)
 
 
 def decode_weight(
-    weight: Float[Array, "*shape"], correction: Correction | None
+    weight: Float[Array, "*shape"], correction: Correction | None = None
 ) -> Float[Array, "*shape"]:
     """The master weight, in float32 (float64 for a float64 weight).
 
@@ -143,6 +144,10 @@ def decode_weight(
     # The sum is a NaN pattern in just those cases where it left the weight's sign or
     # passed its infinity (and for NaN weights).
     return jnp.where(jnp.isnan(master), wide, master)
+
+
+# Outside of `jit`: one program for a shape and a dtype, in place of ten.
+decode_stored = jax.jit(decode_weight)
 
 
 def rounding_threshold(count: Scalar, leaf: ScalarLike) -> Shaped[Array, ""]:
