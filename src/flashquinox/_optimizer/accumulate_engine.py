@@ -125,6 +125,7 @@ class AccumulateEngine(eqx.Module):
             structure=structure,
             max_norm=max_norm,
             divisor=mini_step if self.mean else None,
+            is_last=is_last,
         )
         at = partial(_arrays_at, call, leaves=leaves, numbers=dtypes)
         old = _Arrays(
@@ -133,7 +134,7 @@ class AccumulateEngine(eqx.Module):
             sums=at("state.sums", sums),
             corrections=at("state.corrections", added.corrections),
         )
-        new, structure = step.take_if(is_last, old)
+        new, structure = step.take_if_last(old)
         by_path = lambda found: {
             leaves[i].unwrapped: x for i, x in zip(dtypes, found, strict=True)
         }
@@ -177,6 +178,7 @@ class _Step:
     - `dtypes`: of leaves that have gradients, the dtypes of these.
     - `structure`: that of the state of the optimizer.
     - `divisor`: what sums are divided by.
+    - `is_last`: whether to take it.
     """
 
     engine: StepEngine
@@ -187,14 +189,14 @@ class _Step:
     structure: Any
     max_norm: ScalarLike | None
     divisor: ScalarLike | None
+    is_last: Array
 
-    def take_if(self, is_last: Array, old: _Arrays) -> tuple[_Arrays, Any]:
+    def take_if_last(self, old: _Arrays) -> tuple[_Arrays, Any]:
         """The arrays after this step, if it is to be taken, and the structure of the
         state of the optimizer."""
-        if not isinstance(is_last, jax.core.Tracer):
-            return (
-                self._taken(old) if is_last else (self._not_taken(old), self.structure)
-            )
+        if not isinstance(self.is_last, jax.core.Tracer):
+            not_taken = self._not_taken(old), self.structure
+            return self._taken(old) if self.is_last else not_taken
         structure = []
 
         def taken(old: _Arrays) -> _Arrays:
@@ -202,7 +204,7 @@ class _Step:
             structure.append(found)
             return new
 
-        new = lax.cond(is_last, taken, self._not_taken, old)
+        new = lax.cond(self.is_last, taken, self._not_taken, old)
         return new, structure[0]
 
     def model(self, weights: list[Array]) -> PyTree:
@@ -224,9 +226,12 @@ class _Step:
             self.divisor,
         )
         new, _ = flatten(model)
-        inner, structure = jtu.tree_flatten(state)
-        sums, corrections = jtu.tree_map(jnp.zeros_like, (old.sums, old.corrections))
         weights = [new[i].value for i in self.dtypes]
+        inner, structure = jtu.tree_flatten(state)
+        # The sums are read by then, so that zeros can be in their place.
+        weights, sums = lax.optimization_barrier((weights, (old.sums, old.corrections)))
+        zero = lambda x: jnp.where(self.is_last, jnp.zeros_like(x), x)
+        sums, corrections = jtu.tree_map(zero, sums)
         return _Arrays(weights, inner, sums, corrections), structure
 
     def _not_taken(self, old: _Arrays) -> _Arrays:
