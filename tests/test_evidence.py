@@ -1,6 +1,7 @@
 """Runs of `benchmarks/evidence` are paired, are not run twice, and end in time."""
 
 import importlib
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -202,7 +203,8 @@ def test_plan_has_every_cell_once_and_no_two_jobs_write_one_file(module, tmp_pat
     written = [path for job in jobs for path in job.writes]
     assert len(written) == len(set(written))
     assert len({job.name for job in jobs}) == len(jobs)
-    seeds = [path.stem for path in written if path.parent.name == "gpt2"]
+    gpt2 = [path.stem for path in written if path.parent.name == "gpt2"]
+    seeds = [name for name in gpt2 if "-at-" not in name]
     for optimizer in plan.OPTIMIZERS:
         for contender, count in zip(plan.CONTENDERS, (5, 5, 3, 3), strict=True):
             cell = f"{optimizer}-{contender}-seed-"
@@ -216,3 +218,98 @@ def test_plan_has_every_cell_once_and_no_two_jobs_write_one_file(module, tmp_pat
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert jobs[0].is_done()
+
+
+#
+# Gaps
+#
+
+
+def _record(contender, seed, loss, rate=1e-3, options="", digest="a", largest=1.0):
+    return {
+        "command": f"benchmarks/evidence/gpt2.py --optimizer lion {options}",
+        "contender": contender,
+        "recipe": {"optimizer": "lion"},
+        "rate": rate,
+        "seed": seed,
+        "steps": 4,
+        "task": {"span": 2},
+        "digest": digest,
+        "losses": [loss + 1, loss],
+        "peak bytes": 10**9,
+        "result": {
+            "validation loss": loss,
+            "largest update": largest,
+            "tokens a second": 1000.0,
+        },
+    }
+
+
+def _write(folder, records):
+    folder.mkdir(parents=True)
+    for number, record in enumerate(records):
+        path = folder / f"{number}-seed-{record['seed']}.json"
+        path.write_text(json.dumps(record))
+
+
+def test_gaps_are_of_the_same_seeds(module, tmp_path):
+    gaps = module("_gaps")
+    reference = [_record("float32", seed, 5.0 + seed) for seed in range(4)]
+    # Seeds differ by far more than contenders; of the fourth there is no pair.
+    ours = [_record("ours", seed, 5.0 + seed + x) for seed, x in enumerate((1, 2, 6))]
+    _write(tmp_path / "gpt2", reference + ours)
+    cells = gaps.gpt2_cells(tmp_path / "gpt2")["lion"]
+    found = gaps.gap(cells["ours"], cells["float32"])
+    assert (found.mean, found.seeds) == (3.0, 3)
+    deviation = np.std([1, 2, 6], ddof=1)
+    assert gaps.standard_error(found) == pytest.approx(deviation / 3**0.5)
+    # Student's t for two degrees of freedom.
+    assert found.half_width == pytest.approx(4.3027 * deviation / 3**0.5, rel=1e-4)
+    mean, error = gaps.curve_gap(cells["ours"], cells["float32"])
+    np.testing.assert_allclose(mean, [3.0, 3.0])
+    np.testing.assert_allclose(error, gaps.standard_error(found))
+
+
+def test_runs_of_other_data_are_no_pair(module, tmp_path):
+    gaps = module("_gaps")
+    records = [_record("float32", 0, 5.0), _record("ours", 0, 5.0, digest="b")]
+    _write(tmp_path / "gpt2", records)
+    cells = gaps.gpt2_cells(tmp_path / "gpt2")["lion"]
+    with pytest.raises(ValueError, match=r"ours and float32 are no pair: .*digest"):
+        gaps.gap(cells["ours"], cells["float32"])
+
+
+def test_runs_at_a_given_rate_have_a_table_of_their_own(module, tmp_path):
+    page = module("_page")
+    folder = tmp_path / "evidence" / "gpt2"
+    records = [
+        *(_record("float32", seed, 5.0) for seed in range(2)),
+        *(_record("ours", seed, 6.0, rate=3e-3) for seed in range(2)),
+        *(_record("ours", seed, 5.25, options="--rate 0.001") for seed in range(2)),
+    ]
+    _write(folder, records)
+    found = page.sections(tmp_path)
+    assert list(found) == ["gpt2", "gpt2-at-one-rate"]
+    assert "| 0.003 | 2 | 6.0000 | +1.0000 ± 0.0000" in found["gpt2"]
+    assert "5.2500" not in found["gpt2"]
+    assert "| 0.001 | 2 | 5.2500 | +0.2500 ± 0.0000" in found["gpt2-at-one-rate"]
+    assert page.failures(tmp_path) == [
+        "GPT-2, Lion: the gap is +1.0000 ± 0.0000 (95 %), not within ± 0.015"
+    ]
+
+
+def test_what_is_not_separable_is_called_so(module, tmp_path):
+    page, gaps = module("_page"), module("_gaps")
+    folder = tmp_path / "evidence" / "gpt2"
+    losses = {"ours": (5.1, 4.9, 5.02), "bfloat16": (5.5, 5.51, 5.49)}
+    records = [_record("float32", seed, 5.0) for seed in range(3)]
+    for name, values in losses.items():
+        records += [
+            _record(name, seed, x, largest=2.0) for seed, x in enumerate(values)
+        ]
+    _write(folder, records)
+    text = page.sections(tmp_path)["gpt2"].splitlines()
+    assert "not separable from noise" in text[3] and "(2.00)" in text[3]
+    assert "a difference" in text[4]
+    assert any("largest update is 2.00" in x for x in page.failures(tmp_path))
+    assert gaps.gpt2_cells(folder, at_one_rate=True) == {}

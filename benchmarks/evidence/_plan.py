@@ -37,13 +37,14 @@ CONTENDERS = ("float32", "ours", "flashoptim", "bfloat16")
 
 
 def plan(data: pathlib.Path, out: pathlib.Path, small: bool) -> list[Job]:
-    if small:
-        jobs = [dataclasses.replace(job, least=0.0) for job in _jobs(data, out)]
-        return [
-            dataclasses.replace(job, arguments=(*job.arguments, "--small"))
-            for job in jobs
-        ]
-    return [*_jobs(data, out)]
+    if not small:
+        return [*_jobs(data, out)]
+    # `quality.py` has no smaller size.
+    return [
+        dataclasses.replace(job, least=0.0, arguments=(*job.arguments, "--small"))
+        for job in _jobs(data, out)
+        if not job.name.startswith("quality")
+    ]
 
 
 def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
@@ -74,6 +75,12 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         of = {"optimizer": optimizer, "contender": contender, "seeds": seeds}
         return job("gpt2", cell, 2, 75.0, files, **of)
 
+    def at_rate(optimizer: str, contender: str, rate: str) -> Job:
+        files = [f"-seed-{seed}" for seed in range(3)]
+        of = {"optimizer": optimizer, "contender": contender, "seeds": "0-2"}
+        cell = f"{optimizer}-{contender}-at-{rate}"
+        return job("gpt2", cell, 2, 60.0, files, **of, rate=rate)
+
     def images(model: str, optimizer: str, contender: str) -> Job:
         of = {"model": model, "optimizer": optimizer, "contender": contender}
         return job("images", "-".join(of.values()), 1, 100.0, ["-seeds"], **of)
@@ -82,6 +89,13 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         of = {"case": case, "optimizer": optimizer, "contender": contender}
         return job("long", "-".join(of.values()), 1, 120.0, [""], **of)
 
+    def quality(name: str, least: float, *of: str) -> Job:
+        file = out / "quality" / f"{name}.json"
+        text = ("--text", str(data / "speeches.txt"), "--json", str(file))
+        label = f"quality-{name}"
+        log = out / "logs" / f"{label}.log"
+        return Job(label, "../quality.py", (*text, *of), 1, least, label, (file,), log)
+
     first, second = CONTENDERS[:2], CONTENDERS[2:]
     for optimizer, contender in itertools.product(OPTIMIZERS, first):
         yield gpt2(optimizer, contender, 0, 2)
@@ -89,13 +103,20 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         yield gpt2(optimizer, contender, 0, 2)
     for optimizer, contender in itertools.product(OPTIMIZERS, first):
         yield gpt2(optimizer, contender, 3, 4)
+    # Lion's choice of a rate was a toss-up: contenders that chose another one than
+    # float32 are also run at its rate.
+    for contender in ("ours", "flashoptim"):
+        yield at_rate("lion", contender, "0.0001")
     for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
         yield images("vit", optimizer, contender)
     for contender in CONTENDERS:
         yield long("change", "adamw", contender)
+    codecs = ("flashoptim", "default", "default, m alone", "default, v alone")
+    yield quality("open-loop", 100.0, "--seeds", "4", "--codecs", *codecs)
     for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
         yield images("resnet", optimizer, contender)
     for case, contender in itertools.product(("pruned", "sparse"), CONTENDERS):
         yield long(case, "adamw", contender)
     for optimizer, contender in itertools.product(OPTIMIZERS[1:], CONTENDERS):
         yield long("change", optimizer, contender)
+    yield quality("closed-loop", 150.0, "--closed-loop", "--seeds", "48")

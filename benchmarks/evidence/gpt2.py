@@ -7,7 +7,8 @@ float32?
 Batches of 8 windows of 1024 tokens; a warm-up of a tenth, then a cosine to zero at
 the end; gradients are clipped at norm 1. Each contender takes the learning rate, of
 three, that has the lowest validation loss after 300 steps of seed 100. Then come the
-seeds. Contenders are in `_recipes.py`; the data are made by `data.py`.
+seeds. With --rate, all is at that rate, to tell what the choice did. Contenders are in
+`_recipes.py`; the data are made by `data.py`.
 
 A file for each run: mean training losses and largest updates of spans of steps,
 validation losses (262,144 tokens that are not trained on), tokens a second, and the
@@ -29,7 +30,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _command_line import Parser, positive_integer, run_main
+from _command_line import Parser, positive, positive_integer, run_main
 from _gpt import Attention, loss, StackedGPT
 from _recipes import CONTENDERS, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
@@ -186,9 +187,9 @@ class Runner:
         }
 
 
-def run_cell(
-    runner: Runner, folder: Folder, optimizer: str, contender: str, of: list[int]
-) -> None:
+def choose_rate(
+    runner: Runner, folder: Folder, optimizer: str, contender: str
+) -> float:
     recipe, task = RECIPES[optimizer], runner.task
     share = task.tuning_steps / task.steps
     tuned = {}
@@ -198,9 +199,25 @@ def run_cell(
             record = runner.run(recipe, contender, rate, TUNING_SEED, task.tuning_steps)
             folder.end(name, record, share)
         tuned[rate] = folder.read(name)["result"]["validation loss"]
-    rate = best_rate(tuned)
+    return best_rate(tuned)
+
+
+def run_cell(
+    runner: Runner,
+    folder: Folder,
+    optimizer: str,
+    contender: str,
+    of: list[int],
+    rate: float | None = None,
+) -> None:
+    recipe, task = RECIPES[optimizer], runner.task
+    cell = f"{optimizer}-{contender}"
+    if rate is None:
+        rate = choose_rate(runner, folder, optimizer, contender)
+    else:
+        cell = f"{cell}-at-{rate:g}"
     for seed in of:
-        name = f"{optimizer}-{contender}-seed-{seed}"
+        name = f"{cell}-seed-{seed}"
         if folder.begin(name):
             folder.end(name, runner.run(recipe, contender, rate, seed, task.steps))
 
@@ -214,6 +231,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=RECIPES, required=True)
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="(default: 0-2)")
+    parser.add_argument("--rate", type=positive, help="nothing is chosen")
     parser.add_argument("--steps", type=positive_integer, help="(default: 800)")
     parser.add_argument("--small", action="store_true", help="to try this on a CPU")
     arguments = parser.parse_args()
@@ -234,6 +252,7 @@ def main() -> None:
         arguments.optimizer,
         arguments.contender,
         arguments.seeds,
+        arguments.rate,
     )
 
 

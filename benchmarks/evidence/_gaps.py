@@ -1,0 +1,161 @@
+"""Gaps between contenders and float32, paired by seeds, of the files of `gpt2.py`,
+`images.py` and `long.py`."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+from typing import Any
+
+import _benchmarks  # noqa: F401
+import numpy as np
+from _paired import Gap
+from _recipes import CONTENDERS, REFERENCE
+
+
+@dataclasses.dataclass
+class Cell:
+    """The runs of one contender with its chosen rate.
+
+    - `setting`: what all contenders of a gap must have in common.
+    - `results`: the figure at the end of each seed.
+    - `curves`: mean training losses of spans, (spans,) for each seed.
+    - `largest`: the largest update of each seed, in peak learning rates.
+    """
+
+    contender: str
+    rate: float
+    setting: dict[str, Any]
+    results: dict[int, float]
+    curves: dict[int, np.ndarray]
+    largest: dict[int, float]
+    records: list[dict[str, Any]]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.results.values())
+
+    @property
+    def peak(self) -> float:
+        return max(self.largest.values())
+
+
+# Of each optimizer, the cells of the contenders, in their order.
+Cells = dict[str, dict[str, Cell]]
+
+
+def gap(cell: Cell, reference: Cell) -> Gap:
+    """Of the ends, over the seeds that both have."""
+    if cell.setting != reference.setting:
+        both = {**cell.setting, **reference.setting}
+        differs = [k for k in both if cell.setting.get(k) != reference.setting.get(k)]
+        raise ValueError(
+            f"{cell.contender} and {reference.contender} are no pair: their "
+            f"{', '.join(differs)} differ."
+        )
+    seeds = sorted(cell.results.keys() & reference.results.keys())
+    return Gap.of([cell.results[seed] - reference.results[seed] for seed in seeds])
+
+
+def standard_error(found: Gap) -> float:
+    return found.deviation / math.sqrt(found.seeds)
+
+
+def curve_gap(cell: Cell, reference: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Of each span, the mean of the paired differences and its standard error."""
+    seeds = sorted(cell.curves.keys() & reference.curves.keys())
+    each = np.stack([cell.curves[seed] - reference.curves[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return each[0], np.zeros_like(each[0])
+    return each.mean(axis=0), each.std(axis=0, ddof=1) / math.sqrt(len(seeds))
+
+
+def _records(folder: pathlib.Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def _collected(cells: list[tuple[str, Cell]]) -> Cells:
+    """Optimizers without float32 are left out: there is nothing to compare with."""
+    found: Cells = {}
+    for optimizer in ("adamw", "lion", "sgd"):
+        of = {cell.contender: cell for name, cell in cells if name == optimizer}
+        if REFERENCE in of:
+            found[optimizer] = {name: of[name] for name in CONTENDERS if name in of}
+    return found
+
+
+def gpt2_cells(folder: pathlib.Path, at_one_rate: bool = False) -> Cells:
+    """With each contender at its own rate; or, of optimizers whose contenders chose
+    differently, all at that of float32."""
+    records = _records(folder, "*-seed-*.json")
+    own = _gpt2_cells([x for x in records if "rate" not in _options(x)])
+    if not at_one_rate:
+        return own
+    found = {}
+    for name, of in _gpt2_cells(records, at_rates(own)).items():
+        if any(cell.rate != of[REFERENCE].rate for cell in own[name].values()):
+            found[name] = of
+    return found
+
+
+def at_rates(cells: Cells) -> dict[str, float]:
+    return {name: of[REFERENCE].rate for name, of in cells.items()}
+
+
+def _options(record: dict[str, Any]) -> set[str]:
+    return {x[2:] for x in record["command"].split() if x.startswith("--")}
+
+
+def _gpt2_cells(
+    records: list[dict[str, Any]], rates: dict[str, float] | None = None
+) -> Cells:
+    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if rates and record["rate"] != rates.get(record["recipe"]["optimizer"]):
+            continue
+        key = record["recipe"]["optimizer"], record["contender"]
+        by_cell.setdefault(key, []).append(record)
+    cells = []
+    for (optimizer, contender), records in by_cell.items():
+        of = {record["seed"]: record for record in records}
+        result = lambda name, of=of: {k: x["result"][name] for k, x in of.items()}
+        first = records[0]
+        cell = Cell(
+            contender,
+            first["rate"],
+            {k: first[k] for k in ("recipe", "task", "steps", "digest")},
+            result("validation loss"),
+            {seed: np.asarray(record["losses"]) for seed, record in of.items()},
+            result("largest update"),
+            records,
+        )
+        cells.append((optimizer, cell))
+    return _collected(cells)
+
+
+def image_cells(folder: pathlib.Path, model: str) -> Cells:
+    """The figure is the accuracy, in percent."""
+    return _of_lanes(_records(folder, f"{model}-*-seeds.json"), "accuracy")
+
+
+def long_cells(folder: pathlib.Path, case: str) -> Cells:
+    return _of_lanes(_records(folder, f"{case}-*.json"), "validation loss")
+
+
+def _of_lanes(records: list[dict[str, Any]], name: str) -> Cells:
+    cells = []
+    for record in records:
+        of = lambda values, seeds=record["seeds"]: dict(zip(seeds, values, strict=True))
+        curves = np.asarray(record["losses"]).T
+        cell = Cell(
+            record["contender"],
+            record["rate"],
+            {k: record[k] for k in ("recipe", "task")},
+            of(record["result"][name]),
+            of(curves),
+            of(record["result"]["largest update"]),
+            [record],
+        )
+        cells.append((record["recipe"]["optimizer"], cell))
+    return _collected(cells)

@@ -1,0 +1,300 @@
+"""The tables of the page "Evidence", of the files of runs."""
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from _gaps import (
+    Cell,
+    Cells,
+    gap,
+    gpt2_cells,
+    image_cells,
+    long_cells,
+    standard_error,
+)
+from _recipes import REFERENCE
+
+
+TITLES = {
+    "float32": "float32",
+    "ours": "**flashquinox**",
+    "flashoptim": "the paper's codec",
+    "bfloat16": "bfloat16 weights",
+}
+# What there is none of: an en dash.
+_NONE = "\u2013"
+OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD, momentum"}
+MODELS = {"vit": "ViT", "resnet": "ResNet-18"}
+CASES = {
+    "change": "change of data",
+    "pruned": "half of the weights pruned",
+    "sparse": "90 % of the weights pruned",
+}
+# The goals: of the 95 % interval of a gap, and of the largest update in float32's.
+MOST_LOSS, MOST_POINTS, MOST_UPDATE = 0.015, 0.3, 1.5
+
+
+def sections(results: pathlib.Path) -> dict[str, str]:
+    """Markdown of what there are results of."""
+    found = {}
+    if cells := gpt2_cells(results / "evidence/gpt2"):
+        found["gpt2"] = _gpt2(cells)
+    if cells := gpt2_cells(results / "evidence/gpt2", at_one_rate=True):
+        found["gpt2-at-one-rate"] = _gpt2(cells)
+    if rows := _image_rows(results / "evidence/images"):
+        found["images"] = _table(_IMAGE_HEADER, rows)
+    if rows := _long_rows(results / "evidence/long"):
+        found["long"] = _table(_LONG_HEADER, rows)
+    if rows := _resume_rows(results / "evidence/resume"):
+        found["resume"] = _table(_RESUME_HEADER, rows)
+    reconstruction = results / "reconstruction-cpu.json"
+    if reconstruction.exists():
+        found["reconstruction"] = _reconstruction(reconstruction)
+    next_update = results / "evidence/quality/open-loop.json"
+    if next_update.exists():
+        found["next-update"] = _next_update(next_update)
+    closed = results / "evidence/quality/closed-loop.json"
+    if closed.exists():
+        found["closed-loop"] = _closed_loop(closed)
+    return found
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def device_line(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    names = ", ".join(
+        f"{k} {versions[k]}" for k in ("jax", "optax", "flashquinox") if k in versions
+    )
+    return f"{record['device']}; {names}"
+
+
+#
+# Gaps
+#
+
+
+def gap_cells(cell: Cell, reference: Cell, digits: int) -> list[str]:
+    """The gap with its standard error, its 95 % interval, and what that says."""
+    if cell.contender == REFERENCE:
+        return [_NONE, _NONE, _NONE]
+    found = gap(cell, reference)
+    if not math.isfinite(found.mean):
+        return ["diverged", _NONE, _NONE]
+    if found.seeds < 2:
+        return [f"{found.mean:+.{digits}f}", _NONE, "one seed"]
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    says = "not separable from noise" if low <= 0 <= high else "a difference"
+    return [
+        f"{found.mean:+.{digits}f} ± {standard_error(found):.{digits}f}",
+        f"{low:+.{digits}f} to {high:+.{digits}f}",
+        says,
+    ]
+
+
+def _update_cells(cell: Cell, reference: Cell) -> list[str]:
+    if cell.contender == REFERENCE:
+        return [f"{cell.peak:.3g}"]
+    return [f"{cell.peak:.3g} ({_update_ratio(cell, reference):.2f})"]
+
+
+def _update_ratio(cell: Cell, reference: Cell) -> float:
+    """The largest, over seeds, of the ratios of largest updates."""
+    seeds = cell.largest.keys() & reference.largest.keys()
+    return max(cell.largest[seed] / reference.largest[seed] for seed in seeds)
+
+
+def _gap_rows(
+    cells: Cells, digits: int, others: Callable[[Cell], list[str]]
+) -> list[list[str]]:
+    rows = []
+    for optimizer, of in cells.items():
+        reference = of[REFERENCE]
+        for contender, cell in of.items():
+            rows.append(
+                [
+                    f"{OPTIMIZERS[optimizer]}: {TITLES[contender]}",
+                    f"{cell.rate:g}",
+                    str(len(cell.results)),
+                    f"{cell.mean:.{digits}f}",
+                    *gap_cells(cell, reference, digits),
+                    *_update_cells(cell, reference),
+                    *others(cell),
+                ]
+            )
+    return rows
+
+
+def failures(results: pathlib.Path) -> list[str]:
+    """Which goals are missed, a line each."""
+    found = []
+    kinds: list[tuple[str, Cells, float, int]] = [
+        ("GPT-2", gpt2_cells(results / "evidence/gpt2"), MOST_LOSS, 1)
+    ]
+    for model, title in MODELS.items():
+        cells = image_cells(results / "evidence/images", model)
+        kinds.append((title, cells, MOST_POINTS, -1))
+    for title, cells, most, worse in kinds:
+        for optimizer, of in cells.items():
+            where = f"{title}, {OPTIMIZERS[optimizer]}"
+            if "ours" not in of:
+                continue
+            ours, reference = of["ours"], of[REFERENCE]
+            here = gap(ours, reference)
+            if not abs(here.mean) + here.half_width <= most:
+                text = f"{here.mean:+.4f} ± {here.half_width:.4f} (95 %)"
+                found.append(f"{where}: the gap is {text}, not within ± {most}")
+            if (ratio := _update_ratio(ours, reference)) > MOST_UPDATE:
+                found.append(f"{where}: the largest update is {ratio:.2f} of float32's")
+            if "flashoptim" in of:
+                paper = gap(ours, of["flashoptim"])
+                if worse * paper.mean - paper.half_width > 0:
+                    found.append(f"{where}: worse than the paper's codec")
+    return found
+
+
+#
+# Sections
+#
+
+
+def _gpt2(cells: Cells) -> str:
+    def others(cell: Cell) -> list[str]:
+        speed = [x["result"]["tokens a second"] for x in cell.records]
+        peak = [x["peak bytes"] for x in cell.records if x["peak bytes"]]
+        memory = f"{max(peak) / 1e9:.2f}" if peak else _NONE
+        return [f"{statistics.median(speed) / 1e3:.0f}", memory]
+
+    header = [
+        "validation loss, nats",
+        *("rate", "seeds", "mean", "gap ± standard error", "95 % interval", "that is"),
+        *("largest update", "1000 tokens/s", "peak, GB"),
+    ]
+    return _table(header, _gap_rows(cells, 4, others))
+
+
+_IMAGE_HEADER = [
+    "accuracy on the test set, %",
+    *("rate", "seeds", "mean", "gap ± standard error", "95 % interval", "that is"),
+    "largest update",
+]
+
+
+def _image_rows(folder: pathlib.Path) -> list[list[str]]:
+    rows = []
+    for model, title in MODELS.items():
+        for row in _gap_rows(image_cells(folder, model), 2, lambda cell: []):
+            rows.append([f"{title}, {row[0]}", *row[1:]])
+    return rows
+
+
+_LONG_HEADER = [
+    "loss on held-out text at the end, nats",
+    *("rate", "seeds", "mean", "gap ± standard error", "95 % interval", "that is"),
+    *("largest update", "drift of pruned weights"),
+]
+
+
+def _long_rows(folder: pathlib.Path) -> list[list[str]]:
+    def drift(cell: Cell) -> list[str]:
+        (record,) = cell.records
+        values = record["result"].get("drift of pruned weights")
+        return [_NONE if values is None else f"{statistics.fmean(values):.3g}"]
+
+    rows = []
+    for case, title in CASES.items():
+        for row in _gap_rows(long_cells(folder, case), 4, drift):
+            rows.append([f"{title}; {row[0]}", *row[1:]])
+    return rows
+
+
+_RESUME_HEADER = [
+    "60 steps, cut five times",
+    *("devices of the parts", "losses that are equal", "checksums", "equal"),
+]
+
+
+def _resume_rows(folder: pathlib.Path) -> list[list[str]]:
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        checksums = [record[f"checksum {x}"] for x in ("without a cut", "with cuts")]
+        rows.append(
+            [
+                f"{OPTIMIZERS[record['optimizer']]}, {record['case']}",
+                ", ".join(map(str, record["devices"])),
+                f"{record['equal losses']} of {record['steps']}",
+                ", ".join(f"`{x}`" for x in dict.fromkeys(checksums)),
+                "yes" if record["result"]["equal"] else "no",
+            ]
+        )
+    return rows
+
+
+def _reconstruction(path: pathlib.Path) -> str:
+    record = json.loads(path.read_text())
+    rows = []
+    for name, found in record["splits"].items():
+        # The first are the subnormal numbers.
+        normal = {k: x[1:] for k, x in found.items()}
+        rows.append(
+            [
+                name,
+                f"{max(normal['largest']):.3g}",
+                f"{statistics.fmean(normal['mean']):.3g}",
+                f"{statistics.fmean(normal['exact']):.2%}",
+                f"{found['largest'][0]:.3g}",
+            ]
+        )
+    header = [
+        "relative error",
+        *("largest", "mean", "exact", "largest of subnormal numbers"),
+    ]
+    return _table(header, rows)
+
+
+def _next_update(path: pathlib.Path) -> str:
+    record = json.loads(path.read_text())
+    rows = []
+    for setting, found in record["results"].items():
+        for row in found:
+            errors = [f"{x:.2%}" for x in row["error"].values()]
+            rows.append(
+                [
+                    f"{setting.replace('b2', 'β₂ =')}, {row['codec']}",
+                    *errors,
+                    f"{row['worst']:.3g}",
+                ]
+            )
+    names = list(next(iter(record["results"].values()))[0]["error"])
+    return _table(["error of the next update", *names, "largest ratio"], rows)
+
+
+def _closed_loop(path: pathlib.Path) -> str:
+    record = json.loads(path.read_text())
+    rows = []
+    for setting, found in record["results"].items():
+        for row in found:
+            reference = row["codec"] == "float32 AdamW"
+            text = f"{row['gap']:+.5f} ± {row['standard error']:.5f}"
+            rows.append(
+                [
+                    f"{setting.replace('lr', 'rate')}: {row['codec']}",
+                    f"{row['loss']:.4f}",
+                    _NONE if reference else text,
+                    f"{row['largest |u|, median seed']:.3g}",
+                    f"{row['largest |u|, worst seed']:.3g}",
+                ]
+            )
+    header = [
+        "byte-level GPT, 500 steps, 48 seeds",
+        *("loss", "gap ± standard error", "largest update: median seed", "worst seed"),
+    ]
+    return _table(header, rows)
