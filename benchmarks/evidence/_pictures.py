@@ -14,7 +14,7 @@ from _recipes import REFERENCE
 # The background is that of the documentation in dark.
 _DARK = {"figure.facecolor": "#1e2129", "axes.facecolor": "#1e2129"}
 _THEMES: dict[str, Any] = {"light": "default", "dark": ["dark_background", _DARK]}
-_SIZES = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 11}
+_SIZES: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 11}
 _STYLES: dict[str, dict[str, Any]] = {
     "float32": {"color": "#8a8f98", "ls": "-", "lw": 3.0, "label": "float32"},
     "ours": {"color": "#f57c00", "ls": "-", "lw": 1.7, "label": "flashquinox"},

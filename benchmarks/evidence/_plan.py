@@ -96,27 +96,34 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         log = out / "logs" / f"{label}.log"
         return Job(label, "../quality.py", (*text, *of), 1, least, label, (file,), log)
 
-    first, second = CONTENDERS[:2], CONTENDERS[2:]
-    for optimizer, contender in itertools.product(OPTIMIZERS, first):
+    both, others = CONTENDERS[:2], CONTENDERS[2:]
+    for optimizer, contender in itertools.product(OPTIMIZERS, both):
         yield gpt2(optimizer, contender, 0, 2)
-    for contender, optimizer in itertools.product(second, OPTIMIZERS):
-        yield gpt2(optimizer, contender, 0, 2)
-    for optimizer, contender in itertools.product(OPTIMIZERS, first):
-        yield gpt2(optimizer, contender, 3, 4)
+    for optimizer in OPTIMIZERS:
+        yield gpt2(optimizer, others[0], 0, 2)
     # Lion's choice of a rate was a toss-up: contenders that chose another one than
     # float32 are also run at its rate.
     for contender in ("ours", "flashoptim"):
         yield at_rate("lion", contender, "0.0001")
-    for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
-        yield images("vit", optimizer, contender)
+    yield gpt2("adamw", others[1], 0, 2)
+    for optimizer, contender in itertools.product(("adamw", "sgd"), both):
+        yield gpt2(optimizer, contender, 3, 4)
+    for contender in CONTENDERS:
+        yield images("vit", "adamw", contender)
     for contender in CONTENDERS:
         yield long("change", "adamw", contender)
+    for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
+        yield images("vit", optimizer, contender)
     codecs = ("flashoptim", "default", "default, m alone", "default, v alone")
     yield quality("open-loop", 100.0, "--seeds", "4", "--codecs", *codecs)
-    for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
-        yield images("resnet", optimizer, contender)
+    for contender in both:
+        yield gpt2("lion", contender, 3, 4)
+    for optimizer in ("lion", "sgd"):
+        yield gpt2(optimizer, others[1], 0, 2)
     for case, contender in itertools.product(("pruned", "sparse"), CONTENDERS):
         yield long(case, "adamw", contender)
-    for optimizer, contender in itertools.product(OPTIMIZERS[1:], CONTENDERS):
+    for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
+        yield images("resnet", optimizer, contender)
+    for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
         yield long("change", optimizer, contender)
     yield quality("closed-loop", 150.0, "--closed-loop", "--seeds", "48")
