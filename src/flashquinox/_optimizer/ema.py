@@ -215,8 +215,9 @@ def ema(decay: ScalarLike) -> EMA:
         evaluated = ema.model(average, model)
         ```
 
-    An update reads a weight and its correction, and reads and writes the average and
-    its correction: 9 bytes per parameter.
+    An update has to read a weight and its correction, and to read and write the average
+    and its correction: 9 bytes per parameter. On TPUs and CPUs, XLA makes two passes,
+    and moves 15.
 
     **Arguments:**
 
