@@ -86,21 +86,15 @@ def _collected(cells: list[tuple[str, Cell]]) -> Cells:
 
 
 def gpt2_cells(folder: pathlib.Path, at_one_rate: bool = False) -> Cells:
-    """With each contender at its own rate; or, of optimizers whose contenders chose
-    differently, all at that of float32."""
+    """With each contender at its own rate; or, of optimizers with runs at a given rate,
+    all at that of float32."""
     records = _records(folder, "*-seed-*.json")
     own = _gpt2_cells([x for x in records if "rate" not in _options(x)])
     if not at_one_rate:
         return own
-    found = {}
-    for name, of in _gpt2_cells(records, at_rates(own)).items():
-        if any(cell.rate != of[REFERENCE].rate for cell in own[name].values()):
-            found[name] = of
-    return found
-
-
-def at_rates(cells: Cells) -> dict[str, float]:
-    return {name: of[REFERENCE].rate for name, of in cells.items()}
+    given = {x["recipe"]["optimizer"] for x in records if "rate" in _options(x)}
+    rates = {name: own[name][REFERENCE].rate for name in own.keys() & given}
+    return _gpt2_cells(records, rates) if rates else {}
 
 
 def _options(record: dict[str, Any]) -> set[str]:
@@ -112,9 +106,10 @@ def _gpt2_cells(
 ) -> Cells:
     by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        if rates and record["rate"] != rates.get(record["recipe"]["optimizer"]):
+        optimizer = record["recipe"]["optimizer"]
+        if rates is not None and record["rate"] != rates.get(optimizer):
             continue
-        key = record["recipe"]["optimizer"], record["contender"]
+        key = optimizer, record["contender"]
         by_cell.setdefault(key, []).append(record)
     cells = []
     for (optimizer, contender), records in by_cell.items():

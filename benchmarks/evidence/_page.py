@@ -24,6 +24,7 @@ TITLES = {
     "ours": "**flashquinox**",
     "flashoptim": "the paper's codec",
     "bfloat16": "bfloat16 weights",
+    "flashoptim-v": "the paper's second moments alone",
 }
 # What there is none of: an en dash.
 _NONE = "\u2013"

@@ -106,6 +106,8 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     for contender in ("ours", "flashoptim"):
         yield at_rate("lion", contender, "0.0001")
     yield gpt2("adamw", others[1], 0, 2)
+    # With the paper's codec, AdamW was better than in float32.
+    yield at_rate("adamw", "flashoptim-v", "0.0003")
     for optimizer, contender in itertools.product(("adamw", "sgd"), both):
         yield gpt2(optimizer, contender, 3, 4)
     for contender in CONTENDERS:

@@ -25,6 +25,15 @@ CONTENDERS: dict[str, fq.Storage | None] = {
     "ours": fq.Storage(),
     "flashoptim": fq.Storage(moments="flashoptim"),
     "bfloat16": fq.Storage(master_weight_bits=None, moments="float32"),
+    # To find causes: the paper's second moments beside exact first ones.
+    "flashoptim-v": fq.Storage(
+        moments=fq.MomentCodecs(
+            fq.FullPrecision(),
+            fq.MomentCodecs.named("flashoptim").nonnegative,
+            relative=None,
+            smallest_vector=0,
+        )
+    ),
 }
 
 
