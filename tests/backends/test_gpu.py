@@ -167,6 +167,10 @@ _OPERATIONS = {
     "bits": lambda x: (_bits(x) ^ 5) & ~(_bits(x) << 3) | 1,
     "logical": lambda x: jax.lax.shift_right_logical(_bits(x), _integers(x) & 63),
     "arithmetic": lambda x: _bits(x) >> (_integers(x) & 63),
+    # Without the sign, which is below the bits that are computed with.
+    "short": lambda x: jax.lax.shift_right_logical(
+        _integers(x).astype(jnp.int16), np.int16(3)
+    ),
     "left": lambda x: jax.lax.shift_left(_bits(x), _integers(x) & 63),
     "wrapped": lambda x: _bits(x) * _bits(x) + _bits(x) - 7,
     "integers": lambda x: jnp.abs(-_integers(x)) + jnp.sign(_integers(x)),

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 import flashquinox as fq
 from flashquinox import Dither, FlashOptimCodec, MomentCodecs
+from flashquinox._rules.rule import MomentKind
 from flashquinox._storage.layout import choose_layout, flattened, Layout
 from flashquinox._storage.quant_moment import zeros
 from flashquinox._storage.scales import decode_scale, encode_scale
@@ -492,8 +493,10 @@ def test_special_ranges():
 #
 
 
-def _sequence(leaf: int, length: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    at = jax.jit(jax.vmap(partial(Dither.at, leaf=leaf)))
+def _sequence(
+    leaf: int, length: int, start: int = 0, kind: MomentKind = "nonnegative"
+) -> tuple[np.ndarray, np.ndarray]:
+    at = jax.jit(jax.vmap(partial(Dither.at, leaf=leaf, kind=kind)))
     dither = at(start + jnp.arange(length, dtype=jnp.int32))
     return float64(dither.code), float64(dither.scale) / 2**16
 
@@ -515,6 +518,17 @@ def test_dithers_of_code_and_scale_are_independent():
     counts, *_ = np.histogram2d(code, scale, bins=8, range=[[0, 1], [0, 1]])
     # Even, as of a lattice: each cell would hold 64 +- 8 by chance.
     assert np.all(np.abs(counts - 64) <= 16)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 10])
+def test_dithers_of_signed_moments_do_not_follow_from_one_another(lag):
+    """As a step decays a signed moment by a tenth, its rounding meets the next ones: an
+    even sequence of thresholds, in which each follows from the one before, would take
+    all small codes to zero at the same step."""
+    code, _ = _sequence(3, 4096 + lag, kind="signed")
+    counts, *_ = np.histogram2d(code[lag:], code[:-lag], bins=8, range=[[0, 1], [0, 1]])
+    # By chance, 64 +- 8 in each cell; of multiples of one number, 0 in most of them.
+    assert np.all(np.abs(counts - 64) <= 40)
 
 
 def test_dithers_of_leaves_differ():
