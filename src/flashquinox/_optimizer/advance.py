@@ -239,7 +239,7 @@ class Advance:
                 decay=one.decay,
                 count=step.count,
                 leaf=LeafScalars(
-                    jnp.asarray(np.uint32(x.number)), parameters_of(one, x.parameters)
+                    np.asarray(x.number, np.uint32), parameters_of(one, x.parameters)
                 ),
                 take=self.all_finite,
                 clip=factors,

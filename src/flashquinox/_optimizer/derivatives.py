@@ -35,12 +35,14 @@ def differentiable(
     those of the model, for errors."""
     flat, structure = jtu.tree_flatten(steps)
     # Leaves share their scalars, and each is one argument of the function below.
-    each = {id(x): x for x in flat}
+    each = {id(x): x for x in flat if not isinstance(x, np.ndarray)}
     numbers = {key: i for i, key in enumerate(each)}
-    order = [numbers[id(x)] for x in flat]
 
-    def rebuild(values: Sequence[Any]) -> list[LeafStep]:
-        return structure.unflatten([values[i] for i in order])
+    def rebuild(values: Sequence[Any], known: Any = lambda x: x) -> list[LeafStep]:
+        """`known` gives what stands for a number that is known now."""
+        return structure.unflatten(
+            [values[numbers[id(x)]] if id(x) in numbers else known(x) for x in flat]
+        )
 
     @jax.custom_jvp
     def update(*arrays: Array) -> list[TileState]:
@@ -48,11 +50,17 @@ def differentiable(
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
         new = update(*primals)
-        each = zip(leaves, rebuild(primals), rebuild(tangents), new, strict=True)
+        each = zip(
+            leaves, rebuild(primals), rebuild(tangents, _fixed), new, strict=True
+        )
         return new, [_tangent(call, *one) for one in each]
 
     update.defjvp(jvp, symbolic_zeros=True)
     return update, [*each.values()]
+
+
+def _fixed(x: np.ndarray) -> SymbolicZero:
+    return SymbolicZero(jax.typeof(x))
 
 
 def _tangent(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Scalar, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar, Shaped, UInt32
 
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule, moments_of
@@ -85,7 +86,8 @@ class StepStructure(eqx.Module):
 class LeafScalars(eqx.Module):
     """What of a step is the same for all elements of a leaf, but not for all leaves."""
 
-    number: Scalar
+    # Of NumPy where it is known when a step is traced.
+    number: Scalar | UInt32[np.ndarray, ""]
     # Of moments whose codec learns, by their names: its parameter before the step, by
     # which they are decoded, and after.
     parameters: dict[str, tuple[Scalar, Scalar]]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from ..base import AbstractBackend, kind_of, LeafStep, Update
 from .view import View
@@ -70,7 +70,7 @@ class Gpu(AbstractBackend):
         return View.of(
             step.layout,
             bool(jtu.tree_leaves(step.old.scales)),
-            None if isinstance(number, jax.core.Tracer) else int(number),
+            int(number) if isinstance(number, np.ndarray) else None,
         )
 
     def batches(

@@ -1,6 +1,5 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -69,9 +68,7 @@ class _Words(NamedTuple):
         scalars: StepScalars, leaves: Sequence[LeafScalars], numbered: bool
     ) -> "_Words":
         """`numbered`: whether the numbers of leaves are known now."""
-        unknown = [
-            dataclasses.replace(x, number=None) if numbered else x for x in leaves
-        ]
+        unknown = [x.parameters if numbered else x for x in leaves]
         width = len(jtu.tree_leaves(unknown[0]))
         shared, texts, own = [], [], 0
         for path, x in jtu.tree_leaves_with_path(scalars):
