@@ -1,0 +1,182 @@
+"""What is measured of a route."""
+
+import collections
+import contextlib
+import ctypes
+import glob
+import os
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from _contenders import JaxStep, optional
+from _gpu_routes import plain_step
+from _timing import Plan
+
+
+_STEPS = 10
+
+
+def rate(step: JaxStep, plan: Plan, side: int) -> float:
+    """Parameters a second, in a compiled loop."""
+    ready = step.ready(_STEPS, alone=False)
+    timing = plan.measure(ready.run, _STEPS)
+    assert ready.is_finite()
+    ready.close()
+    return side**2 / timing.median
+
+
+def compiled(step: JaxStep, dumps: pathlib.Path) -> dict[str, Any]:
+    """How long it takes to make one step, and what its kernel needs."""
+    jax.clear_caches()
+    carry, grads = (step.params, step.state), step.grads
+    start = time.perf_counter()
+    one = lambda carry, grads: step.step(carry[0], carry[1], grads)
+    lowered = jax.jit(one, donate_argnums=0).lower(carry, grads)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    made = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), (carry, grads))
+    jax.block_until_ready(made)
+    copied = time.perf_counter()
+    ended_compile = copied
+    jax.block_until_ready(program(*made))
+    end = time.perf_counter()
+    memory: Any = program.memory_analysis()
+    facts = {
+        "trace seconds": traced - start,
+        "compile seconds": end - traced,
+        "first call seconds": end - ended_compile,
+        "temporary bytes": memory.temp_size_in_bytes,
+    }
+    with contextlib.suppress(Exception):
+        lowered.compile(compiler_options={"xla_dump_to": str(dumps)})
+    folders = [dumps, pathlib.Path(os.environ.get("MOSAIC_GPU_DUMP_TO", dumps))]
+    texts = [x.read_text() for folder in folders for x in folder.rglob("*.ptx")]
+    facts["dumped"] = sorted(x.name for folder in folders for x in folder.rglob("*"))
+    texts += [
+        re.sub(r"\\([0-9A-F]{2})", lambda x: chr(int(x[1], 16)), text)
+        for text in re.findall(r'kernel_data = "((?:[^"\\]|\\.)*)"', lowered.as_text())
+    ]
+    kernels = {}
+    for text in texts:
+        for name in re.findall(r"\.entry\s+(\w+)", text):
+            kernels[name] = attributes(text, name)
+    return facts | {"kernels": kernels}
+
+
+# Of CUDA's driver API, `CUfunction_attribute`.
+_LOCAL_BYTES, _REGISTERS = 3, 4
+
+
+def attributes(ptx: str, name: str) -> dict[str, int]:
+    """What a kernel needs, by the driver that compiles it."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    context, module, function = (ctypes.c_void_p() for _ in range(3))
+    found = {}
+
+    def call(of: str, *args: Any) -> None:
+        code = getattr(cuda, of)(*args)
+        if code != 0:
+            raise RuntimeError(f"{of}: error {code}")
+
+    try:
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        call("cuCtxSetCurrent", context)
+        text = ctypes.create_string_buffer(ptx.encode())
+        call("cuModuleLoadData", ctypes.byref(module), text)
+        call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        for key, number in (("registers", _REGISTERS), ("local bytes", _LOCAL_BYTES)):
+            value = ctypes.c_int()
+            call("cuFuncGetAttribute", ctypes.byref(value), number, function)
+            found[key] = value.value
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return found
+
+
+def exported(step: JaxStep) -> dict[str, Any]:
+    """Whether `jax.export` accepts one step."""
+    one = jax.jit(lambda carry, grads: step.step(carry[0], carry[1], grads))
+    operands = (step.params, step.state), step.grads
+
+    def error_of(checks: list[Any]) -> str:
+        try:
+            make = jax.export.export(one, platforms=["cuda"], disabled_checks=checks)
+            made = make(*operands)
+            if optional("flatbuffers") is not None:
+                jax.export.deserialize(made.serialize())
+        except Exception as error:
+            return " ".join(str(error).split())
+        return ""
+
+    if not (error := error_of([])):
+        return {"export": "yes"}
+    text = one.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    names = sorted(set(re.findall(r'custom_call @"?([\w.$]+)', text)))
+    check = jax.export.DisabledSafetyCheck.custom_call
+    if not error_of([check(x) for x in names]):
+        return {"export": f"without the check of {', '.join(names)}"}
+    return {"export": f"no: {error[-200:]}"}
+
+
+def differences(step: JaxStep, side: int) -> dict[str, Any]:
+    """After one step from a state of three steps of plain XLA: the largest share of
+    elements that differ, and the largest difference of codes."""
+    plain = jax.jit(plain_step(side).step)
+    keys = jax.random.split(jax.random.key(0), 5)
+    normal = lambda key: jax.random.normal(key, (side, side)).astype(jnp.bfloat16)
+    params = [0.02 * normal(keys[0])]
+    state = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), step.state)
+    for key in keys[1:4]:
+        params, state = plain(params, state, [1e-3 * normal(key)])
+    grads = [1e-3 * normal(keys[4])]
+    expected = jtu.tree_leaves(plain(params, state, grads))
+    found = jtu.tree_leaves(jax.jit(step.step)(params, state, grads))
+    shares, largest = {}, 0
+    for i, (x, y) in enumerate(zip(expected, found, strict=True)):
+        shares[f"{i} {x.dtype}"] = float(jnp.mean((x != y).astype(jnp.float32)))
+        if x.dtype in (jnp.int8, jnp.uint8):
+            apart = jnp.abs(x.astype(jnp.int32) - y.astype(jnp.int32))
+            largest = max(largest, int(apart.max()))
+    return {
+        "differ": max(shares.values()),
+        "largest difference": largest,
+        "shares": shares,
+    }
+
+
+def profiled(step: JaxStep) -> dict[str, Any]:
+    """The kernel that takes the longest, as the profiler sees it."""
+    ready = step.ready(_STEPS, alone=False)
+    ready.run(1)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            ready.run(1)
+        ready.close()
+        paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        data = jax.profiler.ProfileData.from_file(paths[0])
+        seconds: dict[str, float] = collections.defaultdict(float)
+        details = {}
+        for plane in data.planes:
+            for line in plane.lines if "GPU" in plane.name else ():
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    seconds[event.name] += event.duration_ns / 1e9 / _STEPS
+                    details[event.name] = {k: str(v) for k, v in event.stats}
+    if not seconds:
+        return {}
+    name = max(seconds, key=lambda x: seconds[x])
+    found = {
+        "kernel": name,
+        "kernel seconds": seconds[name],
+        "kernel details": details[name].get("kernel_details", str(details[name])),
+    }
+    if numbers := re.findall(r"regs:(\d+)", found["kernel details"]):
+        found["registers"] = int(numbers[0])
+    return found
