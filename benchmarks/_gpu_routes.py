@@ -11,10 +11,14 @@ import jax.tree_util as jtu
 from _contenders import JaxStep, our_step
 from jaxtyping import Array
 
-import flashquinox as fq
 from flashquinox._backends.gpu.backend import Gpu
 from flashquinox._backends.interpreter.scalars import pack, with_leaf
-from flashquinox._tile.tile import StepScalars, StepStructure, TileState
+from flashquinox._tile.tile import (
+    StepScalars,
+    StepStructure,
+    TileState,
+    update_tile,
+)
 
 
 GROUP = 32
@@ -99,11 +103,27 @@ def _problem(
     )
 
 
-def structs_of_tile(problem: Problem, groups: int) -> list[jax.ShapeDtypeStruct]:
-    """The gradient and the arrays of the state, of a tile of so many groups."""
-    arrays = [problem.grad, *problem.arrays]
-    return [jax.ShapeDtypeStruct((groups, *x.shape[1:]), x.dtype) for x in arrays]
+def traced_tile(problem: Problem, groups: int) -> Any:
+    """`update_tile` for so many groups, as a jaxpr of the scalars in the order of their
+    two arrays, of the gradient, and of the arrays of the state."""
+    floats, integers = problem.floats, problem.integers
 
+    def tile(*operands: Any) -> Any:
+        of_integers, of_arrays = floats.size, floats.size + integers.size
+        scalars = problem.scalars(
+            operands[:of_integers].__getitem__,
+            operands[of_integers:of_arrays].__getitem__,
+        )
+        grad, *state = operands[of_arrays:]
+        old = problem.state(state)
+        # A weight that does not move may become another zero, as in the library's.
+        return jtu.tree_leaves(
+            update_tile(problem.structure, scalars, -1, grad, old, keep_unmoved=False)
+        )
 
-def version() -> str:
-    return fq.__version__
+    scalars = [jax.ShapeDtypeStruct((), x.dtype) for x in (floats, integers) for _ in x]
+    arrays = [
+        jax.ShapeDtypeStruct((groups, *x.shape[1:]), x.dtype)
+        for x in (problem.grad, *problem.arrays)
+    ]
+    return jax.make_jaxpr(tile)(*scalars, *arrays)

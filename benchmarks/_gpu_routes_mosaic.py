@@ -16,15 +16,13 @@ from typing import Any
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
-from _gpu_routes import GROUP, NAME, Problem, structs_of_tile
+from _gpu_routes import GROUP, NAME, Problem, traced_tile
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from flashquinox._common.arithmetic import canonical_pattern, Replaceable
-from flashquinox._tile.tile import update_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +74,6 @@ class Evaluation:
     """A traced function of a tile, in a kernel."""
 
     layouts: Layouts
-    # Whether quotients and roots are one instruction.
-    approximate: bool
 
     def __call__(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> Any:
         values = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -112,7 +108,7 @@ class Evaluation:
             operands = [
                 self._broadcast(x, shape) if jnp.ndim(x) == 1 else x for x in operands
             ]
-        if self.approximate and primitive is lax.div_p and len(shape) > 0:
+        if primitive is lax.div_p and len(shape) > 0:
             x, y = operands
             inverse = 1 / y if jnp.ndim(y) == 0 else self._reciprocal(y)
             return [x * inverse]
@@ -141,56 +137,76 @@ class Evaluation:
         return apply(x)
 
 
-def update(layouts: Layouts, problem: Problem, approximate: bool = True) -> list[Array]:
-    """Loads and stores straight from and to global memory, a tile for each block of 128
-    threads."""
-    evaluate = Evaluation(layouts, approximate)
+def update(
+    layouts: Layouts, problem: Problem, stages: int = 0, tiles_of_block: int = 1
+) -> list[Array]:
+    """Tiles of `layouts.groups` groups, so many for each block of 128 threads. Loads
+    and stores go straight from and to global memory, or, with stages, by TMA through
+    shared memory, which has room for so many tiles."""
     size = layouts.groups
-    scalars = problem.scalars(problem.floats.__getitem__, problem.integers.__getitem__)
-    structs, treedef = jtu.tree_flatten(jax.eval_shape(lambda: scalars))
+    evaluate = Evaluation(layouts)
+    traced = traced_tile(problem, size)
+    layout = lambda ref: layouts.of_elements if ref.ndim == 2 else layouts.of_groups
 
-    def tile(scalars: Any, grad: Any, *state: Any) -> Any:
-        new = update_tile(
-            problem.structure,
-            treedef.unflatten(scalars),
-            -1,
-            grad,
-            problem.state(state),
-            keep_unmoved=False,
-        )
-        return jtu.tree_leaves(new)
-
-    traced = jax.make_jaxpr(tile)(structs, *structs_of_tile(problem, size))
+    def step(scalars: Sequence[Any], olds: Sequence[Any], news: Sequence[Any]) -> None:
+        loaded = [plgpu.load(x, layout=layout(x), optimized=False) for x in olds]
+        new = evaluate(traced.jaxpr, traced.consts, [*scalars, *loaded])
+        for ref, value in zip(news, new, strict=True):
+            _store(ref, value)
 
     def kernel(floats: Any, integers: Any, *refs: Any) -> None:
-        start = lax.axis_index("tile") * size
-        at = lambda ref: ref.at[(pl.ds(start, size), *[slice(None)] * (ref.ndim - 1))]
-        layout = lambda ref: layouts.of_elements if ref.ndim == 2 else layouts.of_groups
-        here = problem.scalars(lambda i: floats[i], lambda i: integers[i])
-        loaded = [plgpu.load(at(x), layout=layout(x), optimized=False) for x in refs]
-        new = evaluate(traced.jaxpr, traced.consts, [*jtu.tree_leaves(here), *loaded])
-        for ref, value in zip(refs[1:], new, strict=True):
-            at(ref)[...] = value
+        scalars = [words[i] for words in (floats, integers) for i in range(words.size)]
+        first = lax.axis_index("block") * tiles_of_block
+        if stages == 0:
+            start = pl.ds(first * size, size)
+            here = [x.at[start, :] if x.ndim == 2 else x.at[start] for x in refs]
+            step(scalars, here, here[1:])
+            return
+
+        def spec(ref: Any) -> Any:
+            block = (size, *ref.shape[1:])
+            others = (0,) * (len(block) - 1)
+            return plgpu.BlockSpec(block, lambda i: (first + i, *others))
+
+        specs = [spec(x) for x in refs]
+        plgpu.emit_pipeline(
+            lambda _, *tiles: step(scalars, tiles[: len(refs)], tiles[len(refs) :]),
+            grid=(tiles_of_block,),
+            in_specs=specs,
+            out_specs=specs[1:],
+            max_concurrent_steps=stages,
+        )(*refs, *refs[1:])
 
     kernel.__name__ = NAME
     states = [jax.new_ref(x) for x in problem.arrays]
     plgpu.kernel(
         kernel,
-        grid=(problem.groups // size,),
-        grid_names=("tile",),
+        grid=(problem.groups // (size * tiles_of_block),),
+        grid_names=("block",),
         compiler_params=plgpu.CompilerParams(
-            approx_math=approximate,
-            unsafe_no_auto_barriers=True,
+            approx_math=True,
+            # What a thread stores, no other one loads.
+            unsafe_no_auto_barriers=stages == 0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(problem.floats, problem.integers, problem.grad, *states)
     return [jax.freeze(x) for x in states]
 
 
+def _store(ref: Any, value: Any) -> None:
+    # JAX 0.12 refuses stores of less than a sector of memory, if not told otherwise.
+    if (store := getattr(plgpu, "store", None)) is not None:
+        store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 VARIANTS = {
-    "16 elements a thread": partial(update, Layouts(16, 16, 64)),
-    "16 elements a thread, by 8": partial(update, Layouts(16, 8, 64)),
-    "8 elements a thread": partial(update, Layouts(8, 8, 32)),
-    "8 elements a thread, twice": partial(update, Layouts(8, 8, 64)),
-    "32 elements a thread": partial(update, Layouts(32, 16, 128)),
+    "16": partial(update, Layouts(16, 16, 64)),
+    "16-by-8": partial(update, Layouts(16, 8, 64)),
+    "8": partial(update, Layouts(8, 8, 32)),
+    "8-twice": partial(update, Layouts(8, 8, 64)),
+    "32": partial(update, Layouts(32, 16, 128)),
+    "tma": partial(update, Layouts(16, 16, 64), stages=2, tiles_of_block=16),
+    "tma-8": partial(update, Layouts(8, 8, 64), stages=2, tiles_of_block=16),
 }

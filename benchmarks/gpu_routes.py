@@ -61,19 +61,14 @@ _LIBRARY = _HERE.parent / "src/flashquinox/_backends/gpu"
 # Of each parameter: the gradient, and twice each of weight, correction, moments and
 # scales.
 _BYTES = 2 + 2 * 5.125
-_MOSAIC = {
-    "mosaic-16": "16 elements a thread",
-    "mosaic-16-by-8": "16 elements a thread, by 8",
-    "mosaic-8": "8 elements a thread",
-    "mosaic-8-twice": "8 elements a thread, twice",
-    "mosaic-32": "32 elements a thread",
-}
-ROUTES = ("ours", "xla", "triton", *_MOSAIC)
+_MOSAIC = ("16", "16-by-8", "8", "8-twice", "32", "tma", "tma-8")
+ROUTES = ("ours", "xla", "triton", "jax-triton", *[f"mosaic-{x}" for x in _MOSAIC])
 # What a route is written in beside the tile function.
 _FILES = {
     "ours": sorted([*_LIBRARY.glob("*.py"), *_LIBRARY.glob("*.cu")]),
     "xla": [],
     "triton": [_HERE / "_gpu_routes_triton.py"],
+    "jax": [_HERE / "_gpu_routes_jax_triton.py"],
     "mosaic": [_HERE / "_gpu_routes_mosaic.py"],
 }
 
@@ -110,10 +105,12 @@ def _step(name: str, side: int) -> Any:
     spike = None
     if name == "triton":
         from _gpu_routes_triton import update as spike
-    elif name in _MOSAIC:
+    elif name == "jax-triton":
+        from _gpu_routes_jax_triton import update as spike
+    elif name != "ours":
         from _gpu_routes_mosaic import VARIANTS
 
-        spike = VARIANTS[_MOSAIC[name]]
+        spike = VARIANTS[name.removeprefix("mosaic-")]
     return _gpu_routes.step_by(spike, side)
 
 
@@ -149,6 +146,7 @@ def in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ | {
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_TO": dumps,
+        "JAX_TRITON_DUMP_DIR": dumps,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     try:
