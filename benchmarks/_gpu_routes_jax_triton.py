@@ -6,6 +6,7 @@ translator of whatever a rule may say.
 """
 
 import functools
+import importlib
 import importlib.util
 import pathlib
 import tempfile
@@ -14,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.lax as lax
-import jax_triton
 import numpy as np
 from _gpu_routes import GROUP, NAME, Problem, traced_tile
 from jaxtyping import Array
@@ -28,6 +28,9 @@ from flashquinox._common.arithmetic import (
     rounded_root,
 )
 
+
+# Where it is installed.
+jax_triton: Any = importlib.import_module("jax_triton")
 
 _GROUPS = 16
 _HEAD = """import triton

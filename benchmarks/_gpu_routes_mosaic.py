@@ -1,11 +1,12 @@
 """AdamW by Mosaic GPU: `update_tile`, traced outside of the kernel and evaluated in it,
 each operation as Pallas has it.
 
-Pallas' default there, warpgroup semantics, finds no layouts for reductions over groups
-of 32. With lane semantics, a `TiledLayout` may say which elements each thread has, and
-a reduction is shuffles between the threads that share a group. Two things have to be
-done for it: numbers of groups are arrays of one axis, `(groups,)`, never `(groups, 1)`;
-and every broadcast of one to elements names its layout.
+Of itself, Pallas finds no layout there for a reduction over groups of 32. A
+`TiledLayout` that is named says which elements each thread has, and a reduction is
+shuffles between the threads that share a group. What else has to be done for it:
+numbers of groups are arrays of one axis, `(groups,)`, never `(groups, 1)`; every
+broadcast of one to elements names its layout; and, for warpgroup semantics, Pallas'
+default, choices are of whole arrays, and the logic of booleans is that of integers.
 """
 
 import dataclasses
@@ -69,6 +70,14 @@ def _as_pallas(layout: Any) -> Any:
     return plgpu.Layout.TILED(*fields)
 
 
+# Of booleans, as integers.
+_LOGIC = {
+    lax.and_p: lambda x, y: x & y,
+    lax.or_p: lambda x, y: x | y,
+    lax.not_p: lambda x: 1 - x,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """A traced function of a tile, in a kernel."""
@@ -86,7 +95,7 @@ class Evaluation:
 
     def _results(self, eqn: Any, operands: list[Any]) -> list[Any]:
         primitive, params = eqn.primitive, eqn.params
-        shape = eqn.outvars[0].aval.shape
+        shape, dtype = eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype
         function = Replaceable.of(primitive)
         if function is canonical_pattern:
             pattern = lax.bitcast_convert_type(operands[0], jnp.int32)
@@ -108,6 +117,11 @@ class Evaluation:
             operands = [
                 self._broadcast(x, shape) if jnp.ndim(x) == 1 else x for x in operands
             ]
+        if primitive is lax.select_n_p and len(shape) > 0:
+            operands = [self._broadcast(x, shape) for x in operands]
+        if primitive in _LOGIC and dtype == jnp.bool_ and len(shape) > 0:
+            integers = [x.astype(jnp.int32) for x in operands]
+            return [_LOGIC[primitive](*integers) != 0]
         if primitive is lax.div_p and len(shape) > 0:
             x, y = operands
             inverse = 1 / y if jnp.ndim(y) == 0 else self._reciprocal(y)
@@ -116,9 +130,9 @@ class Evaluation:
         return found if primitive.multiple_results else [found]
 
     def _broadcast(self, x: Any, shape: tuple[int, ...]) -> Any:
+        if jnp.ndim(x) == 2 or (jnp.ndim(x) == 1 and shape[1:] != (GROUP,)):
+            return x
         if jnp.ndim(x) == 1:
-            if shape[1:] == (1,):
-                return x
             elements = lax.broadcast_in_dim(x, shape, (0,))
             return plgpu.layout_cast(elements, self.layouts.of_elements)
         return jnp.broadcast_to(x, shape[:1] if shape[1:] == (1,) else shape)
@@ -127,18 +141,20 @@ class Evaluation:
         is_elements = jnp.ndim(x) == 2
         layout = self.layouts.of_elements if is_elements else self.layouts.of_groups
 
-        @plgpu.inline_mgpu(
+        inline: Any = plgpu.inline_mgpu(
             arg_types=(layout,),
             return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
         )
-        def apply(_: Any, y: Any) -> Any:
-            return y._pointwise(y._lift_fast_instr("rcp.approx.ftz.f32"))
-
-        return apply(x)
+        instruction = "rcp.approx.ftz.f32"
+        return inline(lambda _, y: y._pointwise(y._lift_fast_instr(instruction)))(x)
 
 
 def update(
-    layouts: Layouts, problem: Problem, stages: int = 0, tiles_of_block: int = 1
+    layouts: Layouts,
+    problem: Problem,
+    stages: int = 0,
+    tiles_of_block: int = 1,
+    semantics: Any = plgpu.LoweringSemantics.Lane,
 ) -> list[Array]:
     """Tiles of `layouts.groups` groups, so many for each block of 128 threads. Loads
     and stores go straight from and to global memory, or, with stages, by TMA through
@@ -187,7 +203,7 @@ def update(
             approx_math=True,
             # What a thread stores, no other one loads.
             unsafe_no_auto_barriers=stages == 0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            lowering_semantics=semantics,
         ),
     )(problem.floats, problem.integers, problem.grad, *states)
     return [jax.freeze(x) for x in states]
@@ -201,12 +217,14 @@ def _store(ref: Any, value: Any) -> None:
         ref[...] = value
 
 
+_WARPGROUP = plgpu.LoweringSemantics.Warpgroup
 VARIANTS = {
     "16": partial(update, Layouts(16, 16, 64)),
     "16-by-8": partial(update, Layouts(16, 8, 64)),
     "8": partial(update, Layouts(8, 8, 32)),
     "8-twice": partial(update, Layouts(8, 8, 64)),
     "32": partial(update, Layouts(32, 16, 128)),
+    "warpgroup": partial(update, Layouts(16, 16, 64), semantics=_WARPGROUP),
     "tma": partial(update, Layouts(16, 16, 64), stages=2, tiles_of_block=16),
     "tma-8": partial(update, Layouts(8, 8, 64), stages=2, tiles_of_block=16),
 }

@@ -6,7 +6,8 @@
 The same step of AdamW of one bfloat16 matrix (decode, Adam, encode; groups of 32 along
 the last axis; in place), with the same arithmetic, on one NVIDIA GPU. All but the
 kernel is the library's own step. Each route is measured in a process of its own, and
-one that fails is a row with its error:
+one that fails is a row with its error. Without a GPU, steps are lowered for one, and
+not run:
 
 - `ours`: CUDA C++ of the tile function, compiled by NVRTC: the library's own;
 - `xla`: plain XLA;
@@ -61,7 +62,7 @@ _LIBRARY = _HERE.parent / "src/flashquinox/_backends/gpu"
 # Of each parameter: the gradient, and twice each of weight, correction, moments and
 # scales.
 _BYTES = 2 + 2 * 5.125
-_MOSAIC = ("16", "16-by-8", "8", "8-twice", "32", "tma", "tma-8")
+_MOSAIC = ("16", "16-by-8", "8", "8-twice", "32", "warpgroup", "tma", "tma-8")
 ROUTES = ("ours", "xla", "triton", "jax-triton", *[f"mosaic-{x}" for x in _MOSAIC])
 # What a route is written in beside the tile function.
 _FILES = {
@@ -80,11 +81,15 @@ _FILES = {
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import _gpu_routes_facts as facts
+    import jax
     from _contenders import copy_bandwidth
     from _timing import Plan
 
     plan = Plan(arguments.repeats, arguments.seconds)
     make = partial(_step, name)
+    if jax.default_backend() != "gpu":
+        # There, a step is plain XLA, whatever the route.
+        return facts.exported(make(side=arguments.sizes[0]))
     row: dict[str, Any] = {"copy bytes per second": copy_bandwidth(plan, 2**30)}
     with tempfile.TemporaryDirectory() as dumps:
         row |= facts.compiled(make(side=arguments.sizes[0]), pathlib.Path(dumps))
@@ -171,9 +176,12 @@ def in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any], arguments: argparse.Namespace) -> None:
-    start = f"{row['route']:16}"
+    start = f"{row['route']:17}"
     if "error" in row:
         print(start + row["error"], flush=True)
+        return
+    if "copy bytes per second" not in row:
+        print(f"{start}not run, as there is no GPU; export: {row['export']}")
         return
     limit = row["copy bytes per second"] / _BYTES
     rates = row["parameters per second"]
@@ -226,7 +234,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in there.items()))
     columns = "".join(f"{x:>8}²{'limit':>8}" for x in arguments.sizes)
     print(
-        f"{'':16}{columns}{'regs':>6}{'spill':>7}{'trace':>8}{'compile':>9}"
+        f"{'':17}{columns}{'regs':>6}{'spill':>7}{'trace':>8}{'compile':>9}"
         f"{'lines':>7}{'differ':>10}{'':5}  export"
     )
     rows = []
@@ -236,7 +244,8 @@ def main() -> None:
         row["lines"] = sum([lines_of_code(path) for path in files])
         print_row(row, arguments)
         rows.append(row)
-    measured = [row["copy bytes per second"] for row in rows if "error" not in row]
+    key = "copy bytes per second"
+    measured = [row[key] for row in rows if key in row]
     if measured:
         print(f"Copy limit: {statistics.median(measured) / 1e9:.0f} GB/s")
     write_json(arguments.json, versions=there, rows=rows)
