@@ -52,8 +52,8 @@ from _command_line import (
     positive_integer,
     run_main,
     sizes,
+    store_json,
     versions,
-    write_json,
 )
 
 
@@ -93,12 +93,22 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"copy bytes per second": copy_bandwidth(plan, 2**30)}
     with tempfile.TemporaryDirectory() as dumps:
         row |= facts.compiled(make(side=arguments.sizes[0]), pathlib.Path(dumps))
-    row |= facts.exported(make(side=arguments.sizes[0]))
-    row |= facts.differences(make(side=arguments.check), arguments.check)
     row["parameters per second"] = {
         str(side): facts.rate(make(side=side), plan, side) for side in arguments.sizes
     }
-    row |= facts.profiled(make(side=arguments.sizes[0]))
+    small = partial(make, side=arguments.sizes[0])
+    check = lambda: facts.differences(make(side=arguments.check), arguments.check)
+    more = {
+        "export": lambda: facts.exported(small()),
+        "differ": check,
+        "profile": lambda: facts.profiled(small()),
+    }
+    for fact, find in more.items():
+        # Without one of these, the others still count.
+        try:
+            row |= find()
+        except Exception as error:
+            row[fact] = f"{type(error).__name__}: {error}"[:300]
     return row
 
 
@@ -175,7 +185,7 @@ def in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"error": f"exit {done.returncode}: {text[:300]}"}
 
 
-def print_row(row: dict[str, Any], arguments: argparse.Namespace) -> None:
+def print_row(row: dict[str, Any]) -> None:
     start = f"{row['route']:17}"
     if "error" in row:
         print(start + row["error"], flush=True)
@@ -187,12 +197,15 @@ def print_row(row: dict[str, Any], arguments: argparse.Namespace) -> None:
     rates = row["parameters per second"]
     cells = [f"{x / 1e9:9.1f}{x / limit:8.1%}" for x in rates.values()]
     shown = lambda key: str(row.get(key, "-"))
+    differ = f"{shown('differ'):>15}"
+    if "largest difference" in row:
+        differ = f"{row['differ']:10.1e}{row['largest difference']:5d}"
     print(
         start
         + "".join(cells)
         + f"{shown('registers'):>6}{shown('local bytes'):>7}"
         + f"{row['trace seconds']:8.2f}{row['compile seconds']:9.2f}"
-        + f"{row['lines']:7d}{row['differ']:10.1e}{row['largest difference']:5d}"
+        + f"{row['lines']:7d}{differ}"
         + f"  {shown('export')}",
         flush=True,
     )
@@ -242,13 +255,16 @@ def main() -> None:
         row = {"route": name} | in_own_process(name, arguments)
         files = _FILES[name.partition("-")[0]]
         row["lines"] = sum([lines_of_code(path) for path in files])
-        print_row(row, arguments)
+        print_row(row)
         rows.append(row)
+        if arguments.json is not None:
+            store_json(arguments.json, {"versions": there, "rows": rows})
     key = "copy bytes per second"
     measured = [row[key] for row in rows if key in row]
     if measured:
         print(f"Copy limit: {statistics.median(measured) / 1e9:.0f} GB/s")
-    write_json(arguments.json, versions=there, rows=rows)
+    if arguments.json is not None:
+        print(f"Wrote {arguments.json}.")
 
 
 if __name__ == "__main__":
