@@ -228,6 +228,8 @@ def test_plan_has_every_cell_once_and_no_two_jobs_write_one_file(module, tmp_pat
 def _record(contender, seed, loss, rate=1e-3, options="", digest="a", largest=1.0):
     return {
         "command": f"benchmarks/evidence/gpt2.py --optimizer lion {options}",
+        "device": "a GPU",
+        "versions": {"jax": "0.12"},
         "contender": contender,
         "recipe": {"optimizer": "lion"},
         "rate": rate,
@@ -313,3 +315,11 @@ def test_what_is_not_separable_is_called_so(module, tmp_path):
     assert "a difference" in text[4]
     assert any("largest update is 2.00" in x for x in page.failures(tmp_path))
     assert gaps.gpt2_cells(folder, at_one_rate=True) == {}
+
+
+def test_page_shows_the_stored_figures(module):
+    results = _BENCHMARKS / "results"
+    text = (_BENCHMARKS.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
+    found = module("_page").sections(results)
+    assert found
+    assert module("_zoo_page").insert(found, text) == text

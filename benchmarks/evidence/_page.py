@@ -178,7 +178,9 @@ def _gpt2(cells: Cells) -> str:
         *("rate", "seeds", "mean", "gap ± standard error", "95 % interval", "that is"),
         *("largest update", "1000 tokens/s", "peak, GB"),
     ]
-    return _table(header, _gap_rows(cells, 4, others))
+    table = _table(header, _gap_rows(cells, 4, others))
+    (first, *_) = next(iter(cells.values()))[REFERENCE].records
+    return f"{table}\n\n({device_line(first)}.)"
 
 
 _IMAGE_HEADER = [
