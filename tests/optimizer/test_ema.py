@@ -95,7 +95,7 @@ def test_is_debiased():
     a unit: of few steps, these add up."""
     optim, ema = fq.adamw(1e-1), fq.ema(0.9)
     reference = optax.ema(0.9, debias=True)
-    carry, masters = None, []
+    carry, masters, found = None, [], {}
     for i in range(4):
         carry = _train(optim, ema, [_arrays(1 + i)], carry)
         masters.append(fq.master_weights(*carry[:2]))
@@ -199,7 +199,9 @@ def test_meshes(kind):
         model = put(_arrays(0))
         state = optim.init(model)
         average = ema.init(model, state)
-        text = jax.jit(ema.update).lower(average, model, state).compile().as_text()
+        text = (
+            jax.jit(ema.update).lower(average, model, state).compile().as_text() or ""
+        )
         found = _train(optim, ema, map(put, grads), (model, state, average))
         evaluated = ema.model(found[2], found[0])
     assert "all-gather" not in text and "all-reduce" not in text

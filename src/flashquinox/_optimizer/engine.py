@@ -67,4 +67,5 @@ class StepEngine(eqx.Module):
         **extra_args: Any,
     ) -> tuple[Updates, OptimizerState]:
         check_update(f"{self.settings.call}(...).update", params, extra_args)
+        assert params is not None
         return self.advance("update", params, state, updates)
