@@ -1123,6 +1123,8 @@ def test_errors_of_optax():
     )
     accumulating = optax.MultiSteps(optax.adam(1e-2), 2)
     _, middle = _run(accumulating, params, steps=1)
+    ours = fq.accumulate(fq.adam(1e-2), 2)
+    _, ours_in_middle = eqx.filter_jit(ours.step)(model, ours.init(model), params)
 
     class Third(fq.AbstractRule):
         @property
@@ -1179,6 +1181,10 @@ def test_errors_of_optax():
     for call, parts in (
         (lambda: out_of(state, lion), ("no `ScaleByAdamState`",)),
         (lambda: out_of(state, middle), ("accumulated 1",)),
+        (
+            lambda: out_of(ours_in_middle, adam),
+            ("`flashquinox.accumulate` has accumulated 1",),
+        ),
         (lambda: out_of(bare, adam), ("`ScaleByAdamState`", "`state` has none")),
         (lambda: out_of(bare, None), ("is a NoneType", "`optax.sgd`")),
     ):

@@ -253,7 +253,9 @@ def test_is_in_place():
     kept = jtu.tree_leaves((average.weights, average.corrections))
     assert sum(x.nbytes for x in kept) == 3 * 8 * 512 * 512
     assert memory.alias_size_in_bytes >= 3 * 8 * 512 * 512
-    assert memory.temp_size_in_bytes <= 8 * 512 * 512
+    # XLA of JAX 0.10 has larger ones.
+    most = 8 if jax.__version_info__ >= (0, 11) else 12
+    assert memory.temp_size_in_bytes <= most * 512 * 512
 
 
 _model = {"w": jnp.zeros(3, jnp.bfloat16)}

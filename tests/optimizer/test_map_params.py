@@ -18,6 +18,7 @@ _WRAPPERS = {
     "alone": lambda optim: optim,
     "chain": lambda optim: optax.chain(optax.clip_by_global_norm(1.0), optim),
     "steps": lambda optim: optax.MultiSteps(optim, 2),
+    "accumulate": lambda optim: fq.accumulate(optim, 2),
     "masked": lambda optim: optax.masked(optim, {"w": True, "b": False}),
     "partition": lambda optim: optax.partition(
         {"matrix": optim, "rest": fq.sgd(1e-3)}, {"w": "matrix", "b": "rest"}

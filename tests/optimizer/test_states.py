@@ -40,6 +40,7 @@ _WRAPPERS = {
     ),
     "chain in chain": lambda optim: optax.chain(optax.chain(optim)),
     "MultiSteps": lambda optim: optax.MultiSteps(optim, 1),
+    "accumulate": lambda optim: fq.accumulate(optim, 1),
     "apply_if_finite": lambda optim: optax.apply_if_finite(optim, 3),
     "masked": lambda optim: optax.masked(optim, {name: True for name in _names}),
     "multi_transform": lambda optim: optax.multi_transform(

@@ -87,8 +87,9 @@ def _of_kernels(params):
             optax.partition({"a": fq.lion(1e-2), "b": optax.sgd(1e-2)}, _of_kernels),
             dict,
         ),
+        (fq.accumulate(fq.adamw(1e-2), 2), dict),
     ],
-    ids=["alone", "chain", "multi-steps", "partition"],
+    ids=["alone", "chain", "multi-steps", "partition", "accumulate"],
 )
 def test_bytes(tx, freeze):
     trained = _step(_make(tx, freeze(_params)))
@@ -108,6 +109,18 @@ def test_bytes(tx, freeze):
     shapes = jax.eval_shape(lambda: _make(tx, freeze(_params)).opt_state)
     again = serialization.from_state_dict(shapes, stored)
     assert jtu.tree_structure(again) == jtu.tree_structure(trained.opt_state)
+
+
+def test_bytes_of_an_average():
+    params = fq.cast(_params, jnp.bfloat16)
+    optim, ema = fq.lion(1e-2), fq.ema(0.9)
+    state = optim.init(params)
+    average = ema.init(params, state)
+    average = jax.jit(ema.update)(average, *jax.jit(optim.step)(params, state, params))
+    data = serialization.to_bytes(average)
+    restored = serialization.from_bytes(ema.init(params, state), data)
+    assert jtu.tree_structure(restored) == jtu.tree_structure(average)
+    assert _same(restored, average)
 
 
 def test_checkpoints_of_flax(tmp_path):

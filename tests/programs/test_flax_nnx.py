@@ -109,8 +109,9 @@ _inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
             nnx.Param,
         ),
         (optax.MultiSteps(_inject(learning_rate=1e-2), 2), jnp.bfloat16, nnx.Param),
+        (fq.accumulate(fq.adamw(1e-2), 2), jnp.bfloat16, nnx.Param),
     ],
-    ids=["adamw", "learned", "subset", "chain", "multi-steps"],
+    ids=["adamw", "learned", "subset", "chain", "multi-steps", "accumulate"],
 )
 def test_the_state_has_one_structure(tx, dtype, wrt):
     model, optimizer = _make(tx, dtype=dtype, wrt=wrt)

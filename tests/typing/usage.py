@@ -89,6 +89,20 @@ def with_optax(net: Net, grads: Net) -> None:
     del plain, extended, steps, injected, state, grads
 
 
+def accumulated(net: Net, grads: Net) -> None:
+    optim, ema = fq.accumulate(fq.adamw(1e-3), every=8), fq.ema(0.999)
+    assert_type(optim, fq.AccumulatingOptimizer)
+    extended: optax.GradientTransformationExtraArgs = optim
+    state = optim.init(net)
+    assert_type(state, fq.AccumulationState)
+    net, state = optim.step(net, state, grads, max_norm=1.0)
+    average = ema.update(ema.init(net, state), net, state)
+    assert_type(average, fq.EMAState)
+    assert_type(ema.model(average, net), Net)
+    fq.accumulate(optim.inner, lambda count: 1 + count, bits=16, mean=False)
+    del extended
+
+
 def arguments(mesh: Mesh, net: Net) -> None:
     fq.adam(jnp.asarray(1e-3), b1=0.9)
     fq.sgdw(lambda count: 1e-3 / (1 + count), momentum=0.9)
@@ -118,6 +132,7 @@ def wrong() -> None:
     fq.adamw(1e-3, decay="l2")  # type: ignore[arg-type]
     fq.sgd(1e-3, skip_nonfinite="no")  # type: ignore[arg-type]
     fq.Storage(master_weight_bits=16)  # type: ignore[arg-type]
+    fq.accumulate(fq.adamw(1e-3), 8, bits=8)  # type: ignore[arg-type]
 
 
 class Compiled:

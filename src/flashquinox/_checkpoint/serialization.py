@@ -13,8 +13,11 @@ from typing import Any
 
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._model.trees import is_array
+from .._optimizer.accumulation_state import AccumulationState
+from .._optimizer.ema import EMAState
 from .._optimizer.state import OptimizerState
 from .._storage.quant_moment import base_name, bases_first, QuantMoment
 from .._storage.regroup import Groups, regroup
@@ -27,7 +30,11 @@ from .manifests import earlier_form, form_of
 #
 
 
-def _state_to_dict(state: OptimizerState) -> dict[str, Any]:
+# What has no moments of its own.
+_Around = AccumulationState | EMAState
+
+
+def _state_to_dict(state: OptimizerState | _Around) -> dict[str, Any]:
     return {name: _flax().to_state_dict(x) for name, x in _fields(state).items()}
 
 
@@ -63,7 +70,7 @@ def _number(codec: str, relative_to: str | None) -> int:
     return zlib.crc32(text.encode()) >> 1
 
 
-def _fields(module: OptimizerState | QuantMoment) -> dict[str, Any]:
+def _fields(module: OptimizerState | QuantMoment | _Around) -> dict[str, Any]:
     """The fields that are not static and not `None`."""
     values = {
         field.name: getattr(module, field.name)
@@ -78,12 +85,21 @@ def _fields(module: OptimizerState | QuantMoment) -> dict[str, Any]:
 #
 
 
-def _state_from_dict(state: OptimizerState, stored: Any) -> OptimizerState:
+def _around_from_dict(state: _Around, stored: Any) -> _Around:
     _check(state, _state_to_dict(state), stored)
-    restored = {
+    return _with(state, _fields_from_dict(state, stored))
+
+
+def _fields_from_dict(state: OptimizerState | _Around, stored: Any) -> dict[str, Any]:
+    return {
         name: _flax().from_state_dict(value, stored[name], name)
         for name, value in _fields(state).items()
     }
+
+
+def _state_from_dict(state: OptimizerState, stored: Any) -> OptimizerState:
+    _check(state, _state_to_dict(state), stored)
+    restored = _fields_from_dict(state, stored)
     restored["moments"] = _as_now(restored["moments"], state.moments)
     return _with(state, restored)
 
@@ -147,7 +163,7 @@ def _with(module: Any, values: dict[str, Any]) -> Any:
     return rebuild.unflatten(values.get(path[0].name, x) for path, x in parts)
 
 
-def _check(like: OptimizerState | QuantMoment, wanted: Any, stored: Any) -> None:
+def _check(like: PyTree, wanted: Any, stored: Any) -> None:
     """What was stored must fit what to restore to, whose dictionary is `wanted`."""
     is_moment = lambda x: isinstance(x, QuantMoment)
     earlier = {
@@ -204,6 +220,8 @@ def _register() -> bool:
     for kind, to_dict, from_dict in (
         (OptimizerState, _state_to_dict, _state_from_dict),
         (QuantMoment, _moment_to_dict, _moment_from_dict),
+        (AccumulationState, _state_to_dict, _around_from_dict),
+        (EMAState, _state_to_dict, _around_from_dict),
     ):
         register(kind, to_dict, from_dict, override=True)
     return True

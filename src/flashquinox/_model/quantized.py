@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from .._common.text import shown
 from .trees import is_array, Leaf
 
@@ -71,7 +69,8 @@ def check_no_scales(call: str, leaves: Sequence[Leaf], trained: Iterable[int]) -
 
 
 def _is_code(x: Any) -> bool:
-    return is_array(x) and str(jnp.dtype(x.dtype)).startswith(_CODE_DTYPES)
+    # The dtype of random keys is none of NumPy's.
+    return is_array(x) and str(x.dtype).startswith(_CODE_DTYPES)
 
 
 def _keys(leaf: Leaf) -> Iterator[tuple[_Around, Any]]:
