@@ -1,5 +1,6 @@
 """The state of an optimizer that accumulates gradients."""
 
+import dataclasses
 from functools import partial
 from typing import Any, get_args, Literal, TypeAlias
 
@@ -70,15 +71,13 @@ def adding_settings(call: str, settings: Settings, bits: Any) -> Settings:
             f"`{call}(bits=...)` must be 16, 24 or 32: the bits in which gradients are "
             f"summed; got {shown(bits)}."
         )
-    return Settings(
+    return dataclasses.replace(
+        settings,
         call=call,
         groups=(Group(Added(), 1.0, l2(0.0, None)),),
         choice=None,
         storage=_STORAGES[int(bits)],
-        skip_nonfinite=settings.skip_nonfinite,
         verify_weights=None,
-        backend=settings.backend,
-        shardings=settings.shardings,
     )
 
 
