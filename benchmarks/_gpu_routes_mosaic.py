@@ -5,7 +5,8 @@ Of itself, Pallas finds no layout there for a reduction over groups of 32. A
 `TiledLayout` that is named says which elements each thread has, and a reduction is
 shuffles between the threads that share a group. What else has to be done for it:
 numbers of groups are arrays of one axis, `(groups,)`, never `(groups, 1)`; every
-broadcast of one to elements names its layout; and, for warpgroup semantics, Pallas'
+broadcast of one to elements names its layout; bitcasts between integers are
+conversions; and, for warpgroup semantics, Pallas'
 default, choices are of whole arrays, and the logic of booleans is that of integers.
 """
 
@@ -111,6 +112,11 @@ class Evaluation:
             return self(called.jaxpr, called.consts, operands)
         if primitive in (lax.reshape_p, lax.squeeze_p):
             return operands[:1]
+        if primitive is lax.bitcast_convert_type_p and all(
+            [jnp.issubdtype(x, jnp.integer) for x in (dtype, eqn.invars[0].aval.dtype)]
+        ):
+            # With lane semantics, a bitcast from uint8 to int8 leaves it unsigned.
+            return [operands[0].astype(dtype)]
         if primitive is lax.broadcast_in_dim_p:
             return [self._broadcast(operands[0], shape)]
         if len(shape) == 2 and shape[1] == GROUP:
@@ -225,6 +231,7 @@ VARIANTS = {
     "8-twice": partial(update, Layouts(8, 8, 64)),
     "32": partial(update, Layouts(32, 16, 128)),
     "warpgroup": partial(update, Layouts(16, 16, 64), semantics=_WARPGROUP),
+    "warpgroup-8": partial(update, Layouts(8, 8, 32), semantics=_WARPGROUP),
     "tma": partial(update, Layouts(16, 16, 64), stages=2, tiles_of_block=16),
     "tma-8": partial(update, Layouts(8, 8, 64), stages=2, tiles_of_block=16),
 }

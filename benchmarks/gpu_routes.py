@@ -23,14 +23,15 @@ Columns:
   whose carry is donated; and its share of the copy limit: the rate at which the device
   would copy the 12.25 bytes that a step of one parameter must move, as measured in the
   same run;
-- regs, spill: registers of a thread, and bytes of its own memory, as the driver has
-  them for the PTX of the kernel; of plain XLA, of none;
+- regs, spill: registers of a thread in the kernel that takes the longest, by the
+  profiler; and what does not fit into them, in bytes, as the driver compiles the
+  kernel's PTX, where that can be had;
 - trace, compile: seconds to trace and lower one step in Python; and from there until
   its first call has ended;
 - lines: of code that the route needs beside the tile function, without comments;
 - export: whether `jax.export` accepts the step: as it is, or with a disabled check;
-- differ: the largest share of elements of one array that differ from plain XLA after
-  a step from the same state; and the largest difference of codes.
+- differ: the share of codes of moments that differ from plain XLA's after a step from
+  the same state, and the largest difference.
 """
 
 import argparse
@@ -62,7 +63,17 @@ _LIBRARY = _HERE.parent / "src/flashquinox/_backends/gpu"
 # Of each parameter: the gradient, and twice each of weight, correction, moments and
 # scales.
 _BYTES = 2 + 2 * 5.125
-_MOSAIC = ("16", "16-by-8", "8", "8-twice", "32", "warpgroup", "tma", "tma-8")
+_MOSAIC = (
+    "16",
+    "16-by-8",
+    "8",
+    "8-twice",
+    "32",
+    "warpgroup",
+    "warpgroup-8",
+    "tma",
+    "tma-8",
+)
 ROUTES = ("ours", "xla", "triton", "jax-triton", *[f"mosaic-{x}" for x in _MOSAIC])
 # What a route is written in beside the tile function.
 _FILES = {
@@ -91,8 +102,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         # There, a step is plain XLA, whatever the route.
         return facts.exported(make(side=arguments.sizes[0]))
     row: dict[str, Any] = {"copy bytes per second": copy_bandwidth(plan, 2**30)}
-    with tempfile.TemporaryDirectory() as dumps:
-        row |= facts.compiled(make(side=arguments.sizes[0]), pathlib.Path(dumps))
+    row |= facts.compiled(make(side=arguments.sizes[0]))
     row["parameters per second"] = {
         str(side): facts.rate(make(side=side), plan, side) for side in arguments.sizes
     }
@@ -101,6 +111,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     more = {
         "export": lambda: facts.exported(small()),
         "differ": check,
+        "kernels": lambda: facts.kernels(make(side=2 * arguments.check)),
         "profile": lambda: facts.profiled(small()),
     }
     for fact, find in more.items():
@@ -157,23 +168,19 @@ def lines_of_code(path: pathlib.Path) -> int:
 
 def in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", name, *sys.argv[1:]]
-    dumps = tempfile.mkdtemp()
-    environment = os.environ | {
-        "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_TO": dumps,
-        "JAX_TRITON_DUMP_DIR": dumps,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=arguments.timeout,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {arguments.timeout:.0f} seconds"}
+    with tempfile.TemporaryDirectory() as folder:
+        # Read by jax-triton when it is imported.
+        environment = os.environ | {"JAX_TRITON_DUMP_DIR": folder}
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=arguments.timeout,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"more than {arguments.timeout:.0f} seconds"}
     found = re.findall(r"^ROW (.*)$", done.stdout, re.MULTILINE)
     if found:
         return json.loads(found[-1])
@@ -186,7 +193,7 @@ def in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    start = f"{row['route']:17}"
+    start = f"{row['route']:20}"
     if "error" in row:
         print(start + row["error"], flush=True)
         return
@@ -197,13 +204,17 @@ def print_row(row: dict[str, Any]) -> None:
     rates = row["parameters per second"]
     cells = [f"{x / 1e9:9.1f}{x / limit:8.1%}" for x in rates.values()]
     shown = lambda key: str(row.get(key, "-"))
+    # Of the one kernel.
+    kernels = row["kernels"] if isinstance(row["kernels"], dict) else {}
+    local = [x.get("local bytes", "-") for x in kernels.values()]
+    spill = local[0] if len(local) == 1 else "-"
     differ = f"{shown('differ'):>15}"
     if "largest difference" in row:
         differ = f"{row['differ']:10.1e}{row['largest difference']:5d}"
     print(
         start
         + "".join(cells)
-        + f"{shown('registers'):>6}{shown('local bytes'):>7}"
+        + f"{shown('registers'):>6}{spill:>7}"
         + f"{row['trace seconds']:8.2f}{row['compile seconds']:9.2f}"
         + f"{row['lines']:7d}{differ}"
         + f"  {shown('export')}",
@@ -247,7 +258,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in there.items()))
     columns = "".join(f"{x:>8}²{'limit':>8}" for x in arguments.sizes)
     print(
-        f"{'':17}{columns}{'regs':>6}{'spill':>7}{'trace':>8}{'compile':>9}"
+        f"{'':20}{columns}{'regs':>6}{'spill':>7}{'trace':>8}{'compile':>9}"
         f"{'lines':>7}{'differ':>10}{'':5}  export"
     )
     rows = []
