@@ -48,6 +48,40 @@ def _sgdw(learning_rate, momentum: float, weight_decay: float):
     )
 
 
+class _ScheduleFree(NamedTuple):
+    count: Any
+    nu: Any
+    offset: Any
+
+
+def _schedule_free(learning_rate, b1: float = 0.9, **kwargs: Any):
+    """Optax's, with a state that has the names of this library: `offset`, and no `z`.
+    All steps weigh the same."""
+    inner = optax.contrib.schedule_free_adamw(
+        learning_rate, b1=b1, weight_lr_power=0.0, **kwargs
+    )
+
+    def init(params):
+        zeros = jtu.tree_map(jnp.zeros_like, params)
+        return _ScheduleFree(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(grads, state, params):
+        z = jtu.tree_map(lambda y, e: y - b1 / (1 - b1) * e, params, state.offset)
+        there = inner.init(params)
+        sums = state.count.astype(there.weight_sum.dtype)
+        for name, value in {"count": state.count, "nu": state.nu}.items():
+            there = optax.tree.set(there, **{name: value})
+        there = there._replace(z=z, weight_sum=sums, step_count=state.count + 1)
+        updates, there = inner.update(grads, there, params)
+        y = optax.apply_updates(params, updates)
+        x = optax.contrib.schedule_free_eval_params(there, y)
+        offset = jtu.tree_map(jnp.subtract, x, y)
+        nu = optax.tree.get(there, "nu")
+        return updates, _ScheduleFree(state.count + 1, nu, offset)
+
+    return optax.GradientTransformation(init, update)
+
+
 OPTIMIZERS = {
     "adamw": OptimizerCase(
         partial(fq.adamw, weight_decay=0.1), partial(optax.adamw, weight_decay=0.1)
@@ -86,6 +120,10 @@ OPTIMIZERS = {
     "rmsprop-momentum": OptimizerCase(
         partial(fq.rmsprop, eps=1e-3, momentum=0.9),
         partial(optax.rmsprop, eps=1e-3, momentum=0.9),
+    ),
+    "schedule-free": OptimizerCase(
+        partial(fq.schedule_free_adamw, weight_decay=0.1),
+        partial(_schedule_free, weight_decay=0.1),
     ),
     "sgd": OptimizerCase(fq.sgd, optax.sgd),
     "sgd-momentum": OptimizerCase(
@@ -200,6 +238,7 @@ _QUICK = {
     "lion": _FEW,
     "rmsprop": [_FEW[0], _FEW[2]],
     "rmsprop-momentum": [_FEW[0]],
+    "schedule-free": [_FEW[0], _FEW[1]],
     "sgd": [_FEW[0], _FEW[3]],
     "sgd-momentum": [_FEW[0], _FEW[1]],
     "sgd-nesterov": [_FEW[0], _FEW[2]],

@@ -26,6 +26,10 @@ from ._optimizer.muon import muon as muon
 from ._optimizer.optimizer import Optimizer as Optimizer, optimizer as optimizer
 from ._optimizer.options import Options as Options
 from ._optimizer.rmsprop import rmsprop as rmsprop
+from ._optimizer.schedule_free import (
+    schedule_free_adamw as schedule_free_adamw,
+    schedule_free_weights as schedule_free_weights,
+)
 from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
 from ._optimizer.state import OptimizerState as OptimizerState
 from ._rules.adam import Adam as Adam
@@ -41,6 +45,7 @@ from ._rules.rule import (
     hyperparameter as hyperparameter,
     Moment as Moment,
 )
+from ._rules.schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
 from ._rules.sgd import SGD as SGD
 from ._rules.whole_leaf import (
     AbstractMatrixRule as AbstractMatrixRule,

@@ -12,7 +12,6 @@ import pytest
 import flashquinox as fq
 
 from ..helpers import float64, slow
-from ..kernels import arrays
 
 
 _SHAPES = {"up": (64, 96), "bias": (96,), "down": (96, 64)}
@@ -20,6 +19,13 @@ _X, _TARGET = (
     np.random.default_rng(i).standard_normal((256, 64)).astype(np.float32)
     for i in (0, 1)
 )
+# As weights usually begin. Where rows are nearly 0, the first gradients decide what they
+# become, and a rounding of these is never forgotten: Optax itself, by gradients at
+# weights that are rounded to bfloat16, is then 14 % from its own way of AdEMAMix.
+_START = {
+    name: np.random.default_rng(2 + i).standard_normal(shape).astype(np.float32) / 8
+    for i, (name, shape) in enumerate(_SHAPES.items())
+}
 _PAIRS = {
     "lamb": (partial(fq.lamb, 1e-3), partial(optax.lamb, 1e-3)),
     "lars": (
@@ -27,6 +33,16 @@ _PAIRS = {
         partial(optax.lars, 0.03, trust_coefficient=0.01),
     ),
     "rmsprop": (partial(fq.rmsprop, 1e-4), partial(optax.rmsprop, 1e-4)),
+    "ademamix": (
+        partial(fq.ademamix, 3e-4, weight_decay=0.1),
+        partial(optax.contrib.ademamix, 3e-4, weight_decay=0.1),
+    ),
+    "schedule_free_adamw": (
+        partial(fq.schedule_free_adamw, 1e-3, warmup_steps=20, weight_decay=0.1),
+        partial(
+            optax.contrib.schedule_free_adamw, 1e-3, warmup_steps=20, weight_decay=0.1
+        ),
+    ),
     "adan": (partial(fq.adan, 3e-4, b2=0.5), partial(optax.adan, 3e-4, b2=0.5)),
 }
 
@@ -40,7 +56,6 @@ def _loss(params):
 @pytest.mark.parametrize("name", [slow(name) for name in _PAIRS])
 def test_way_of_300_steps(name):
     ours, theirs = (make() for make in _PAIRS[name])
-    start = {k: x / 8 for k, x in arrays(_SHAPES, jnp.float32, 0).items()}
 
     def step(carry, _):
         params, state = carry
@@ -54,10 +69,10 @@ def test_way_of_300_steps(name):
     run = lambda step, carry: jax.jit(
         lambda carry: jax.lax.scan(step, carry, length=300)[0]
     )(carry)
-    found = fq.master_weights(*run(step, fq.prepare(start, ours)))
+    found = fq.master_weights(*run(step, fq.prepare(_START, ours)))
     with jax.numpy_dtype_promotion("standard"):
-        expected, _ = run(of_optax, (start, theirs.init(start)))
-    for key, before in start.items():
+        expected, _ = run(of_optax, (_START, theirs.init(_START)))
+    for key, before in _START.items():
         way = np.linalg.norm(float64(expected[key]) - float64(before))
         distance = np.linalg.norm(float64(found[key]) - float64(expected[key]))
         assert distance <= 0.03 * way, (key, distance / way)

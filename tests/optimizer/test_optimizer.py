@@ -132,6 +132,9 @@ def test_every_step_is_exact_but_for_one_rounding(case):
                 if moment in ("nu", "n"):
                     largest = tree[name] + np.sqrt(tree[name] * largest)
                 atol = 2.0**-21 * largest
+                if moment == "offset":
+                    # In float64, Optax has a difference of weights there.
+                    atol += 2.0**-50 * np.max(np.abs(exact[name]))
                 if isinstance(stored, fq.QuantMoment):
                     base = exact_moments.get(stored.relative_to, {}).get(name)
                     assert_code_of(stored, tree[name], atol, base)
@@ -141,7 +144,7 @@ def test_every_step_is_exact_but_for_one_rounding(case):
 
 def _assert_initial(case, params, state):
     assert int(state.count) == 0
-    assert set(state.moments) <= {*"mvng", "mu", "nu", "trace", "m1", "m2"}
+    assert set(state.moments) <= {*"mvng", "mu", "nu", "trace", "m1", "m2", "offset"}
     bits = case.storage.master_weight_bits
     dtypes = {leaf.dtype for leaf in jtu.tree_leaves(state.corrections)}
     expected = {24: {jnp.dtype(jnp.int8)}, 32: {jnp.dtype(jnp.int16)}, None: set()}

@@ -8,6 +8,7 @@ from .lars import lars
 from .lion import lion
 from .muon import muon
 from .rmsprop import rmsprop
+from .schedule_free import schedule_free_adamw
 from .sgd import sgd, sgdw
 
 
@@ -23,6 +24,7 @@ OPTIMIZERS = {
         lion,
         muon,
         rmsprop,
+        schedule_free_adamw,
         sgd,
         sgdw,
     )
