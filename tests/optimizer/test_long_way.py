@@ -19,8 +19,8 @@ _X, _TARGET = (
     np.random.default_rng(i).standard_normal((256, 64)).astype(np.float32)
     for i in (0, 1)
 )
-# As weights usually begin. Where rows are nearly 0, the first gradients decide what they
-# become, and a rounding of these is never forgotten: Optax itself, by gradients at
+# As weights usually begin. Where rows are nearly 0, the first gradients decide what is
+# made of them, and a rounding is never forgotten: Optax itself, by gradients at
 # weights that are rounded to bfloat16, is then 14 % from its own way of AdEMAMix.
 _START = {
     name: np.random.default_rng(2 + i).standard_normal(shape).astype(np.float32) / 8
