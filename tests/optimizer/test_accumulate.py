@@ -15,7 +15,7 @@ import flashquinox as fq
 from flashquinox.checkpoint import Checkpoints
 
 from ..helpers import assert_raises, float64, slow, tree_identical
-from ..kernels import arrays
+from ..kernels import arrays, compiling_for, tpu_devices
 
 
 _SHAPES = {"w": (64, 96), "v": (40,)}
@@ -344,6 +344,25 @@ def test_is_in_place(every):
     plain = fq.adamw(1e-2, backend="xla")
     extra = temporaries(fq.accumulate(plain, every)) - temporaries(plain)
     assert extra <= 0.1 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 24])
+def test_is_in_place_on_tpus(bits):
+    """By the compiler, which needs no TPU: beside what it copies into its vector memory
+    ahead of time."""
+    (chip, *_) = tpu_devices("v5e:2x2")
+    one = jax.sharding.SingleDeviceSharding(chip)
+    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+    params = {f"w{i}": jnp.ones((2048, 2048), jnp.bfloat16) for i in range(4)}
+    optim = fq.accumulate(fq.adamw(1e-2, backend="tpu"), 4, bits=bits)
+    shapes = jtu.tree_map(struct, (params, jax.eval_shape(optim.init, params), params))
+    with compiling_for(chip.device_kind, "tpu", chip.num_cores):
+        program = jax.jit(optim.step, donate_argnums=(0, 1)).lower(*shapes)
+        memory = program.compile().memory_analysis()
+    size = sum(x.size for x in params.values())
+    assert memory.temp_size_in_bytes <= 0.1 * size
+    assert memory.alias_size_in_bytes >= (5.125 + bits / 8) * size
 
 
 @pytest.mark.parametrize("bits, size", [(16, 2), (24, 3), (32, 4)])
