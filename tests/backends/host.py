@@ -21,6 +21,7 @@ from flashquinox._backends.gpu.backend import Gpu
 from flashquinox._backends.gpu.kernel import update_leaves
 from flashquinox._backends.gpu.source import Kernel
 from flashquinox._backends.gpu.view import THREADS, Threads, View
+from flashquinox._common import memory
 
 
 _COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -52,11 +53,14 @@ def _whole_groups(views: Sequence[View]) -> Threads:
 
 def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     states = kernel.states(len(operands))
+    # Those that XLA knows as results.
+    known = [i for i in states if not memory.is_on_host(operands[i])]
+    assert len(known) == kernel.results
 
     def launch(*values: Any) -> list[np.ndarray]:
         # Kernels write where they have read.
         arrays = [np.array(x) for x in values]
-        pointers = [x.ctypes.data for x in [*arrays, *[arrays[i] for i in states]]]
+        pointers = [x.ctypes.data for x in [*arrays, *[arrays[i] for i in known]]]
         arguments = (ctypes.c_void_p * len(pointers))(*pointers)
         blocks = kernel.blocks * kernel.members
         _compiled(kernel.source, kernel.name).launch(arguments, blocks, THREADS)
@@ -65,7 +69,8 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     results = [
         jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in states
     ]
-    return jax.pure_callback(launch, results, *operands)
+    new = jax.pure_callback(launch, results, *memory.to_device(operands))
+    return memory.where(list(new), [operands[i] for i in states])
 
 
 @functools.cache

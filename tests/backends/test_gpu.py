@@ -285,11 +285,11 @@ def test_threads(group_size, rows):
     assert threads.lanes * threads.elements >= group_size
     assert threads.blocks(view) * 128 >= view.groups * threads.lanes
     for members in (1, 3):
-        aligned = threads.aligned([view], members)
+        aligned = threads.aligned([view], members > 1)
         assert group_size % aligned == 0 and threads.elements % aligned == 0
         assert members == 1 or view.size % aligned == 0
     # Each run begins where the one before it ends.
-    assert threads.aligned([View(rows, group_size + 1, 1, group_size)], 1) == 1
+    assert threads.aligned([View(rows, group_size + 1, 1, group_size)], False) == 1
 
 
 #

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
+from .._common import memory
 from .._storage.layout import Layout
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 
@@ -62,6 +63,9 @@ class AbstractBackend(abc.ABC):
     # Whether kernels are interpreted on devices of other platforms, if this backend is
     # asked for. Else these take plain XLA.
     is_interpreted: ClassVar[bool]
+    # Whether it takes states in host memory as they are. For others, the leaves of a
+    # batch are copied to the device and back.
+    reads_host_memory: ClassVar[bool]
 
     @abc.abstractmethod
     def load(self) -> Update:
@@ -118,8 +122,8 @@ class AbstractBackend(abc.ABC):
 def kind_of(step: LeafStep) -> Hashable:
     """What the leaves of a batch have in common."""
     arrays, structure = jtu.tree_flatten((step.grad, step.old))
-    dtypes = tuple([x.dtype for x in arrays])
-    return step.structure, jtu.tree_structure(step.scalars), structure, dtypes
+    types = tuple([(x.dtype, memory.is_on_host(x)) for x in arrays])
+    return step.structure, jtu.tree_structure(step.scalars), structure, types
 
 
 def one_by_one(

@@ -1,5 +1,6 @@
 """Which backend takes a step of which leaves."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from jaxtyping import Array
 
 from .. import _compat
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from . import platforms
+from . import host_state, platforms
 from .base import AbstractBackend, LeafStep as LeafStep, one_by_one, Update, View
 from .platforms import Backend as Backend, Way as Way
 from .xla import BACKEND as XLA, PlainView
@@ -47,10 +48,7 @@ def update_leaves(way: Way, steps: list[LeafStep]) -> list[TileState]:
     plain = [XLA.view(step) for step in steps]
     if way == "divisible":
         plain = [view.whole for view in plain]
-    leader = XLA
-    if kernels and (way != "auto" or kernels[0].serves(device)):
-        leader = kernels[0]
-
+    leader = _leader(way, kernels, device)
     new: dict[int, TileState] = {}
     for numbers in _batches(leader, steps, views.get(leader, plain)):
         here = [steps[i] for i in numbers]
@@ -77,6 +75,21 @@ def update_leaves(way: Way, steps: list[LeafStep]) -> list[TileState]:
         updated = _update_batch(batch, *operands)
         new.update(zip(numbers, updated, strict=True))
     return [new[i] for i in range(len(steps))]
+
+
+def reads_host_memory(way: Way) -> bool:
+    """Whether the backend that leaves are batched for takes their states where they
+    are, if these are in host memory."""
+    if way == "divisible":
+        return False
+    device = _compat.traced_device()
+    return _leader(way, platforms.chosen(way, device), device).reads_host_memory
+
+
+def _leader(way: Way, kernels: list[AbstractBackend], device: Any) -> AbstractBackend:
+    if kernels and (way != "auto" or kernels[0].serves(device)):
+        return kernels[0]
+    return XLA
 
 
 def prefers_rows(backend: Backend) -> bool:
@@ -139,9 +152,7 @@ def _update_for(
 ) -> Update:
     """What updates the leaves of a batch, of their scalars and arrays."""
     if backend is batch.leader or len(views) == 1:
-        update = platforms.update_of(backend)
-        assert update is not None
-        return partial(update, batch.structure, views)
+        return partial(_update_of(backend), batch.structure, views)
     return partial(_one_by_one, batch, backend, views)
 
 
@@ -169,6 +180,31 @@ def _one_by_one(
 @functools.cache
 def _update_alone(backend: AbstractBackend) -> Update:
     """What updates a batch of one leaf. Leaves that are alike are traced once."""
+    return jax.jit(_update_of(backend), static_argnums=(0, 1))
+
+
+@functools.cache
+def _update_of(backend: AbstractBackend) -> Update:
+    """What updates a batch, wherever its state is."""
     update = platforms.update_of(backend)
     assert update is not None
-    return jax.jit(update, static_argnums=(0, 1))
+    if backend.reads_host_memory:
+        return update
+
+    def on_device(
+        structure: StepStructure,
+        views: Any,
+        scalars: StepScalars,
+        leaves: tuple[LeafScalars, ...],
+        grads: tuple[Array, ...],
+        old: tuple[TileState, ...],
+        **kwargs: Any,
+    ) -> tuple[TileState, ...]:
+        layers = [leaf.layer for leaf in leaves]
+        leaves = tuple([dataclasses.replace(leaf, layer=None) for leaf in leaves])
+        scalars = dataclasses.replace(scalars, leaf=leaves[0])
+        here = tuple(map(host_state.read, old, layers))
+        new = update(structure, views, scalars, leaves, grads, here, **kwargs)
+        return tuple(map(host_state.write, old, new, layers))
+
+    return on_device

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, Scalar, Shaped
 
+from .._common import memory
 from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
@@ -52,7 +53,7 @@ def observe(
     old: TileState,
 ) -> list[Observation]:
     """A sample of each of these moments of a leaf."""
-    dtype = compute_dtype(old.weight.dtype)
+    dtype, old = compute_dtype(old.weight.dtype), memory.to_device(old)
     elements, groups = _places(layout, scalars.count)
     factors = structure.factors(scalars)
     codecs, _ = structure.codecs_before_and_after(scalars)

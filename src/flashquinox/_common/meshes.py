@@ -9,6 +9,8 @@ import jax.core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from . import memory
+
 
 def divisions(sharding: NamedSharding) -> tuple[int, ...]:
     """The number of parts that each axis of an array is divided into."""
@@ -61,6 +63,8 @@ def constrain(x: Array, sharding: NamedSharding) -> Array:
     x = as_typed(x, sharding)
     if not axes_of_type(sharding.mesh, AxisType.Auto):
         return x
+    if memory.is_on_host(x):
+        sharding = sharding.with_memory_kind(memory.HOST_KIND)
     return jax.lax.with_sharding_constraint(x, sharding)
 
 

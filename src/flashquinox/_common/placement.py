@@ -11,15 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from . import meshes
+from . import memory, meshes
 from .target import Target
 
 
 def put_like(call: str, name: str, x: Any, like: Any) -> Any:
-    """An array on the devices and in the sharding of another one. Inside `jit`, this
-    applies to `Explicit` axes of a mesh, and the compiler decides the rest."""
+    """An array on the devices, in the sharding and in the memory of another one. Inside
+    `jit`, this applies to `Explicit` axes of a mesh, and the compiler decides the
+    rest."""
     if _is_traced(x, like):
-        return meshes.as_typed(jnp.asarray(x), jax.typeof(like).sharding)
+        x = meshes.as_typed(jnp.asarray(x), jax.typeof(like).sharding)
+        return memory.where(x, like)
     target = Target.of(call, name, like)
     return target.put(_free(x) if target.sharding is None else x)
 
@@ -33,9 +35,9 @@ def compute_like(
 ) -> PyTree:
     """`function(*arrays)`, with each array put where its `like` is. `Explicit` axes of
     meshes are made automatic, for functions that do not say how their results are
-    sharded."""
+    sharded. Arrays in host memory are copied to the device."""
     if _is_traced(*arrays, *likes):
-        return function(*arrays)
+        return function(*memory.to_device(list(arrays)))
     placed = []
     for x, like in zip(arrays, likes, strict=True):
         sharding = Target.of(call, name, like).sharding_of_read(automatic=True)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Scalar
 
 from .._backends.dispatch import LeafStep
-from .._common import meshes
+from .._common import memory, meshes
 from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
 from .._rules.rule import rule_structure
@@ -26,7 +26,9 @@ from .._tile.clipping import Clipping, scaled
 from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
 from . import derivatives
 from .passes import axes_of, parameters_of, Pass
+from .slices import elements_on_device, slices_of
 from .stored_leaf import Learned
+from .streaming import Piece, PORTION, Portion, stream
 
 
 if TYPE_CHECKING:
@@ -40,13 +42,15 @@ _STACK = 2**25
 
 class Part(NamedTuple):
     """A leaf, or one layer of a stacked leaf, and its gradient. `number` is that of the
-    leaf. `parameters` are those of codecs that learn."""
+    leaf. `parameters` are those of codecs that learn. `layer` is the number of a layer
+    whose state is in host memory, in arrays of all layers, if kernels take it there."""
 
     number: int
     old: TileState
     grad: Array
     sharding: NamedSharding | None
     parameters: Learned
+    layer: Scalar | None = None
 
 
 class Advanced(NamedTuple):
@@ -70,7 +74,27 @@ class Advance:
     in_loop: bool = False
 
     def all(self, of: Sequence[Part]) -> list[Advanced]:
-        """One step of these leaves."""
+        """One step of these leaves. Those that are streamed through the device come
+        last, as their copies can begin before."""
+        away = [i for i, x in enumerate(of) if self._is_streamed(x)]
+        if not away:
+            return self._here(of)
+        here = [i for i in range(len(of)) if i not in set(away)]
+        done = dict(zip(here, self._here([of[i] for i in here]), strict=True))
+        # Arrays that arrive need not be in the large memory of a device.
+        advance = dataclasses.replace(self, in_loop=True)
+        portions = self._portions(of, away)
+        done |= stream(of, portions, advance._here, self.as_update)
+        return [done[i] for i in range(len(of))]
+
+    def _is_streamed(self, x: Part) -> bool:
+        """Whether a leaf is in host memory, and kernels do not take it there."""
+        if not memory.any_on_host(x.old):
+            return False
+        return not self.step.is_taken_there(x.number, x.grad.shape, x.sharding)
+
+    def _here(self, of: Sequence[Part]) -> list[Advanced]:
+        """One step of leaves whose state is on the device."""
         passes = self.step.passes
         one = [i for i, x in enumerate(of) if passes[x.number].between is None]
         done = dict(zip(one, self._last([of[i] for i in one]), strict=True))
@@ -110,7 +134,7 @@ class Advance:
         stacks: dict[Any, list[int]] = {}
         others: dict[int, int] = {}
         for i in numbers:
-            number, old, grad, sharding, _ = of[i]
+            number, old, grad, sharding, *_ = of[i]
             rule = self.step.passes[number].between
             if not isinstance(rule, AbstractMatrixRule):
                 others[i] = grad.size
@@ -126,6 +150,35 @@ class Advance:
             most = max(1, _STACK // grad.size) * devices
             found += [stack[i : i + most] for i in range(0, len(stack), most)]
         return found
+
+    def _portions(self, of: Sequence[Part], numbers: list[int]) -> list[Portion]:
+        """Which of these leaves, or slices of them, are on the device together. Rules
+        that need whole leaves get them, in the batches of leaves on the device, so that
+        their products are the same; and so do codecs that learn."""
+        found: list[Portion] = []
+        room, whole = 0, []
+        for i in numbers:
+            number, old, grad, sharding, parameters, _ = of[i]
+            if self.step.passes[number].between is not None:
+                whole.append(i)
+                continue
+            shape, slices = grad.shape, None
+            size = elements_on_device(shape, sharding)
+            if not parameters:
+                is_grouped = any([x is not None for x in old.scales.values()])
+                layout = self.step.stored[number].layout(shape) if is_grouped else None
+                slices = slices_of(shape, layout, sharding, PORTION)
+            if slices is not None:
+                found += [[Piece(i, x)] for x in slices]
+                room = 0
+                continue
+            if size > room:
+                found.append([])
+                room = PORTION
+            found[-1].append(Piece(i, None))
+            room -= size
+        batches = self._batches(of, whole)
+        return found + [[Piece(i, None) for i in batch] for batch in batches]
 
     def _twice(self, of: Sequence[Part]) -> list[Advanced]:
         """Leaves whose rules need whole leaves."""
@@ -239,7 +292,9 @@ class Advance:
                 decay=one.decay,
                 count=step.count,
                 leaf=LeafScalars(
-                    np.asarray(x.number, np.uint32), parameters_of(one, x.parameters)
+                    np.asarray(x.number, np.uint32),
+                    parameters_of(one, x.parameters),
+                    x.layer,
                 ),
                 take=self.all_finite,
                 clip=factors,

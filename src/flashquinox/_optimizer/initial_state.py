@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from .._backends import dispatch
-from .._common import meshes
+from .._common import memory, meshes
 from .._common.dtypes import compute_dtype, NARROW_DTYPES
 from .._model.quantized import check_no_scales
 from .._model.trained import is_trainable
@@ -18,6 +18,7 @@ from .._sharding import parts, record
 from .._storage.layout import Layout
 from .._storage.quant_moment import StoredMoment, zeros
 from .._storage.split import Correction
+from . import state_memory
 from .call_checks import check_model, warn_of_nothing_to_train
 from .checksums import checksums
 from .device_checks import warn_of_divided_groups
@@ -48,18 +49,36 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         rule = rules[index].rule
         if isinstance(rule, AbstractMatrixRule):
             axes_of(call, rule, leaf)
-    makers = [
-        partial(_zeros, settings, rules[index].rule, leaf, shardings[index])
+    makers = {
+        index: partial(_zeros, settings, rules[index].rule, leaf, shardings[index])
         for index, leaf in trained.items()
-    ]
+    }
+    is_traced = record.are_traced(leaves)
+    away: dict[int, Any] = {}
+    if settings.state_memory == memory.HOST_KIND:
+        state_memory.check_has_host_memory(call, list(trained.values()))
+        away = {i: x for i, x in trained.items() if state_memory.is_worth_it(x)}
+    if not is_traced:
+        made = state_memory.make(
+            call,
+            [makers.pop(i) for i in away],
+            list(away.values()),
+            [shardings[i] for i in away],
+        )
+        away = dict(zip(away, made, strict=True))
     *made, count = parts.make(
-        [*makers, lambda: jnp.zeros((), jnp.int32)],
-        [*(shardings[index] for index in trained), meshes.everywhere(shardings)],
-        is_traced=record.are_traced(leaves),
+        [*makers.values(), lambda: jnp.zeros((), jnp.int32)],
+        [*(shardings[index] for index in makers), meshes.everywhere(shardings)],
+        is_traced=is_traced,
     )
+    states = dict(zip(makers, made, strict=True))
+    if is_traced:
+        away = {i: state_memory.moved(states[i]) for i in away}
+    states |= away
     moments = {name: [None for _ in leaves] for name in settings.moments}
     corrections: list[Any] = [None for _ in leaves]
-    for index, (stored, correction) in zip(trained, made, strict=True):
+    for index in trained:
+        stored, correction = states[index]
         sharding = shardings[index]
         if sharding is not None:
             warn_of_divided_groups(call, leaves[index], stored, sharding)

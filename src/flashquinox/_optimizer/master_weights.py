@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from .._common import memory
 from .._common.dtypes import compute_dtype
 from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
@@ -44,7 +45,7 @@ def master_weights(model: Model, state: PyTree) -> Model:
     opened = open_states("master_weights", model, state)
     return opened.rebuild(
         [
-            _decoded(jnp.asarray(leaf.value), correction)
+            _decoded(jnp.asarray(leaf.value), memory.to_device(correction))
             if is_trainable(leaf.value)
             else leaf.value
             for leaf, correction in zip(opened.leaves, opened.corrections, strict=True)

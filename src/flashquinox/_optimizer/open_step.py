@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .._common import memory
 from .._model.trained import with_state
 from .._model.trees import flatten, match
 from .._sharding import state_specs
@@ -48,7 +49,7 @@ def open_step(
                 (of_leaf, corrections[index]), sharding
             )
             stored[index] = StoredLeaf(of_leaf, correction, checksums[index])
-    count = jnp.asarray(state.count)
+    count = memory.to_device(jnp.asarray(state.count))
     rates = settings.rates(count)
     decays = settings.decayed(call, params, leaves, rules)
     return StepInProgress(
@@ -62,6 +63,7 @@ def open_step(
         way="divisible" if unknown else settings.backend,
         recorded=state.shardings,
         count=count,
+        old_count=state.count,
         rules=rules,
         rates=rates,
         stored=stored,

@@ -1,6 +1,6 @@
 """The arguments of all optimizers that say how steps are executed."""
 
-from typing import Any, TypedDict
+from typing import Any, get_args, Literal, TypeAlias, TypedDict
 
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding
@@ -12,6 +12,9 @@ from .._common.number_checks import check_flag
 from .._common.text import shown
 from .._model.trees import path_name
 from .checksums import check_verify_weights, Verify
+
+
+StateMemory: TypeAlias = Literal["device", "pinned_host"]
 
 
 class Options(TypedDict, total=False):
@@ -46,12 +49,17 @@ class Options(TypedDict, total=False):
         model, or a prefix of it, of `jax.sharding.NamedSharding`s, with `None` where
         JAX knows. Only needed where JAX does not tell and `init` has not seen the
         weights on their devices: see [Train on many devices](../sharding.md).
+    - `state_memory` (`"device"`): where `init` puts the state. `"pinned_host"` is the
+        memory of the host, from which steps take it and to which they return it, with
+        the same results: see [Keep the state in host memory](../how-to/offload.md).
+        Leaves of fewer than 16,384 elements stay on the device.
     """
 
     skip_nonfinite: bool
     verify_weights: Verify
     backend: Backend
     shardings: PyTree
+    state_memory: StateMemory
 
 
 DEFAULTS: dict[str, Any] = {
@@ -59,6 +67,7 @@ DEFAULTS: dict[str, Any] = {
     "verify_weights": None,
     "backend": "auto",
     "shardings": None,
+    "state_memory": "device",
 }
 
 
@@ -71,6 +80,7 @@ def check_options(call: str, options: Options) -> dict[str, Any]:
         "verify_weights": check_verify_weights(call, given["verify_weights"]),
         "backend": _check_backend(call, given["backend"]),
         "shardings": _check_shardings(call, given["shardings"]),
+        "state_memory": _check_state_memory(call, given["state_memory"]),
     }
 
 
@@ -85,6 +95,13 @@ def _check_backend(call: str, backend: Any) -> Backend:
     raise ValueError(
         f"`{call}(backend=...)` must be one of {names}; got {shown(backend)}."
     )
+
+
+def _check_state_memory(call: str, value: Any) -> StateMemory:
+    if isinstance(value, str) and value in get_args(StateMemory):
+        return value
+    names = " or ".join(repr(name) for name in get_args(StateMemory))
+    raise ValueError(f"`{call}(state_memory=...)` must be {names}; got {shown(value)}.")
 
 
 def _check_shardings(call: str, value: Any) -> tuple[tuple[NamedSharding, ...], Any]:

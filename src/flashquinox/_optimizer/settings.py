@@ -20,6 +20,7 @@ from .checksums import Verify
 from .device_checks import warn_of_unknown_division
 from .groups import AbstractChoice, Group, LeafRule
 from .mask import decayed
+from .options import StateMemory
 from .schedules import scheduled
 
 
@@ -40,6 +41,7 @@ class Settings(eqx.Module):
     backend: Backend = eqx.field(static=True)
     # As leaves and their structure, which have a hash.
     shardings: tuple[tuple[NamedSharding, ...], Any] = eqx.field(static=True)
+    state_memory: StateMemory = eqx.field(static=True)
 
     @property
     def moments(self) -> tuple[str, ...]:

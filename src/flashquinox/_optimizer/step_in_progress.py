@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int32, PyTree, ScalarLike
 
-from .._backends.dispatch import Way
-from .._common import meshes
+from .._backends.dispatch import reads_host_memory, Way
+from .._common import memory, meshes
 from .._common.dtypes import compute_dtype, largest_gradient
 from .._model.trees import Leaf, Rebuild
 from .._rules.whole_leaf import AbstractMatrixRule
 from .._sharding import record, reductions
+from .._sharding.state_specs import holds_whole_groups
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping, division
 from .._tile.tile import TileState
@@ -40,7 +42,8 @@ class StepInProgress:
     - `decayed`: whether weight decay applies to a leaf.
     - `shardings`: how a leaf is divided among devices, if it is.
     - `recorded`: what the state remembers of that.
-    - `count`: the number of steps before this one.
+    - `count`: the number of steps before this one. `old_count` is that of the state,
+        which may be in host memory.
     - `rules`: the rule of a leaf.
     - `rates`: for each group, the learning rate and the weight decay of this step.
     - `stored`: what the state had, for each leaf that is trained.
@@ -57,6 +60,7 @@ class StepInProgress:
     way: Way
     recorded: record.Shardings
     count: Int32[Array, ""]
+    old_count: Int32[Array | np.ndarray, ""]
     rules: list[LeafRule]
     rates: list[Rates]
     stored: dict[int, StoredLeaf]
@@ -94,7 +98,7 @@ class StepInProgress:
             self.count,
             [self.leaves[i].name for i in kept],
             [jnp.asarray(self.leaves[i].value) for i in kept],
-            [*kept.values()],
+            memory.to_device([*kept.values()]),
             None if on is None else on.mesh,
         )
         passes = all_passes(
@@ -169,13 +173,28 @@ class StepInProgress:
         learned: list[Learned],
         all_finite: Bool[Array, ""] | None,
         clip: Clipping | None,
+        layer: Array | None = None,
     ) -> list[TileState]:
         """One step of parts of leaves, which need not be those of this object: only
-        what does not depend on their values is. `numbers` are those of their leaves."""
+        what does not depend on their values is. `numbers` are those of their leaves.
+        Arrays in host memory are those of all layers, of which `layer` is updated."""
         arrived = _as_typed(grads, shardings)
-        each = zip(numbers, old, arrived, shardings, learned, strict=True)
+        layers = [layer if memory.any_on_host(x) else None for x in old]
+        each = zip(numbers, old, arrived, shardings, learned, layers, strict=True)
         advance = Advance(self, all_finite, clip, learn=False, in_loop=True)
         return [new for new, _ in advance.all([Part(*x) for x in each])]
+
+    def is_taken_there(
+        self, index: int, shape: tuple[int, ...], sharding: NamedSharding | None
+    ) -> bool:
+        """Whether the step of a leaf, or of a layer of it, is one that kernels take in
+        host memory: of whole groups, in one pass, in codes that stay what they are."""
+        stored = self.stored[index]
+        is_whole = sharding is None or holds_whole_groups(
+            stored.layout(shape), sharding
+        )
+        is_plain = is_whole and self.passes[index].between is None
+        return is_plain and not stored.not_learned and reads_host_memory(self.way)
 
     def layers_are_apart(self, index: int) -> bool:
         """Whether the entries along the first axis of a leaf may be updated one by one:
@@ -260,7 +279,7 @@ class StepInProgress:
         if updates_of is not None:
             values = [x if i in updates_of else None for i, x in enumerate(values)]
         return self.rebuild(values), OptimizerState(
-            steps=StepCount(count),
+            steps=StepCount(memory.where(count, self.old_count)),
             moments={name: self.rebuild.state(x) for name, x in moments.items()},
             corrections=self.rebuild.state(corrections),
             shardings=record.record(self.leaves, self.shardings, self.recorded),
@@ -282,7 +301,7 @@ class StepInProgress:
                 for i, update in zip(changed, held, strict=True)
             ]
         for index, x in zip(changed, checksums(held), strict=True):
-            new[index] = x
+            new[index] = memory.where(x, new[index])
         return self.rebuild.state(new)
 
 

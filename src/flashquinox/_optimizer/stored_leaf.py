@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar, UInt32
 
+from .._common import memory
 from .._storage.codec import AbstractMomentCodec
 from .._storage.full_precision import FullPrecision
 from .._storage.layout import flattened, Layout
@@ -50,9 +51,10 @@ class StoredLeaf(NamedTuple):
     def not_learned(self) -> Learned:
         """The parameters of codecs that learn, in a step that learns nothing."""
         return {
-            name: (moment.parameter, moment.parameter)
+            name: (parameter, parameter)
             for name, moment in self.moments.items()
-            if isinstance(moment, QuantMoment) and moment.parameter is not None
+            if isinstance(moment, QuantMoment)
+            and (parameter := memory.to_device(moment.parameter)) is not None
         }
 
     def taken_apart(self, weight: Float[Array | np.ndarray, "..."]) -> TileState:
@@ -74,6 +76,8 @@ class StoredLeaf(NamedTuple):
                 continue
             assert scales is not None
             _, parameter = learned.get(name, (None, None))
+            if parameter is not None:
+                parameter = memory.where(parameter, old.parameter)
             moments[name] = QuantMoment(
                 codes=codes,
                 scales=scales,

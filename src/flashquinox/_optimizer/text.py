@@ -38,7 +38,7 @@ def optimizer_text(settings: Settings) -> str:
         "peak_learning_rate": (group.decay.peak_learning_rate, None),
         "storage": (settings.storage, Storage()),
     }
-    for name in ("skip_nonfinite", "verify_weights", "backend"):
+    for name in ("skip_nonfinite", "verify_weights", "backend", "state_memory"):
         others[name] = (getattr(settings, name), DEFAULTS[name])
     arguments |= {
         name: value

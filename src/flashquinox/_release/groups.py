@@ -84,6 +84,12 @@ class GroupedStep:
         group, index = self.owners[number]
         return self.groups[group].layout(index)
 
+    def is_taken_there(
+        self, number: int, shape: tuple[int, ...], sharding: NamedSharding | None
+    ) -> bool:
+        group, index = self.owners[number]
+        return self.groups[group].is_taken_there(index, shape, sharding)
+
     def layers_are_apart(self, number: int) -> bool:
         group, index = self.owners[number]
         return self.groups[group].layers_are_apart(index)
@@ -151,8 +157,10 @@ class GroupedStep:
         learned: dict[int, Learned],
         finite: AllFinite,
         clip: Clipping | None,
+        layer: Array,
     ) -> dict[int, TileState]:
-        """Updates parts of leaves, such as single layers of stacks."""
+        """Updates parts of leaves, such as single layers of stacks. Arrays in host
+        memory are those of all layers."""
         new = {}
         for group, numbers in self._divided([*parts]).items():
             updated = self.groups[group].update_parts(
@@ -163,6 +171,7 @@ class GroupedStep:
                 [learned[number] for number in numbers],
                 finite[group],
                 clip,
+                layer,
             )
             new.update(zip(numbers, updated, strict=True))
         return new

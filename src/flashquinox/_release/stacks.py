@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from .._common import meshes
+from .._common import memory, meshes
 from .._sharding import state_specs
 from .._storage.layout import Layout
 from .._tile.tile import TileState
@@ -54,25 +54,35 @@ def layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def read_layer(stack: PyTree[Array], layer: Array) -> PyTree[Array]:
-    """One layer of each array of a tree."""
-    part = jtu.tree_map(
-        lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), stack
-    )
-    # Otherwise XLA may fuse this read into a later use, after the stack was written to,
-    # and has to keep a second copy of the stack for it.
-    return materialized(part)
+def read_layer(
+    stack: PyTree[Array], layer: Array, is_taken_there: bool
+) -> PyTree[Array]:
+    """One layer of each array of a tree, on the device. `is_taken_there`: arrays in
+    host memory stay there, with all layers."""
+
+    def one(x: Array) -> Array:
+        if is_taken_there and memory.is_on_host(x):
+            return x
+        part = lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return lax.optimization_barrier(memory.to_device(part))
+
+    # Without barriers, XLA may fuse this read into a later use, after the stack was
+    # written to, and has to keep a second copy of the stack for it.
+    return jtu.tree_map(one, stack)
 
 
 def write_layer(
-    stack: PyTree[Array], part: PyTree[Array], layer: Array
+    stack: PyTree[Array], part: PyTree[Array], layer: Array, is_taken_there: bool
 ) -> PyTree[Array]:
     """The stack with one layer replaced, in place inside of a loop."""
-    return jtu.tree_map(
-        lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0),
-        stack,
-        materialized(part),
-    )
+
+    def one(x: Array, y: Array) -> Array:
+        if is_taken_there and memory.is_on_host(x):
+            return y
+        y = memory.where(lax.optimization_barrier(y), x)
+        return lax.dynamic_update_index_in_dim(x, y, layer, 0)
+
+    return jtu.tree_map(one, stack, part)
 
 
 def place_stack(

@@ -171,6 +171,11 @@ def release_step(
     stacks = {i: by_layer(step.read(i), layouts[i]) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
     divided = {i: layer_sharding(step.sharding(i)) for i in blocks}
+    # Kernels may take a layer out of a stack in host memory themselves.
+    there = {
+        i: step.is_taken_there(i, stack.weight.shape[1:], divided[i])
+        for i, stack in stacks.items()
+    }
     groups = batches_by_size({i: stack.weight.size for i, stack in stacks.items()})
 
     # Codecs learn before the gradients of layers are known. A cotangent that is not
@@ -189,7 +194,7 @@ def release_step(
         def block(weights, x):
             return _split(layered.block(weights | static, key, eqx.combine(x, fixed)))
 
-        weights = read_layer({i: stack.weight for i, stack in stacks.items()}, layer)
+        weights = read_layer({i: x.weight for i, x in stacks.items()}, layer, False)
         _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
         grads, x_bar = pull(x_bar)
         grads = materialized(grads)
@@ -205,16 +210,19 @@ def release_step(
             some = {i: stacks[i] for i in numbers}
             stacks, some = lax.optimization_barrier((stacks, some))
             new = step.update_parts(
-                {i: read_layer(some[i], layer) for i in numbers},
+                {i: read_layer(some[i], layer, there[i]) for i in numbers},
                 divided,
                 grads,
                 learned,
                 finite,
                 clip,
+                layer,
             )
             stacks = stacks | {
                 i: place_stack(
-                    write_layer(stacks[i], part, layer), layouts[i], step.sharding(i)
+                    write_layer(stacks[i], part, layer, there[i]),
+                    layouts[i],
+                    step.sharding(i),
                 )
                 for i, part in new.items()
             }

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float32, PyTree, Scalar
 
 from .._backends import dispatch, learning
 from .._backends.dispatch import LeafStep, Way
-from .._common import meshes
+from .._common import memory, meshes
 from .._storage.learned_codec import AbstractLearner
 from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import encode_nearest
@@ -269,8 +269,19 @@ def _specs(step: LeafStep, sharding: NamedSharding) -> Any:
         state_specs.alike(sharding.spec, step),
         (
             state_specs.alike(PartitionSpec(), step.scalars),
-            state_specs.of_leaf(step.old, step.layout, sharding),
+            _of_stacks(step, state_specs.of_leaf(step.old, step.layout, sharding)),
         ),
+    )
+
+
+def _of_stacks(step: LeafStep, specs: TileState) -> TileState:
+    """The specs of a state, of which arrays in host memory may have all layers."""
+    if step.scalars.leaf.layer is None:
+        return specs
+    return jtu.tree_map(
+        lambda x, spec: PartitionSpec(None, *spec) if memory.is_on_host(x) else spec,
+        step.old,
+        specs,
     )
 
 

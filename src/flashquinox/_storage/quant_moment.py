@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped, UInt
 
+from .._common import memory
 from .codec import AbstractMomentCodec
 from .layout import Layout, layout_of
 from .learned_codec import initial_parameter, with_parameter
@@ -101,10 +102,9 @@ class QuantMoment(eqx.Module, _OfState):
                     "as `init` or the previous step returned it."
                 )
         layout = self.layout
-        codec = with_parameter(self.codec, self.parameter)
-        tile = codec.decode(
-            layout.tile(self.codes), self.scales, layout.tile_axis, dtype
-        )
+        codes, scales = memory.to_device((self.codes, self.scales))
+        codec = with_parameter(self.codec, memory.to_device(self.parameter))
+        tile = codec.decode(layout.tile(codes), scales, layout.tile_axis, dtype)
         return layout.untile(tile)
 
     def encode(

@@ -91,6 +91,9 @@ class LeafScalars(eqx.Module):
     # Of moments whose codec learns, by their names: its parameter before the step, by
     # which they are decoded, and after.
     parameters: dict[str, tuple[Scalar, Scalar]]
+    # If this leaf is one layer of a stack, the arrays of which in host memory are not
+    # taken apart: the number of the layer.
+    layer: Scalar | None = None
 
 
 class StepScalars(eqx.Module):

@@ -30,6 +30,7 @@ class Gpu(AbstractBackend):
     # Leaves are batched for it: a program for another platform would be worse.
     in_every_program: ClassVar[bool] = False
     is_interpreted: ClassVar[bool] = False
+    reads_host_memory: ClassVar[bool] = True
 
     def load(self) -> Update:
         from . import nvrtc

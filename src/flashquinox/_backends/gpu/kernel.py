@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int32, Scalar, Shaped
 
+from ..._common import memory
 from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
-from . import nvrtc, source
+from . import host_arrays, nvrtc, source
+from .launch import Launch, launch
 from .source import Kernel
 from .translation import translation_of
 from .view import THREADS, Threads, View
@@ -40,11 +42,24 @@ def update_leaves(
         threads_of(views),
         words.scalars,
         (0,) * len(words.arrays),
+        results=sum([not memory.is_on_host(x) for x in jtu.tree_leaves(old)]),
+        is_stack=tuple(
+            [
+                scalars.leaf.layer is not None and memory.is_on_host(x)
+                for x in jtu.tree_leaves((grads[0], old[0]))
+            ]
+        ),
+        layer=words.layer,
     )
-    arrays = [x.ravel() for x in jtu.tree_leaves(list(zip(grads, old, strict=True)))]
+    # XLA takes a reshape of what is in host memory for work of the host.
+    flat = lambda x: x if memory.is_on_host(x) else x.ravel()
+    arrays = [flat(x) for x in jtu.tree_leaves(list(zip(grads, old, strict=True)))]
     new = _launched(run, kernel)(*words.arrays, *arrays)
     like, structure_of_all = jtu.tree_flatten(old)
-    shaped = [x.reshape(y.shape) for x, y in zip(new, like, strict=True)]
+    shaped = [
+        x if memory.is_on_host(x) else x.reshape(y.shape)
+        for x, y in zip(new, like, strict=True)
+    ]
     return structure_of_all.unflatten(shaped)
 
 
@@ -62,31 +77,36 @@ class _Words(NamedTuple):
     arrays: tuple[Int32[Array, " words"], ...]
     # What they are in terms of the words.
     scalars: tuple[str, ...]
+    # That of `LeafScalars.layer`.
+    layer: str
 
     @staticmethod
     def of(
         scalars: StepScalars, leaves: Sequence[LeafScalars], numbered: bool
     ) -> "_Words":
         """`numbered`: whether the numbers of leaves are known now."""
-        unknown = [x.parameters if numbered else x for x in leaves]
+        unknown = [(x.parameters, x.layer) if numbered else x for x in leaves]
         width = len(jtu.tree_leaves(unknown[0]))
-        shared, texts, own = [], [], 0
+        shared, texts, own, layer = [], [], 0, ""
         for path, x in jtu.tree_leaves_with_path(scalars):
             if path == _NUMBER and numbered:
                 texts.append("number")
                 continue
             if path[0] == _NUMBER[0]:
                 word, own = f"own[leaf * {width} + {own}]", own + 1
+                layer = word if path == _LAYER else layer
             else:
                 word = f"shared[{len(shared)}]"
                 shared.append(x)
             texts.append(source.of_word(word, x.dtype))
         every = [shared, jtu.tree_leaves(unknown)]
         arrays = [jnp.stack([_word(x) for x in xs]) for xs in every if xs]
-        return _Words(tuple(arrays), tuple(texts))
+        return _Words(tuple(arrays), tuple(texts), layer)
 
 
-_NUMBER = jtu.GetAttrKey("leaf"), jtu.GetAttrKey("number")
+_NUMBER, _LAYER = [
+    (jtu.GetAttrKey("leaf"), jtu.GetAttrKey(name)) for name in ("number", "layer")
+]
 
 
 def _word(x: Scalar) -> Int32[Array, ""]:
@@ -106,6 +126,8 @@ def _launched(run: Run, kernel: Kernel) -> Run:
 
     @launch.def_vmap
     def _(size: int, is_mapped: Sequence[bool], *args: Array) -> Any:
+        if memory.any_on_host(args):
+            return _through_device(kernel, run, size, is_mapped, args)
         inner = (kernel.members,) if kernel.members > 1 else ()
         words, arrays = len(kernel.strides), len(args) - len(kernel.strides)
         # Words are shared until they are mapped; arrays are each model's own.
@@ -135,27 +157,47 @@ def _launched(run: Run, kernel: Kernel) -> Run:
     return launch
 
 
+def _through_device(
+    kernel: Kernel, run: Run, size: int, is_mapped: Sequence[bool], args: Any
+) -> Any:
+    """A step of an ensemble with its state in host memory."""
+    if any(kernel.is_stack):
+        raise NotImplementedError(
+            "`release_step` under `vmap` takes no state in host memory on GPUs. Take "
+            "an ordinary step, or put the state on the device with `jax.device_put`."
+        )
+    flat = [
+        x.reshape(*x.shape[: int(mapped)], -1)
+        for x, mapped in zip(memory.to_device(list(args)), is_mapped, strict=True)
+    ]
+    olds = [args[i] for i in kernel.states(len(args))]
+    launch = _launched(run, kernel._replace(results=len(olds)))
+    in_axes = tuple([0 if mapped else None for mapped in is_mapped])
+    new = jax.vmap(launch, in_axes, axis_size=size)(*flat)
+    new = [
+        memory.where(x.reshape(size, *old.shape[-old.ndim + 1 :]), old)
+        if memory.is_on_host(old)
+        else x
+        for x, old in zip(new, olds, strict=True)
+    ]
+    return new, [True] * len(new)
+
+
 def run_on_gpu(
     kernel: Kernel, *operands: Shaped[Array, "..."]
 ) -> Sequence[Shaped[Array, "..."]]:
     """Launches a kernel. XLA loads it and puts the addresses into its arguments."""
     states = kernel.states(len(operands))
-    call = jax.ffi.ffi_call(
-        "__gpu$xla.gpu.ptx",
-        [jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in states],
-        input_output_aliases={i: j for j, i in enumerate(states)},
+    away = [i for i in states if memory.is_on_host(operands[i])]
+    here = [i for i in states if i not in set(away)]
+    opened = host_arrays.renewed([operands[i] for i in away])
+    known = dict(enumerate(operands)) | dict(zip(away, opened, strict=True))
+    new = launch(
+        Launch(kernel.name, kernel.source, kernel.blocks * kernel.members, THREADS),
+        [*known.values()],
+        aliases={i: j for j, i in enumerate(here)},
+        writes_operands=bool(away),
     )
-    return call(
-        *operands,
-        name=kernel.name,
-        kernel_type="ptx",
-        kernel_data=nvrtc.compiled(kernel.source).decode(),
-        grid_x=kernel.blocks * kernel.members,
-        grid_y=1,
-        grid_z=1,
-        block_x=THREADS,
-        block_y=1,
-        block_z=1,
-        shared_mem_bytes=0,
-        output_indices=tuple(range(len(operands), len(operands) + len(states))),
-    )
+    closed = host_arrays.renewed(opened, after=new[:1])
+    known |= dict(zip(here, new, strict=True)) | dict(zip(away, closed, strict=True))
+    return [known[i] for i in states]

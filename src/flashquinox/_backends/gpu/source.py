@@ -33,6 +33,12 @@ class Kernel(NamedTuple):
     # Of each array of words, how far apart those of the models are: 0 where they share
     # them.
     strides: tuple[int, ...]
+    # How many of the new arrays XLA knows as results: see `host_arrays.py`.
+    results: int
+    # Which of the gradient and the arrays of a state are of whole stacks, of which the
+    # leaf is a layer: that of the number that this expression of the words gives.
+    is_stack: tuple[bool, ...] = ()
+    layer: str = ""
     # The models that take a step together: their arrays lie one after the other.
     members: int = 1
 
@@ -62,12 +68,11 @@ class Kernel(NamedTuple):
         types = self.translation.input_types
         for leaf in range(len(self.views)):
             yield ", ".join(f"{x}* p{leaf}_{i}" for i, x in enumerate(types))
-        results = len(self.views) * len(self.translation.output_types)
-        yield ", ".join(f"void* q{i}" for i in range(results))
+        yield ", ".join(f"void* q{i}" for i in range(self.results))
 
     def _body(self) -> Iterator[str]:
         threads = self.threads
-        aligned = threads.aligned(self.views, self.members)
+        aligned = threads.aligned(self.views, self.members > 1 or any(self.is_stack))
         yield f"constexpr int N = {threads.elements}, LANES = {threads.lanes};"
         yield f"constexpr int GROUP_SIZE = {threads.group_size}, ALIGNED = {aligned};"
         yield ""
@@ -100,6 +105,12 @@ class Kernel(NamedTuple):
                 yield f"{words} += member * {stride};"
             for i, is_scale in enumerate(self.translation.is_scale):
                 yield f"p{i} += member * {'groups' if is_scale else 'size'};"
+        if any(self.is_stack):
+            yield f"const long long layer = {self.layer};"
+        for i, is_stack in enumerate(self.is_stack):
+            if is_stack:
+                size = "groups" if self.translation.is_scale[i] else "size"
+                yield f"p{i} += layer * {size};"
 
     def _chosen(self, starts: Sequence[int], first: int, last: int) -> Iterator[str]:
         """One of the leaves from `first` to before `last`, by binary search."""

@@ -84,13 +84,13 @@ class Threads:
         """Of a thread."""
         return -(-self.group_size // self.lanes)
 
-    def aligned(self, views: Sequence[View], members: int) -> int:
+    def aligned(self, views: Sequence[View], are_parts: bool) -> int:
         """As many elements of a thread that are consecutive start at a multiple of
-        their number: a power of two."""
+        their number: a power of two. `are_parts`: of arrays with one leaf after the
+        other, as those of an ensemble or of a stack."""
         if not views[0].is_consecutive:
             return 1
-        # Each member of an ensemble begins where the one before it ends.
-        starts = [view.size for view in views] if members > 1 else []
+        starts = [view.size for view in views] if are_parts else []
         common = math.gcd(self.group_size, self.elements, *starts)
         return common & -common
 
