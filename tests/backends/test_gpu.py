@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox import _compat as compat
@@ -17,7 +18,14 @@ from flashquinox._backends.gpu.view import Threads, View
 from flashquinox._storage import moment_codecs
 from flashquinox._storage.layout import Layout, layout_of
 
-from ..helpers import Case, float64, parametrize_cases, slow, Storage
+from ..helpers import (
+    Case,
+    float64,
+    parametrize_cases,
+    slow,
+    Storage,
+    tree_identical,
+)
 from ..kernels import arrays, compiling_for, needs_compiler, run, run_ensemble
 
 
@@ -290,6 +298,35 @@ def test_threads(group_size, rows):
         assert members == 1 or view.size % aligned == 0
     # Each run begins where the one before it ends.
     assert threads.aligned([View(rows, group_size + 1, 1, group_size)], False) == 1
+
+
+def _to_host(x):
+    there = SingleDeviceSharding(jax.devices("cpu")[0], memory_kind="pinned_host")
+    return jax.device_put(x, there) if x.size > 500 else x
+
+
+@needs_compiler
+def test_state_in_host_memory():
+    """Kernels take it there: as whole leaves, and as layers of stacks."""
+    draw = lambda *shape: jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+    model = {"in": draw(24, 64), "up": draw(3, 64, 37), "odd": draw(3, 37, 64)}
+    loss = fq.LayeredLoss(
+        blocks=lambda m: (m["up"], m["odd"]),
+        prologue=lambda m, x, key: x @ m["in"],
+        block=lambda m, x, batch, key: x + jnp.tanh(x @ m[0]) @ m[1],
+        epilogue=lambda m, x, batch, key: jnp.mean(x.astype(float) ** 2),
+    )
+    optim = fq.adamw(1e-2, backend="gpu")
+    step = jax.jit(lambda *args: optim.step(*args))
+    release = jax.jit(lambda *args: fq.release_step(optim, loss, *args)[:2])
+    here = optim.init(model)
+    away = jax.tree.map(_to_host, here)
+    for take, operand in ((step, model), (release, draw(4, 24))):
+        one, other = [take(model, state, operand) for state in (here, away)]
+        assert tree_identical(one, other)
+        kinds = [x.sharding.memory_kind for x in jax.tree.leaves(other[1])]
+        assert kinds == [x.sharding.memory_kind for x in jax.tree.leaves(away)]
+        assert kinds.count("pinned_host") == 9
 
 
 #

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 
 from .errors import CheckpointError
+from .memory import HOST_KIND
 from .meshes import mesh_text
 
 
@@ -59,7 +60,10 @@ class Target(NamedTuple):
             # Each process has this array for itself.
             return None
         if not automatic:
-            return sharding
+            # An array that is read into host memory of one device would have the type
+            # of one on the device.
+            one = not isinstance(sharding, NamedSharding)
+            return None if one and sharding.memory_kind == HOST_KIND else sharding
         if not isinstance(sharding, NamedSharding):
             return sharding.with_memory_kind(None)  # pyright: ignore
         mesh = sharding.mesh
