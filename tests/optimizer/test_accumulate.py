@@ -365,6 +365,29 @@ def test_is_in_place_on_tpus(bits):
     assert memory.alias_size_in_bytes >= (5.125 + bits / 8) * size
 
 
+@pytest.mark.parametrize("jit", [True, False])
+def test_state_in_host_memory(jit):
+    """Sums are where the state is, and what is computed is the same."""
+    shapes = {"w": (128, 256), "v": (40,)}
+    start = arrays(shapes, jnp.bfloat16, 0)
+    grads = [arrays(shapes, jnp.bfloat16, 1 + i) for i in range(3)]
+
+    def train(where):
+        optim = fq.accumulate(fq.adamw(1e-2, state_memory=where), 2)
+        step = jax.jit(optim.step) if jit else optim.step
+        model, state = start, optim.init(start)
+        for grad in grads:
+            model, state = step(model, state, grad)
+        return model, state
+
+    found, expected = train("pinned_host"), train("device")
+    assert all(map(np.array_equal, *map(jtu.tree_leaves, (found, expected))))
+    for stored in (found[1].sums, found[1].corrections):
+        kinds = {name: x.sharding.memory_kind for name, x in stored.items()}
+        # Small leaves stay.
+        assert kinds == {"w": "pinned_host", "v": start["v"].sharding.memory_kind}
+
+
 @pytest.mark.parametrize("bits, size", [(16, 2), (24, 3), (32, 4)])
 def test_bytes(bits, size):
     params = {"w": jnp.zeros((64, 64), jnp.bfloat16)}

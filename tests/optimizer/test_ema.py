@@ -211,6 +211,25 @@ def test_meshes(kind):
     assert all(map(same, jtu.tree_leaves(found), jtu.tree_leaves(expected)))
 
 
+def test_state_in_host_memory():
+    """The average is where the state is."""
+    start = arrays({"w": (128, 256), "v": (40,)}, jnp.bfloat16, 0)
+    ema, found = fq.ema(0.9), {}
+    for where in ("pinned_host", "device"):
+        optim = fq.lion(1e-2, state_memory=where)
+        state = optim.init(start)
+        carry = start, state, ema.init(start, state)
+        model, _, average = _train(optim, ema, [start, start], carry)
+        found[where] = average, ema.model(average, model)
+    leaves = map(jtu.tree_leaves, found.values())
+    assert all(map(np.array_equal, *leaves))
+    average, evaluated = found["pinned_host"]
+    assert average.weights["w"].sharding.memory_kind == "pinned_host"
+    assert average.corrections["w"].sharding.memory_kind == "pinned_host"
+    # To be computed with.
+    assert evaluated["w"].sharding == start["w"].sharding
+
+
 def test_goes_on_from_a_checkpoint(tmp_path):
     optim, ema = fq.adamw(1e-2), fq.ema(0.99)
     grads = [_arrays(1 + i) for i in range(4)]

@@ -133,6 +133,8 @@ def accumulate(
         Otherwise it damages the sums of the leaves it came to, and the step with them.
     - The state is a pytree like every other: a checkpoint in the middle of an
         accumulation goes on bit for bit.
+    - With `state_memory="pinned_host"` in `optim`, sums are in host memory too. Each
+        call copies them to the device and back.
     - Under `vmap`, a step is computed in each call, and kept in the last of `every`.
 
     **Arguments:**

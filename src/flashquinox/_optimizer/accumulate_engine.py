@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, ScalarLike
 
+from .._common import memory
 from .._common.number_checks import is_number, known_number
 from .._common.text import function_name, shown
 from .._model.trained import has_gradient
@@ -98,15 +99,15 @@ class AccumulateEngine(eqx.Module):
         leaves, rebuild = flatten(params)
         dtypes = _gradient_dtypes(call, params, leaves, state, grads)
 
-        mini_step = jnp.asarray(without_variables(state.mini_step))
-        before = jnp.asarray(without_variables(state.rounding_count))
+        counts = without_variables((state.mini_step, state.rounding_count))
+        mini_step, before = memory.to_device(jtu.tree_map(jnp.asarray, counts))
         sums, added = StepEngine(self.adding).advance(
             "step",
-            state.sums,
+            memory.to_device(state.sums),
             OptimizerState(
                 steps=StepCount(before),
                 moments={},
-                corrections=state.corrections,
+                corrections=memory.to_device(state.corrections),
                 shardings=state.inner_state.shardings,
             ),
             grads,
@@ -138,11 +139,18 @@ class AccumulateEngine(eqx.Module):
         by_path = lambda found: {
             leaves[i].unwrapped: x for i, x in zip(dtypes, found, strict=True)
         }
+        stored = memory.where(
+            (
+                with_values(sums, by_path(new.sums)),
+                with_values(added.corrections, by_path(new.corrections)),
+            ),
+            (state.sums, state.corrections),
+        )
         return step.model(new.weights), AccumulationState(
             mini_step=jnp.where(is_last, 0, mini_step),
             rounding_count=added.count & _LAST_COUNT,
-            sums=with_values(sums, by_path(new.sums)),
-            corrections=with_values(added.corrections, by_path(new.corrections)),
+            sums=stored[0],
+            corrections=stored[1],
             inner_state=structure.unflatten(new.inner),
         )
 

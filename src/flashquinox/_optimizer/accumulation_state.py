@@ -10,15 +10,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, PyTree
 
-from .._common import meshes
 from .._common.text import shown
 from .._model.trained import is_trainable
 from .._model.trees import flatten
 from .._model.variables import without_variables
 from .._rules.added import Added
-from .._sharding import parts, record
 from .._storage.storage import Storage
 from .groups import Group
+from .initial_state import make_states
 from .settings import Settings
 from .state import OptimizerState
 from .weight_decay import l2
@@ -89,21 +88,20 @@ def initial_accumulation(
     trained = [is_trainable(leaf.value) for leaf in leaves]
     shardings, _ = adding.resolve_shardings(call, leaves, trained, inner.shardings)
     numbers = [i for i, is_trained in enumerate(trained) if is_trained]
-    makers = [
-        partial(_zeros, adding.storage, leaf.value.shape, _sum_dtype(leaf, bits))
-        for leaf in (leaves[i] for i in numbers)
-    ]
+    makers = {
+        i: partial(
+            _zeros, adding.storage, leaves[i].value.shape, _sum_dtype(leaves[i], bits)
+        )
+        for i in numbers
+    }
     zero = lambda: jnp.zeros((), jnp.int32)
-    everywhere = meshes.everywhere(shardings)
-    *made, mini_step, rounding_count = parts.make(
-        [*makers, zero, zero],
-        [*(shardings[i] for i in numbers), everywhere, everywhere],
-        is_traced=record.are_traced(leaves),
+    made, (mini_step, rounding_count) = make_states(
+        adding, call, makers, leaves, shardings, [zero, zero]
     )
     sums: list[Any] = [None for _ in leaves]
     corrections: list[Any] = [None for _ in leaves]
-    for i, (total, correction) in zip(numbers, made, strict=True):
-        sums[i], corrections[i] = total, correction
+    for i in numbers:
+        sums[i], corrections[i] = made[i]
     return AccumulationState(
         mini_step=mini_step,
         rounding_count=rounding_count,

@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, PyTree, ScalarLike
 
+from .._common import memory
 from .._common.dtypes import compute_dtype
 from .._common.number_checks import check_in_range
 from .._common.placement import compute_like, put_like
@@ -74,10 +76,13 @@ class EMA(eqx.Module):
             read = [leaf.value, opened.corrections[i]]
             read = [x for x in read if x is not None]
             stored = compute_like(call, leaf.name, _stored, read, read)
-            weights[i], corrections[i] = (
+            stored = [
                 None if x is None else put_like(call, leaf.name, x, leaf.value)
                 for x in stored
-            )
+            ]
+            if memory.is_on_host(opened.corrections[i]):
+                stored = memory.to_host(stored)
+            weights[i], corrections[i] = stored
         seen = _steps(opened)
         return EMAState(
             count=jnp.zeros_like(seen),
@@ -113,14 +118,16 @@ class EMA(eqx.Module):
         check_has_values(call, average=average)
         weights, corrections = _match(call, average, opened.leaves)
         _check_averaged(call, opened, weights)
-        count = jnp.asarray(without_variables(average.count))
+        counts = without_variables((average.count, average.steps_seen))
+        count, seen_before = memory.to_device(jtu.tree_map(jnp.asarray, counts))
         seen = _steps(opened)
-        has_moved = seen != without_variables(average.steps_seen)
+        has_moved = seen != seen_before
 
         def move(stored: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
             new: list[tuple[Any, Any]] = []
             for (i, leaf), old in zip(_averaged(opened), stored, strict=True):
-                masters = leaf.value, opened.corrections[i]
+                masters = leaf.value, memory.to_device(opened.corrections[i])
+                there, old = old, memory.to_device(old)
                 # One leaf after the other, so that only one has numbers in memory that
                 # are not stored.
                 (old, masters), new[-1:] = lax.optimization_barrier(
@@ -130,7 +137,8 @@ class EMA(eqx.Module):
                 share = _share(self.decay, count, dtype)
                 share = jnp.where(has_moved, share, 0)
                 threshold = rounding_threshold(count, np.uint32(i))
-                new.append(_moved(*old, *masters, share, threshold))
+                moved = _moved(*old, *masters, share, threshold)
+                new.append(memory.where(moved, there))
             return new
 
         stored = [(weights[i], corrections[i]) for i, _ in _averaged(opened)]
@@ -243,7 +251,8 @@ def _averaged(opened: OpenedStates) -> list[tuple[int, Leaf]]:
 
 def _steps(opened: OpenedStates) -> Int32[Array, ""]:
     """How many steps all optimizers together have taken."""
-    return sum((jnp.asarray(x.count) for x in opened.states), jnp.int32(0))
+    counts = memory.to_device([jnp.asarray(x.count) for x in opened.states])
+    return sum(counts, jnp.int32(0))
 
 
 def _share(decay: ScalarLike, count: Array, dtype: DTypeLike) -> Array:
@@ -309,6 +318,7 @@ def _with_average(
     values = []
     for leaf, weight, correction in zip(leaves, weights, corrections, strict=True):
         value, lower = (leaf.value, None) if weight is None else (weight, correction)
+        value, lower = memory.to_device((value, lower))
         if is_trainable(leaf.value) and value.dtype != dtype_of(leaf):
             value = _decoded(value, lower, jnp.dtype(dtype_of(leaf)))
         values.append(value)

@@ -1,5 +1,6 @@
 """The state of a model that has not been trained yet."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -53,28 +54,9 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         index: partial(_zeros, settings, rules[index].rule, leaf, shardings[index])
         for index, leaf in trained.items()
     }
-    is_traced = record.are_traced(leaves)
-    away: dict[int, Any] = {}
-    if settings.state_memory == memory.HOST_KIND:
-        state_memory.check_has_host_memory(call, list(trained.values()))
-        away = {i: x for i, x in trained.items() if state_memory.is_worth_it(x)}
-    if not is_traced:
-        made = state_memory.make(
-            call,
-            [makers.pop(i) for i in away],
-            list(away.values()),
-            [shardings[i] for i in away],
-        )
-        away = dict(zip(away, made, strict=True))
-    *made, count = parts.make(
-        [*makers.values(), lambda: jnp.zeros((), jnp.int32)],
-        [*(shardings[index] for index in makers), meshes.everywhere(shardings)],
-        is_traced=is_traced,
+    states, (count,) = make_states(
+        settings, call, makers, leaves, shardings, [lambda: jnp.zeros((), jnp.int32)]
     )
-    states = dict(zip(makers, made, strict=True))
-    if is_traced:
-        away = {i: state_memory.moved(states[i]) for i in away}
-    states |= away
     moments = {name: [None for _ in leaves] for name in settings.moments}
     corrections: list[Any] = [None for _ in leaves]
     for index in trained:
@@ -92,6 +74,42 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         shardings=record.record(leaves, shardings, ()),
         checksums=_checksums(settings, leaves, corrections, rebuild),
     )
+
+
+def make_states(
+    settings: Settings,
+    call: str,
+    makers: dict[int, Callable[[], PyTree]],
+    leaves: list[Leaf],
+    shardings: list[NamedSharding | None],
+    others: list[Callable[[], PyTree]],
+) -> tuple[dict[int, PyTree], list[PyTree]]:
+    """What these make for the leaves of these numbers, divided like them, in the memory
+    that the settings say; and what others make, which belongs to no leaf."""
+    is_traced = record.are_traced(leaves)
+    makers, away = dict(makers), dict[int, Any]()
+    if settings.state_memory == memory.HOST_KIND:
+        trained = {i: leaves[i] for i in makers}
+        state_memory.check_has_host_memory(call, list(trained.values()))
+        away = {i: x for i, x in trained.items() if state_memory.is_worth_it(x)}
+    if not is_traced:
+        made = state_memory.make(
+            call,
+            [makers.pop(i) for i in away],
+            list(away.values()),
+            [shardings[i] for i in away],
+        )
+        away = dict(zip(away, made, strict=True))
+    everywhere = meshes.everywhere(shardings)
+    made = parts.make(
+        [*makers.values(), *others],
+        [*(shardings[index] for index in makers), *([everywhere] * len(others))],
+        is_traced=is_traced,
+    )
+    states = dict(zip(makers, made[: len(makers)], strict=True))
+    if is_traced:
+        away = {i: state_memory.moved(states[i]) for i in away}
+    return states | away, made[len(makers) :]
 
 
 def _checksums(
