@@ -128,8 +128,10 @@ class TileState(eqx.Module):
 
     weight: Float[Array, "*tile"]
     correction: Correction | None
-    codes: dict[str, Shaped[Array, "*tile"]]
-    scales: dict[str, Shaped[Array, "*groups"] | None]
+    # Of the shape of the tile, and of its groups. Arrays in host memory may have all
+    # layers of a stack: see `LeafScalars.layer`.
+    codes: dict[str, Shaped[Array, "..."]]
+    scales: dict[str, Shaped[Array, "..."] | None]
 
     def map(self, of_elements: Callable[[Array], Array]) -> "TileState":
         """Applies a function to every array with an entry per element of the weight:
