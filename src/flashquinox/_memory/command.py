@@ -60,11 +60,15 @@ def run_plan(settings: argparse.Namespace) -> None:
     written = [] if settings.plot is None else [str(settings.plot)]
     if settings.json:
         found = {"title": title} | as_json(plan) | {"written": written}
+        if settings.offload:
+            found["transfer_seconds"] = plan.step.transfer_seconds(
+                settings.host_bandwidth
+            )
         print(json.dumps(found, indent=1))
         return
     trained = " trained" if settings.lora is not None else ""
     print(f"{title}: {plan.parameters:,}{trained} parameters\n")
-    print(plan.table(settings.device_memory))
+    print(plan.table(settings.device_memory, settings.host_bandwidth))
     straddling = sum("hold no whole groups" in str(x.message) for x in caught)
     if straddling > 0:
         print(
@@ -124,6 +128,8 @@ def make_optimizer(
         group_size=settings.group_size,
     )
     arguments: dict[str, Any] = {"storage": storage}
+    if settings.offload:
+        arguments["state_memory"] = "pinned_host"
     if settings.momentum is not None:
         if settings.optimizer not in ("sgd", "sgdw"):
             raise ValueError("--momentum: only of sgd and sgdw")

@@ -98,6 +98,18 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="keep an average of the weights, in 24 bits",
     )
+    add(
+        "--offload",
+        action="store_true",
+        help="keep the state in the memory of the host",
+    )
+    add(
+        "--host-bandwidth",
+        metavar="SIZE",
+        type=partial(quantity, _SIZES, "40GB", 1e6),
+        default=40_000_000_000,
+        help="with --offload: what moves in a second, each way at once (40GB)",
+    )
     add("--momentum", type=float, metavar="B", help="of sgd and sgdw (none)")
     add(
         "--dtype",

@@ -19,12 +19,18 @@ def as_struct(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def arrays_of_state(trees: list[PyTree], there: dict[Any, NamedSharding]) -> list[Any]:
+def arrays_of_state(
+    trees: list[PyTree],
+    there: dict[Any, NamedSharding],
+    paths: set[tuple[Any, ...]] | None = None,
+) -> list[Any]:
     """The arrays in trees of a state, with shardings like those of their weights. Each
-    moment is one entry."""
+    moment is one entry. With `paths`, those of these leaves."""
     found = []
     for leaf in (leaf for tree in trees for leaf in flatten(tree)[0]):
         value = leaf.value
+        if paths is not None and leaf.unwrapped not in paths:
+            continue
         if value is not None and leaf.unwrapped in there:
             shardings = state_specs.of_arrays(value, there[leaf.unwrapped])
             value = jtu.tree_map(as_struct, value, shardings)

@@ -29,6 +29,7 @@ from .._sharding.resolve import as_explicit
 from .._storage.quant_moment import QuantMoment
 from .._storage.storage import Storage
 from .accumulated import without_sums
+from .away import Recorded
 from .device_bytes import (
     arrays_of_state,
     as_struct,
@@ -144,7 +145,9 @@ def memory_plan(
         leaf.value if chosen else None
         for leaf, chosen in zip(leaves, may_train, strict=True)
     ]
-    state = _made(explicit, optim.init, rebuild(part))
+    init = Recorded(optim.init)
+    state = _made(explicit, init, rebuild(part))
+    away = init.paths(state)
     states = [x for x in _nodes(state, OptimizerState) if isinstance(x, OptimizerState)]
     if not states:
         raise TypeError(
@@ -162,37 +165,52 @@ def memory_plan(
     trained = {
         i: x for i, x in arrays.items() if x.dtype in TRAINABLE_DTYPES and may_train[i]
     }
-    moments = arrays_of_state(
-        [tree for x in states for tree in x.moments.values()], there
-    )
+    trees = [tree for x in states for tree in x.moments.values()]
+    moments = arrays_of_state(trees, there)
     corrections = arrays_of_state([x.corrections for x in states], there)
     codes = [x.codes if isinstance(x, QuantMoment) else x for x in moments]
-    rest, sums = without_sums(state)
-    sums = arrays_of_state(sums, there)
+    rest, of_sums = without_sums(state)
+    sums = arrays_of_state(of_sums, there)
     rest = [
         [] if isinstance(x, OptimizerState) else x for x in _nodes(rest, OptimizerState)
     ]
     averages: list[Any] = []
+    of_averages: list[PyTree] = []
     if ema is not None:
         average = _made(explicit, ema.init, rebuild(part), state)
-        averages = arrays_of_state([average.weights, average.corrections], there)
+        of_averages = [average.weights, average.corrections]
+        averages = arrays_of_state(of_averages, there)
         rest += [average.count, average.steps_seen]
     everywhere = meshes.everywhere(list(there.values()))
     devices = 1 if everywhere is None else everywhere.mesh.size
     parameters = sum(math.prod(x.shape) for x in trained.values())
     weights = bytes_on_device(trained.values())
+    on_host = lambda trees: arrays_of_state(trees, there, away)
+    moments_away = on_host(trees)
+    codes_away = [x.codes if isinstance(x, QuantMoment) else x for x in moments_away]
+    scales_away = [x.scales for x in moments_away if isinstance(x, QuantMoment)]
+    left = lambda arrays, away: bytes_on_device(arrays) - bytes_on_device(away)
+    corrections_away = on_host([x.corrections for x in states])
+    every_away = [
+        *codes_away,
+        *scales_away,
+        *corrections_away,
+        *on_host(of_sums),
+        *on_host(of_averages),
+    ]
     step = DeviceMemory(
         parameters=parameters / devices,
         weights=weights,
-        corrections=bytes_on_device(corrections),
+        corrections=left(corrections, corrections_away),
         master_weights=0,
-        moments=bytes_on_device(codes),
-        scales=bytes_on_device(jtu.tree_leaves(moments)) - bytes_on_device(codes),
+        moments=left(codes, codes_away),
+        scales=left(jtu.tree_leaves(moments), [*codes, *scales_away]),
         gradients=weights,
-        accumulators=bytes_on_device(sums),
-        averages=bytes_on_device(averages),
+        accumulators=left(sums, on_host(of_sums)),
+        averages=left(averages, on_host(of_averages)),
         frozen=bytes_on_device(arrays.values()) - weights,
         other=bytes_on_device(jtu.tree_leaves([rest, [x.steps for x in states]])),
+        host=bytes_on_device(every_away),
     )
     in_float32 = 4 * sum(map(elements_on_device, trained.values()))
     released = None
@@ -208,6 +226,7 @@ def memory_plan(
         mixed_precision=dataclasses.replace(
             step,
             corrections=0,
+            host=0,
             master_weights=4 * sum(map(elements_on_device, narrow)),
             moments=4 * sum(map(elements_on_device, codes)),
             scales=0,

@@ -25,6 +25,7 @@ class DeviceMemory:
     - `averages`: the average of weights of [`flashquinox.ema`][].
     - `frozen`: arrays of the model that are not trained.
     - `other`: the number of steps, and the state of Optax's wrappers.
+    - `host`: what of the state is in host memory, and in no other figure.
     """
 
     parameters: float
@@ -38,6 +39,12 @@ class DeviceMemory:
     averages: int
     frozen: int
     other: int
+    host: int = 0
+
+    def transfer_seconds(self, bandwidth: int | float) -> float:
+        """How long a step moves the state between the host and the device, at so many
+        bytes a second in each direction at once."""
+        return self.host / bandwidth
 
     @property
     def at_rest(self) -> int:
@@ -101,13 +108,17 @@ class MemoryPlan:
             "mixed precision": self.mixed_precision,
         }
 
-    def table(self, device_memory: int | None = None) -> str:
+    def table(
+        self, device_memory: int | None = None, host_bandwidth: int | float = 40e9
+    ) -> str:
         """The table as text, with notes.
 
         **Arguments:**
 
         - `device_memory`: the memory of a device, in bytes. If given, the table has a
             line with what is left of it.
+        - `host_bandwidth`: the bytes a second that move between host and device in each
+            direction at once, for the time that a state in host memory takes.
         """
         columns = self.columns()
         sizes = [x.total or x.at_rest for x in columns.values()]
@@ -135,7 +146,16 @@ class MemoryPlan:
                 else f"{cell(x - device_memory)} too much"
             )
             rows.append((f"of {cell(device_memory)}", *of_all(left)))
-        notes = [textwrap.fill(note, 80) for note in self._notes()]
+        notes = self._notes()
+        if self.step.host > 0:
+            away = [x.host for x in columns.values()]
+            rows.append(("in host memory", *map(_or(cell, "-", "-"), away)))
+            seconds = self.step.transfer_seconds(host_bandwidth)
+            notes.append(
+                f"State in host memory: at {host_bandwidth / 1e9:g} GB/s each way at "
+                f"once, a step moves it in {seconds:.3f} seconds."
+            )
+        notes = [textwrap.fill(note, 80) for note in notes]
         return "\n".join([aligned(rows, left=1), "", *notes])
 
     def _is_mostly_frozen(self) -> bool:
