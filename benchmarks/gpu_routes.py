@@ -101,7 +101,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if jax.default_backend() != "gpu":
         # There, a step is plain XLA, whatever the route.
         return facts.exported(make(side=arguments.sizes[0]))
-    row: dict[str, Any] = {"copy bytes per second": copy_bandwidth(plan, 2**30)}
+    row: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+    row["copy bytes per second"] = copy_bandwidth(plan, 2**30)
     row |= facts.compiled(make(side=arguments.sizes[0]))
     row["parameters per second"] = {
         str(side): facts.rate(make(side=side), plan, side) for side in arguments.sizes
