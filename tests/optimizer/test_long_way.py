@@ -53,6 +53,31 @@ def _loss(params):
     return jnp.mean((hidden @ wide["down"] - _TARGET) ** 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_way_of_adafactor(momentum):
+    """Optax's, whose vectors stay as they are, with bfloat16 weights in 24 bits."""
+    theirs = optax.adafactor(1e-2, min_dim_size_to_factor=32, momentum=momentum)
+    ours = optax.chain(fq.compress(theirs), fq.add_updates())
+
+    def step(optim, carry, _):
+        params, state = carry
+        updates, state = optim.update(jax.grad(_loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(optim, carry):
+        scan = lambda carry: jax.lax.scan(partial(step, optim), carry, length=300)[0]
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(scan)(carry)
+
+    found = fq.master_weights(*run(ours, fq.prepare(_START, ours)))
+    expected, _ = run(theirs, (_START, theirs.init(_START)))
+    for key, before in _START.items():
+        way = np.linalg.norm(float64(expected[key]) - float64(before))
+        distance = np.linalg.norm(float64(found[key]) - float64(expected[key]))
+        assert distance <= 0.03 * way, (key, distance / way)
+
+
 @pytest.mark.parametrize("name", [slow(name) for name in _PAIRS])
 def test_way_of_300_steps(name):
     ours, theirs = (make() for make in _PAIRS[name])

@@ -106,6 +106,45 @@ def test_as_an_optax_transformation():
         assert np.all(np.abs(float64(found[name]) - float64(x)) <= bound)
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars", "schedule_free_adamw"])
+def test_masks(name):
+    """What does not decay, beside Optax in float32; and a leaf that gets no
+    gradient."""
+    model = weights("matrix", "bias", dtype=jnp.float32)
+    grads = weights("matrix", "bias", dtype=jnp.float32, seed=1)
+    storage = fq.Storage(moments="float32")
+    ours = lambda mask: getattr(fq, name)(
+        0.01, weight_decay=0.5, mask=mask, storage=storage
+    )
+    there = optax.contrib if name == "schedule_free_adamw" else optax
+    key = "weight_decay_mask" if name == "lars" else "mask"
+    # Optax has no mask of this one.
+    theirs = lambda mask, rate: getattr(there, name)(
+        0.01, weight_decay=rate, **({} if there is optax.contrib else {key: mask})
+    )
+    mask = {"matrix": True, "bias": False}
+    optim = ours(mask)
+    found, state = jax.jit(optim.step)(model, optim.init(model), grads)
+    for leaf, decays in mask.items():
+        reference = theirs(True, 0.5 if decays else 0.0)
+        part = {leaf: model[leaf]}
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = jax.jit(reference.update)(
+                {leaf: grads[leaf]}, reference.init(part), part
+            )
+        expected = model[leaf] + updates[leaf]
+        np.testing.assert_allclose(found[leaf], expected, rtol=0, atol=2.0**-20)
+    frozen, after = jax.jit(optim.step)(model, state, grads | {"bias": None})
+    assert tree_identical(frozen["bias"], model["bias"])
+    assert not tree_identical(frozen["matrix"], model["matrix"])
+    for moment in after.moments.values():
+        assert moment["bias"] is not None
+    # Optax's wrapper leaves the others to itself.
+    masked = optax.masked(ours(None), mask)
+    updates, _ = jax.jit(masked.update)(grads, masked.init(model), model)
+    assert tree_identical(updates["bias"], grads["bias"])
+
+
 def test_steps_that_are_skipped_change_nothing():
     model, grads = weights("matrix", "bias"), weights("matrix", "bias", seed=1)
     optim = fq.lamb(0.1, skip_nonfinite=True)
