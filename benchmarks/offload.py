@@ -57,7 +57,7 @@ from _llama import Llama, loss, SIZES, Sizes
 import flashquinox as fq
 
 
-AWAY = {"state_memory": "pinned_host"}
+AWAY: dict[str, Any] = {"state_memory": "pinned_host"}
 THIRTY = Sizes(60, 6656, 16384, 52, 52, 32000)
 SMALL = Sizes(2, 256, 512, 4, 4, 512)
 
@@ -290,7 +290,7 @@ def _train(
 #
 
 
-def _time(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
+def _time(step: Any, steps: int) -> Callable[..., Any]:
     """The median of the seconds of all steps but the first two, what the compiler
     tells, and the losses, if there are any."""
 

@@ -99,7 +99,7 @@ def _check_backend(call: str, backend: Any) -> Backend:
 
 def _check_state_memory(call: str, value: Any) -> StateMemory:
     if isinstance(value, str) and value in get_args(StateMemory):
-        return value
+        return value  # pyright: ignore[reportReturnType]
     names = " or ".join(repr(name) for name in get_args(StateMemory))
     raise ValueError(f"`{call}(state_memory=...)` must be {names}; got {shown(value)}.")
 
