@@ -44,7 +44,7 @@ def to_host(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda x: x if is_on_host(x) else _put(x, _HOST), tree)
 
 
-def _put(x: Any, space: jax.memory.Space) -> jax.Array:
+def _put(x: Any, space: Any) -> jax.Array:
     if isinstance(x, jax.core.Tracer):
         return jax.device_put(x, space)
     kind = HOST_KIND if space == _HOST else "device"

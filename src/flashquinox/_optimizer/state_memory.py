@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -104,7 +105,7 @@ def _places(leaf: Leaf, shapes: PyTree, sharding: NamedSharding | None) -> PyTre
     return jtu.tree_map(lambda _: here, shapes)
 
 
-def _zeros(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+def _zeros(x: Any, sharding: Sharding) -> jax.Array:
     shape = sharding.shard_shape(x.shape)
     # The system gives such pages when they are written to.
     zeros = np.zeros(shape, x.dtype)

@@ -34,7 +34,7 @@ _DEPTH = 3
 class Piece(NamedTuple):
     """A leaf, by its number among those of the step, or a slice of it."""
 
-    index: int
+    leaf: int
     slice: Slice | None
 
 
@@ -61,7 +61,7 @@ def stream(
         coming = stream.before_leaving(number, coming)
         for piece, advanced in zip(portion, new, strict=True):
             stream.leave(piece, advanced.new)
-            done[piece.index] = advanced
+            done[piece.leaf] = advanced
     return {i: x._replace(new=stream.held[i]) for i, x in done.items()}
 
 
@@ -73,10 +73,10 @@ class _Stream:
     ):
         self._of, self._portions = of, portions
         pieces = [piece for portion in portions for piece in portion]
-        self.held = {piece.index: of[piece.index].old for piece in pieces}
+        self.held = {piece.leaf: of[piece.leaf].old for piece in pieces}
         # What weights are read from, if not from what is written to.
         self._weights: dict[int, Array] = {}
-        for index in {piece.index for piece in pieces if piece.slice and as_update}:
+        for index in {piece.leaf for piece in pieces if piece.slice and as_update}:
             weight = self.held[index].weight
             self._weights[index] = weight
             new = jnp.zeros_like(weight)
@@ -86,18 +86,18 @@ class _Stream:
         """Begins to copy a portion to the device, when there is room for it."""
         portion = self._portions[number]
         if number >= _DEPTH:
-            indices = [x.index for x in (*portion, *self._portions[number - _DEPTH])]
+            indices = [x.leaf for x in (*portion, *self._portions[number - _DEPTH])]
             states = {i: self.held[i] for i in indices}
             self.held |= _in_order(states, memory.is_on_host)
         return [memory.to_device(self._read(piece)) for piece in portion]
 
     def part(self, piece: Piece, state: TileState) -> "Part":
         """A piece as a part of the step. Its weight is read now."""
-        x, weight = self._of[piece.index], self._read(piece).weight
+        x, weight = self._of[piece.leaf], self._read(piece).weight
         grad = x.grad
         if piece.slice is not None:
             grad = piece.slice.rows_of(grad)
-            original = self._weights.get(piece.index)
+            original = self._weights.get(piece.leaf)
             weight = weight if original is None else piece.slice.rows_of(original)
         return x._replace(old=dataclasses.replace(state, weight=weight), grad=grad)
 
@@ -106,8 +106,8 @@ class _Stream:
         that is in both, XLA would otherwise keep a second copy."""
         if number + 1 == len(self._portions):
             return coming
-        nows = {x.index for x in self._portions[number]}
-        nexts = [x.index for x in self._portions[number + 1]]
+        nows = {x.leaf for x in self._portions[number]}
+        nexts = [x.leaf for x in self._portions[number + 1]]
         both = {i: self.held[i] for i in nexts if i in nows}
         if not both:
             return coming
@@ -120,14 +120,14 @@ class _Stream:
 
     def leave(self, piece: Piece, new: TileState) -> None:
         """Begins to copy a new state back."""
-        old = self.held[piece.index]
+        old = self.held[piece.leaf]
         new = memory.where(new, old)
         if piece.slice is not None:
             new = piece.slice.write(old, new)
-        self.held[piece.index] = new
+        self.held[piece.leaf] = new
 
     def _read(self, piece: Piece) -> TileState:
-        state = self.held[piece.index]
+        state = self.held[piece.leaf]
         return state if piece.slice is None else piece.slice.read(state)
 
 
