@@ -137,6 +137,7 @@ def test_signatures_name_all_options(make):
         "verify_weights": None,
         "backend": "auto",
         "shardings": None,
+        "state_memory": "device",
     }
     assert parameters["storage"].default == fq.Storage()
     assert "options" not in parameters
