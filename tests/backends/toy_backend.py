@@ -20,6 +20,7 @@ class Toy(AbstractBackend):
     prefers_rows: ClassVar[bool] = True
     in_every_program: ClassVar[bool] = False
     is_interpreted: ClassVar[bool] = True
+    reads_host_memory: ClassVar[bool] = False
 
     def load(self) -> Update:
         import json.scanner  # noqa: F401
