@@ -228,11 +228,13 @@ def test_merged_adapters_compute_the_same(kind):
         wide = lambda layer: layer.weight.astype(jnp.float32)
         model = eqx.tree_at(lambda m: m.stacked.weight, model, wide(model.stacked))
     adapted = lora.add_adapters(model, "*", rank=4, key=jax.random.key(2))
-    # At first, an adapter adds nothing.
-    assert np.array_equal(adapted(x), model(x))
+    # At first, an adapter adds nothing. Another program may sum 64 products in another
+    # order: their sizes add up to less than 4, and each sum rounds by 2^-24.
+    rounding = 64 * 4 * 2.0**-24
+    assert np.max(np.abs(adapted(x) - model(x))) <= rounding
     # Codes of 8 bits are right to 1 / 254 of the largest of a row, about 3 deviations;
     # those of 4 bits, to 0.14 of the largest of 64.
-    bound = {None: 0.0, "int8": 0.02, "nf4": 0.3}[kind]
+    bound = {None: rounding, "int8": 0.02, "nf4": 0.3}[kind]
     assert np.max(np.abs(adapted(x) - before)) <= bound
     ups = lambda m: (m.stacked.up, m.head.up)
     filled = [0.1 * jax.random.normal(jax.random.key(3), x.shape) for x in ups(adapted)]
