@@ -5,11 +5,10 @@ from typing import NamedTuple, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int32, Shaped
 
-from .._tile.tile import TileState
+from .._tile.tile import map_arrays, TileState
 from .chunk_plan import Piece
 from .groups import Groups, put
 
@@ -141,14 +140,3 @@ def store_pieces(
         )
         first = end
     return stored
-
-
-def map_arrays(
-    of_elements: Callable[..., Array], of_groups: Callable[..., Array], *each: TileState
-) -> TileState:
-    """Applies functions to the arrays of several states that correspond: to those with
-    an entry for each element, and to those with one for each group."""
-    of = lambda state: (state.weight, state.correction, state.codes)
-    weight, correction, codes = jtu.tree_map(of_elements, *map(of, each))
-    scales = jtu.tree_map(of_groups, *[state.scales for state in each])
-    return TileState(weight, correction, codes, scales)

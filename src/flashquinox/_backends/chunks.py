@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Int32, Shaped
 
 from .._tile.tile import (
     LeafScalars,
+    map_arrays,
     StepScalars,
     StepStructure,
     TileState,
@@ -34,7 +35,6 @@ from .chunk_moves import (
     Leaves,
     load_pieces,
     load_window,
-    map_arrays,
     Starts,
     store_pieces,
     store_window,

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.lax as lax
-import jax.tree_util as jtu
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from .._common import meshes
 from .._storage.layout import Layout
-from .._tile.tile import TileState
+from .._tile.tile import map_arrays, TileState
 
 
 # Rows that TPUs keep together, of arrays of one byte.
@@ -46,12 +45,8 @@ class Slice(NamedTuple):
         return self._map(update, state, new)
 
     def _map(self, function: Callable[..., Array], *states: TileState) -> TileState:
-        of = lambda x: (x.weight, x.correction, x.codes)
         rows = lambda *x: function(self.rows, *x)
-        groups = lambda *x: function(self.of_scales, *x)
-        weight, correction, codes = jtu.tree_map(rows, *map(of, states))
-        scales = jtu.tree_map(groups, *[x.scales for x in states])
-        return TileState(weight, correction, codes, scales)
+        return map_arrays(rows, lambda *x: function(self.of_scales, *x), *states)
 
 
 def elements_on_device(shape: tuple[int, ...], sharding: NamedSharding | None) -> int:

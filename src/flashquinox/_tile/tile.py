@@ -142,6 +142,17 @@ class TileState(eqx.Module):
         return TileState(weight, correction, codes, self.scales)
 
 
+def map_arrays(
+    of_elements: Callable[..., Array], of_groups: Callable[..., Array], *each: TileState
+) -> TileState:
+    """Applies functions to the arrays of several states that correspond: to those with
+    an entry for each element, and to those with one for each group."""
+    of = lambda state: (state.weight, state.correction, state.codes)
+    weight, correction, codes = jtu.tree_map(of_elements, *map(of, each))
+    scales = jtu.tree_map(of_groups, *[state.scales for state in each])
+    return TileState(weight, correction, codes, scales)
+
+
 def update_tile(
     structure: StepStructure,
     scalars: StepScalars,

@@ -16,7 +16,7 @@ from ..._storage.tpu_memory import (
     memory_order,
     TILE_ROWS,
 )
-from ..._tile.tile import TileState
+from ..._tile.tile import map_arrays, TileState
 
 
 # See `GroupsInMemory`; vectors have groups along their only axis.
@@ -66,14 +66,10 @@ class View:
         return self.layout.group_size
 
     def of(self, x: TileState) -> TileState:
-        state = x.map(self.elements.of)
-        scales = jtu.tree_map(self.scales.of, x.scales)
-        return TileState(state.weight, state.correction, state.codes, scales)
+        return map_arrays(self.elements.of, self.scales.of, x)
 
     def restore(self, x: TileState) -> TileState:
-        state = x.map(self.elements.restore)
-        scales = jtu.tree_map(self.scales.restore, x.scales)
-        return TileState(state.weight, state.correction, state.codes, scales)
+        return map_arrays(self.elements.restore, self.scales.restore, x)
 
 
 def view_of(
