@@ -59,9 +59,8 @@ def adan(
     - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
         unless `learning_rate` is a number, which is its own peak.
     - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
-    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
-        NaN does, whether weights are checked, and how a step is computed and divided
-        among devices: see [`flashquinox.Options`][].
+    - `options`: what all optimizers take: how steps are executed, such as what a NaN
+        does and where the state lives. See [`flashquinox.Options`][].
 
     **Returns:**
 

@@ -23,9 +23,8 @@ def add_updates(
     **Arguments:**
 
     - `storage`: how weights are stored: a [`flashquinox.Storage`][].
-    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
-        NaN does, whether weights are checked, and how a step is computed and divided
-        among devices: see [`flashquinox.Options`][].
+    - `options`: what all optimizers take: how steps are executed, such as what a NaN
+        does and where the state lives. See [`flashquinox.Options`][].
 
     **Returns:**
 

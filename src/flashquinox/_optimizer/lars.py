@@ -45,9 +45,8 @@ def lars(
     - `mask`: which weights decay: a pytree of booleans like the model or a prefix of
         it, or a function from the floating-point part of the model to one.
     - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
-    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
-        NaN does, whether weights are checked, and how a step is computed and divided
-        among devices: see [`flashquinox.Options`][].
+    - `options`: what all optimizers take: how steps are executed, such as what a NaN
+        does and where the state lives. See [`flashquinox.Options`][].
 
     **Returns:**
 

@@ -98,9 +98,8 @@ def muon(
     - `adam_b1`, `adam_b2`, `adam_eps`, `adam_weight_decay`: of other weights, as in
         [`flashquinox.adamw`][].
     - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
-    - `options`: `skip_nonfinite`, `verify_weights`, `backend` and `shardings`: what a
-        NaN does, whether weights are checked, and how a step is computed and divided
-        among devices: see [`flashquinox.Options`][].
+    - `options`: what all optimizers take: how steps are executed, such as what a NaN
+        does and where the state lives. See [`flashquinox.Options`][].
 
     **Returns:**
 
