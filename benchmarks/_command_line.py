@@ -12,7 +12,12 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong arguments are one line, and exit code 2."""
+    """Shows the description as it is written. Wrong arguments are one line, and exit
+    code 2."""
+
+    def __init__(self, description: str | None):
+        keep = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=keep)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

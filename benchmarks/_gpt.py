@@ -2,13 +2,13 @@
 benchmarks."""
 
 import pathlib
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 
 CONTEXT = 128
@@ -17,7 +17,10 @@ CONTEXT = 128
 Attention: TypeAlias = Literal["xla", "cudnn"]
 
 
-class _Block(eqx.Module):
+class Block(eqx.Module):
+    """A layer of a transformer: attention, of earlier positions alone if it is causal,
+    and a perceptron."""
+
     attention_norm: eqx.nn.LayerNorm
     query_key_value: eqx.nn.Linear
     attention_out: eqx.nn.Linear
@@ -26,12 +29,14 @@ class _Block(eqx.Module):
     mlp_down: eqx.nn.Linear
     heads: int = eqx.field(static=True)
     attention: Attention | None = eqx.field(static=True)
+    is_causal: bool = eqx.field(static=True)
 
     def __init__(
         self,
         width: int,
         heads: int,
         attention: Attention | None = None,
+        is_causal: bool = True,
         *,
         key: Key[Array, ""],
     ):
@@ -44,13 +49,18 @@ class _Block(eqx.Module):
         self.mlp_down = eqx.nn.Linear(4 * width, width, key=keys[3])
         self.heads = heads
         self.attention = attention
+        self.is_causal = is_causal
 
     def __call__(self, x: Float[Array, "time width"]) -> Float[Array, "time width"]:
         time = x.shape[0]
         qkv = jax.vmap(self.query_key_value)(jax.vmap(self.attention_norm)(x))
         query, key, value = jnp.split(qkv.reshape(time, self.heads, -1), 3, axis=-1)
         mixed = jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation=self.attention
+            query,
+            key,
+            value,
+            is_causal=self.is_causal,
+            implementation=self.attention,
         )
         x = x + jax.vmap(self.attention_out)(mixed.reshape(time, -1))
         hidden = jax.nn.gelu(jax.vmap(self.mlp_up)(jax.vmap(self.mlp_norm)(x)))
@@ -63,7 +73,7 @@ class GPT(eqx.Module):
 
     embedding: Float[Array, "vocabulary width"]
     position: Float[Array, "time width"]
-    blocks: list[_Block]
+    blocks: list[Block]
     norm: eqx.nn.LayerNorm
     head: eqx.nn.Linear | None
 
@@ -81,7 +91,7 @@ class GPT(eqx.Module):
         keys = jax.random.split(key, layers + 3)
         self.embedding = 0.02 * jax.random.normal(keys[0], (vocabulary, width))
         self.position = 0.02 * jax.random.normal(keys[1], (context, width))
-        self.blocks = [_Block(width, heads, key=key) for key in keys[3:]]
+        self.blocks = [Block(width, heads, key=key) for key in keys[3:]]
         self.norm = eqx.nn.LayerNorm(width)
         self.head = None
         if not tied_head:
@@ -101,7 +111,7 @@ class StackedGPT(eqx.Module):
 
     embedding: Float[Array, "vocabulary width"]
     position: Float[Array, "time width"]
-    blocks: _Block
+    blocks: Block
     norm: eqx.nn.LayerNorm
 
     def __init__(
@@ -118,7 +128,7 @@ class StackedGPT(eqx.Module):
         keys = jax.random.split(key, 3)
         self.embedding = 0.02 * jax.random.normal(keys[0], (vocabulary, width))
         self.position = 0.02 * jax.random.normal(keys[1], (context, width))
-        make = lambda key: _Block(width, heads, attention, key=key)
+        make = lambda key: Block(width, heads, attention, key=key)
         self.blocks = eqx.filter_vmap(make)(jax.random.split(keys[2], layers))
         self.norm = eqx.nn.LayerNorm(width)
 
@@ -128,6 +138,35 @@ class StackedGPT(eqx.Module):
         step = lambda x, layer: (eqx.combine(layer, static)(x), None)
         x, _ = jax.lax.scan(step, x, layers)
         return jax.vmap(self.norm)(x) @ self.embedding.T
+
+
+class Sizes(Protocol):
+    """Those of a `StackedGPT`, whose heads are 64 wide."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def attention(self) -> Attention: ...
+
+
+def float32_weights(sizes: Sizes, seed: Any) -> tuple[PyTree, PyTree]:
+    """The arrays of a model, and the rest of it."""
+    model = StackedGPT(
+        sizes.width,
+        sizes.layers,
+        heads=max(1, sizes.width // 64),
+        vocabulary=sizes.vocabulary,
+        context=sizes.context,
+        attention=sizes.attention,
+        key=jax.random.key(seed),
+    )
+    return eqx.partition(model, eqx.is_inexact_array)
 
 
 def loss(

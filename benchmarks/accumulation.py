@@ -235,9 +235,7 @@ def print_averages(row: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     parts = partial(some_of, ("time", "precision"))
     add("--parts", type=parts, default=["time", "precision"], help="(both)")

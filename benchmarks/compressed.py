@@ -215,9 +215,7 @@ def write_page(page: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--width", type=positive_integer, default=128, help="(128)")
     add("--steps", type=positive_integer, default=300, help="(300)")

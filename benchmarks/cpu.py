@@ -87,7 +87,7 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--shapes", type=_shapes, default=_SHAPES)
     parser.add_argument("--repeats", type=positive_integer, default=31)
     parser.add_argument("--json", type=pathlib.Path)

@@ -96,9 +96,7 @@ def same_bits(ours: Any, theirs: Any) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--sizes",

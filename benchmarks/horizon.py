@@ -131,9 +131,7 @@ def _number(x: float) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--rows",
         type=partial(some_of, ROWS),

@@ -9,7 +9,6 @@ They are of CPU time, of which an import needs one core. A first process stores 
 bytecode, as pip does when it installs a package.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -49,9 +48,7 @@ _UNUSUAL = ("PYTHONDONTWRITEBYTECODE",)
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=positive_integer, default=10)
     parser.add_json()
     settings = parser.parse_args()

@@ -15,7 +15,6 @@ long run.
     python benchmarks/learning.py
 """
 
-import argparse
 from functools import partial
 from typing import Any
 
@@ -97,9 +96,7 @@ def measure(shapes: Shapes, plan: Plan) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--models",
         type=partial(some_of, MODELS),

@@ -29,7 +29,6 @@ on random tokens. Beside it are then the most that the device's allocator had gi
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import pathlib
 import statistics
@@ -37,7 +36,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -60,6 +58,7 @@ from _command_line import (
     write_json,
 )
 from _llama import Llama, loss, SIZES, Sizes
+from _process import in_process
 
 import flashquinox as fq
 
@@ -195,13 +194,6 @@ def train(
     }
 
 
-def in_process(*arguments: Any) -> dict[str, Any]:
-    """What the allocator counts is of a whole process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
 def print_row(row: dict[str, Any]) -> None:
     start = f"{row['platform']:7}{row['contender']:32}"
     if not row["fits"]:
@@ -221,9 +213,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     here = jax.default_backend()
     platforms = dict.fromkeys([here, *_tpu.TOPOLOGIES])
     parser.add_argument(
@@ -278,7 +268,7 @@ def main() -> None:
         for contender in arguments.contenders:
             task = sizes, arguments.batch, arguments.window, arguments.steps
             try:
-                rows.append(in_process(contender, platform, *task))
+                rows.append(in_process(measure, contender, platform, *task))
             # Out of memory, above all.
             except jax.errors.JaxRuntimeError as error:
                 sys.exit(in_few_words(error))

@@ -158,9 +158,7 @@ def print_row(row: dict[str, Any], of_products: float | None) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--width", type=positive_integer, default=768, help="(768)")
     add("--layers", type=positive_integer, default=12, help="(12)")

@@ -22,15 +22,12 @@ Random weights and tokens; the same batch in every step.
     python benchmarks/offload.py --small
 """
 
-import argparse
 import dataclasses
 import gc
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -53,6 +50,7 @@ from _command_line import (
     write_json,
 )
 from _llama import Llama, loss, SIZES, Sizes
+from _process import in_process
 
 import flashquinox as fq
 
@@ -348,13 +346,6 @@ def measure(part: str, small: bool, steps: int) -> dict[str, Any]:
     return PARTS[part](small, steps) | {"device": jax.devices()[0].device_kind}
 
 
-def in_process(*arguments: Any) -> dict[str, Any]:
-    """What the allocator counts is of a whole process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
 def print_part(name: str, found: dict[str, Any], indent: str = "") -> None:
     print(f"{indent}{name}", flush=True)
     for key, value in found.items():
@@ -370,9 +361,7 @@ def print_part(name: str, found: dict[str, Any], indent: str = "") -> None:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--parts",
         type=partial(some_of, PARTS),
@@ -392,7 +381,7 @@ def main() -> None:
     parts = {}
     for part in arguments.parts:
         try:
-            parts[part] = in_process(part, arguments.small, arguments.steps)
+            parts[part] = in_process(measure, part, arguments.small, arguments.steps)
         # Out of memory, above all.
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             parts[part] = {"error": in_few_words(error)}

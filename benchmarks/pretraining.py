@@ -65,7 +65,7 @@ from _command_line import (
     some_of,
     versions,
 )
-from _gpt import Attention, loss, StackedGPT
+from _gpt import Attention, float32_weights, loss
 from _paired import Gap
 from _tokens import batches, digest, load_tokens, Tokens
 from jaxtyping import PyTree
@@ -139,20 +139,6 @@ BY_DEFAULT = ["optax", "prepare", "cast", "optax-bfloat16", "spread"]
 #
 # Training
 #
-
-
-def float32_weights(task: Task, seed: Any) -> tuple[PyTree, PyTree]:
-    """The arrays of a model, and the rest of it."""
-    model = StackedGPT(
-        task.width,
-        task.layers,
-        heads=max(1, task.width // 64),
-        vocabulary=task.vocabulary,
-        context=task.context,
-        attention=task.attention,
-        key=jax.random.key(seed),
-    )
-    return eqx.partition(model, eqx.is_inexact_array)
 
 
 def optimizer(task: Task, storage: fq.Storage | None, rule: str) -> Any:
@@ -433,9 +419,7 @@ def seeds(text: str) -> list[int]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     for name in ("width", "layers", "context", "batch", "steps"):
         parser.add_argument(
             f"--{name}",

@@ -422,9 +422,7 @@ WEIGHT_SETTINGS = [(1e-3, 0.999), (1e-4, 0.999)]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--closed-loop", action="store_true", help="train with each codec instead"
     )

@@ -18,7 +18,6 @@ one. The largest numbers, which bfloat16 rounds to infinity, are left out, and t
 before them, which our 24 bits do. Negative numbers are split as positive ones are.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -100,9 +99,7 @@ def measure(exponent: int, how_many: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--numbers",
         type=positive_integer,

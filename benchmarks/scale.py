@@ -20,7 +20,6 @@ gradients. Beside it, `optax.adamw` on float32 weights and gradients of the same
 sharding: columns over `fsdp`, rows over `model`.
 """
 
-import argparse
 import re
 import time
 from collections.abc import Callable
@@ -163,9 +162,7 @@ CONTENDERS = {
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--models",
         type=partial(some_of, MODELS),

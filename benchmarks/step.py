@@ -213,9 +213,7 @@ def _title(leaves: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--optimizers",
         type=partial(some_of, OPTIMIZERS),

@@ -418,9 +418,7 @@ def rounded(tree: Any) -> Any:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     for option, names in {"--chips": TOPOLOGIES, "--optimizers": OPTIMIZERS}.items():
         parser.add_argument(
             option,

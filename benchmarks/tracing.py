@@ -165,9 +165,7 @@ def own_calls(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     for name, known, default in (
         ("models", ZOO, _FEW_MODELS),
         ("backends", BACKENDS, BACKENDS),

@@ -19,10 +19,8 @@ program. Columns:
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 
@@ -43,6 +41,7 @@ from _command_line import (
     write_json,
 )
 from _gpt import GPT, loss
+from _process import in_process
 from _timing import Plan, time_loop
 
 import flashquinox as fq
@@ -130,13 +129,6 @@ def _cast(tree: Any, dtype: Any) -> Any:
     return jtu.tree_map(lambda x: x.astype(dtype), tree)
 
 
-def in_process(contender: str, task: Task, plan: Plan) -> dict[str, Any]:
-    """What the allocator counts is of a whole process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(measure, contender, task, plan).result()
-
-
 def print_rows(rows: list[dict[str, Any]]) -> None:
     print(f"{'':32}{'ms':>8}{'ratio':>7}{'state':>7}{'peak':>7}{'temp':>7}{'loss':>7}")
     reference = next(row for row in rows if row["contender"] == REFERENCE)
@@ -151,9 +143,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     for name, default in (
         ("width", 768),
         ("layers", 12),
@@ -182,7 +172,7 @@ def main() -> None:
     task = Task(arguments.width, arguments.layers, arguments.batch, arguments.context)
     plan = Plan(arguments.repeats, arguments.seconds)
     try:
-        rows = [in_process(name, task, plan) for name in (OURS, REFERENCE)]
+        rows = [in_process(measure, name, task, plan) for name in (OURS, REFERENCE)]
     # Out of memory, above all.
     except jax.errors.JaxRuntimeError as error:
         sys.exit(in_few_words(error))

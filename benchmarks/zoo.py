@@ -203,9 +203,7 @@ def fill(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     several = partial(parser.add_argument, nargs="+", default=[])
     several(
         "--models",

@@ -4,9 +4,11 @@ Convolutions are products of patches and a matrix: under `vmap` over seeds these
 batched products, where convolutions would be grouped ones, which are slow.
 """
 
+import _benchmarks  # noqa: F401
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from _gpt import Block
 from jaxtyping import Array, Float, Key
 
 
@@ -112,42 +114,13 @@ class ResNet(eqx.Module):
         return jax.vmap(self.head)(jnp.mean(x, axis=(1, 2)))
 
 
-class _Encoder(eqx.Module):
-    attention_norm: eqx.nn.LayerNorm
-    query_key_value: eqx.nn.Linear
-    attention_out: eqx.nn.Linear
-    mlp_norm: eqx.nn.LayerNorm
-    mlp_up: eqx.nn.Linear
-    mlp_down: eqx.nn.Linear
-    heads: int = eqx.field(static=True)
-
-    def __init__(self, width: int, heads: int, *, key: Key[Array, ""]):
-        keys = jax.random.split(key, 4)
-        self.attention_norm = eqx.nn.LayerNorm(width)
-        self.query_key_value = eqx.nn.Linear(width, 3 * width, key=keys[0])
-        self.attention_out = eqx.nn.Linear(width, width, key=keys[1])
-        self.mlp_norm = eqx.nn.LayerNorm(width)
-        self.mlp_up = eqx.nn.Linear(width, 4 * width, key=keys[2])
-        self.mlp_down = eqx.nn.Linear(4 * width, width, key=keys[3])
-        self.heads = heads
-
-    def __call__(self, x: Float[Array, "time width"]) -> Float[Array, "time width"]:
-        time = x.shape[0]
-        qkv = jax.vmap(self.query_key_value)(jax.vmap(self.attention_norm)(x))
-        query, key, value = jnp.split(qkv.reshape(time, self.heads, -1), 3, axis=-1)
-        mixed = jax.nn.dot_product_attention(query, key, value)
-        x = x + jax.vmap(self.attention_out)(mixed.reshape(time, -1))
-        hidden = jax.nn.gelu(jax.vmap(self.mlp_up)(jax.vmap(self.mlp_norm)(x)))
-        return x + jax.vmap(self.mlp_down)(hidden)
-
-
 class ViT(eqx.Module):
     """A vision transformer with patches of 4 × 4 and the mean of all at the end. Its
     layers are stacked."""
 
     embed: eqx.nn.Linear
     position: Float[Array, "time width"]
-    blocks: _Encoder
+    blocks: Block
     norm: eqx.nn.LayerNorm
     head: eqx.nn.Linear
 
@@ -157,7 +130,7 @@ class ViT(eqx.Module):
         keys = jax.random.split(key, 4)
         self.embed = eqx.nn.Linear(16, width, key=keys[0])
         self.position = 0.02 * jax.random.normal(keys[1], (49, width))
-        make = lambda key: _Encoder(width, heads, key=key)
+        make = lambda key: Block(width, heads, is_causal=False, key=key)
         self.blocks = eqx.filter_vmap(make)(jax.random.split(keys[2], layers))
         self.norm = eqx.nn.LayerNorm(width)
         self.head = eqx.nn.Linear(width, 10, key=keys[3])

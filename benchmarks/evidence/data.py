@@ -15,7 +15,6 @@ It writes, in the folder --out:
 What is there already is not made again.
 """
 
-import argparse
 import gzip
 import html.parser
 import pathlib
@@ -111,9 +110,7 @@ def make_images(packages: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     for name, meaning in {
         "packages": "where the Debian packages were unpacked",
         "out": "where the data go",

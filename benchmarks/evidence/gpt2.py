@@ -19,7 +19,6 @@ memory.
 --small trains a model of a few thousand parameters, to try this on a CPU.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import time
@@ -31,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _command_line import Parser, positive, positive_integer, run_main
-from _gpt import Attention, loss, StackedGPT
+from _gpt import Attention, float32_weights, loss
 from _recipes import CONTENDERS, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
 from _tokens import batches, digest, Tokens
@@ -100,29 +99,15 @@ class Runner:
             validation, 0, task.validation_batches, task.batch, task.context
         )
 
-    def weights(self, seed: Any) -> tuple[PyTree, PyTree]:
-        """The float32 arrays of a model, and the rest of it."""
-        task = self.task
-        model = StackedGPT(
-            task.width,
-            task.layers,
-            heads=max(1, task.width // 64),
-            vocabulary=task.vocabulary,
-            context=task.context,
-            attention=task.attention,
-            key=jax.random.key(seed),
-        )
-        return eqx.partition(model, eqx.is_inexact_array)
-
     def programs(self, recipe: Recipe, contender: str) -> tuple[Any, Any, Any]:
         """From a seed to weights and state; the steps of a span; validation."""
         if (recipe, contender) in self._programs:
             return self._programs[recipe, contender]
         storage = CONTENDERS[contender]
-        _, static = self.weights(0)
+        _, static = float32_weights(self.task, 0)
 
         def start(seed: Any, schedule: tuple[Any, Any, Any]) -> Any:
-            weights, _ = self.weights(seed)
+            weights, _ = float32_weights(self.task, seed)
             return Training(recipe, storage, *schedule).start(weights)
 
         def of(weights: PyTree, batch: Any) -> Any:
@@ -223,9 +208,7 @@ def run_cell(
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--optimizer", choices=RECIPES, required=True)

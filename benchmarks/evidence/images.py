@@ -13,7 +13,6 @@ cosine to zero. Contenders are in `_recipes.py`, models in `_vision.py`.
 Each cell has two files: of the choice, and of the six seeds. --small is for a CPU.
 """
 
-import argparse
 import dataclasses
 import pathlib
 from typing import Any
@@ -212,9 +211,7 @@ def _pairs(choice: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--model", choices=TASKS, required=True)

@@ -106,9 +106,7 @@ def launcher(arguments: argparse.Namespace, ends: float) -> Callable[..., Any]:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--devices", type=positive_integer, default=1)

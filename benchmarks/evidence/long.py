@@ -17,7 +17,6 @@ the same learning rate, a cosine from there to zero after a warm-up of 200 steps
 Contenders are in `_recipes.py`. --small is for a CPU.
 """
 
-import argparse
 import dataclasses
 import pathlib
 from typing import Any
@@ -209,9 +208,7 @@ class Runner:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--case", choices=TASKS, required=True)

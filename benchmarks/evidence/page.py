@@ -6,7 +6,6 @@
 Prints the tables, and which goals are missed.
 """
 
-import argparse
 import pathlib
 
 import _benchmarks  # noqa: F401
@@ -19,9 +18,7 @@ RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--into", type=pathlib.Path, help="the page")
     parser.add_argument("--pictures", type=pathlib.Path, help="the folder of pictures")

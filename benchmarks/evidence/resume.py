@@ -150,9 +150,7 @@ def compare(optimizer: str, case: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument(
         "--optimizers",
