@@ -11,41 +11,31 @@ See `--help`.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
-import os
-import signal
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-
-# Ctrl-C is looked for between steps, and the step that it came in is saved.
-interrupted = threading.Event()
-imported = threading.Event()
-
-
-def on_interrupt(signum, frame):
-    del signum, frame
-    if not interrupted.is_set():
-        interrupted.set()
-        return
-    # The second Ctrl-C does not wait.
-    if not imported.is_set():
-        # In the midst of an import, an exception comes out as pages of others.
-        os._exit(130)
-    raise KeyboardInterrupt
+from _program import (
+    complete_or_absent,
+    imported,
+    interrupted,
+    listen,
+    Parser,
+    positive_number,
+    run,
+    wrong,
+)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
+    listen()
 
 try:
     import equinox as eqx
@@ -330,18 +320,6 @@ class Record:
         self.seconds = content["seconds"][:steps]
 
 
-@contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary file to write. It becomes `path` when all is written, and is removed
-    if anything comes between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False)
 
@@ -463,18 +441,6 @@ def write_json(settings: Settings, results: list[Result], path: Path) -> None:
 #
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are one line, and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong(message)
-
-
-def wrong(message: str) -> NoReturn:
-    print(f"finetune.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def whole(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if text.isdecimal() and minimum <= int(text[:12]) < 2**32:
@@ -484,13 +450,6 @@ def whole(minimum: int) -> Callable[[str], int]:
         )
 
     return parse
-
-
-def rate(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
 
 
 def method_names(text: str) -> list[str]:
@@ -526,7 +485,7 @@ def parse_arguments() -> Settings:
         kind, text = whole(minimum), f"{text} ({default})"
         add(option, type=kind, default=default, metavar="N", help=text)
     rates = ", ".join(f"{x.learning_rate:g} of {name}" for name, x in METHODS.items())
-    add("--learning-rate", type=rate, metavar="RATE", help=f"({rates})")
+    add("--learning-rate", type=positive_number, metavar="RATE", help=f"({rates})")
     add(
         "--model",
         type=Path,
@@ -590,14 +549,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("Interrupted. The same command goes on.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read has seen enough. Python would flush again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        run(main, "The same command goes on.")
     except OSError as error:
         sys.exit(f"finetune.py: error: {error}")

@@ -11,36 +11,26 @@ See `--help`.
 import argparse
 import contextlib
 import json
-import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-
-# Ctrl-C is looked for between steps, and the step that it came in is saved.
-interrupted = threading.Event()
-imported = threading.Event()
-
-
-def on_interrupt(signum, frame):
-    del signum, frame
-    if not interrupted.is_set():
-        interrupted.set()
-        return
-    # The second Ctrl-C does not wait.
-    if not imported.is_set():
-        # In the midst of an import, an exception comes out as pages of others.
-        os._exit(130)
-    raise KeyboardInterrupt
+from _program import (
+    imported,
+    interrupted,
+    listen,
+    Parser,
+    positive_number,
+    run,
+    wrong,
+)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
+    listen()
 
 try:
     import equinox as eqx
@@ -370,18 +360,6 @@ def show(result: Result, console: Console) -> None:
 #
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are one line, and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong(message)
-
-
-def wrong(message: str) -> NoReturn:
-    print(f"fsdp.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1; got {text!r}")
@@ -396,16 +374,6 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def rate(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
-    return number
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -417,7 +385,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--width", default=128, help="of the model (128)")
     add("--layers", default=4, help="of the model (4)")
     add("--heads", default=4, help="of the model (4)")
-    add("--learning-rate", type=rate, default=3e-3, help="its peak (3e-3)")
+    add("--learning-rate", type=positive_number, default=3e-3, help="its peak (3e-3)")
     add("--seed", type=whole, default=0, help="of weights and batches (0)")
     add("--save-every", default=100, help="steps between two checkpoints (100)")
     add(
@@ -498,13 +466,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("Interrupted. The same command goes on.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read has seen enough. Python would flush again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    run(main, "The same command goes on.")

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import signal
 import statistics
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+from _program import complete_or_absent, positive_number, run
 
 
 # Ctrl-C is looked for between steps. As an exception it could come in the middle of
@@ -319,18 +320,6 @@ def checkpoint_path(settings: Settings, optimizer: str, storage: str) -> Path:
     return settings.output / f"{optimizer}-{storage}.eqx"
 
 
-@contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary file to write. It becomes `path` when all is written, and is removed
-    if anything comes between: an error, or Ctrl-C."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def train_all(settings: Settings, console: Console) -> list[Result]:
     train_data, test_data = load_digits(settings.train_size)
     stop_if_interrupted()
@@ -539,13 +528,6 @@ def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
     return parse
 
 
-def positive_number(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
-
-
 def optimizer_names(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
@@ -658,14 +640,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("Interrupted. Every file written so far is complete.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read has seen enough. Python would flush again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        run(main, "Every file written so far is complete.")
     except OSError as error:
         sys.exit(f"mnist.py: {error}")

@@ -25,9 +25,14 @@ def command(example, *arguments):
     return [sys.executable, str(EXAMPLES / example), *arguments]
 
 
-# Most of the time goes to XLA: it optimizes less.
+# Most of the time goes to XLA: it optimizes less. Programs of `python -c` import what
+# lies beside an example, as the example itself does.
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")])
+    ),
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0",
 }
 
 
@@ -51,6 +56,8 @@ def assert_wrong(done, complaint, code=2):
 
 @functools.cache
 def imported(example):
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
     specification = importlib.util.spec_from_file_location(example, EXAMPLES / example)
     module = importlib.util.module_from_spec(specification)
     sys.modules[example] = module
@@ -333,8 +340,8 @@ def test_fsdp_interrupted_twice_in_an_import(tmp_path):
 
 
 def _with_modules(folder):
-    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
-    return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    paths = [str(folder), ENVIRONMENT["PYTHONPATH"]]
+    return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @needs_ctrl_c

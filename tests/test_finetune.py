@@ -75,7 +75,6 @@ _STARTS = """
 import json, runpy, sys
 
 example, starts = sys.argv[1:]
-sys.path.insert(0, example.rpartition("/")[0])
 for arguments in json.loads(starts):
     sys.argv = [example, *arguments]
     runpy.run_path(example, run_name="__main__")

@@ -1,0 +1,80 @@
+"""What the examples have in common as programs: Ctrl-C, wrong arguments, and files that
+are complete or absent. It imports nothing that takes long, so that Ctrl-C is heard from
+the beginning."""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+
+# Ctrl-C is looked for between steps, and the step that it came in is saved.
+interrupted = threading.Event()
+imported = threading.Event()
+
+
+def listen() -> None:
+    """From now on, the first Ctrl-C sets `interrupted`. The second one does not wait:
+    before `imported` is set, it ends the program."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def _on_interrupt(signum, frame):
+    del signum, frame
+    if not interrupted.is_set():
+        interrupted.set()
+        return
+    if not imported.is_set():
+        # In the midst of an import, an exception comes out as pages of others.
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong(message)
+
+
+def wrong(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def positive_number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
+
+
+@contextlib.contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary file to write. It becomes `path` when all is written, and is removed
+    if anything comes between: an error, or Ctrl-C."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run(main: Callable[[], None], when_interrupted: str) -> None:
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"Interrupted. {when_interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python would flush again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
