@@ -1,7 +1,7 @@
 """A Llama with stacked layers, shared by the benchmarks."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -26,6 +26,10 @@ SIZES = {
     "1.2B": Sizes(24, 2048, 5632, 32, 4, 32000),
     "8B": Sizes(32, 4096, 14336, 32, 8, 128256),
 }
+
+
+# 2048 times 128,256 logits in float32 are a gigabyte.
+_TOKENS_OF_LOGITS = 2048
 
 
 class Block(eqx.Module):
@@ -63,6 +67,7 @@ class Block(eqx.Module):
             _rotated(split(y @ self.key.T)),
             split(y @ self.value.T),
             is_causal=True,
+            implementation=_attention(),
         )
         x = x + mixed.reshape(x.shape) @ self.out.T
         y = _normalized(x, self.mlp_norm)
@@ -97,6 +102,12 @@ class _Draw:
         return drawn * jnp.asarray(shape[-1] ** -0.5, self._dtype)
 
 
+def _attention() -> Literal["cudnn"] | None:
+    """On a GPU the fused attention that people train with: XLA's own keeps the scores
+    of all pairs of tokens."""
+    return "cudnn" if jax.default_backend() == "gpu" else None
+
+
 def _normalized(
     x: Float[Array, "batch time width"], scale: Float[Array, " width"]
 ) -> Float[Array, "batch time width"]:
@@ -122,9 +133,24 @@ def _epilogue(
     batch: Int[Array, "batch time_plus_1"],
     key: None,
 ) -> Float[Array, ""]:
-    logits = _normalized(x, model.norm) @ model.head.T
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, batch[:, 1:, None], -1))
+    """The logits of all tokens would take more memory than the layers: one chunk of
+    tokens has them at a time, in the backward pass too."""
+    tokens = batch[:, 1:]
+    chunks, rest = divmod(tokens.size, _TOKENS_OF_LOGITS)
+    if rest:
+        chunks = 1
+
+    @jax.checkpoint
+    def of_chunk(
+        chunk: tuple[Float[Array, "tokens width"], Int[Array, " tokens"]],
+    ) -> Float[Array, ""]:
+        x, tokens = chunk
+        logits = _normalized(x, model.norm) @ model.head.T
+        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, None], -1))
+
+    split = (x.reshape(chunks, -1, x.shape[-1]), tokens.reshape(chunks, -1))
+    return jnp.mean(jax.lax.map(of_chunk, split))
 
 
 # The mean cross-entropy of the next token, in nats.
