@@ -66,7 +66,9 @@ def sharding(settings: argparse.Namespace) -> NamedSharding | None:
     """By rows."""
     if settings.devices == 1:
         return None
-    mesh = jax.make_mesh((settings.devices,), ("devices",))
+    # Optax does not say how products of divided matrices are divided, so XLA must.
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((settings.devices,), ("devices",), axis_types=auto)
     before = [None] if settings.stacked else []
     return NamedSharding(mesh, PartitionSpec(*before, "devices"))
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
 import flashquinox as fq
@@ -88,6 +90,28 @@ def test_optimizers_differ_in_their_storage_alone(module, program, optimizer):
     # Six roundings of a weight of up to 8, and of an update.
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=6 * 2.0**-22 + 1e-5 * rate)
     np.testing.assert_allclose(largest, as_large, rtol=1e-3, atol=2.0**-20 / rate)
+
+
+def test_matrices_of_muon_are_those_of_linear_layers(module):
+    """Of both libraries; what is no matrix is trained by Adam."""
+    gpt2 = module("gpt2")
+    recipe, recipes = gpt2.RECIPES["muon"], module("_recipes")
+    weights, _ = gpt2.float32_weights(gpt2.SMALL, 0)
+    ours = recipe.build(fq.Storage(), lambda count: 1e-3)
+    found = jax.eval_shape(ours.init, recipes.narrow(weights)).moments["momentum"]
+    expected = jax.eval_shape(fq.muon(1e-3).init, recipes.narrow(weights))
+    assert jtu.tree_structure(found) == jtu.tree_structure(expected.moments["momentum"])
+    of_optax = jax.eval_shape(recipe.build(None, lambda count: 1e-3).init, weights)
+    is_muon = lambda x: isinstance(x, optax.contrib.MuonState)
+    nodes = jtu.tree_leaves(of_optax, is_leaf=is_muon)
+    (state,) = [x for x in nodes if is_muon(x)]
+    shapes = sorted(x.shape for x in jtu.tree_leaves(state.mu))
+    assert shapes == sorted(x.codes.shape for x in jtu.tree_leaves(found, _is_moment))
+    assert len(shapes) == 4
+
+
+def _is_moment(x):
+    return isinstance(x, fq.QuantMoment)
 
 
 def test_schedule_ends_at_zero_and_peaks_after_the_warm_up(module):

@@ -78,7 +78,7 @@ def _records(folder: pathlib.Path, pattern: str) -> list[dict[str, Any]]:
 def _collected(cells: list[tuple[str, Cell]]) -> Cells:
     """Optimizers without float32 are left out: there is nothing to compare with."""
     found: Cells = {}
-    for optimizer in ("adamw", "lion", "sgd"):
+    for optimizer in ("adamw", "lion", "sgd", "muon"):
         of = {cell.contender: cell for name, cell in cells if name == optimizer}
         if REFERENCE in of:
             found[optimizer] = {name: of[name] for name in CONTENDERS if name in of}

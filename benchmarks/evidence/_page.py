@@ -28,7 +28,7 @@ TITLES = {
 }
 # What there is none of: an en dash.
 _NONE = "\u2013"
-OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD, momentum"}
+OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD, momentum", "muon": "Muon"}
 MODELS = {"vit": "ViT", "resnet": "ResNet-18"}
 CASES = {
     "change": "change of data",

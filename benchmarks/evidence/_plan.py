@@ -110,6 +110,9 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     yield at_rate("adamw", "flashoptim-v", "0.0003")
     for optimizer, contender in itertools.product(("adamw", "sgd"), both):
         yield gpt2(optimizer, contender, 3, 4)
+    # A pilot: how much its gaps deviate says how many more there must be.
+    for contender in both:
+        yield gpt2("muon", contender, 0, 2)
     for contender in CONTENDERS:
         yield images("vit", "adamw", contender)
     for contender in CONTENDERS:

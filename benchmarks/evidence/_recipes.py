@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
+import optax.contrib
 from jaxtyping import PyTree, Scalar
 
 import flashquinox as fq
@@ -50,6 +51,8 @@ class Recipe:
     def build(
         self, storage: fq.Storage | None, schedule: Callable[[Any], Any]
     ) -> fq.Optimizer | optax.GradientTransformation:
+        if self.optimizer == "muon":
+            return self._muon(storage, schedule)
         decay: Any = {"weight_decay": self.weight_decay}
         if self.weight_decay:
             decay["mask"] = fq.decay_mask()
@@ -68,9 +71,37 @@ class Recipe:
         else:
             make = {"adamw": optax.adamw, "lion": optax.lion}[self.optimizer]
             parts = [make(schedule, b2=self.b2, **decay)]
+        return self._clipped(parts)
+
+    def _muon(
+        self, storage: fq.Storage | None, schedule: Callable[[Any], Any]
+    ) -> fq.Optimizer | optax.GradientTransformation:
+        """With updates as large as AdamW's, which trains what is no matrix, without
+        weight decay: Optax has no mask for that."""
+        shared: Any = {
+            "consistent_rms": 0.2,
+            "weight_decay": self.weight_decay,
+            "adam_b2": self.b2,
+        }
+        if storage is not None:
+            numbers = {"weight_dimension_numbers": _matrices}
+            return fq.muon(schedule, storage=storage, **numbers, **shared)
+        numbers = {"muon_weight_dimension_numbers": _matrices}
+        return self._clipped([optax.contrib.muon(schedule, **numbers, **shared)])
+
+    def _clipped(
+        self, parts: list[optax.GradientTransformation]
+    ) -> optax.GradientTransformation:
         if self.max_norm is not None:
             parts = [optax.clip_by_global_norm(self.max_norm), *parts]
         return optax.chain(*parts)
+
+
+def _matrices(weights: PyTree) -> PyTree[optax.contrib.MuonDimensionNumbers | None]:
+    """The axes of the matrices of a `StackedGPT`, whose layers come first; `None` for
+    what else there is."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    return jtu.tree_map(lambda x: axes if x.ndim == 3 else None, weights)
 
 
 def recipes(
@@ -79,7 +110,7 @@ def recipes(
     adam_b2: float,
     max_norm: float | None,
 ) -> dict[str, Recipe]:
-    b2s = {"adamw": adam_b2, "lion": 0.99, "sgd": 0.0}
+    b2s = {"adamw": adam_b2, "lion": 0.99, "sgd": 0.0, "muon": adam_b2}
     return {
         name: Recipe(name, rates[name], decays[name], b2s[name], max_norm)
         for name in rates

@@ -43,12 +43,15 @@ RECIPES = recipes(
         "adamw": (3e-4, 1e-3, 3e-3),
         "lion": (3e-5, 1e-4, 3e-4),
         "sgd": (0.1, 0.3, 1.0),
+        "muon": (3e-4, 1e-3, 3e-3),
     },
-    decays={"adamw": 0.1, "lion": 1.0, "sgd": 0.0},
+    decays={"adamw": 0.1, "lion": 1.0, "sgd": 0.0, "muon": 0.1},
     adam_b2=0.95,
     max_norm=1.0,
 )
 TUNING_SEED = 100
+# Of optimizers that are compared over another number of steps than `Task` has.
+STEPS = {"muon": 1000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,12 +218,15 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="(default: 0-2)")
     parser.add_argument("--rate", type=positive, help="nothing is chosen")
-    parser.add_argument("--steps", type=positive_integer, help="(default: 800)")
+    parser.add_argument("--steps", type=positive_integer, help="(800; of Muon 1000)")
     parser.add_argument("--small", action="store_true", help="to try this on a CPU")
     arguments = parser.parse_args()
     task = SMALL if arguments.small else Task(attention=fastest_attention())
-    if arguments.steps is not None:
-        task = dataclasses.replace(task, steps=arguments.steps)
+    steps = arguments.steps
+    if steps is None and not arguments.small:
+        steps = STEPS.get(arguments.optimizer)
+    if steps is not None:
+        task = dataclasses.replace(task, steps=steps)
     if task.steps % task.span or task.tuning_steps % task.span:
         parser.error(f"--steps must be a multiple of {task.span}; got {task.steps}")
     if task.vocabulary == 256:

@@ -24,8 +24,8 @@ _ARGUMENT = "weight_dimension_numbers"
 
 # Names of embeddings and of the layer that makes logits, or parts of them.
 _NO_MATRICES = frozenset(
-    "emb embed embedder embedding embeddings embeds head lm_head logits unembed "
-    "unembedding wpe wte".split()
+    "emb embed embedder embedding embeddings embeds head lm_head logits pos position "
+    "positional positions unembed unembedding wpe wte".split()
 )
 
 

@@ -93,7 +93,7 @@ def muon(
         all other weights with two axes that [`flashquinox.decay_mask`][] selects,
         inputs before outputs; but for those of `equinox.nn.Embedding`, and those with a
         name on their path that is one of embeddings or of the layer that makes logits:
-        `embedding`, `wte` or `lm_head`, say.
+        `embedding`, `position`, `wte` or `lm_head`, say.
     - `adam_learning_rate`: that of other weights. `None` is `learning_rate`.
     - `adam_b1`, `adam_b2`, `adam_eps`, `adam_weight_decay`: of other weights, as in
         [`flashquinox.adamw`][].
