@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from .._common import memory
 from .._model.trees import flatten
-from .._optimizer.state import OptimizerState
+from .contents import states_in
 
 
 class Recorded:
@@ -28,11 +28,9 @@ class Recorded:
         """The leaves of the model whose state is in host memory, by their paths, given
         the shapes of what it made."""
         flags = jtu.tree_structure(state).unflatten(self._is_away)
-        is_state = lambda x: isinstance(x, OptimizerState)
-        states = [x for x in jtu.tree_leaves(flags, is_leaf=is_state) if is_state(x)]
         return {
             leaf.unwrapped
-            for one in states
+            for one in states_in(flags)
             for tree in (*one.moments.values(), one.corrections)
             for leaf in flatten(tree)[0]
             if any(jtu.tree_leaves(leaf.value))

@@ -12,7 +12,7 @@ from .._storage.moment_codecs import MomentCodecs
 from .._storage.storage import AUTO_BITS, Storage
 from . import architectures
 from .adapters import BASES
-from .plan import MOST_DEVICES
+from .shardings import MOST_DEVICES
 
 
 _PLAN = """Will it fit? Prints what each device holds in training: weights, corrections,
