@@ -1,17 +1,14 @@
 """Exponential moving averages of master weights, in 24 bits."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, PyTree, ScalarLike
 
 from .._common import memory
@@ -21,9 +18,10 @@ from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, match, Model, with_values
 from .._model.variables import without_variables
-from .._storage.split import decode_weight, encode_weight, rounding_threshold
+from .._storage.split import rounding_threshold
 from .accumulation_state import AccumulationState
 from .call_checks import check_given, check_has_values
+from .ema_arithmetic import as_average, decoded, moved_average, share_of_weights
 from .states import find, open_states, OpenedStates
 
 
@@ -75,7 +73,7 @@ class EMA(eqx.Module):
         for i, leaf in _averaged(opened):
             read = [leaf.value, opened.corrections[i]]
             read = [x for x in read if x is not None]
-            stored = compute_like(call, leaf.name, _stored, read, read)
+            stored = compute_like(call, leaf.name, as_average, read, read)
             stored = [
                 None if x is None else put_like(call, leaf.name, x, leaf.value)
                 for x in stored
@@ -134,10 +132,10 @@ class EMA(eqx.Module):
                     ((old, masters), new[-1:])
                 )
                 dtype = compute_dtype(leaf.value.dtype)
-                share = _share(self.decay, count, dtype)
+                share = share_of_weights(self.decay, count, dtype)
                 share = jnp.where(has_moved, share, 0)
                 threshold = rounding_threshold(count, np.uint32(i))
-                moved = _moved(*old, *masters, share, threshold)
+                moved = moved_average(*old, *masters, share, threshold)
                 new.append(memory.where(moved, there))
             return new
 
@@ -255,57 +253,6 @@ def _steps(opened: OpenedStates) -> Int32[Array, ""]:
     return sum(counts, jnp.int32(0))
 
 
-def _share(decay: ScalarLike, count: Array, dtype: DTypeLike) -> Array:
-    """The share of the weights in the average after so many steps and this one."""
-    if isinstance(decay, jax.Array):
-        wide = decay.astype(dtype)
-        new, log = 1 - wide, jnp.log(wide)
-    else:
-        # In float64: a decay rate is close to 1.
-        known = np.float64(decay)  # pyright: ignore[reportArgumentType]
-        with np.errstate(divide="ignore"):
-            new, log = (jnp.asarray(x, dtype) for x in (1 - known, np.log(known)))
-    share = new / -jnp.expm1((count + 1).astype(dtype) * log)
-    return jnp.where(count == 0, 1, share)
-
-
-@jax.jit
-def _stored(weight: Array, correction: Array | None = None) -> tuple[Any, Any]:
-    """A master weight as an average."""
-    master = decode_weight(weight, correction)
-    if master.dtype == jnp.float64:
-        return jnp.array(master, copy=True), None
-    return encode_weight(master, jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8))
-
-
-@jax.jit
-def _moved(
-    average: Array,
-    average_correction: Array | None,
-    weight: Array,
-    correction: Array | None,
-    share: Array,
-    threshold: Array,
-) -> tuple[Any, Any]:
-    """A new average."""
-    old = decode_weight(average, average_correction)
-    master = decode_weight(weight, correction)
-    # The first average is the weights themselves.
-    first = share == 1
-    new = jnp.where(first, master, old + share * (master - old))
-    # Arithmetic flushes subnormals to zero and loses the sign of -0.
-    new = jnp.where(new == old, old, new)
-    if average_correction is None:
-        return new, None
-    dtypes = average.dtype, average_correction.dtype
-    return encode_weight(new, *dtypes, threshold)
-
-
-@partial(jax.jit, static_argnums=2)
-def _decoded(weight: Array, correction: Array | None, dtype: DTypeLike) -> Array:
-    return decode_weight(weight, correction).astype(dtype)
-
-
 def _with_average(
     call: str, average: EMAState, model: Model, dtype_of: Callable[[Leaf], Any]
 ) -> Model:
@@ -320,7 +267,7 @@ def _with_average(
         value, lower = (leaf.value, None) if weight is None else (weight, correction)
         value, lower = memory.to_device((value, lower))
         if is_trainable(leaf.value) and value.dtype != dtype_of(leaf):
-            value = _decoded(value, lower, jnp.dtype(dtype_of(leaf)))
+            value = decoded(value, lower, jnp.dtype(dtype_of(leaf)))
         values.append(value)
     return rebuild(values)
 
