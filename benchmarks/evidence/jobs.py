@@ -91,13 +91,16 @@ def launcher(arguments: argparse.Namespace, ends: float) -> Callable[..., Any]:
     here = pathlib.Path(__file__).parent
     (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+
     def launch(job: Job, device: int) -> subprocess.Popen[bytes]:
         environment = os.environ | {ENDS: str(ends), "PYTHONUNBUFFERED": "1"}
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         if arguments.cpu:
             environment["JAX_PLATFORMS"] = "cpu"
         else:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            name = visible[device] if device < len(visible) else ""
+            environment["CUDA_VISIBLE_DEVICES"] = name or str(device)
         command = [sys.executable, str(here / job.program), *job.arguments]
         log: TextIO = job.log.open("a")
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
