@@ -23,7 +23,7 @@ _SMALL = 2_000_000
 
 HEADER = (
     f"{'':31}{'Gparam/s':>9}{'µs':>11}{'a call':>9}{'limit':>8}{'temp':>7}"
-    f"{'trace':>7}{'compile':>9}"
+    f"{'trace':>7}{'lower':>7}{'compile':>9}"
 )
 
 
@@ -130,12 +130,14 @@ def line(row: Row) -> str:
         return start + row["error"]
     parameters, call = row["parameters"], row.get("call", {}).get("median")
     temporary = row.get("temporary bytes")
-    trace, compilation = row.get("trace seconds"), row.get("compile seconds")
+    making = [row.get(f"{what} seconds") for what in ("trace", "lower", "compile")]
+    trace, lowering, compilation = making
     return (
         f"{start}{parameters / row['median'] / 1e9:9.2f}{row['median'] * 1e6:11.1f}"
         f"{_cell(call, 1e6, 1):>9}{row['share of limit']:8.1%}"
         f"{_cell(temporary, 1 / parameters, 2):>7}"
-        f"{_cell(trace, 1, 2):>7}{_cell(compilation, 1, 2):>9}"
+        f"{_cell(trace, 1, 2):>7}{_cell(lowering, 1, 2):>7}"
+        f"{_cell(compilation, 1, 2):>9}"
         f"{'' if row['finite'] else '  NOT FINITE'}"
     )
 

@@ -145,7 +145,7 @@ def print_row(row: dict[str, Any], bytes_per_second: float) -> None:
     # PyTorch has no such thing.
     cell = lambda x: "-" if math.isnan(x) else f"{x:.2f}"
     temporary = cell(row.get("temporary bytes", math.nan) / parameters)
-    trace = cell(row.get("trace seconds", math.nan))
+    trace = cell(row.get("trace and lower seconds", math.nan))
     print(
         f"{start}{rate(row):9.1f}{rate(row) / limit:8.1%}"
         f"{row['bytes'] / parameters:9.2f}{temporary:>7}"

@@ -27,8 +27,9 @@ fit into memory take turns.
 - limit: that rate, over the one at which a copy would move the bytes that the step must
   move: gradients once, weights and state twice;
 - temp: what the compiled program takes beside its arguments, in bytes per parameter;
-- trace, compile: seconds to trace and lower it in Python, and to compile it; of adamw
-    and optax, as all other programs are made at the same time.
+- trace, lower, compile: seconds to trace it in Python, to lower it there, and to
+    compile it; of adamw and optax, as all other programs are made at the same time.
+    Kernels are traced and written when a program is lowered.
 
 **With `--chips`**, the compiler for TPUs compiles steps; no TPU is needed:
 
