@@ -13,12 +13,8 @@ from jaxtyping import Array
 
 from flashquinox._backends.gpu.backend import Gpu
 from flashquinox._backends.interpreter.scalars import pack, with_leaf
-from flashquinox._tile.tile import (
-    StepScalars,
-    StepStructure,
-    TileState,
-    update_tile,
-)
+from flashquinox._tile.step import StepScalars, StepStructure, TileState
+from flashquinox._tile.tile import update_tile
 
 
 GROUP = 32

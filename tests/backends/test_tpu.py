@@ -20,7 +20,7 @@ from flashquinox._backends.tpu import kernel as tpu_kernel, view as tpu_view
 from flashquinox._backends.tpu.chip import Chip
 from flashquinox._storage.layout import Layout
 from flashquinox._storage.tpu_memory import groups_in_memory
-from flashquinox._tile.tile import TileState
+from flashquinox._tile.step import TileState
 
 from ..helpers import Case, parametrize_cases, slow, Storage
 from ..kernels import arrays, compiling_for, run, run_ensemble, tpu_devices

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from flashquinox._backends.base import AbstractBackend, LeafStep, Update, View
-from flashquinox._tile.tile import TileState, update_tile
+from flashquinox._tile.step import TileState
+from flashquinox._tile.tile import update_tile
 
 
 calls: list[Any] = []

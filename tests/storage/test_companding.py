@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
 from flashquinox._backends import learning
+from flashquinox._optimizer import advance
 from flashquinox._optimizer.state import StepCount
-from flashquinox._sharding import parts
 from flashquinox._storage import rational_learner
 from flashquinox._storage.layout import Layout
 from flashquinox._storage.learned_codec import Observation
@@ -445,7 +445,7 @@ def _steps_to_learn(optim: fq.Optimizer, params, state):
         raise _Recorded
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Recorded):
-        patch.setattr(parts, "learn", record)
+        patch.setattr(advance, "learn", record)
         optim.step(params, state, params)
     return steps
 

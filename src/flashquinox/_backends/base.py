@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from .._common import memory
 from .._storage.layout import Layout
-from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 
 
 class LeafStep(eqx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Shaped
 
-from .._tile.tile import map_arrays, TileState
+from .._tile.step import map_arrays, TileState
 from .chunk_plan import Piece
 from .groups import Groups, put
 

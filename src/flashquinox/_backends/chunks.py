@@ -21,14 +21,8 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Int32, Shaped
 
-from .._tile.tile import (
-    LeafScalars,
-    map_arrays,
-    StepScalars,
-    StepStructure,
-    TileState,
-    update_tile,
-)
+from .._tile.step import LeafScalars, map_arrays, StepScalars, StepStructure, TileState
+from .._tile.tile import update_tile
 from .chunk_moves import (
     Chunk,
     joined,

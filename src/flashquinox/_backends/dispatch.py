@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from .. import _compat
-from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from . import host_state, platforms
 from .base import AbstractBackend, LeafStep as LeafStep, one_by_one, Update, View
 from .platforms import Backend as Backend, Way as Way

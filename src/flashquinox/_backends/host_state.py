@@ -5,7 +5,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Scalar
 
 from .._common import memory
-from .._tile.tile import TileState
+from .._tile.step import TileState
 
 
 def read(state: TileState, layer: Scalar | None) -> TileState:

@@ -16,7 +16,8 @@ from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
 from .._storage.learned_codec import AbstractLearnedCodec, AbstractLearner, Observation
-from .._tile.tile import StepScalars, StepStructure, TileState, with_roots
+from .._tile.step import StepScalars, StepStructure, TileState
+from .._tile.tile import with_roots
 from .interpreter.arithmetic import Arithmetic
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
-from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from .base import AbstractBackend, kind_of, LeafStep, Update, View
 from .chunks import takes, update_in_chunks
 from .groups import Groups

@@ -18,12 +18,12 @@ from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
 from .._rules.rule import rule_structure
 from .._rules.whole_leaf import AbstractMatrixRule, AbstractWholeLeafRule
-from .._sharding import parts
+from .._sharding.learned import learn
 from .._sharding.matrices import map_matrices
 from .._storage.layout import flattened
 from .._storage.split import decode_weight
 from .._tile.clipping import Clipping, scaled
-from .._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from . import derivatives
 from .passes import axes_of, parameters_of, Pass
 from .slices import elements_on_device, slices_of
@@ -63,7 +63,7 @@ class Advance:
     """What one step of some leaves has in common.
 
     - `learn`: whether codecs that learn do so now.
-    - `as_update`, `in_loop`: as of [`flashquinox._tile.tile.StepStructure`][].
+    - `as_update`, `in_loop`: as of [`flashquinox._tile.step.StepStructure`][].
     """
 
     step: "StepInProgress"
@@ -123,7 +123,7 @@ class Advance:
             steps = [
                 self._leaf_step(x, select(self.step.passes[x.number])) for x in here
             ]
-            steps = parts.learn(steps, [x.sharding for x in here])
+            steps = learn(steps, [x.sharding for x in here])
             for i, leaf_step in zip(at, steps, strict=True):
                 found[i] |= leaf_step.scalars.leaf.parameters
         return found
@@ -254,7 +254,7 @@ class Advance:
             for x in of
         ]
         if self.learn:
-            steps = parts.learn(steps, shardings)
+            steps = learn(steps, shardings)
         leaves = [step.leaves[x.number] for x in of]
         update, arrays = derivatives.differentiable(
             step.call, step.way, leaves, steps, shardings

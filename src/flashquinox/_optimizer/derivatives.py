@@ -20,8 +20,9 @@ from .. import _compat
 from .._backends.dispatch import LeafStep, Way
 from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
-from .._sharding import parts
-from .._tile.tile import move, TileState
+from .._sharding.update import update_leaves
+from .._tile.step import TileState
+from .._tile.tile import move
 
 
 def differentiable(
@@ -46,7 +47,7 @@ def differentiable(
 
     @jax.custom_jvp
     def update(*arrays: Array) -> list[TileState]:
-        return parts.update_leaves(way, rebuild(arrays), shardings)
+        return update_leaves(way, rebuild(arrays), shardings)
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
         new = update(*primals)

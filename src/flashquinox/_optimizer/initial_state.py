@@ -15,7 +15,7 @@ from .._model.quantized import check_no_scales
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, Rebuild
 from .._rules.whole_leaf import AbstractMatrixRule, AnyRule
-from .._sharding import parts, record
+from .._sharding import new_arrays, record
 from .._storage.layout import Layout
 from .._storage.quant_moment import StoredMoment, zeros
 from .._storage.split import Correction
@@ -101,7 +101,7 @@ def make_states(
         )
         away = dict(zip(away, made, strict=True))
     everywhere = meshes.everywhere(shardings)
-    made = parts.make(
+    made = new_arrays.make(
         [*makers.values(), *others],
         [*(shardings[index] for index in makers), *([everywhere] * len(others))],
         is_traced=is_traced,

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._common import meshes
 from .._storage.layout import Layout
-from .._tile.tile import map_arrays, TileState
+from .._tile.step import map_arrays, TileState
 
 
 # Rows that TPUs keep together, of arrays of one byte.

@@ -21,7 +21,7 @@ from .._sharding import record, reductions
 from .._sharding.state_specs import holds_whole_groups
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping, division
-from .._tile.tile import TileState
+from .._tile.step import TileState
 from .advance import Advance, Part
 from .checksums import checksums, verified
 from .device_checks import check_state_is_with_weight, warn_of_divided_groups

@@ -14,7 +14,7 @@ from .._storage.full_precision import FullPrecision
 from .._storage.layout import flattened, Layout
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction
-from .._tile.tile import TileState
+from .._tile.step import TileState
 
 
 # Of moments whose codecs learn, by their names: the parameter before a step and after.

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._common import memory
-from .._tile.tile import TileState
+from .._tile.step import TileState
 from .slices import Slice
 
 

@@ -23,7 +23,7 @@ from .._optimizer.step_in_progress import StepInProgress
 from .._optimizer.stored_leaf import Learned
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping
-from .._tile.tile import TileState
+from .._tile.step import TileState
 
 
 # For each group, whether its gradients and its learning rate are all finite. `None`

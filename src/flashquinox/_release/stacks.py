@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from .._common import memory, meshes
 from .._sharding import state_specs
 from .._storage.layout import Layout
-from .._tile.tile import TileState
+from .._tile.step import TileState
 
 
 def layers_have_own_groups(stack: TileState, layout: Layout) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from .._common.meshes import as_typed, divisions
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
-from .._tile.tile import TileState
+from .._tile.step import TileState
 
 
 def holds_whole_groups(layout: Layout, sharding: NamedSharding) -> bool:

@@ -13,7 +13,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .. import _compat
-from .tile import StepScalars, StepStructure, TileState, update_tile
+from .step import StepScalars, StepStructure, TileState
+from .tile import update_tile
 
 
 # Primes that no function has another use for, one for each axis.

@@ -5,152 +5,22 @@ the maximum over a group, closes over nothing that is traced, and reads every sc
 from its arguments.
 """
 
-from collections.abc import Callable
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jaxtyping import Array, Bool, Float, Scalar, Shaped, UInt32
+from jaxtyping import Array, Float, Scalar
 
 from .._common.dtypes import compute_dtype
-from .._rules.rule import AbstractRule, moments_of
 from .._storage import relative_moment
-from .._storage.codec import AbstractMomentCodec, Boundary, Dither, no_boundary
-from .._storage.learned_codec import with_parameter
+from .._storage.codec import Boundary, no_boundary
 from .._storage.split import (
     Correction,
     decode_weight,
     encode_correction,
     encode_weight,
-    rounding_threshold,
 )
-from .clipping import Factors, scaled
-
-
-class StepStructure(eqx.Module):
-    """What of a step is known when it is compiled. Hashable, free of arrays."""
-
-    rule: AbstractRule = eqx.field(static=True)
-    # One for each moment of the rule, in its order.
-    codecs: tuple[AbstractMomentCodec, ...] = eqx.field(static=True)
-    # Likewise, the name of the moment to the root of which it is stored relative.
-    bases: tuple[str | None, ...] = eqx.field(static=True)
-    # Decoupled decay scales the weight; otherwise it is L2 regularization.
-    decoupled: bool = eqx.field(static=True)
-    # Give the difference that an Optax caller adds to the weight, not the new weight.
-    as_update: bool = eqx.field(static=True)
-    # Round narrow weights, or these and their corrections, by a rotating threshold.
-    dither_weights: bool = eqx.field(static=True)
-    # Whether the arrays are layers that a loop over stacks has read. These need not be
-    # where stacks are, in the large memory of a device.
-    in_loop: bool = eqx.field(static=True, default=False)
-
-    @property
-    def codec_of(self) -> dict[str, AbstractMomentCodec]:
-        return dict(zip(moments_of(self.rule), self.codecs, strict=True))
-
-    @property
-    def base_of(self) -> dict[str, str]:
-        """For each moment that is stored relative to another, the name of that."""
-        names = moments_of(self.rule)
-        pairs = zip(names, self.bases, strict=True)
-        return {name: base for name, base in pairs if base is not None}
-
-    def codecs_before_and_after(
-        self, scalars: "StepScalars"
-    ) -> tuple[dict[str, AbstractMomentCodec], dict[str, AbstractMomentCodec]]:
-        """What decodes the old moments, and what encodes the new ones."""
-        before, after = (
-            {
-                name: with_parameter(
-                    codec, scalars.leaf.parameters.get(name, (None, None))[i]
-                )
-                for name, codec in self.codec_of.items()
-            }
-            for i in (0, 1)
-        )
-        return before, after
-
-    def factors(
-        self, scalars: "StepScalars"
-    ) -> dict[str, tuple[Scalar | None, Scalar | None]]:
-        """For each moment, the factors before and after the rule."""
-        value = lambda name: None if name is None else scalars.rule[name]
-        return {
-            name: (value(moment.before), value(moment.after))
-            for name, moment in moments_of(self.rule).items()
-        }
-
-
-class LeafScalars(eqx.Module):
-    """What of a step is the same for all elements of a leaf, but not for all leaves."""
-
-    # Of NumPy where it is known when a step is traced.
-    number: Scalar | UInt32[np.ndarray, ""]
-    # Of moments whose codec learns, by their names: its parameter before the step, by
-    # which they are decoded, and after.
-    parameters: dict[str, tuple[Scalar, Scalar]]
-    # If this leaf is one layer of a stack, the arrays of which in host memory are not
-    # taken apart: the number of the layer.
-    layer: Scalar | None = None
-
-
-class StepScalars(eqx.Module):
-    """What of a step is the same for all elements of a leaf: computed once."""
-
-    rule: dict[str, Scalar]
-    # Of decoupled decay, the factor on the weight; of L2 regularization, the
-    # coefficient. None for a leaf without decay.
-    decay: Scalar | None
-    # Of this step, from 0.
-    count: Scalar
-    leaf: LeafScalars
-    # Whether to take this step at all. None if that was not asked.
-    take: Bool[Array, ""] | None
-    # What gradients are multiplied by. None if they are not clipped.
-    clip: Factors | None
-
-    def dithers(self, structure: StepStructure) -> dict[str, Dither]:
-        """What each moment is rounded by."""
-        return {
-            name: Dither.at(self.count, self.leaf.number, moment.kind)
-            for name, moment in moments_of(structure.rule).items()
-        }
-
-    @property
-    def weight_threshold(self) -> Scalar:
-        return rounding_threshold(self.count, self.leaf.number)
-
-
-class TileState(eqx.Module):
-    """A tile of a weight, with what is stored about it."""
-
-    weight: Float[Array, "*tile"]
-    correction: Correction | None
-    # Of the shape of the tile, and of its groups. Arrays in host memory may have all
-    # layers of a stack: see `LeafScalars.layer`.
-    codes: dict[str, Shaped[Array, "..."]]
-    scales: dict[str, Shaped[Array, "..."] | None]
-
-    def map(self, of_elements: Callable[[Array], Array]) -> "TileState":
-        """Applies a function to every array with an entry per element of the weight:
-        all but the scales."""
-        weight, correction, codes = jtu.tree_map(
-            of_elements, (self.weight, self.correction, self.codes)
-        )
-        return TileState(weight, correction, codes, self.scales)
-
-
-def map_arrays(
-    of_elements: Callable[..., Array], of_groups: Callable[..., Array], *each: TileState
-) -> TileState:
-    """Applies functions to the arrays of several states that correspond: to those with
-    an entry for each element, and to those with one for each group."""
-    of = lambda state: (state.weight, state.correction, state.codes)
-    weight, correction, codes = jtu.tree_map(of_elements, *map(of, each))
-    scales = jtu.tree_map(of_groups, *[state.scales for state in each])
-    return TileState(weight, correction, codes, scales)
+from .clipping import scaled
+from .step import StepScalars, StepStructure, TileState
 
 
 def update_tile(

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int32, Scalar, Shaped
 
 from ..._common import memory
-from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from . import host_arrays, nvrtc, source
 from .launch import Launch, launch
 from .source import Kernel

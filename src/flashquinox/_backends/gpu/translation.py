@@ -8,7 +8,8 @@ import jax
 import jax.tree_util as jtu
 
 from ... import _compat
-from ..._tile.tile import StepScalars, StepStructure, TileState, update_tile
+from ..._tile.step import StepScalars, StepStructure, TileState
+from ..._tile.tile import update_tile
 from .statements import Walk
 from .types import type_of
 from .values import declared, Kind, TILE, Value

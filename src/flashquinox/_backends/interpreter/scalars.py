@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float32, Int32
 
-from ..._tile.tile import LeafScalars, StepScalars
+from ..._tile.step import LeafScalars, StepScalars
 
 
 def pack(

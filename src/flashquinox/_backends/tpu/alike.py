@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ..._storage.tpu_memory import LANES, TILE_ROWS
-from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from .chip import Chip
 from .kernel import choose_block
 from .many import Inside, MOST_LEAVES, update_many

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ..._tile.tile import StepStructure, TileState
+from ..._tile.step import StepStructure, TileState
 from ..base import AbstractBackend, kind_of, LeafStep, Update
 from .view import LARGE, View as TpuView, view_of
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..._storage.codec import AbstractMomentCodec, Dither, GroupConstants
-from ..._tile.tile import advance, StepScalars, StepStructure, TileState
+from ..._tile.step import StepScalars, StepStructure, TileState
+from ..._tile.tile import advance
 from ..interpreter import words
 from ..interpreter.arithmetic import Arithmetic
 from .block import AbstractBlock, AbstractChunk

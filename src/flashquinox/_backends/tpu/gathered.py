@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from ..._storage.codec import Reduction
 from ..._storage.tpu_memory import LANES
-from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from .block import AbstractBlock, AbstractChunk
 from .many import Inside, MOST_LEAVES, update_many
 from .vectors import place_in_piece, reduced_along_lanes, spread_along_lanes

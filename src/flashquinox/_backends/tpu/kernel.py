@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, PyTree
 
-from ..._tile.tile import LeafScalars, no_update, StepScalars, StepStructure, TileState
+from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from ..._tile.tile import no_update
 from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack, with_leaf
 from .block import AbstractGridBlock

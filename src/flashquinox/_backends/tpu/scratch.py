@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Scalar, Shaped
 
 from ..._storage.codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
-from ..._tile.tile import StepStructure
+from ..._tile.step import StepStructure
 from .block import AbstractBlock
 
 

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from ..._tile.tile import LeafScalars, StepScalars, StepStructure, TileState
+from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from ..base import one_by_one
 from ..xla import BACKEND as XLA, PlainView
 from .alike import update_alike

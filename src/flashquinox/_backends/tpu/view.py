@@ -16,7 +16,7 @@ from ..._storage.tpu_memory import (
     memory_order,
     TILE_ROWS,
 )
-from ..._tile.tile import map_arrays, TileState
+from ..._tile.step import map_arrays, TileState
 
 
 # See `GroupsInMemory`; vectors have groups along their only axis.
