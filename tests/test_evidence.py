@@ -312,6 +312,10 @@ def test_runs_at_a_given_rate_have_a_table_of_their_own(module, tmp_path):
         *(_record("float32", seed, 5.0) for seed in range(2)),
         *(_record("ours", seed, 6.0, rate=3e-3) for seed in range(2)),
         *(_record("ours", seed, 5.25, options="--rate 0.001") for seed in range(2)),
+        *(
+            _record("float32", seed, 6.5, rate=3e-3, options="--rate 0.003")
+            for seed in range(2)
+        ),
     ]
     _write(folder, records)
     found = page.sections(tmp_path)
@@ -319,6 +323,8 @@ def test_runs_at_a_given_rate_have_a_table_of_their_own(module, tmp_path):
     assert "| 0.003 | 2 | 6.0000 | +1.0000 ± 0.0000" in found["gpt2"]
     assert "5.2500" not in found["gpt2"]
     assert "| 0.001 | 2 | 5.2500 | +0.2500 ± 0.0000" in found["gpt2-at-one-rate"]
+    # And at the rate that ours chose.
+    assert "| 0.003 | 2 | 6.0000 | -0.5000 ± 0.0000" in found["gpt2-at-one-rate"]
     assert page.failures(tmp_path) == [
         "GPT-2, Lion: the gap is +1.0000 ± 0.0000 (95 %), not within ± 0.015"
     ]
@@ -338,7 +344,7 @@ def test_what_is_not_separable_is_called_so(module, tmp_path):
     assert "not separable from noise" in text[3] and "(2.00)" in text[3]
     assert "a difference" in text[4]
     assert any("largest update is 2.00" in x for x in page.failures(tmp_path))
-    assert gaps.gpt2_cells(folder, at_one_rate=True) == {}
+    assert gaps.gpt2_cells_at_one_rate(folder) == []
 
 
 def test_page_shows_the_stored_figures(module):

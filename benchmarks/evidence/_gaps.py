@@ -85,30 +85,36 @@ def _collected(cells: list[tuple[str, Cell]]) -> Cells:
     return found
 
 
-def gpt2_cells(folder: pathlib.Path, at_one_rate: bool = False) -> Cells:
-    """With each contender at its own rate; or, of optimizers with runs at a given rate,
-    all at that of float32."""
+def gpt2_cells(folder: pathlib.Path) -> Cells:
+    """Each contender at its own rate."""
     records = _records(folder, "*-seed-*.json")
-    own = _gpt2_cells([x for x in records if "rate" not in _options(x)])
-    if not at_one_rate:
-        return own
+    return _gpt2_cells([x for x in records if "rate" not in _options(x)])
+
+
+def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
+    """Of optimizers with runs at a given rate, all contenders at each rate that float32
+    has, its own one first."""
+    records = _records(folder, "*-seed-*.json")
     given = {x["recipe"]["optimizer"] for x in records if "rate" in _options(x)}
-    rates = {name: own[name][REFERENCE].rate for name in own.keys() & given}
-    return _gpt2_cells(records, rates) if rates else {}
+    own = gpt2_cells(folder)
+    found = []
+    for name in own.keys() & given:
+        of = [x for x in records if x["recipe"]["optimizer"] == name]
+        rates = {x["rate"] for x in of if x["contender"] == REFERENCE}
+        own_rate = own[name][REFERENCE].rate
+        for rate in sorted(rates, key=lambda rate: (rate != own_rate, rate)):
+            found.append(_gpt2_cells([x for x in of if x["rate"] == rate]))
+    return sorted(found, key=lambda cells: list(own).index(*cells))
 
 
 def _options(record: dict[str, Any]) -> set[str]:
     return {x[2:] for x in record["command"].split() if x.startswith("--")}
 
 
-def _gpt2_cells(
-    records: list[dict[str, Any]], rates: dict[str, float] | None = None
-) -> Cells:
+def _gpt2_cells(records: list[dict[str, Any]]) -> Cells:
     by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         optimizer = record["recipe"]["optimizer"]
-        if rates is not None and record["rate"] != rates.get(optimizer):
-            continue
         key = optimizer, record["contender"]
         by_cell.setdefault(key, []).append(record)
     cells = []

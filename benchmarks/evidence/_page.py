@@ -12,6 +12,7 @@ from _gaps import (
     Cells,
     gap,
     gpt2_cells,
+    gpt2_cells_at_one_rate,
     image_cells,
     long_cells,
     standard_error,
@@ -43,9 +44,9 @@ def sections(results: pathlib.Path) -> dict[str, str]:
     """Markdown of what there are results of."""
     found = {}
     if cells := gpt2_cells(results / "evidence/gpt2"):
-        found["gpt2"] = _gpt2(cells)
-    if cells := gpt2_cells(results / "evidence/gpt2", at_one_rate=True):
-        found["gpt2-at-one-rate"] = _gpt2(cells)
+        found["gpt2"] = _gpt2([cells])
+    if several := gpt2_cells_at_one_rate(results / "evidence/gpt2"):
+        found["gpt2-at-one-rate"] = _gpt2(several)
     if rows := _image_rows(results / "evidence/images"):
         found["images"] = _table(_IMAGE_HEADER, rows)
     if rows := _long_rows(results / "evidence/long"):
@@ -166,7 +167,7 @@ def failures(results: pathlib.Path) -> list[str]:
 #
 
 
-def _gpt2(cells: Cells) -> str:
+def _gpt2(several: list[Cells]) -> str:
     def others(cell: Cell) -> list[str]:
         speed = [x["result"]["tokens a second"] for x in cell.records]
         peak = [x["peak bytes"] for x in cell.records if x["peak bytes"]]
@@ -178,8 +179,9 @@ def _gpt2(cells: Cells) -> str:
         *("rate", "seeds", "mean", "gap ± standard error", "95 % interval", "that is"),
         *("largest update", "1000 tokens/s", "peak, GB"),
     ]
-    table = _table(header, _gap_rows(cells, 4, others))
-    (first, *_) = next(iter(cells.values()))[REFERENCE].records
+    rows = [row for cells in several for row in _gap_rows(cells, 4, others)]
+    table = _table(header, rows)
+    (first, *_) = next(iter(several[0].values()))[REFERENCE].records
     return f"{table}\n\n({device_line(first)}.)"
 
 

@@ -75,9 +75,9 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         of = {"optimizer": optimizer, "contender": contender, "seeds": seeds}
         return job("gpt2", cell, 2, 75.0, files, **of)
 
-    def at_rate(optimizer: str, contender: str, rate: str) -> Job:
-        files = [f"-seed-{seed}" for seed in range(3)]
-        of = {"optimizer": optimizer, "contender": contender, "seeds": "0-2"}
+    def at_rate(optimizer: str, contender: str, rate: str, last: int = 2) -> Job:
+        files = [f"-seed-{seed}" for seed in range(last + 1)]
+        of = {"optimizer": optimizer, "contender": contender, "seeds": f"0-{last}"}
         cell = f"{optimizer}-{contender}-at-{rate}"
         return job("gpt2", cell, 2, 60.0, files, **of, rate=rate)
 
@@ -102,9 +102,10 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     for optimizer in OPTIMIZERS:
         yield gpt2(optimizer, others[0], 0, 2)
     # Lion's choice of a rate was a toss-up: contenders that chose another one than
-    # float32 are also run at its rate.
-    for contender in ("ours", "flashoptim"):
-        yield at_rate("lion", contender, "0.0001")
+    # float32 are also run at its rate, and float32 at theirs.
+    yield at_rate("lion", "ours", "0.0001", last=4)
+    yield at_rate("lion", "flashoptim", "0.0001")
+    yield at_rate("lion", "float32", "0.0003")
     yield gpt2("adamw", others[1], 0, 2)
     # With the paper's codec, AdamW was better than in float32.
     yield at_rate("adamw", "flashoptim-v", "0.0003")
