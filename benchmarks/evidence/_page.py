@@ -25,6 +25,7 @@ TITLES = {
     "ours": "**flashquinox**",
     "flashoptim": "the paper's codec",
     "bfloat16": "bfloat16 weights",
+    "ours-32": "flashquinox, 32 bits",
     "flashoptim-v": "the paper's second moments alone",
 }
 # What there is none of: an en dash.

@@ -89,6 +89,12 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         of = {"case": case, "optimizer": optimizer, "contender": contender}
         return job("long", "-".join(of.values()), 1, 120.0, [""], **of)
 
+    def finetune(optimizer: str, contender: str) -> Job:
+        rates = ("1e-05", "0.0001")
+        files = [f"-at-{x}-seed-{seed}" for seed in range(3) for x in rates]
+        of = {"optimizer": optimizer, "contender": contender}
+        return job("finetune", "-".join(of.values()), 2, 120.0, files, **of)
+
     def quality(name: str, least: float, *of: str) -> Job:
         file = out / "quality" / f"{name}.json"
         text = ("--text", str(data / "speeches.txt"), "--json", str(file))
@@ -132,4 +138,7 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         yield images("resnet", optimizer, contender)
     for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
         yield long("change", optimizer, contender)
+    weights = ("float32", "ours", "ours-32", "bfloat16")
+    for optimizer, contender in itertools.product(("adamw", "lion"), weights):
+        yield finetune(optimizer, contender)
     yield quality("closed-loop", 150.0, "--closed-loop", "--seeds", "48")

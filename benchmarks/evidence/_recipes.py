@@ -26,6 +26,7 @@ CONTENDERS: dict[str, fq.Storage | None] = {
     "ours": fq.Storage(),
     "flashoptim": fq.Storage(moments="flashoptim"),
     "bfloat16": fq.Storage(master_weight_bits=None, moments="float32"),
+    "ours-32": fq.Storage(master_weight_bits=32),
     # To find causes: the paper's second moments beside exact first ones.
     "flashoptim-v": fq.Storage(
         moments=fq.MomentCodecs(
@@ -43,7 +44,7 @@ class Recipe:
     """An optimizer with all but its learning rate. `rates` are those to choose from."""
 
     optimizer: str
-    rates: tuple[float, float, float]
+    rates: tuple[float, ...]
     weight_decay: float
     b2: float = 0.0
     max_norm: float | None = None
@@ -105,7 +106,7 @@ def _matrices(weights: PyTree) -> PyTree[optax.contrib.MuonDimensionNumbers | No
 
 
 def recipes(
-    rates: dict[str, tuple[float, float, float]],
+    rates: dict[str, tuple[float, ...]],
     decays: dict[str, float],
     adam_b2: float,
     max_norm: float | None,
@@ -155,19 +156,25 @@ class Training:
     ) -> tuple[tuple[PyTree, PyTree], tuple[Scalar, Scalar]]:
         """Also the loss before the step, and the largest update of a weight in units of
         the peak learning rate."""
-        weights, state = carry
-        value, grads = jax.value_and_grad(loss)(narrow(weights))
         before = full_weights(self.storage, carry)
-        if self.storage is None:
-            grads = fq.cast(grads, jnp.float32)
-            updates, state = self.optim.update(grads, state, weights)
-            new = optax.apply_updates(weights, updates), state
-        else:
-            new = self.optim.step(weights, state, grads, max_norm=self.recipe.max_norm)
+        new, value = self.advance(carry, loss)
         after = full_weights(self.storage, new)
         moved = jtu.tree_map(lambda x, y: jnp.max(jnp.abs(x - y)), after, before)
         largest = jnp.max(jnp.stack(jtu.tree_leaves(moved))) / self.rate
         return new, (value, largest)
+
+    def advance(
+        self, carry: tuple[PyTree, PyTree], loss: Callable[[PyTree], Scalar]
+    ) -> tuple[tuple[PyTree, PyTree], Scalar]:
+        """Also the loss before the step."""
+        weights, state = carry
+        value, grads = jax.value_and_grad(loss)(narrow(weights))
+        if self.storage is None:
+            grads = fq.cast(grads, jnp.float32)
+            updates, state = self.optim.update(grads, state, weights)
+            return (optax.apply_updates(weights, updates), state), value
+        most = self.recipe.max_norm
+        return self.optim.step(weights, state, grads, max_norm=most), value
 
 
 def narrow(weights: PyTree) -> PyTree:
