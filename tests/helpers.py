@@ -82,7 +82,63 @@ def _schedule_free(learning_rate, b1: float = 0.9, **kwargs: Any):
     return optax.GradientTransformation(init, update)
 
 
+class _Adafactor(NamedTuple):
+    count: Any
+    v_row: Any
+    v_col: Any
+    v: Any
+
+
+def _adafactor(learning_rate, smallest: int, **kwargs: Any):
+    """Optax's, with a state as of this library: axes over which there are means are
+    kept with length 1, and there is `None` where Optax has a stand-in."""
+    inner = optax.adafactor(learning_rate, smallest, **kwargs)
+
+    def shapes(x):
+        row, column = [*np.argsort(x.shape, kind="stable")[-2:], 0, 0][:2]
+        if x.ndim < 2 or x.shape[row] < smallest:
+            return None, None, x.shape
+        mean = lambda axis: (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        return mean(column), mean(row), None
+
+    def of_shapes(params, make):
+        each = {key: shapes(x) for key, x in params.items()}
+        return [
+            {k: None if x[i] is None else make(i, k, x[i]) for k, x in each.items()}
+            for i in range(3)
+        ]
+
+    def init(params):
+        make = lambda i, key, shape: jnp.zeros(shape, params[key].dtype)
+        return _Adafactor(jnp.zeros((), jnp.int32), *of_shapes(params, make))
+
+    def update(grads, state, params):
+        there = inner.init(params)
+        names = state._fields[1:]
+        like = {name: optax.tree.get(there, name) for name in names}
+        reshaped = lambda own, x: x if own is None else own.reshape(x.shape)
+        given = {
+            name: {k: reshaped(getattr(state, name)[k], x) for k, x in of.items()}
+            for name, of in like.items()
+        }
+        there = optax.tree.set(there, count=state.count, **given)
+        updates, there = inner.update(grads, there, params)
+        found = [optax.tree.get(there, name) for name in names]
+        make = lambda i, key, shape: found[i][key].reshape(shape)
+        return updates, _Adafactor(state.count + 1, *of_shapes(params, make))
+
+    return optax.GradientTransformation(init, update)
+
+
 OPTIMIZERS = {
+    "adafactor": OptimizerCase(
+        partial(fq.adafactor, min_dim_size_to_factor=5, weight_decay_rate=0.01),
+        partial(_adafactor, smallest=5, weight_decay_rate=0.01),
+    ),
+    "adafactor-whole": OptimizerCase(
+        partial(fq.adafactor, multiply_by_parameter_scale=False),
+        partial(_adafactor, smallest=128, multiply_by_parameter_scale=False),
+    ),
     "adamw": OptimizerCase(
         partial(fq.adamw, weight_decay=0.1), partial(optax.adamw, weight_decay=0.1)
     ),
@@ -228,6 +284,8 @@ def _id(case: Case) -> str:
 CASES = [Case(name, storage) for name in OPTIMIZERS for storage in STORAGES]
 # Every optimizer with the storage of the defaults, and every rule with every dtype.
 _QUICK = {
+    "adafactor": [_FEW[0], _FEW[1], _FEW[2]],
+    "adafactor-whole": [_FEW[0]],
     "adamw": _PAIRS,
     "adamw-nesterov": [_FEW[0], _FEW[1]],
     "adam": [_FEW[0], _FEW[2]],

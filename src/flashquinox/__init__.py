@@ -8,6 +8,7 @@ from ._optimizer.accumulate import (
     AccumulatingOptimizer as AccumulatingOptimizer,
 )
 from ._optimizer.accumulation_state import AccumulationState as AccumulationState
+from ._optimizer.adafactor import adafactor as adafactor
 from ._optimizer.adam import adam as adam, adamw as adamw
 from ._optimizer.adan import adan as adan
 from ._optimizer.add_updates import add_updates as add_updates
@@ -32,6 +33,7 @@ from ._optimizer.schedule_free import (
 )
 from ._optimizer.sgd import sgd as sgd, sgdw as sgdw
 from ._optimizer.state import OptimizerState as OptimizerState
+from ._rules.adafactor import Adafactor as Adafactor
 from ._rules.adam import Adam as Adam
 from ._rules.adan import Adan as Adan
 from ._rules.ademamix import AdEMAMix as AdEMAMix
@@ -49,6 +51,7 @@ from ._rules.schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
 from ._rules.sgd import SGD as SGD
 from ._rules.whole_leaf import (
     AbstractMatrixRule as AbstractMatrixRule,
+    AbstractMeansRule as AbstractMeansRule,
     AbstractWholeLeafRule as AbstractWholeLeafRule,
 )
 from ._sharding.fsdp import fsdp_shardings as fsdp_shardings

@@ -27,6 +27,11 @@ _START = {
     for i, (name, shape) in enumerate(_SHAPES.items())
 }
 _PAIRS = {
+    "adafactor": (partial(fq.adafactor, 1e-2, 32), partial(optax.adafactor, 1e-2, 32)),
+    "adafactor-momentum": (
+        partial(fq.adafactor, 1e-2, 32, momentum=0.9, weight_decay_rate=1e-4),
+        partial(optax.adafactor, 1e-2, 32, momentum=0.9, weight_decay_rate=1e-4),
+    ),
     "lamb": (partial(fq.lamb, 1e-3), partial(optax.lamb, 1e-3)),
     "lars": (
         partial(fq.lars, 0.03, trust_coefficient=0.01),

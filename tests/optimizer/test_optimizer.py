@@ -126,10 +126,13 @@ def test_every_step_is_exact_but_for_one_rounding(case):
             assert np.all(error <= bound), name
             for moment, tree in exact_moments.items():
                 stored = state.moments[moment][name]
+                if stored is None:
+                    assert tree[name] is None
+                    continue
                 # Three roundings of numbers as large as the largest, which is that of
                 # the gradient too. Squared: 2 g dg = 2 sqrt(nu) max(sqrt(nu)) 2^-22.
                 largest = np.max(np.abs(tree[name]))
-                if moment in ("nu", "n"):
+                if moment in ("nu", "n") or "adafactor" in case.name:
                     largest = tree[name] + np.sqrt(tree[name] * largest)
                 atol = 2.0**-21 * largest
                 if moment == "offset":
@@ -144,7 +147,8 @@ def test_every_step_is_exact_but_for_one_rounding(case):
 
 def _assert_initial(case, params, state):
     assert int(state.count) == 0
-    assert set(state.moments) <= {*"mvng", "mu", "nu", "trace", "m1", "m2", "offset"}
+    known = {*"mvng", "mu", "nu", "trace", "m1", "m2", "offset", "v_row", "v_col"}
+    assert set(state.moments) <= known
     bits = case.storage.master_weight_bits
     dtypes = {leaf.dtype for leaf in jtu.tree_leaves(state.corrections)}
     expected = {24: {jnp.dtype(jnp.int8)}, 32: {jnp.dtype(jnp.int16)}, None: set()}

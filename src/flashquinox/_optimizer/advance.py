@@ -16,8 +16,14 @@ from .._backends.dispatch import LeafStep
 from .._common import memory, meshes
 from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
+from .._rules.checks import check_like, check_transformed
 from .._rules.rule import rule_structure
-from .._rules.whole_leaf import AbstractMatrixRule, AbstractWholeLeafRule
+from .._rules.whole_leaf import (
+    AbstractMatrixRule,
+    AbstractMeansRule,
+    AbstractWholeLeafRule,
+)
+from .._sharding import state_specs
 from .._sharding.learned import learn
 from .._sharding.matrices import map_matrices
 from .._storage.layout import flattened
@@ -206,36 +212,64 @@ class Advance:
                 wide = directions[i].astype(master.dtype) + one.l2 * master
                 directions[i] = wide.astype(dtypes[i])
         new = self._between(of, directions, masters)
-        second = [x._replace(grad=grad) for x, grad in zip(of, new, strict=True)]
+        second = [x._replace(grad=grad) for x, (grad, _) in zip(of, new, strict=True)]
         done = self._last(second, clip=False)
-        for i, first in moved.items():
-            codes = first.new.codes | done[i].new.codes
-            scales = first.new.scales | done[i].new.scales
-            state = dataclasses.replace(done[i].new, codes=codes, scales=scales)
-            done[i] = Advanced(state, first.parameters | done[i].parameters)
+        for i, (_, means) in enumerate(new):
+            codes, scales = means, dict[str, Any].fromkeys(means)
+            parameters = done[i].parameters
+            if i in moved:
+                codes, scales = codes | moved[i].new.codes, scales | moved[i].new.scales
+                parameters = moved[i].parameters | parameters
+            state = dataclasses.replace(
+                done[i].new,
+                codes=codes | done[i].new.codes,
+                scales=scales | done[i].new.scales,
+            )
+            done[i] = Advanced(state, parameters)
         return done
 
     def _between(
         self, of: Sequence[Part], directions: list[Array], masters: list[Array]
-    ) -> list[Array]:
-        """What the rules make of the directions of a batch."""
+    ) -> list[tuple[Array, dict[str, Array]]]:
+        """What the rules make of the directions of a batch, and the new means."""
         rule: Any = self.step.passes[of[0].number].between
         sharding = of[0].sharding
         if isinstance(rule, AbstractMatrixRule):
             axes = axes_of(self.step.call, rule, self.step.leaves[of[0].number])
             function = _Transform(rule_structure(rule))  # pyright: ignore
-            return map_matrices(function, axes, sharding, directions)
-        new = []
-        for x, direction, master in zip(of, directions, masters, strict=True):
-            rule = self.step.passes[x.number].between
-            assert isinstance(rule, AbstractWholeLeafRule)
-            cast = lambda n, dtype=master.dtype: (
-                n.astype(dtype) if eqx.is_array(n) else n
-            )
-            rule = jtu.tree_map(cast, rule)
+            return [(x, {}) for x in map_matrices(function, axes, sharding, directions)]
+        return [
+            self._transformed(*each)
+            for each in zip(of, directions, masters, strict=True)
+        ]
+
+    def _transformed(
+        self, x: Part, direction: Array, master: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """What a rule makes of the direction of a leaf, and the new means."""
+        call, passes = self.step.call, self.step.passes[x.number]
+        cast = lambda n: n.astype(master.dtype) if eqx.is_array(n) else n
+        rule: Any = jtu.tree_map(cast, passes.between)
+        if isinstance(rule, AbstractWholeLeafRule):
             transformed = rule.transform(direction, master)
-            new.append(meshes.as_typed(transformed, x.sharding))
-        return new
+            method = f"{type(rule).__name__}.transform"
+            what = "the gradient of the second pass"
+            check_like(call, method, what, transformed, direction)
+            return meshes.as_typed(transformed, x.sharding), {}
+        assert isinstance(rule, AbstractMeansRule)
+        old = {name: x.old.codes[name] for name in passes.means}
+        number = self.step.settings.number(self.step.count).astype(master.dtype)
+        result = rule.transform(direction, master, old, number)
+        check_transformed(call, rule, result, direction, old)
+        transformed, new = result
+        if self.all_finite is not None:
+            new = {k: jnp.where(self.all_finite, v, old[k]) for k, v in new.items()}
+        if x.sharding is not None:
+            new = {
+                k: meshes.constrain(v, state_specs.of_array(v.shape, x.sharding))
+                for k, v in new.items()
+            }
+        return meshes.as_typed(transformed, x.sharding), new
 
     def _last(self, of: Sequence[Part], clip: bool = True) -> list[Advanced]:
         return self._pass(of, lambda x: x.last, clip)

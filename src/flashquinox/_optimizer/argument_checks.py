@@ -24,8 +24,8 @@ def check_hyperparameters(call: str, group: Group) -> None:
             hint = f" Make one: `{rule.__name__}(...)`."
         raise TypeError(
             f"`{call}(rule=...)` takes an instance of a subclass of "
-            "`flashquinox.AbstractRule`, or of `AbstractWholeLeafRule` or "
-            f"`AbstractMatrixRule`; got {shown(rule)}.{hint}"
+            "`flashquinox.AbstractRule`, or of `AbstractWholeLeafRule`, "
+            f"`AbstractMeansRule` or `AbstractMatrixRule`; got {shown(rule)}.{hint}"
         )
     for field in dataclasses.fields(rule):
         if field.type in (bool, "bool"):
@@ -37,7 +37,7 @@ def check_hyperparameters(call: str, group: Group) -> None:
             _check_exact(call, argument, getattr(rule, name))
     for name, value in (
         ("learning_rate", group.learning_rate),
-        ("weight_decay", group.decay.rate),
+        (group.decay.rate_name, group.decay.rate),
     ):
         if callable(value):
             check_takes_count(call, f"{group.prefix}{name}", value)

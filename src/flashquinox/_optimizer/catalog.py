@@ -1,5 +1,6 @@
 """All optimizers of this library by their names, for whatever lists them."""
 
+from .adafactor import adafactor
 from .adam import adam, adamw
 from .adan import adan
 from .ademamix import ademamix
@@ -15,6 +16,7 @@ from .sgd import sgd, sgdw
 OPTIMIZERS = {
     make.__name__: make
     for make in (
+        adafactor,
         adamw,
         adam,
         adan,

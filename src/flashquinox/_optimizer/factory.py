@@ -27,7 +27,7 @@ class _Static:
 
 
 # Arguments that may be functions of the model.
-_OF_MODELS = ("mask", "weight_dimension_numbers")
+_OF_MODELS = ("mask", "weight_decay_mask", "weight_dimension_numbers")
 
 
 class _Signature(inspect.Signature):

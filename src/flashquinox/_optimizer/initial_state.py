@@ -14,7 +14,7 @@ from .._common.dtypes import compute_dtype, NARROW_DTYPES
 from .._model.quantized import check_no_scales
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, Rebuild
-from .._rules.whole_leaf import AbstractMatrixRule, AnyRule
+from .._rules.whole_leaf import AbstractMatrixRule, AbstractMeansRule, AnyRule
 from .._sharding import new_arrays, record
 from .._storage.layout import Layout
 from .._storage.quant_moment import StoredMoment, zeros
@@ -24,7 +24,7 @@ from .call_checks import check_model, warn_of_nothing_to_train
 from .checksums import checksums
 from .device_checks import warn_of_divided_groups
 from .leaf_checks import check_correction_has_effect
-from .passes import axes_of
+from .passes import axes_of, check_has_axes
 from .settings import Settings
 from .state import OptimizerState, StepCount
 
@@ -50,6 +50,8 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         rule = rules[index].rule
         if isinstance(rule, AbstractMatrixRule):
             axes_of(call, rule, leaf)
+        if isinstance(rule, AbstractMeansRule):
+            check_has_axes(call, rule, leaf)
     makers = {
         index: partial(_zeros, settings, rules[index].rule, leaf, shardings[index])
         for index, leaf in trained.items()
@@ -134,12 +136,12 @@ def _zeros(
     """The moments and the correction of a leaf that has not been trained yet."""
     shape, dtype = leaf.value.shape, jnp.dtype(leaf.value.dtype)
     layout, codecs = _new_layout(settings, shape, sharding), settings.storage.codecs
+    wide = compute_dtype(dtype)
     moments = {
-        name: zeros(
-            codecs.of(moment, shape),
-            layout,
-            compute_dtype(dtype),
-            codecs.base_of(moment, shape),
+        name: jnp.zeros(moment.shape(shape), wide)
+        if moment.mean_over
+        else zeros(
+            codecs.of(moment, shape), layout, wide, codecs.base_of(moment, shape)
         )
         for name, moment in rule.moments.items()
     }

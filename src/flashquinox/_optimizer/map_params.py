@@ -122,7 +122,9 @@ def _of_scales(moment: QuantMoment, other: Any) -> Any:
 
 def _of_array(array: Any, other: Any) -> Any:
     """A sharding for an array with fewer axes than the weight, such as a checksum, is
-    replicated."""
-    if isinstance(other, NamedSharding) and array.ndim < len(other.spec):
+    replicated; one for means, along the axes that are left."""
+    if not isinstance(other, NamedSharding):
+        return other
+    if array.ndim < len(other.spec):
         return NamedSharding(other.mesh, PartitionSpec())
-    return other
+    return state_specs.of_array(array.shape, other)

@@ -13,8 +13,11 @@ from .._model.trained import is_float_array
 from .._model.trees import Leaf, match
 
 
-def decayed(call: str, mask: Any, params: PyTree, leaves: list[Leaf]) -> list[bool]:
-    """For each leaf, whether weight decay applies to it."""
+def decayed(
+    call: str, mask: Any, params: PyTree, leaves: list[Leaf], name: str = "mask"
+) -> list[bool]:
+    """For each leaf, whether weight decay applies to it. `name` is that of the mask
+    in the call that made the optimizer."""
     if mask is None:
         return [True for _ in leaves]
     # A mask with the structure of an Equinox model is a module, which may be callable.
@@ -26,17 +29,18 @@ def decayed(call: str, mask: Any, params: PyTree, leaves: list[Leaf]) -> list[bo
             raise
         if mask is None:
             raise TypeError(
-                f"`{call}`: the function for the `mask` returned None. It must return "
-                "a tree of True and False like the one that it gets, or a prefix of it."
+                f"`{call}`: the function for the `{name}` returned None. It must "
+                "return a tree of True and False like the one that it gets, or a "
+                "prefix of it."
             )
-    matched = match(call, "mask", mask, leaves, prefix=True)
+    matched = match(call, name, mask, leaves, prefix=True)
     return [
-        _is_decayed(call, leaf, value)
+        _is_decayed(call, leaf, value, name)
         for leaf, value in zip(leaves, matched, strict=True)
     ]
 
 
-def _is_decayed(call: str, leaf: Leaf, value: Any) -> bool:
+def _is_decayed(call: str, leaf: Leaf, value: Any, name: str) -> bool:
     if value is None or not is_float_array(leaf.value):
         return False
     if isinstance(value, bool | np.bool_):
@@ -50,6 +54,6 @@ def _is_decayed(call: str, leaf: Leaf, value: Any) -> bool:
         else:
             hint = " A mask is of whole leaves, not of their elements."
     raise TypeError(
-        f"`{call}`: the `mask` at `{leaf.name}` must be True or False; got "
+        f"`{call}`: the `{name}` at `{leaf.name}` must be True or False; got "
         f"{shown(value)}.{hint}"
     )

@@ -122,8 +122,8 @@ def optimizer(
     **Arguments:**
 
     - `rule`: a [`flashquinox.AbstractRule`][], or one that needs whole leaves: a
-        [`flashquinox.AbstractWholeLeafRule`][] or a
-        [`flashquinox.AbstractMatrixRule`][].
+        [`flashquinox.AbstractWholeLeafRule`][], a
+        [`flashquinox.AbstractMeansRule`][] or a [`flashquinox.AbstractMatrixRule`][].
     - `learning_rate`: a float, a scalar array, or an Optax schedule: a function of the
         number of steps taken, from 0, to a scalar. `init` calls it once, for what it
         returns to be checked.
@@ -134,8 +134,9 @@ def optimizer(
     - `decay`: which form weight decay has. `"decoupled"`: $w \leftarrow
         (1 - \alpha\lambda) w + u$. `"independent"`: the same with $\lambda \alpha /
         \alpha_\text{peak}$ for $\lambda\alpha$: it follows the shape of the schedule,
-        not its height. `"l2"`: L2 regularization: $\lambda w$ is added to the gradient;
-        of rules that need whole leaves, to the direction.
+        not its height. `"unscaled"`: the same with $\lambda$ for $\lambda\alpha$.
+        `"l2"`: L2 regularization: $\lambda w$ is added to the gradient; of rules that
+        need whole leaves, to the direction.
     - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
         unless `learning_rate` is a number, which is its own peak.
     - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].

@@ -11,7 +11,7 @@ from jaxtyping import Array, Scalar
 
 from .._model.trees import Leaf
 from .._rules.rule import AbstractRule, Moment, moments_of, rule_structure
-from .._rules.whole_leaf import AbstractMatrixRule, AbstractWholeLeafRule
+from .._rules.whole_leaf import AbstractMatrixRule, AbstractMeansRule, WholeLeafRule
 from .._sharding.matrices import MatrixAxes
 from .groups import LeafRule
 from .settings import Rates, Settings
@@ -36,17 +36,23 @@ class Passes(NamedTuple):
     direction, if anything does, and `between` is the rule, with its numbers."""
 
     first: Pass | None
-    between: AbstractWholeLeafRule | AbstractMatrixRule | None
+    between: WholeLeafRule | None
     # The coefficient of L2 regularization, which is added to a direction.
     l2: Scalar | None
     last: Pass
 
     @property
     def moments(self) -> dict[str, Moment]:
+        last = moments_of(self.last.rule)
+        if self.between is None:
+            return last
         first = {} if self.first is None else moments_of(self.first.rule)
-        return (
-            first | moments_of(self.last.rule) if first else moments_of(self.last.rule)
-        )
+        return first | last | self.means
+
+    @property
+    def means(self) -> dict[str, Moment]:
+        rule = self.between
+        return rule.means if isinstance(rule, AbstractMeansRule) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +125,15 @@ def axes_of(call: str, rule: AbstractMatrixRule, leaf: Leaf) -> MatrixAxes:
         return MatrixAxes(*rule.axes(leaf.value.shape))
     except ValueError as error:
         raise ValueError(f"`{call}`: at `{leaf.name}`, {error}") from None
+
+
+def check_has_axes(call: str, rule: AbstractMeansRule, leaf: Leaf) -> None:
+    """A leaf must have the axes over which a rule keeps means of it."""
+    for moment in rule.means.values():
+        try:
+            moment.shape(leaf.value.shape)
+        except ValueError as error:
+            raise ValueError(f"`{call}`: at `{leaf.name}`, {error}") from None
 
 
 def parameters_of(

@@ -61,7 +61,10 @@ class Settings(eqx.Module):
         self, call: str, params: PyTree, leaves: list[Leaf], rules: Sequence[LeafRule]
     ) -> list[bool]:
         """For each leaf, whether weight decay applies to it."""
-        found = [decayed(call, x.decay.mask, params, leaves) for x in self.groups]
+        found = [
+            decayed(call, x.decay.mask, params, leaves, x.decay.mask_name)
+            for x in self.groups
+        ]
         return [found[rule.group][i] for i, rule in enumerate(rules)]
 
     def rates(self, count: Scalar) -> list[Rates]:
@@ -72,7 +75,9 @@ class Settings(eqx.Module):
                 scheduled(
                     self.call, f"{x.prefix}learning_rate", x.learning_rate, count
                 ),
-                scheduled(self.call, f"{x.prefix}weight_decay", x.decay.rate, count),
+                scheduled(
+                    self.call, f"{x.prefix}{x.decay.rate_name}", x.decay.rate, count
+                ),
             )
             for x in self.groups
         ]
@@ -81,11 +86,15 @@ class Settings(eqx.Module):
         self, rule: AbstractRule, learning_rate: Any, count: Scalar, dtype: DTypeLike
     ) -> dict[str, Scalar]:
         """The scalars of a rule in the step after so many, in the precision `dtype`."""
+        rate = jnp.asarray(learning_rate, dtype)
+        return rule_scalars(rule, self.number(count), rate, dtype)
+
+    def number(self, count: Scalar) -> Scalar:
+        """The number of the step after so many, from 1."""
         # The last count is taken again and again, as by Optax. It is computed apart
         # from the count of the next state. A GPU computes what both share in a kernel
         # of its own, after a copy: 3% of a step of 4096 x 4096 weights (H100).
-        number = jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
-        return rule_scalars(rule, number, jnp.asarray(learning_rate, dtype), dtype)
+        return jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
 
     def decay_scalar(self, group: int, rates: Rates, dtype: DTypeLike) -> Scalar | None:
         """The scalar of a group's weight decay, in the precision `dtype`."""

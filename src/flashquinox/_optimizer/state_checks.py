@@ -93,7 +93,9 @@ def check_moments(
     codecs = storage.codecs
     for name, of_rule in moments.items():
         moment = stored[name]
-        _check_moment(call, leaf, name, moment, codecs.of(of_rule, leaf.value.shape))
+        shape = leaf.value.shape
+        codec = codecs.of(of_rule, shape)
+        _check_moment(call, leaf, name, moment, codec, of_rule.shape(shape))
         if not isinstance(moment, QuantMoment):
             continue
         if moment.group_size != storage.group_size:
@@ -164,7 +166,14 @@ def check_has_correction(call: str, leaf: Leaf, correction: Any) -> None:
         )
 
 
-def _check_moment(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> None:
+def _check_moment(
+    call: str,
+    leaf: Leaf,
+    name: str,
+    moment: Any,
+    codec: Any,
+    shape: tuple[int, ...],
+) -> None:
     # Names of leaves take time, and are only needed for errors.
     where = lambda: f"`{call}`: the state's moment {name!r} at `{leaf.name}`"
     if moment is None:
@@ -180,10 +189,10 @@ def _check_moment(call: str, leaf: Leaf, name: str, moment: Any, codec: Any) -> 
         )
     check_moment_dtypes(call, leaf, name, moment)
     codes = moment.codes if isinstance(moment, QuantMoment) else moment
-    if not eqx.is_array_like(codes) or codes.shape != leaf.value.shape:
+    if not eqx.is_array_like(codes) or codes.shape != shape:
         raise ValueError(
-            f"{where()} has shape {np.shape(codes)}, the weight "
-            f"{leaf.value.shape}. Pass the state of this model."
+            f"{where()} has shape {np.shape(codes)}; for the weight, of shape "
+            f"{leaf.value.shape}, it must be {shape}. Pass the state of this model."
         )
     if isinstance(moment, QuantMoment):
         if moment.scales.shape != moment.layout.scale_shape:

@@ -26,14 +26,17 @@ def optimizer_text(settings: Settings) -> str:
     if settings.call == "optimizer":
         first = [f"{type(group.rule).__name__}({_joined(of_rule)})"]
         arguments = {"learning_rate": group.learning_rate}
-    arguments["weight_decay"] = group.decay.rate
+    arguments[group.decay.rate_name] = group.decay.rate
     for other in more:
+        if not other.prefix:
+            # It has the arguments of the first.
+            continue
         of_group = {"learning_rate": other.learning_rate, **_of_rule(other.rule)}
-        of_group["weight_decay"] = other.decay.rate
+        of_group[other.decay.rate_name] = other.decay.rate
         arguments |= {f"{other.prefix}{name}": x for name, x in of_group.items()}
     arguments |= _of_choice(settings.choice)
     others = {
-        "mask": (group.decay.mask, None),
+        group.decay.mask_name: (group.decay.mask, None),
         "decay": (group.decay.form, _default_form(settings)),
         "peak_learning_rate": (group.decay.peak_learning_rate, None),
         "storage": (settings.storage, Storage()),
@@ -61,7 +64,9 @@ def _of_rule(rule: Any) -> dict[str, Any]:
         is_off = is_zero(value) and is_zero(field.default)
         if field.metadata.get("static", False):
             is_off = value == field.default
-        if value is not None and value is not False and not is_off:
+        elif value is None:
+            is_off = field.default is None
+        if not is_off:
             found[field.name] = value
     return found
 
@@ -78,7 +83,7 @@ def _default_form(settings: Settings) -> str:
     `optimizer` either have no such argument, or no L2 regularization."""
     is_named = settings.call != "optimizer"
     form = settings.groups[0].decay.form
-    return "l2" if is_named and form == "l2" else "decoupled"
+    return form if is_named and form in ("l2", "unscaled") else "decoupled"
 
 
 def _is_default(value: Any, default: Any) -> bool:

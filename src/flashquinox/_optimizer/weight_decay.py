@@ -1,5 +1,6 @@
-"""Weight decay: how strong, of which weights, and in which of three forms."""
+"""Weight decay: how strong, of which weights, and in which of four forms."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, get_args, Literal, TypeAlias
@@ -18,7 +19,7 @@ from .schedules import ScalarOrSchedule
 
 Mask: TypeAlias = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
 DecoupledDecay: TypeAlias = Literal["decoupled", "independent"]
-Decay: TypeAlias = Literal[DecoupledDecay, "l2"]
+Decay: TypeAlias = Literal[DecoupledDecay, "unscaled", "l2"]
 
 
 class WeightDecay(eqx.Module):
@@ -33,13 +34,17 @@ class WeightDecay(eqx.Module):
         | --- | --- |
         | `"decoupled"` | $w \leftarrow (1 - \alpha\lambda) w + u$ |
         | `"independent"` | the same with $\lambda/\alpha_\text{peak}$ for $\lambda$ |
+        | `"unscaled"` | $w \leftarrow (1 - \lambda) w + u$ |
         | `"l2"` | $g \leftarrow g + \lambda w$, before the rule |
+    - `rate_name`, `mask_name`: how the call that makes the optimizer names these.
     """
 
     rate: ScalarOrSchedule
     mask: Mask | None
     form: Decay = eqx.field(static=True)
     peak_learning_rate: ScalarLike | None
+    rate_name: str = eqx.field(static=True, default="weight_decay")
+    mask_name: str = eqx.field(static=True, default="mask")
 
     @property
     def is_decoupled(self) -> bool:
@@ -59,6 +64,8 @@ class WeightDecay(eqx.Module):
         decay = jnp.asarray(rate, dtype)
         if not self.is_decoupled:
             return decay
+        if self.form == "unscaled":
+            return 1 - decay
         if self.peak_learning_rate is None:
             return 1 - learning_rate * decay
         peak = jnp.asarray(self.peak_learning_rate, dtype)
@@ -69,6 +76,12 @@ class WeightDecay(eqx.Module):
 
 def l2(weight_decay: ScalarOrSchedule, mask: Mask | None) -> WeightDecay:
     return WeightDecay(weight_decay, mask, "l2", None)
+
+
+def unscaled(
+    rate: ScalarOrSchedule, mask: Mask | None, rate_name: str, mask_name: str
+) -> WeightDecay:
+    return WeightDecay(rate, mask, "unscaled", None, rate_name, mask_name)
 
 
 def decoupled(
@@ -100,18 +113,19 @@ def check_weight_decay(
     """
     if decay.mask is not None and is_zero(decay.rate):
         warnings.warn(
-            f"`{call}(mask=...)` has no effect: the mask says which weights decay, and "
-            "`weight_decay` is 0. Pass `weight_decay=...`, or leave the mask out.",
+            f"`{call}({decay.mask_name}=...)` has no effect: the mask says which "
+            f"weights decay, and `{decay.rate_name}` is 0. Pass "
+            f"`{decay.rate_name}=...`, or leave the mask out.",
             stacklevel=5,
         )
-    forms = "decoupled", "independent", "l2"
+    forms = "decoupled", "independent", "unscaled", "l2"
     if not isinstance(decay.form, str) or decay.form not in forms:
         raise ValueError(
-            f"`{call}(decay=...)` must be 'decoupled', 'independent' or 'l2'; got "
-            f"{shown(decay.form)}."
+            f"`{call}(decay=...)` must be 'decoupled', 'independent', 'unscaled' or "
+            f"'l2'; got {shown(decay.form)}."
         )
     peak = _peak(call, decay, learning_rate)
-    return WeightDecay(decay.rate, decay.mask, decay.form, peak)
+    return dataclasses.replace(decay, peak_learning_rate=peak)
 
 
 def _peak(call: str, decay: WeightDecay, learning_rate: Any) -> Any:

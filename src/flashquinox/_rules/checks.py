@@ -1,5 +1,6 @@
 """Checks of rules when an optimizer is built, so that no error comes from a kernel."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from .._common.elementwise_checks import check_array, check_elementwise, told
 from .._common.text import shown
 from .rule import AbstractRule, Moment, raw_scalars, rule_structure
-from .whole_leaf import AnyRule, elementwise_parts
+from .whole_leaf import AbstractMeansRule, AnyRule
 
 
 _REMEDY = (
@@ -33,6 +34,13 @@ def check_rule(call: str, rule: AbstractRule) -> None:
             "`flashquinox.Moment`s, such as `flashquinox.Moment('signed')` or "
             f"`flashquinox.Moment('nonnegative')`; got {shown(moments)}."
         )
+    for name, moment in moments.items():
+        if moment.mean_over:
+            raise ValueError(
+                f"`{call}`: in `{kind}.moments`, {name!r} has `mean_over`. An "
+                "elementwise rule sees no whole leaf: write a "
+                "`flashquinox.AbstractMeansRule`."
+            )
     structure = rule_structure(rule)
     try:
         hash(structure)
@@ -53,16 +61,66 @@ def check_rule(call: str, rule: AbstractRule) -> None:
 
 
 def check_moments_are_apart(call: str, rule: AnyRule) -> None:
-    """The two passes of a rule that needs whole leaves must not have a moment of the
-    same name."""
-    parts = elementwise_parts(rule)
-    if len(parts) == 2:
-        both = sorted(set(parts[0].moments) & set(parts[1].moments))
+    """The two passes of a rule that needs whole leaves, and its means, must not have a
+    moment of the same name."""
+    if isinstance(rule, AbstractRule):
+        return
+    kind, before = type(rule).__name__, rule.before
+    parts = {} if before is None else {"before": before.moments}
+    parts["after"] = rule.after.moments
+    if isinstance(rule, AbstractMeansRule):
+        parts["means"] = _checked_means(f"{call}(rule=...)", rule)
+    for (one, of_one), (other, of_other) in itertools.combinations(parts.items(), 2):
+        both = sorted(set(of_one) & set(of_other))
         if both:
             raise ValueError(
-                f"`{call}(rule=...)`: `{type(rule).__name__}.before` and `.after` both "
-                f"have a moment {both[0]!r}. Give one of them another name."
+                f"`{call}(rule=...)`: `{kind}.{one}` and `.{other}` both have a moment "
+                f"{both[0]!r}. Give one of them another name."
             )
+
+
+def _checked_means(call: str, rule: AbstractMeansRule) -> dict[str, Moment]:
+    means, kind = rule.means, type(rule).__name__
+    are_named = isinstance(means, dict) and all(isinstance(x, str) for x in means)
+    if not are_named or not all(
+        isinstance(x, Moment) and x.mean_over for x in means.values()
+    ):
+        raise TypeError(
+            f"`{call}`: `{kind}.means` must be a dictionary from names to "
+            f"`flashquinox.Moment`s with `mean_over`; got {shown(means)}."
+        )
+    return means
+
+
+def check_transformed(
+    call: str, rule: Any, result: Any, direction: Any, means: Mapping[str, Any]
+) -> None:
+    """What `transform` of a rule with means returned."""
+    method = f"{type(rule).__name__}.transform"
+    if (
+        not isinstance(result, tuple)
+        or len(result) != 2
+        or not isinstance(result[1], dict)
+        or set(result[1]) != set(means)
+    ):
+        raise TypeError(
+            f"`{call}`: `{method}` must return a pair: an array like the direction, "
+            f"and a dictionary of the new means {_names(means)}; it returned "
+            f"{shown(result)}."
+        )
+    likes = {"the gradient of the second pass": (result[0], direction)}
+    likes |= {f"the mean {k!r}": (result[1][k], like) for k, like in means.items()}
+    for what, (x, like) in likes.items():
+        check_like(call, method, what, x, like)
+
+
+def check_like(call: str, method: str, what: str, x: Any, like: Any) -> None:
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape != like.shape or dtype != like.dtype:
+        raise ValueError(
+            f"`{call}`: `{method}` returned {what} as {dtype} of shape {shape}; it "
+            f"must be {like.dtype} of shape {like.shape}."
+        )
 
 
 # The structures of rules that passed, so that each is traced once in a process.

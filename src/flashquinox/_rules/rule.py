@@ -56,6 +56,7 @@ class Moment:
         fq.Moment("signed", before="decay", after="one_minus_decay")
         fq.Moment("signed", kept="exact")  # the previous gradient
         fq.Moment("signed", relative_to="nu")  # in units of the root of `nu`
+        fq.Moment("nonnegative", kept="exact", mean_over=(-1,))  # one for each row
         ```
 
     With `relative_to`, a compressed moment $m$ may be stored as $r = m / \sqrt{v}$,
@@ -77,11 +78,16 @@ class Moment:
     - `relative_to`: the name of an average of squares of the same rule, without
         `before` and `after`, or `None`. `Storage(moments=...)` decides whether it is
         used.
+    - `mean_over`: axes of a weight, as negative numbers, over which it has a single
+        number: a matrix has as many as rows with `(-1,)`. In a state, these axes have
+        the length 1. Only for the means of a [`flashquinox.AbstractMeansRule`][],
+        which are kept exact.
 
     **Raises:**
 
-    `ValueError` for another `kind` or `kept`, and for `relative_to` with a moment that
-    is not signed or is kept exact.
+    `ValueError` for another `kind` or `kept`; for `relative_to` with a moment that is
+    not signed or is kept exact; and for `mean_over` with one that is not kept exact,
+    or that has `before` or `after`.
     """
 
     kind: MomentKind = "signed"
@@ -89,6 +95,7 @@ class Moment:
     after: str | None = None
     kept: Kept = "compressed"
     relative_to: str | None = None
+    mean_over: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_kind("Moment", self.kind)
@@ -104,10 +111,42 @@ class Moment:
                 f"`Moment(relative_to={self.relative_to!r})` is for a signed moment "
                 f"that may be compressed; got kind={self.kind!r}, kept={self.kept!r}."
             )
+        axes = self.mean_over
+        are_axes = isinstance(axes, tuple) and all(
+            isinstance(x, int) and x < 0 for x in axes
+        )
+        is_plain = self.kept == "exact" and self.before is None and self.after is None
+        if not are_axes or (axes and not is_plain):
+            raise ValueError(
+                f"`Moment(mean_over={axes!r})` takes a tuple of negative numbers, of a "
+                f"moment without factors that is kept 'exact'; got kept={self.kept!r}, "
+                f"before={self.before!r}, after={self.after!r}."
+            )
+
+    def shape(self, of_weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of this moment of a weight.
+
+        **Raises:**
+
+        `ValueError` if the weight has not all axes in `mean_over`.
+        """
+        ndim = len(of_weight)
+        if any(ndim + axis < 0 for axis in self.mean_over):
+            raise ValueError(
+                f"a weight of shape {of_weight} has not the axes {self.mean_over}, "
+                "over which there are means. Use a rule that has others for it, as "
+                "`flashquinox.adafactor` does."
+            )
+        means = {ndim + axis for axis in self.mean_over}
+        return tuple(1 if i in means else n for i, n in enumerate(of_weight))
 
 
 def hyperparameter(
-    default: ScalarLike | None, *, low: float = 0.0, high: float = math.inf
+    default: ScalarLike | None,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    optional: bool = False,
 ) -> Any:
     """A numeric field of a rule that has a valid range.
 
@@ -124,26 +163,30 @@ def hyperparameter(
         may be `None`.
     - `low`, `high`: `low <= value < high`. [`flashquinox.optimizer`][] checks this when
         it is called, wherever the value is not traced.
+    - `optional`: whether the field may be `None` although its default is not.
 
     **Returns:**
 
     The field, as from `equinox.field`. A number without a valid range needs none of
     this: `beta: float = 0.9`.
     """
-    return eqx.field(default=default, metadata={_RANGE: (low, high)})
+    optional = optional or default is None
+    metadata = {_RANGE: (low, high), _OPTIONAL: optional}
+    return eqx.field(default=default, metadata=metadata)
 
 
 _RANGE = "flashquinox_range"
+_OPTIONAL = "flashquinox_optional"
 
 
 def ranges_of(rule: Any) -> dict[str, tuple[float, float]]:
     """The valid ranges of a rule's hyperparameters, by their names; not of those that
-    are `None` by default, and are left so."""
+    may be `None`, and are."""
     return {
         field.name: field.metadata[_RANGE]
         for field in dataclasses.fields(rule)
         if _RANGE in field.metadata
-        and not (field.default is None and getattr(rule, field.name) is None)
+        and not (field.metadata[_OPTIONAL] and getattr(rule, field.name) is None)
     }
 
 

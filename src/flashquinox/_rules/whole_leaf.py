@@ -9,7 +9,7 @@ elementwise rules run wherever all rules run. The function runs in plain XLA.
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .rule import AbstractRule, Moment
 
@@ -37,10 +37,15 @@ class _AbstractTwoPasses(eqx.Module):
         """
 
     @property
+    @abc.abstractmethod
     def moments(self) -> dict[str, Moment]:
-        """Those of both rules."""
-        before = self.before
-        return (before.moments if before is not None else {}) | self.after.moments
+        """All that a state keeps."""
+
+
+def _of_both(rule: _AbstractTwoPasses) -> dict[str, Moment]:
+    """The moments of the rules of both passes."""
+    before = rule.before
+    return (before.moments if before is not None else {}) | rule.after.moments
 
 
 class AbstractWholeLeafRule(_AbstractTwoPasses):
@@ -74,6 +79,11 @@ class AbstractWholeLeafRule(_AbstractTwoPasses):
         ```
     """
 
+    @property
+    def moments(self) -> dict[str, Moment]:
+        """Those of both rules."""
+        return _of_both(self)
+
     @abc.abstractmethod
     def transform(
         self, direction: Float[Array, "*shape"], weight: Float[Array, "*shape"]
@@ -95,6 +105,64 @@ class AbstractWholeLeafRule(_AbstractTwoPasses):
         """
 
 
+class AbstractMeansRule(_AbstractTwoPasses):
+    r"""A rule that needs a whole leaf, and keeps means of it over some of its axes,
+    such as [`flashquinox.Adafactor`][].
+
+    With $\operatorname{before}$ and $\operatorname{after}$ two elementwise rules,
+    $\lambda w$ for L2 regularization, and means $v$,
+
+    $$d = \operatorname{before}(g), \quad (d', v) \leftarrow
+    \operatorname{transform}(d + \lambda w, w, v), \quad w \leftarrow
+    (1 - \alpha\lambda) w + \operatorname{after}(d')$$
+    """
+
+    @property
+    @abc.abstractmethod
+    def means(self) -> dict[str, Moment]:
+        """The names of the means, and what each of them is: a
+        [`flashquinox.Moment`][] with `mean_over`. The names are keys of
+        `OptimizerState.moments`, beside those of the moments of both rules.
+
+        Is called when the optimizer is built, and whenever a state is made or a step is
+        traced. It may depend on static fields.
+        """
+
+    @property
+    def moments(self) -> dict[str, Moment]:
+        """The means, and the moments of both rules."""
+        return _of_both(self) | self.means
+
+    @abc.abstractmethod
+    def transform(
+        self,
+        direction: Float[Array, "*shape"],
+        weight: Float[Array, "*shape"],
+        means: dict[str, Float[Array, "..."]],
+        count: Scalar,
+    ) -> tuple[Float[Array, "*shape"], dict[str, Float[Array, "..."]]]:
+        """Is called once for each leaf in every step, in plain XLA, with the whole leaf
+        as its shape says, however it is divided among devices: XLA adds collectives
+        where reductions need them. Numeric fields of `self` are available.
+
+        **Arguments:**
+
+        - `direction`: the direction, with L2 regularization already added.
+        - `weight`: the master weight before this step.
+        - `means`: those of the previous step, as if by `keepdims`: of the axes of the
+            weight, those in `mean_over` have the length 1. Before the first step they
+            are zeros.
+        - `count`: the number of this step, counted from 1.
+
+        All are float32, or float64 for leaves in float64.
+
+        **Returns:**
+
+        A 2-tuple of what the second pass gets as gradient, an array like `direction`,
+        and the new means, arrays like the old ones.
+        """
+
+
 class AbstractMatrixRule(_AbstractTwoPasses):
     r"""A rule that needs products of a leaf's matrices, such as [`flashquinox.Muon`][].
 
@@ -102,6 +170,11 @@ class AbstractMatrixRule(_AbstractTwoPasses):
     matrices and over leaves, for one call of `transform`. On a mesh, each device gets
     its share of the stack, with whole matrices.
     """
+
+    @property
+    def moments(self) -> dict[str, Moment]:
+        """Those of both rules."""
+        return _of_both(self)
 
     @abc.abstractmethod
     def axes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -135,7 +208,8 @@ class AbstractMatrixRule(_AbstractTwoPasses):
         """
 
 
-AnyRule = AbstractRule | AbstractWholeLeafRule | AbstractMatrixRule
+WholeLeafRule = AbstractWholeLeafRule | AbstractMeansRule | AbstractMatrixRule
+AnyRule = AbstractRule | WholeLeafRule
 
 
 def elementwise_parts(rule: AnyRule) -> list[AbstractRule]:

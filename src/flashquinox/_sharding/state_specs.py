@@ -33,13 +33,24 @@ def of_scales(layout: Layout, sharding: NamedSharding) -> PartitionSpec:
     return PartitionSpec(*of_scales[: len(sharding.spec)])
 
 
+def of_array(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """That of an array of a leaf of this sharding. An axis over which it is a mean has
+    the length 1, and is not divided."""
+    parts = divisions(sharding)
+    cut = [n == 1 and k > 1 for n, k in zip(shape, parts, strict=False)]
+    if not any(cut):
+        return sharding
+    spec = [None if x else s for x, s in zip(cut, sharding.spec, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
 def of_arrays(tree: PyTree, sharding: NamedSharding) -> PyTree[NamedSharding]:
-    """The shardings of the arrays that a state has for a leaf: moments, and others of
-    the shape of the leaf."""
+    """The shardings of the arrays that a state has for a leaf: moments, means, and
+    others of the shape of the leaf."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, QuantMoment):
-            return sharding
+            return of_array(x.shape, sharding)
         scales = NamedSharding(sharding.mesh, of_scales(x.layout, sharding))
         parts = sharding, scales
         if x.parameter is None:
