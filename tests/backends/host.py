@@ -56,18 +56,25 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     # Those that XLA knows as results.
     known = [i for i in states if not memory.is_on_host(operands[i])]
     assert len(known) == kernel.results
+    fresh = {}
+    if kernel.fresh is not None:
+        dtype = jax.numpy.dtype(kernel.fresh)
+        fresh = dict.fromkeys(kernel.weights(len(operands)), dtype)
 
     def launch(*values: Any) -> list[np.ndarray]:
         # Kernels write where they have read.
         arrays = [np.array(x) for x in values]
-        pointers = [x.ctypes.data for x in [*arrays, *[arrays[i] for i in known]]]
+        results = {i: np.empty(arrays[i].shape, dtype) for i, dtype in fresh.items()}
+        results = dict(enumerate(arrays)) | results
+        pointers = [x.ctypes.data for x in [*arrays, *[results[i] for i in known]]]
         arguments = (ctypes.c_void_p * len(pointers))(*pointers)
         blocks = kernel.blocks * kernel.members
         _compiled(kernel.source, kernel.name).launch(arguments, blocks, THREADS)
-        return [arrays[i] for i in states]
+        return [results[i] for i in states]
 
     results = [
-        jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in states
+        jax.ShapeDtypeStruct(operands[i].shape, fresh.get(i, operands[i].dtype))
+        for i in states
     ]
     new = jax.pure_callback(launch, results, *memory.to_device(operands))
     return memory.where(list(new), [operands[i] for i in states])

@@ -1,7 +1,6 @@
 import dataclasses
 from typing import Unpack
 
-import jax
 from jaxtyping import ScalarLike
 
 from .._common.number_checks import check_flag
@@ -87,12 +86,9 @@ def adafactor(
     """
     smallest = min_dim_size_to_factor
     if not isinstance(smallest, int) or isinstance(smallest, bool) or smallest < 1:
-        hint = ""
-        if isinstance(smallest, jax.Array):
-            hint = " With `optax.inject_hyperparams`, name it in `static_args`."
         raise ValueError(
             "`adafactor(min_dim_size_to_factor=...)` takes a length, at least 1; got "
-            f"{shown(smallest)}.{hint}"
+            f"{shown(smallest)}."
         )
     decay = unscaled(
         weight_decay_rate, weight_decay_mask, "weight_decay_rate", "weight_decay_mask"

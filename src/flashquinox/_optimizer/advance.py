@@ -194,7 +194,7 @@ class Advance:
             _direction_dtype(rule, x.old.weight)
             for rule, x in zip(between, of, strict=True)
         ]
-        # In the memory of the gradient.
+        # What gives the direction its shape and its dtype.
         stand_ins = [
             x._replace(old=_with_weight(x.old, x.grad.astype(dtype), None))
             for x, dtype in zip(of, dtypes, strict=True)
@@ -316,7 +316,8 @@ class Advance:
                 one.is_decoupled,
                 self.as_update and is_last,
                 step.settings.storage.dither_weights and is_last,
-                self.in_loop,
+                as_direction=one is step.passes[x.number].first,
+                in_loop=self.in_loop,
             ),
             stored.layout(shape)
             if is_grouped

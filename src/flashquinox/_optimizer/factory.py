@@ -28,17 +28,22 @@ class _Static:
 
 # Arguments that may be functions of the model.
 _OF_MODELS = ("mask", "weight_decay_mask", "weight_dimension_numbers")
+# Numbers that programs depend on.
+_LENGTHS = ("min_dim_size_to_factor", "ns_steps")
 
 
 class _Signature(inspect.Signature):
     """Hides functions of the model from `optax.inject_hyperparams`, which binds
     arguments to this signature and takes every function for a schedule: it would call
-    them with the number of steps."""
+    them with the number of steps. And lengths, of which it would make arrays."""
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
         for name in _OF_MODELS:
             if callable(bound.arguments.get(name)):
+                bound.arguments[name] = _Static(bound.arguments[name])
+        for name in _LENGTHS:
+            if type(bound.arguments.get(name)) is int:
                 bound.arguments[name] = _Static(bound.arguments[name])
         return bound
 

@@ -79,9 +79,7 @@ class PassMaker:
             )
         first, scale = None, None
         if rule.rule.before is not None:
-            # Of a weight without meaning, nothing is left.
-            zero = self._once(("zero", dtype), jnp.zeros, (), dtype)
-            first = self._pass(rule, "before", dtype, (zero, True))
+            first = self._pass(rule, "before", dtype, (None, True))
         if isinstance(rule.rule, AbstractMatrixRule):
             scale = axes_of(self.call, rule.rule, leaf).size(leaf.value.shape)
         own = decay if decoupled else None

@@ -29,6 +29,9 @@ class StepStructure(eqx.Module):
     as_update: bool = eqx.field(static=True)
     # Round narrow weights, or these and their corrections, by a rotating threshold.
     dither_weights: bool = eqx.field(static=True)
+    # Give the update alone, in the dtype of the weight, whose numbers are not read: the
+    # first of two passes.
+    as_direction: bool = eqx.field(static=True, default=False)
     # Whether the arrays are layers that a loop over stacks has read. These need not be
     # where stacks are, in the large memory of a device.
     in_loop: bool = eqx.field(static=True, default=False)

@@ -78,6 +78,8 @@ def update_tile(
     unchanged = old
     if structure.as_update:
         unchanged = eqx.tree_at(lambda tile: tile.weight, old, no_update(old.weight))
+    if structure.as_direction:
+        unchanged = eqx.tree_at(lambda tile: tile.weight, old, weight)
     take = scalars.take
     return jtu.tree_map(lambda x, y: jnp.where(take, x, y), new, unchanged)
 
@@ -103,13 +105,18 @@ def advance(
     A 3-tuple of the new weight, its correction, and the new moments. With
     `structure.as_update`, the first is not the new weight but the update: what to add
     to the old one, in its dtype; the correction then belongs to the *sum*, as the
-    caller will round it.
+    caller will round it. With `structure.as_direction`, it is that of the rule.
     """
-    master = decode_weight(weight, correction)
+    if structure.as_direction:
+        master = grad.astype(compute_dtype(weight.dtype))
+    else:
+        master = decode_weight(weight, correction)
     if structure.base_of:
         moments = boundary(with_roots(structure, moments))
     new_master, moments = move(structure, scalars, grad, master, moments)
     moments = without_roots(structure, moments)
+    if structure.as_direction:
+        return new_master.astype(weight.dtype), None, moments
     if keep_unmoved:
         # Arithmetic flushes subnormals to zero and loses the sign of -0.
         new_master = jnp.where(new_master == master, master, new_master)
@@ -168,8 +175,8 @@ def move(
     master: Float[Array, "*tile"],
     moments: dict[str, Float[Array, "*tile"]],
 ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
-    """The arithmetic of a step, without any rounding: the new master weight and the new
-    moments."""
+    """The arithmetic of a step, without any rounding: the new master weight, or with
+    `structure.as_direction` the update alone, and the new moments."""
     wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
     wide_grad = wide_grad.astype(master.dtype)
     shrunk = master
@@ -179,7 +186,7 @@ def move(
         else:
             wide_grad = wide_grad + scalars.decay * master
     update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
-    return shrunk + update, moments
+    return (update if structure.as_direction else shrunk + update), moments
 
 
 def _difference(

@@ -1,5 +1,6 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -35,6 +36,7 @@ def update_leaves(
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
     words = _Words.of(scalars, leaves, all(view.number is not None for view in views))
+    like, structure_of_all = jtu.tree_flatten(old)
     kernel = Kernel(
         f"flashquinox_{type(structure.rule).__name__.lower()}",
         translation_of(structure, scalars, grads[0], old[0]),
@@ -50,12 +52,20 @@ def update_leaves(
             ]
         ),
         layer=words.layer,
+        fresh=str(old[0].weight.dtype) if structure.as_direction else None,
     )
+    if kernel.fresh is not None:
+        # Nobody reads weights. What would compute them is left out.
+        old = tuple(
+            [
+                dataclasses.replace(x, weight=grad)
+                for x, grad in zip(old, grads, strict=True)
+            ]
+        )
     # XLA takes a reshape of what is in host memory for work of the host.
     flat = lambda x: x if memory.is_on_host(x) else x.ravel()
     arrays = [flat(x) for x in jtu.tree_leaves(list(zip(grads, old, strict=True)))]
     new = _launched(run, kernel)(*words.arrays, *arrays)
-    like, structure_of_all = jtu.tree_flatten(old)
     shaped = [
         x if memory.is_on_host(x) else x.reshape(y.shape)
         for x, y in zip(new, like, strict=True)
@@ -192,10 +202,17 @@ def run_on_gpu(
     here = [i for i in states if i not in set(away)]
     opened = host_arrays.renewed([operands[i] for i in away])
     known = dict(enumerate(operands)) | dict(zip(away, opened, strict=True))
+    numbers = {i: j for j, i in enumerate(here)}
+    fresh = {
+        numbers.pop(i): jax.ShapeDtypeStruct(operands[i].shape, jnp.dtype(kernel.fresh))
+        for i in kernel.weights(len(operands))
+        if kernel.fresh is not None
+    }
     new = launch(
         Launch(kernel.name, kernel.source, kernel.blocks * kernel.members, THREADS),
         [*known.values()],
-        aliases={i: j for j, i in enumerate(here)},
+        aliases=numbers,
+        fresh=fresh,
         writes_operands=bool(away),
     )
     closed = host_arrays.renewed(opened, after=new[:1])

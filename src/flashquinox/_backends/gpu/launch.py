@@ -2,6 +2,7 @@
 arguments."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -23,12 +24,14 @@ def launch(
     kernel: Launch,
     operands: Sequence[Shaped[Array, "..."]],
     aliases: Mapping[int, int],
+    fresh: Mapping[int, jax.ShapeDtypeStruct] = MappingProxyType({}),
     writes_operands: bool = False,
 ) -> Sequence[Shaped[Array, "..."]]:
     """Runs a kernel, whose results are operands that it changes: `aliases` are the
-    numbers of these operands, and those of the results. `writes_operands`: it also
-    changes operands that are no results, so that it must run once and no more."""
-    likes = {result: operands[number] for number, result in aliases.items()}
+    numbers of these operands, and those of the results. `fresh` are results in memory
+    of their own. `writes_operands`: it also changes operands that are no results, so
+    that it must run once and no more."""
+    likes = {result: operands[number] for number, result in aliases.items()} | fresh
     results = [likes[i] for i in range(len(likes))]
     call = jax.ffi.ffi_call(
         "__gpu$xla.gpu.ptx",

@@ -41,6 +41,9 @@ class Kernel(NamedTuple):
     layer: str = ""
     # The models that take a step together: their arrays lie one after the other.
     members: int = 1
+    # The dtype of the new weights if they are written to memory of their own, and the
+    # old ones not read; or `None`.
+    fresh: str | None = None
 
     @property
     def blocks(self) -> int:
@@ -51,6 +54,10 @@ class Kernel(NamedTuple):
         """Which of so many arrays of words, gradients and states are of states."""
         words, width = len(self.strides), len(self.translation.input_types)
         return [i for i in range(words, operands) if (i - words) % width > 0]
+
+    def weights(self, operands: int) -> list[int]:
+        """Which of so many arrays are weights."""
+        return self.states(operands)[:: len(self.translation.output_types)]
 
     @property
     def _words(self) -> list[tuple[str, int]]:
@@ -129,8 +136,11 @@ class Kernel(NamedTuple):
         if not self._is_consecutive:
             yield f"run = {view.run}u; groups_of_run = {view.groups_of_run}u;"
             yield f"columns = {view.columns}u;"
-        pointers = range(len(self.translation.input_types))
-        yield " ".join(f"p{i} = p{first}_{i};" for i in pointers)
+        from_ = [f"p{first}_{i}" for i in range(len(self.translation.input_types))]
+        if self.fresh is not None:
+            result = first * len(self.translation.output_types)
+            from_[1] = f"({self.translation.input_types[1]}*)q{result}"
+        yield " ".join(f"p{i} = {text};" for i, text in enumerate(from_))
 
     @property
     def _is_consecutive(self) -> bool:
@@ -161,6 +171,8 @@ class Kernel(NamedTuple):
             self.translation.input_types, self.translation.is_scale, strict=True
         )
         for i, (kind, is_scale) in enumerate(types):
+            if i == 1 and self.fresh is not None:
+                continue
             if is_scale:
                 yield f"const {kind} x{i} = p{i}[group];"
             else:
