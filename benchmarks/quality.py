@@ -19,8 +19,9 @@ weights, bfloat16 gradients and a 24-bit master weight. Every seed is paired wit
 same seed under float32 AdamW (float32 weights and moments, the same bfloat16 forward
 pass), from the same float32 weights. Prints the gap of the mean loss of the last 50
 steps with its standard error, and the largest |u| after step 5 (median and worst seed).
-Seeds run side by side under `vmap`: on a GPU, 48 of them take a minute; with few, any
-machine will do.
+Seeds run side by side under `vmap`, and on all devices, among which they are divided;
+with few, any machine will do. --codecs chooses among "float32 moments", "flashoptim"
+and "default".
 
 Weights (--weights): a closed loop with the default codec, of bfloat16 weights with a
 24-bit master weight, and of such without a correction that are rounded to nearest or by
@@ -114,6 +115,9 @@ def codecs() -> dict[str, fq.MomentCodecs]:
             smallest_vector=0,
         ),
         "default, m alone": with_v(exact),
+        "default, m alone to nearest": fq.MomentCodecs(
+            default.signed, exact, relative=fq.LinearCodec(dithered=False)
+        ),
         "default, v alone": with_m(exact),
         "m to nearest": with_m(fq.LinearCodec(dithered=False)),
         "m by softsign": with_m(fq.SoftsignCodec()),
@@ -294,12 +298,12 @@ def summarize(
 def print_open_loop(b2: float, rows: list[dict[str, Any]], against: str) -> None:
     print(f"\nOpen loop, b2 = {b2}: mean error of the next update, steps 10 to {STEPS}")
     shown = "".join(f"{name:>15}" for name in SHOWN)
-    print(f"{'codec':26}{shown}{'largest ratio':>15}{'worst':>10}{'sum of v':>16}")
+    print(f"{'codec':28}{shown}{'largest ratio':>15}{'worst':>10}{'sum of v':>16}")
     for row in rows:
         errors = "".join(f"{error:15.4f}" for error in row["error"].values())
         low, high = row["sum of v"]
         print(
-            f"{row['codec']:26}{errors}{row['largest ratio']:15.2f}{row['worst']:10.2f}"
+            f"{row['codec']:28}{errors}{row['largest ratio']:15.2f}{row['worst']:10.2f}"
             f"{low:8.3f}-{high:.3f}"
         )
     print(f"largest ratio: of any tensor's error to that of {against}")
@@ -334,7 +338,7 @@ def train(
 ) -> tuple[Float[Array, "seeds steps"], Float[Array, "seeds steps"]]:
     """Losses and largest |u|s. `None` is float32 AdamW."""
 
-    def one_seed(key):
+    def one_seed(text, learning_rate, b2, key):
         model_key, data_key = jax.random.split(key)
         weights, static = eqx.partition(GPT(key=model_key), eqx.is_inexact_array)
         stored = storage or fq.Storage(master_weight_bits=None, moments="float32")
@@ -360,7 +364,16 @@ def train(
         carry = (weights, state)
         return jax.lax.scan(step, carry, jax.random.split(data_key, steps))[1]
 
-    return jax.vmap(one_seed)(keys)
+    # Each device has whole seeds, so that nothing is communicated.
+    of_seeds = jax.P("seeds")
+    run = jax.shard_map(
+        jax.vmap(one_seed, in_axes=(None, None, None, 0)),
+        mesh=jax.sharding.Mesh(np.array(jax.devices()), ("seeds",)),
+        in_specs=(jax.P(), jax.P(), jax.P(), of_seeds),
+        out_specs=of_seeds,
+        check_vma=False,
+    )
+    return run(text, learning_rate, b2, keys)
 
 
 def closed_loop(
@@ -439,10 +452,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--codecs",
         nargs="+",
-        choices=[*codecs(), *curves()],
+        choices=[*codecs(), *curves(), *MOMENTS],
         metavar="NAME",
-        help="some of those of the open loop, with the one to compare with (default: "
-        "all)",
+        help="some of those of the open loop, with the one to compare with, or of the "
+        "closed loop (default: all)",
     )
     parser.add_argument(
         "--seeds", type=int, default=2, help="how many seeds (default: 2)"
@@ -464,6 +477,15 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in {"seeds": 1, "steps": 10, "batch": 1}.items():
         if getattr(arguments, name) < least:
             parser.error(f"--{name} must be at least {least}")
+    if arguments.closed_loop or arguments.weights:
+        known = WEIGHTS if arguments.weights else MOMENTS
+        if arguments.seeds % jax.device_count():
+            parser.error(f"--seeds must be a multiple of {jax.device_count()} devices")
+    else:
+        known = curves() if arguments.curves else codecs()
+    for name in arguments.codecs or ():
+        if name not in known:
+            parser.error(f"--codecs: {name!r} is none of {', '.join(known)}")
     if arguments.text is not None and not arguments.text.is_file():
         parser.error(f"--text: no such file: {arguments.text}")
     return arguments
@@ -480,6 +502,8 @@ def main() -> None:
         storages, settings = MOMENTS, SETTINGS
         if arguments.weights:
             storages, settings = WEIGHTS, WEIGHT_SETTINGS
+        if arguments.codecs:
+            storages = {name: storages[name] for name in arguments.codecs}
         for setting in settings:
             rows = closed_loop(
                 text,
@@ -525,6 +549,7 @@ def main() -> None:
             if arguments.closed_loop or arguments.weights
             else STEPS,
             "batch": arguments.batch,
+            "devices": jax.device_count(),
             "bytes of text": int(text.shape[0]),
         },
         device=device,

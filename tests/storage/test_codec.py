@@ -494,9 +494,14 @@ def test_special_ranges():
 
 
 def _sequence(
-    leaf: int, length: int, start: int = 0, kind: MomentKind = "nonnegative"
+    leaf: int,
+    length: int,
+    start: int = 0,
+    kind: MomentKind = "nonnegative",
+    relative: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    at = jax.jit(jax.vmap(partial(Dither.at, leaf=leaf, kind=kind)))
+    of_leaf = partial(Dither.at, leaf=leaf, kind=kind, relative=relative)
+    at = jax.jit(jax.vmap(of_leaf))
     dither = at(start + jnp.arange(length, dtype=jnp.int32))
     return float64(dither.code), float64(dither.scale) / 2**16
 
@@ -529,6 +534,16 @@ def test_dithers_of_signed_moments_do_not_follow_from_one_another(lag):
     counts, *_ = np.histogram2d(code[lag:], code[:-lag], bins=8, range=[[0, 1], [0, 1]])
     # By chance, 64 +- 8 in each cell; of multiples of one number, 0 in most of them.
     assert np.all(np.abs(counts - 64) <= 40)
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 5000])
+def test_dithers_of_relative_moments_are_pairs(start):
+    """What one threshold adds, the next one takes away; and the pairs are as those of
+    other signed moments."""
+    code, _ = _sequence(3, 4096, start, "signed", relative=True)
+    assert np.all(code[::2] + code[1::2] == 1 - 2.0**-24)
+    first, _ = _sequence(3, 2048, start // 2, "signed")
+    assert np.array_equal(code[::2], first)
 
 
 def test_dithers_of_leaves_differ():

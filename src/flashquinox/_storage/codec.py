@@ -41,23 +41,34 @@ class Dither(eqx.Module):
 
     @staticmethod
     def at(
-        count: Scalar, leaf: ScalarLike, kind: MomentKind = "nonnegative"
+        count: Scalar,
+        leaf: ScalarLike,
+        kind: MomentKind = "nonnegative",
+        relative: bool = False,
     ) -> "Dither":
         """The thresholds of step `count` for moments of this kind of the leaf with this
-        index. A deterministic function of these, so that a resumed run continues bit
-        for bit.
+        index; `relative` for signed ones that are stored relative to another. A
+        deterministic function of these, so that a resumed run continues bit for bit.
 
         Averages of squares move by less than a code for many steps: multiples of the
         golden ratio, turn by turn, are the most even that there are. A signed moment
         loses a tenth of itself in each step, and rounding feeds back: by evenly spaced
         thresholds, small codes would die at a fixed time. So these have the multiples
         at the cubes of turns, which are as independent of one another as random ones.
+
+        Of a relative moment, most elements move by several codes in a step. Half of the
+        variance of their errors is that of the threshold, which is the same for all of
+        them. So these thresholds come in pairs, u and 1 - u: what one adds, the next
+        one takes away, before it is forgotten.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
-        place = turn * turn * turn if kind == "signed" else turn
+        place = turn >> 1 if relative else turn
+        place = place * place * place if kind == "signed" else place
         # Of the golden ratio; of the plastic number's reciprocals for the second
         # sequence and for the leaves' offsets.
         code = place * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
+        if relative:
+            code = code ^ (np.uint32(0) - (turn & np.uint32(1)))
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
         return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
 

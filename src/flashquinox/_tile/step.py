@@ -103,8 +103,9 @@ class StepScalars(eqx.Module):
 
     def dithers(self, structure: StepStructure) -> dict[str, Dither]:
         """What each moment is rounded by."""
+        bases = structure.base_of
         return {
-            name: Dither.at(self.count, self.leaf.number, moment.kind)
+            name: Dither.at(self.count, self.leaf.number, moment.kind, name in bases)
             for name, moment in moments_of(structure.rule).items()
         }
 
