@@ -26,6 +26,7 @@ TITLES = {
     "flashoptim": "the paper's codec",
     "bfloat16": "bfloat16 weights",
     "ours-32": "flashquinox, 32 bits",
+    "exact-moments": "24-bit weights, float32 moments",
     "flashoptim-v": "the paper's second moments alone",
 }
 # What there is none of: an en dash.

@@ -120,6 +120,11 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     # A pilot: how much its gaps deviate says how many more there must be.
     for contender in both:
         yield gpt2("muon", contender, 0, 2)
+    # The gap is 0.0075 with a deviation of 0.0010 nats: three are enough for 0.015. As
+    # many new ones tell whether the pilot was lucky; and moments, whether they make it.
+    for contender in both:
+        yield gpt2("muon", contender, 3, 5)
+    yield at_rate("muon", "exact-moments", "0.003")
     for contender in CONTENDERS:
         yield images("vit", "adamw", contender)
     for contender in CONTENDERS:

@@ -27,7 +27,8 @@ CONTENDERS: dict[str, fq.Storage | None] = {
     "flashoptim": fq.Storage(moments="flashoptim"),
     "bfloat16": fq.Storage(master_weight_bits=None, moments="float32"),
     "ours-32": fq.Storage(master_weight_bits=32),
-    # To find causes: the paper's second moments beside exact first ones.
+    # To find causes: weights alone; the paper's second moments beside exact first ones.
+    "exact-moments": fq.Storage(moments="float32"),
     "flashoptim-v": fq.Storage(
         moments=fq.MomentCodecs(
             fq.FullPrecision(),
