@@ -55,29 +55,29 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     states = kernel.states(len(operands))
     # Those that XLA knows as results.
     known = [i for i in states if not memory.is_on_host(operands[i])]
-    assert len(known) == kernel.results
-    fresh = {}
+    like, first = operands[-1], []
     if kernel.fresh is not None:
-        dtype = jax.numpy.dtype(kernel.fresh)
-        fresh = dict.fromkeys(kernel.weights(len(operands)), dtype)
+        shape, dtype = (*like.shape[:-1], kernel.size), jax.numpy.dtype(kernel.fresh)
+        first = [jax.ShapeDtypeStruct(shape, dtype)]
+    assert len(known) + len(first) == kernel.results
 
     def launch(*values: Any) -> list[np.ndarray]:
         # Kernels write where they have read.
         arrays = [np.array(x) for x in values]
-        results = {i: np.empty(arrays[i].shape, dtype) for i, dtype in fresh.items()}
-        results = dict(enumerate(arrays)) | results
-        pointers = [x.ctypes.data for x in [*arrays, *[results[i] for i in known]]]
+        stack = [np.empty(x.shape, x.dtype) for x in first]
+        every = [*arrays, *stack, *[arrays[i] for i in known]]
+        pointers = [x.ctypes.data for x in every]
         arguments = (ctypes.c_void_p * len(pointers))(*pointers)
         blocks = kernel.blocks * kernel.members
         _compiled(kernel.source, kernel.name).launch(arguments, blocks, THREADS)
-        return [results[i] for i in states]
+        return stack + [arrays[i] for i in states]
 
-    results = [
-        jax.ShapeDtypeStruct(operands[i].shape, fresh.get(i, operands[i].dtype))
-        for i in states
+    results = first + [
+        jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in states
     ]
     new = jax.pure_callback(launch, results, *memory.to_device(operands))
-    return memory.where(list(new), [operands[i] for i in states])
+    stack, new = list(new[: len(first)]), list(new[len(first) :])
+    return stack + memory.where(new, [operands[i] for i in states])
 
 
 @functools.cache

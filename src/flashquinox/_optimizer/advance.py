@@ -317,6 +317,8 @@ class Advance:
                 self.as_update and is_last,
                 step.settings.storage.dither_weights and is_last,
                 as_direction=one is step.passes[x.number].first,
+                in_stack=is_last
+                and isinstance(step.passes[x.number].between, AbstractMatrixRule),
                 in_loop=self.in_loop,
             ),
             stored.layout(shape)

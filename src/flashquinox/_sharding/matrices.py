@@ -110,10 +110,9 @@ def _stacked(axes: MatrixAxes, arrays: list[Array]) -> Array:
     ndim = arrays[0].ndim
     order = axes.of_stack(ndim) + axes.of_matrix
     shape = [arrays[0].shape[i] for i in axes.of_matrix]
-    stacks = [
-        x.transpose([i + ndim for i in order]).reshape(-1, *shape) for x in arrays
-    ]
-    return jnp.concatenate(stacks)
+    # Not transposed one by one: arrays that were one are not copied to be one again.
+    stack = jnp.stack(arrays).transpose(0, *[i + ndim + 1 for i in order])
+    return stack.reshape(-1, *shape)
 
 
 def _unstacked(axes: MatrixAxes, like: list[Array], stack: Array) -> list[Array]:
@@ -122,8 +121,8 @@ def _unstacked(axes: MatrixAxes, like: list[Array], stack: Array) -> list[Array]
     order = [i + ndim for i in axes.of_stack(ndim) + axes.of_matrix]
     inverse = sorted(range(ndim), key=order.__getitem__)
     shape = [like[0].shape[i] for i in order]
-    parts = jnp.split(stack, len(like))
-    return [part.reshape(shape).transpose(inverse) for part in parts]
+    arrays = stack.reshape(len(like), *shape).transpose(0, *[i + 1 for i in inverse])
+    return [lax.index_in_dim(arrays, i, keepdims=False) for i in range(len(like))]
 
 
 def _apply(function: Any, axes: MatrixAxes, stack: Array) -> Array:

@@ -32,6 +32,9 @@ class StepStructure(eqx.Module):
     # Give the update alone, in the dtype of the weight, whose numbers are not read: the
     # first of two passes.
     as_direction: bool = eqx.field(static=True, default=False)
+    # Whether the gradients of leaves that are updated together were one array, of all
+    # of them in order: the second of two passes.
+    in_stack: bool = eqx.field(static=True, default=False)
     # Whether the arrays are layers that a loop over stacks has read. These need not be
     # where stacks are, in the large memory of a device.
     in_loop: bool = eqx.field(static=True, default=False)

@@ -83,6 +83,9 @@ class Gpu(AbstractBackend):
         alike: dict[Any, list[int]] = {}
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
             kind = kind_of(step), view.group_size, view.is_consecutive
+            if step.structure.as_direction or step.structure.in_stack:
+                # Of one shape, they are in one array.
+                kind = *kind, step.grad.shape
             alike.setdefault(kind, []).append(i)
         found = []
         for numbers in alike.values():

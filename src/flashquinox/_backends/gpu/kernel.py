@@ -1,6 +1,5 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,7 +14,7 @@ from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from . import host_arrays, nvrtc, source
 from .launch import Launch, launch
-from .source import Kernel
+from .source import GRAD, Kernel, WEIGHT
 from .translation import translation_of
 from .view import THREADS, Threads, View
 
@@ -36,7 +35,11 @@ def update_leaves(
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
     words = _Words.of(scalars, leaves, all(view.number is not None for view in views))
-    like, structure_of_all = jtu.tree_flatten(old)
+    of_leaf = jtu.tree_leaves((grads[0], old[0]))
+    in_one = {GRAD} if structure.in_stack else set[int]()
+    if structure.as_direction:
+        # Nobody reads weights.
+        in_one.add(WEIGHT)
     kernel = Kernel(
         f"flashquinox_{type(structure.rule).__name__.lower()}",
         translation_of(structure, scalars, grads[0], old[0]),
@@ -44,33 +47,43 @@ def update_leaves(
         threads_of(views),
         words.scalars,
         (0,) * len(words.arrays),
-        results=sum([not memory.is_on_host(x) for x in jtu.tree_leaves(old)]),
+        results=_results(old, structure.as_direction),
         is_stack=tuple(
-            [
-                scalars.leaf.layer is not None and memory.is_on_host(x)
-                for x in jtu.tree_leaves((grads[0], old[0]))
-            ]
+            [scalars.leaf.layer is not None and memory.is_on_host(x) for x in of_leaf]
         ),
         layer=words.layer,
+        own=tuple([i for i in range(len(of_leaf)) if i not in in_one]),
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
     )
-    if kernel.fresh is not None:
-        # Nobody reads weights. What would compute them is left out.
-        old = tuple(
-            [
-                dataclasses.replace(x, weight=grad)
-                for x, grad in zip(old, grads, strict=True)
-            ]
-        )
     # XLA takes a reshape of what is in host memory for work of the host.
     flat = lambda x: x if memory.is_on_host(x) else x.ravel()
-    arrays = [flat(x) for x in jtu.tree_leaves(list(zip(grads, old, strict=True)))]
-    new = _launched(run, kernel)(*words.arrays, *arrays)
-    shaped = [
-        x if memory.is_on_host(x) else x.reshape(y.shape)
-        for x, y in zip(new, like, strict=True)
-    ]
-    return structure_of_all.unflatten(shaped)
+    each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
+    arrays = [flat(of_leaf[i]) for of_leaf in each for i in kernel.own]
+    if structure.in_stack:
+        # Of parts of an array, in order, XLA makes that array, and copies nothing.
+        arrays = [jnp.stack(grads).ravel(), *arrays]
+    new = list(_launched(run, kernel)(*words.arrays, *arrays))
+    weights: list[Any] = [None for _ in grads]
+    if structure.as_direction:
+        stack = new.pop(0).reshape(len(grads), *grads[0].shape)
+        weights = [
+            lax.index_in_dim(stack, i, keepdims=False) for i in range(len(grads))
+        ]
+    shaped = []
+    for of_leaf, weight in zip(each, weights, strict=True):
+        for i, x in enumerate(of_leaf[1:], start=1):
+            if i == WEIGHT and weight is not None:
+                shaped.append(weight)
+                continue
+            y = new.pop(0)
+            shaped.append(y if memory.is_on_host(y) else y.reshape(x.shape))
+    return jtu.tree_structure(old).unflatten(shaped)
+
+
+def _results(old: tuple[TileState, ...], with_stack: bool) -> int:
+    """How many results XLA knows: of new weights in one array, one."""
+    here = sum([not memory.is_on_host(x) for x in jtu.tree_leaves(old)])
+    return here - len(old) + 1 if with_stack else here
 
 
 def most_leaves(arrays: int) -> int:
@@ -202,19 +215,19 @@ def run_on_gpu(
     here = [i for i in states if i not in set(away)]
     opened = host_arrays.renewed([operands[i] for i in away])
     known = dict(enumerate(operands)) | dict(zip(away, opened, strict=True))
-    numbers = {i: j for j, i in enumerate(here)}
-    fresh = {
-        numbers.pop(i): jax.ShapeDtypeStruct(operands[i].shape, jnp.dtype(kernel.fresh))
-        for i in kernel.weights(len(operands))
-        if kernel.fresh is not None
-    }
-    new = launch(
+    fresh = {}
+    if kernel.fresh is not None:
+        shape = (*operands[-1].shape[:-1], kernel.size)
+        fresh = {0: jax.ShapeDtypeStruct(shape, jnp.dtype(kernel.fresh))}
+    stack, *new = launch(
         Launch(kernel.name, kernel.source, kernel.blocks * kernel.members, THREADS),
         [*known.values()],
-        aliases=numbers,
+        aliases={i: j + len(fresh) for j, i in enumerate(here)},
         fresh=fresh,
         writes_operands=bool(away),
     )
+    first = [stack] if fresh else []
+    new = new if fresh else [stack, *new]
     closed = host_arrays.renewed(opened, after=new[:1])
     known |= dict(zip(here, new, strict=True)) | dict(zip(away, closed, strict=True))
-    return [known[i] for i in states]
+    return first + [known[i] for i in states]

@@ -16,6 +16,10 @@ from .types import type_of
 from .view import THREADS, Threads, View
 
 
+# Of the gradient and the arrays of a state, in their order.
+GRAD, WEIGHT = 0, 1
+
+
 class Kernel(NamedTuple):
     """What a program depends on. Hashable.
 
@@ -41,8 +45,12 @@ class Kernel(NamedTuple):
     layer: str = ""
     # The models that take a step together: their arrays lie one after the other.
     members: int = 1
-    # The dtype of the new weights if they are written to memory of their own, and the
-    # old ones not read; or `None`.
+    # Which of the gradient and the arrays of its state each leaf has as an argument. Of
+    # others, there is one array of all leaves, which are of one size: gradients before
+    # the arguments of leaves, new weights before the other results.
+    own: tuple[int, ...] = ()
+    # The dtype of new weights that are in such an array; old ones are not read. Or
+    # `None`.
     fresh: str | None = None
 
     @property
@@ -52,12 +60,19 @@ class Kernel(NamedTuple):
 
     def states(self, operands: int) -> list[int]:
         """Which of so many arrays of words, gradients and states are of states."""
-        words, width = len(self.strides), len(self.translation.input_types)
-        return [i for i in range(words, operands) if (i - words) % width > 0]
+        start = len(self.strides) + self._has_stack
+        own = [self.own[i % len(self.own)] for i in range(operands - start)]
+        return [start + i for i, which in enumerate(own) if which != GRAD]
 
-    def weights(self, operands: int) -> list[int]:
-        """Which of so many arrays are weights."""
-        return self.states(operands)[:: len(self.translation.output_types)]
+    @property
+    def _has_stack(self) -> bool:
+        """Whether gradients are in one array."""
+        return GRAD not in self.own
+
+    @property
+    def size(self) -> int:
+        """The elements of all leaves."""
+        return sum([view.size for view in self.views])
 
     @property
     def _words(self) -> list[tuple[str, int]]:
@@ -73,13 +88,16 @@ class Kernel(NamedTuple):
     def _pointers(self) -> Iterator[str]:
         yield ", ".join(f"const int* {x}" for x, _ in self._words)
         types = self.translation.input_types
+        if self._has_stack:
+            yield f"{types[GRAD]}* grads"
         for leaf in range(len(self.views)):
-            yield ", ".join(f"{x}* p{leaf}_{i}" for i, x in enumerate(types))
+            yield ", ".join(f"{types[i]}* p{leaf}_{i}" for i in self.own)
         yield ", ".join(f"void* q{i}" for i in range(self.results))
 
     def _body(self) -> Iterator[str]:
         threads = self.threads
-        aligned = threads.aligned(self.views, self.members > 1 or any(self.is_stack))
+        are_parts = self.members > 1 or any(self.is_stack) or self._has_parts
+        aligned = threads.aligned(self.views, are_parts)
         yield f"constexpr int N = {threads.elements}, LANES = {threads.lanes};"
         yield f"constexpr int GROUP_SIZE = {threads.group_size}, ALIGNED = {aligned};"
         yield ""
@@ -111,7 +129,9 @@ class Kernel(NamedTuple):
             for words, stride in self._words:
                 yield f"{words} += member * {stride};"
             for i, is_scale in enumerate(self.translation.is_scale):
-                yield f"p{i} += member * {'groups' if is_scale else 'size'};"
+                size = "groups" if is_scale else "size"
+                size = size if i in self.own else f"{self.size}ll"
+                yield f"p{i} += member * {size};"
         if any(self.is_stack):
             yield f"const long long layer = {self.layer};"
         for i, is_stack in enumerate(self.is_stack):
@@ -136,11 +156,17 @@ class Kernel(NamedTuple):
         if not self._is_consecutive:
             yield f"run = {view.run}u; groups_of_run = {view.groups_of_run}u;"
             yield f"columns = {view.columns}u;"
-        from_ = [f"p{first}_{i}" for i in range(len(self.translation.input_types))]
+        types = self.translation.input_types
+        texts = [f"p{first}_{i}" for i in range(len(types))]
+        if self._has_stack:
+            texts[GRAD] = f"grads + {first} * size"
         if self.fresh is not None:
-            result = first * len(self.translation.output_types)
-            from_[1] = f"({self.translation.input_types[1]}*)q{result}"
-        yield " ".join(f"p{i} = {text};" for i, text in enumerate(from_))
+            texts[WEIGHT] = f"({types[WEIGHT]}*)q0 + {first} * size"
+        yield " ".join(f"p{i} = {text};" for i, text in enumerate(texts))
+
+    @property
+    def _has_parts(self) -> bool:
+        return len(self.own) < len(self.translation.input_types)
 
     @property
     def _is_consecutive(self) -> bool:
@@ -171,7 +197,7 @@ class Kernel(NamedTuple):
             self.translation.input_types, self.translation.is_scale, strict=True
         )
         for i, (kind, is_scale) in enumerate(types):
-            if i == 1 and self.fresh is not None:
+            if i == WEIGHT and self.fresh is not None:
                 continue
             if is_scale:
                 yield f"const {kind} x{i} = p{i}[group];"
