@@ -71,6 +71,31 @@ def test_scales_are_an_error(kind):
         assert "eqx.partition(model, spec)" in text
 
 
+@pytest.mark.parametrize("kind", _MODELS)
+def test_casts_leave_scales_alone(kind):
+    """All else that is floating-point is cast, in both directions."""
+    model, scale, _ = _MODELS[kind]
+    for dtype in (jnp.bfloat16, jnp.float32):
+        new = fq.cast(model, dtype)
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(model),
+            jax.tree.leaves(new),
+            strict=True,
+        )
+        for (path, old), x in pairs:
+            is_scale = scale in jax.tree_util.keystr(path)
+            is_code = jnp.finfo(old.dtype).bits < 16 if old.dtype.kind in "fV" else True
+            assert x.dtype == (old.dtype if is_scale or is_code else dtype), path
+
+
+def test_scales_are_cast_where_they_are_chosen():
+    model = {"a": _linear(), "scale": jnp.ones(64)}
+    model = eqx.tree_at(lambda m: m["a"].scale, model, jnp.ones(64, jnp.bfloat16))
+    assert fq.cast(model, jnp.bfloat16, keep="a.scale")["a"].scale.dtype == jnp.float32
+    # What has no codes next to it is a weight.
+    assert fq.cast(model, jnp.bfloat16)["scale"].dtype == jnp.bfloat16
+
+
 def test_they_are_counted():
     model = {"a": _linear(), "b": [_linear(), _linear()]}
     with pytest.raises(ValueError, match="; and so do 2 other leaves"):

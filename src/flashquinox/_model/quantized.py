@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .._common.text import shown
+from .trained import is_float_array
 from .trees import is_array, Leaf
 
 
@@ -33,14 +34,12 @@ def check_no_scales(call: str, leaves: Sequence[Leaf], trained: Iterable[int]) -
 
     `ValueError` with the first one, and their number.
     """
-    codes, left_out = {}, {}
+    codes, left_out = _codes(leaves), {}
     for leaf in leaves:
         if leaf.value is None:
             for around, key in _keys(leaf):
                 if isinstance(key, str) and _CODES.search(key.lower()):
                     left_out[around] = leaf
-        elif _is_code(leaf.value):
-            codes |= {around: leaf for around, _ in _keys(leaf)}
     if not codes and not left_out:
         return
     chosen = [leaves[i] for i in trained]
@@ -66,6 +65,24 @@ def check_no_scales(call: str, leaves: Sequence[Leaf], trained: Iterable[int]) -
             f"{_and_others(found)}. It will be trained. Was it meant to be? {remedy}",
             stacklevel=5,
         )
+
+
+def scales(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """The floating-point leaves that look like scales or zero points of quantized
+    weights, whose codes are next to them."""
+    codes = _codes(leaves)
+    if not codes:
+        return []
+    chosen = [leaf for leaf in leaves if is_float_array(leaf.value)]
+    return [leaf for leaf, _ in _scales(chosen, codes)]
+
+
+def _codes(leaves: Sequence[Leaf]) -> dict[_Around, Leaf]:
+    found = {}
+    for leaf in leaves:
+        if _is_code(leaf.value):
+            found |= {around: leaf for around, _ in _keys(leaf)}
+    return found
 
 
 def _is_code(x: Any) -> bool:

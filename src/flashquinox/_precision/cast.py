@@ -11,8 +11,9 @@ from jaxtyping import PyTree
 
 from .._common.number_checks import check_flag
 from .._model.float32_layer import Float32Layer
+from .._model.quantized import scales
 from .._model.selection import children, Selection, Selectors
-from .._model.trees import is_array, Model
+from .._model.trees import flatten, is_array, Model
 from .._model.variables import is_statistic, with_values_of
 from .._optimizer.leaf_checks import check_floating_dtype
 from .._optimizer.state import OptimizerState
@@ -40,8 +41,10 @@ def cast(
     - The parts that `keep` selects.
 
     An `equinox.nn.State` and a [`flashquinox.OptimizerState`][] are left alone. So are
-    numbers of 8 bits or fewer, such as frozen float8 weights: their scales are stored
-    elsewhere and would no longer fit (to cast those, use `jax.tree.map`).
+    numbers of 8 bits or fewer, such as frozen float8 weights, and what looks like a
+    scale or a zero point next to such codes, by the same rule as in `init`: rounded, it
+    would change all of its weights (to cast those, use `jax.tree.map`, or `keep` for
+    float32).
 
     **Arguments:**
 
@@ -80,6 +83,7 @@ def cast_for(
     check_flag(call, "wrap", wrap)
     dtype = check_floating_dtype(f"{call}(model, dtype)", dtype)
     selection = Selection(call, "keep", keep)
+    of_codes = {id(leaf.value) for leaf in scales(flatten(model)[0])}
     narrow = jnp.finfo(dtype).bits < 32
 
     def cast_node(path: tuple[Any, ...], node: Any, kept: bool, wrapped: bool) -> Any:
@@ -95,7 +99,7 @@ def cast_for(
             kept or chosen or (narrow and (is_statistic(node) or _has_statistics(node)))
         )
         if parts is None:
-            if not _is_floating(node):
+            if not _is_floating(node) or (id(node) in of_codes and not kept):
                 return node
             if not kept:
                 return _as_dtype(node, dtype)
