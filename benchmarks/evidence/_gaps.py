@@ -144,6 +144,32 @@ def long_cells(folder: pathlib.Path, case: str) -> Cells:
     return _of_lanes(_records(folder, f"{case}-*.json"), "validation loss")
 
 
+def finetune_cells(folder: pathlib.Path) -> dict[tuple[str, float], dict[str, Cell]]:
+    """Of each optimizer and rate, the contenders. The figure is the loss on held-out
+    text at the end."""
+    by_cell: dict[tuple[str, float], dict[str, dict[int, Any]]] = {}
+    for record in _records(folder, "*-seed-*.json"):
+        key = record["recipe"]["optimizer"], record["rate"]
+        of_contender = by_cell.setdefault(key, {}).setdefault(record["contender"], {})
+        of_contender[record["seed"]] = record
+    found = {}
+    for key, contenders in sorted(by_cell.items()):
+        found[key] = {
+            name: Cell(
+                name,
+                key[1],
+                {k: next(iter(of.values()))[k] for k in ("recipe", "task", "rate")},
+                {seed: x["result"]["loss after"] for seed, x in of.items()},
+                {seed: np.asarray(x["losses"]) for seed, x in of.items()},
+                {},
+                [*of.values()],
+            )
+            for name in CONTENDERS
+            if (of := contenders.get(name))
+        }
+    return found
+
+
 def _of_lanes(records: list[dict[str, Any]], name: str) -> Cells:
     cells = []
     for record in records:

@@ -10,6 +10,7 @@ from typing import Any
 from _gaps import (
     Cell,
     Cells,
+    finetune_cells,
     gap,
     gpt2_cells,
     gpt2_cells_at_one_rate,
@@ -53,6 +54,8 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         found["images"] = _table(_IMAGE_HEADER, rows)
     if rows := _long_rows(results / "evidence/long"):
         found["long"] = _table(_LONG_HEADER, rows)
+    if rows := _finetune_rows(results / "evidence/finetune"):
+        found["finetune"] = _table(_FINETUNE_HEADER, rows)
     if rows := _resume_rows(results / "evidence/resume"):
         found["resume"] = _table(_RESUME_HEADER, rows)
     reconstruction = results / "reconstruction-cpu.json"
@@ -219,6 +222,34 @@ def _long_rows(folder: pathlib.Path) -> list[list[str]]:
     for case, title in CASES.items():
         for row in _gap_rows(long_cells(folder, case), 4, drift):
             rows.append([f"{title}; {row[0]}", *row[1:]])
+    return rows
+
+
+_FINETUNE_HEADER = [
+    "SmolLM2-135M on held-out text",
+    *("seeds", "perplexity before", "after", "loss, nats", "gap ± standard error"),
+    *("95 % interval", "that is", "loss with weights in bfloat16"),
+]
+
+
+def _finetune_rows(folder: pathlib.Path) -> list[list[str]]:
+    def mean(cell: Cell, name: str) -> float:
+        return statistics.fmean(x["result"][name] for x in cell.records)
+
+    rows = []
+    for (optimizer, rate), of in finetune_cells(folder).items():
+        for contender, cell in of.items():
+            rows.append(
+                [
+                    f"{OPTIMIZERS[optimizer]}, rate {rate:g}: {TITLES[contender]}",
+                    str(len(cell.results)),
+                    f"{mean(cell, 'perplexity before'):.2f}",
+                    f"{mean(cell, 'perplexity after'):.2f}",
+                    f"{cell.mean:.4f}",
+                    *gap_cells(cell, of[REFERENCE], 4),
+                    f"{mean(cell, 'loss after in bfloat16'):.4f}",
+                ]
+            )
     return rows
 
 
