@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -538,6 +539,20 @@ def test_fsdp_shardings():
     assert find(storage=fq.Storage(group_size=128))["whole groups"].spec == P(
         None, both
     )
+
+
+@pytest.mark.parametrize("make", [fq.lamb, fq.adafactor])
+def test_leaves_of_whole_leaf_rules_wait_for_all_layers(make):
+    model = {"blocks": jnp.zeros((4, 64, 64), jnp.bfloat16), "head": jnp.zeros((64, 8))}
+    plan = lambda optim: fq.memory_plan(model, optim, blocks=lambda m: m["blocks"])
+    held = plan(make(1e-3)).gradient_release.gradients
+    # All of the blocks, and what the prologue may read.
+    assert held == 4 * 64 * 64 * 2 + 4 * 64 * 8
+    # Not those whose layers are apart, as matrices of Muon are.
+    axes = optax.contrib.MuonDimensionNumbers(1, 2)
+    numbers = {"blocks": axes, "head": None}
+    for other in (fq.muon(1e-3, weight_dimension_numbers=numbers), fq.lion(1e-3)):
+        assert plan(other).gradient_release.gradients == 64 * 64 * 2 + 4 * 64 * 8
 
 
 def test_gradient_release():

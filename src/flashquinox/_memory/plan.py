@@ -23,7 +23,7 @@ from .._optimizer.ema import EMA
 from .away import Recorded
 from .contents import Contents, contents, states_in
 from .device_bytes import as_struct, bytes_on_device, elements_on_device
-from .released import released_gradients
+from .released import released_gradients, waiting_leaves
 from .report import DeviceMemory, MemoryPlan
 from .shardings import planned_shardings
 
@@ -172,7 +172,8 @@ def memory_plan(
     )
     released = None
     if not held.sums.arrays:
-        released = released_gradients(call, leaves, trained, **parts)
+        wait = waiting_leaves(call, optim, rebuild(part), leaves)
+        released = released_gradients(call, leaves, trained, **parts, waiting=wait)
     whole = [x for x in trained.values() if elements_on_device(x) == math.prod(x.shape)]
     return MemoryPlan(
         parameters=parameters,

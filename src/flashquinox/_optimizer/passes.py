@@ -11,7 +11,12 @@ from jaxtyping import Array, Scalar
 
 from .._model.trees import Leaf
 from .._rules.rule import AbstractRule, Moment, moments_of, rule_structure
-from .._rules.whole_leaf import AbstractMatrixRule, AbstractMeansRule, WholeLeafRule
+from .._rules.whole_leaf import (
+    AbstractMatrixRule,
+    AbstractMeansRule,
+    AnyRule,
+    WholeLeafRule,
+)
 from .._sharding.matrices import MatrixAxes
 from .groups import LeafRule
 from .settings import Rates, Settings
@@ -132,6 +137,16 @@ def check_has_axes(call: str, rule: AbstractMeansRule, leaf: Leaf) -> None:
             moment.shape(leaf.value.shape)
         except ValueError as error:
             raise ValueError(f"`{call}`: at `{leaf.name}`, {error}") from None
+
+
+def layers_are_apart(call: str, rule: AnyRule, leaf: Leaf) -> bool:
+    """Whether the entries along the first axis of a leaf may be updated one by one: of
+    rules that need whole leaves, only matrices."""
+    if isinstance(rule, AbstractRule):
+        return True
+    if not isinstance(rule, AbstractMatrixRule):
+        return False
+    return -leaf.value.ndim not in axes_of(call, rule, leaf).of_matrix
 
 
 def parameters_of(

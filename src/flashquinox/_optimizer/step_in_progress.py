@@ -16,7 +16,6 @@ from .._backends.dispatch import reads_host_memory, Way
 from .._common import memory, meshes
 from .._common.dtypes import compute_dtype, largest_gradient
 from .._model.trees import Leaf, Rebuild
-from .._rules.whole_leaf import AbstractMatrixRule
 from .._sharding import record, reductions
 from .._sharding.state_specs import holds_whole_groups
 from .._storage.layout import Layout
@@ -26,7 +25,7 @@ from .advance import Advance, Part
 from .checksums import checksums, verified
 from .device_checks import check_state_is_with_weight, warn_of_divided_groups
 from .groups import LeafRule
-from .passes import axes_of, Passes, PassMaker
+from .passes import layers_are_apart, Passes, PassMaker
 from .settings import Rates, Settings
 from .state import OptimizerState, StepCount
 from .state_checks import check_checksum, check_correction, check_moments, check_width
@@ -197,16 +196,8 @@ class StepInProgress:
         return is_plain and not stored.not_learned and reads_host_memory(self.way)
 
     def layers_are_apart(self, index: int) -> bool:
-        """Whether the entries along the first axis of a leaf may be updated one by one:
-        of rules that need whole leaves, only matrices."""
-        rule = self.passes[index].between
-        if rule is None:
-            return True
-        leaf = self.leaves[index]
-        if not isinstance(rule, AbstractMatrixRule):
-            return False
-        axes = axes_of(self.call, rule, leaf)
-        return -leaf.value.ndim not in axes.of_matrix
+        """See [`flashquinox._optimizer.passes.layers_are_apart`][]."""
+        return layers_are_apart(self.call, self.rules[index].rule, self.leaves[index])
 
     def clip(
         self,

@@ -3,7 +3,7 @@ arguments."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Shaped
@@ -31,7 +31,8 @@ def launch(
     numbers of these operands, and those of the results. `fresh` are results in memory
     of their own. `writes_operands`: it also changes operands that are no results, so
     that it must run once and no more."""
-    likes = {result: operands[number] for number, result in aliases.items()} | fresh
+    likes: dict[int, Any] = dict(fresh)
+    likes |= {result: operands[number] for number, result in aliases.items()}
     results = [likes[i] for i in range(len(likes))]
     call = jax.ffi.ffi_call(
         "__gpu$xla.gpu.ptx",
