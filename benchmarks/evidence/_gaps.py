@@ -152,22 +152,28 @@ def finetune_cells(folder: pathlib.Path) -> dict[tuple[str, float], dict[str, Ce
         key = record["recipe"]["optimizer"], record["rate"]
         of_contender = by_cell.setdefault(key, {}).setdefault(record["contender"], {})
         of_contender[record["seed"]] = record
-    found = {}
-    for key, contenders in sorted(by_cell.items()):
-        found[key] = {
-            name: Cell(
-                name,
-                key[1],
-                {k: next(iter(of.values()))[k] for k in ("recipe", "task", "rate")},
-                {seed: x["result"]["loss after"] for seed, x in of.items()},
-                {seed: np.asarray(x["losses"]) for seed, x in of.items()},
-                {},
-                [*of.values()],
-            )
+    return {
+        key: {
+            name: _finetune_cell(name, contenders[name])
             for name in CONTENDERS
-            if (of := contenders.get(name))
+            if name in contenders
         }
-    return found
+        for key, contenders in sorted(by_cell.items())
+    }
+
+
+def _finetune_cell(contender: str, of: dict[int, Any]) -> Cell:
+    """Of the records of each seed."""
+    (first, *_) = of.values()
+    return Cell(
+        contender,
+        first["rate"],
+        {k: first[k] for k in ("recipe", "task", "rate")},
+        {seed: x["result"]["loss after"] for seed, x in of.items()},
+        {seed: np.asarray(x["losses"]) for seed, x in of.items()},
+        {},
+        [*of.values()],
+    )
 
 
 def _of_lanes(records: list[dict[str, Any]], name: str) -> Cells:

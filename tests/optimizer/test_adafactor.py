@@ -94,8 +94,9 @@ def test_divided_among_devices(axis_type):
     assert divided(rows["k"], None, "b")
     assert divided(columns["k"], None, None, None, "a")
     text = jax.jit(optim.step).lower(here, state, place(grads[0])).compile().as_text()
-    for gathering in ("all-gather", "all-to-all"):
-        assert text and f"{gathering}(" not in text and f"{gathering}-start(" not in text
+    assert text
+    for operation in ("all-gather", "all-to-all"):
+        assert f" {operation}" not in text
 
 
 def test_steps_that_are_skipped_change_nothing():
