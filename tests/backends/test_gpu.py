@@ -370,6 +370,10 @@ _LOWERED = [
 ]
 
 
+# Rules of whole leaves that have moments before and after.
+_PASSES = {"lamb": 2, "schedule-free": 2}
+
+
 @needs_compiler
 @pytest.mark.product
 @parametrize_cases(
@@ -380,7 +384,7 @@ def test_lowers_for_cuda(case):
     """Every way to store a leaf, and every rule: what is lowered for them is apart."""
     params = _shapes(case.storage.dtype, matrix=(70, 64))
     optim = case.optimizer(1e-3, backend="gpu")
-    assert _kernels(optim, params) == 1
+    assert _kernels(optim, params) == _PASSES.get(case.name, 1)
 
 
 @needs_compiler
