@@ -76,11 +76,12 @@ def _records(folder: pathlib.Path, pattern: str) -> list[dict[str, Any]]:
 
 
 def _collected(cells: list[tuple[str, Cell]]) -> Cells:
-    """Optimizers without float32 are left out: there is nothing to compare with."""
+    """Optimizers without float32, or with it alone, are left out: there is nothing to
+    compare."""
     found: Cells = {}
     for optimizer in ("adamw", "lion", "sgd", "muon"):
         of = {cell.contender: cell for name, cell in cells if name == optimizer}
-        if REFERENCE in of:
+        if REFERENCE in of and len(of) > 1:
             found[optimizer] = {name: of[name] for name in CONTENDERS if name in of}
     return found
 

@@ -102,7 +102,9 @@ def _grid(plt: Any, rows: list[tuple[str, Cells, bool]]) -> Any:
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(OPTIMIZERS[name])
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    columns = 4 if len(names) > 1 else 2
+    place = "outside upper center"
+    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False)
     return figure
 
 

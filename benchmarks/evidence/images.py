@@ -14,8 +14,16 @@ Each cell has two files: of the choice, and of the six seeds. --small is for a C
 """
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
+
+
+# XLA's compiler for GPUs (jaxlib 0.11.2) ends the process at the ResNet's products of
+# transposed images, where it would fuse them by Triton.
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_gpu_enable_triton_gemm=false")
+)
 
 import _benchmarks  # noqa: F401
 import equinox as eqx
