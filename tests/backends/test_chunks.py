@@ -24,11 +24,11 @@ def test_plan():
     plan = plan_chunks(leaves, 4)
     assert plan.size == 4
     assert plan.windows == (
-        Window(0, 0, 0),
-        Window(0, 4, 0),
-        Window(0, 6, 2),
-        Window(2, 0, 0),
-        Window(2, 4, 0),
+        Window(0, 0),
+        Window(0, 4),
+        Window(0, 6),
+        Window(2, 0),
+        Window(2, 4),
     )
     assert plan.shared == (
         (Piece(4, 0, 4),),

@@ -1,7 +1,8 @@
 """The arrays of a chunk: taken from leaves, and put back into them."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -22,121 +23,123 @@ class Chunk(NamedTuple):
     old: TileState
 
 
-class Starts(NamedTuple):
-    """Where a window begins."""
+class Turn(NamedTuple):
+    """A turn of the loop: the number of its case, and of a window, that of its leaf and
+    where it begins. Integers, or an array of all turns for each."""
 
-    element: Int32[Array, ""]
-    group: Int32[Array, ""]
+    case: Any
+    leaf: Any
+    element: Any
+    group: Any
 
 
-Leaves: TypeAlias = dict[int, TileState]
+# What a case has of each of its leaves.
+Grads: TypeAlias = tuple[Array, ...]
+States: TypeAlias = tuple[TileState, ...]
 
 
-def load_window(
-    number: int,
-    size: int,
-    leaf: int,
-    starts: Starts,
-    grads: dict[int, Array],
-    state: Leaves,
-    before: Chunk,
-) -> Chunk:
-    del before
+@dataclasses.dataclass(frozen=True)
+class WindowCase:
+    """A chunk of so many groups of one leaf."""
 
-    def take(start: Array, length: int) -> Callable[[Array], Array]:
-        return lambda x: lax.dynamic_slice(
-            x, (start,), (length,), allow_negative_indices=False
+    groups: int
+    size: int
+
+    def load(self, turn: Turn, grads: Grads, states: States, before: Chunk) -> Chunk:
+        del before
+        (grad,), (state,) = grads, states
+
+        def take(start: Array, length: int) -> Callable[[Array], Array]:
+            return lambda x: lax.dynamic_slice(
+                x, (start,), (length,), allow_negative_indices=False
+            )
+
+        elements = take(turn.element, self.groups * self.size)
+        groups = take(turn.group, self.groups)
+        return Chunk(
+            jnp.broadcast_to(turn.leaf, (self.groups,)),
+            elements(grad),
+            map_arrays(elements, groups, state),
         )
 
-    elements, groups = take(starts.element, number * size), take(starts.group, number)
-    return Chunk(
-        jnp.full(number, leaf, jnp.int32),
-        elements(grads[leaf]),
-        map_arrays(elements, groups, state[leaf]),
-    )
+    def store(self, turn: Turn, new: TileState, states: States) -> States:
+        elements = lambda x, part: put(x, turn.element, part)
+        groups = lambda x, part: put(x, turn.group, part)
+        return (map_arrays(elements, groups, *states, new),)
 
 
-def store_window(leaf: int, starts: Starts, new: TileState, state: Leaves) -> Leaves:
-    elements = lambda x, part: put(x, starts.element, part)
-    groups = lambda x, part: put(x, starts.group, part)
-    return {leaf: map_arrays(elements, groups, state[leaf], new)}
+@dataclasses.dataclass(frozen=True)
+class SharedCase:
+    """A chunk of several leaves: pieces of them, whose `leaf` is the place among
+    `leaves`. The rest of the chunk is as it was before."""
 
+    leaves: tuple[Groups, ...]
+    pieces: tuple[Piece, ...]
+    # The numbers of these leaves among all.
+    numbers: tuple[int, ...]
 
-def load_pieces(
-    leaves: tuple[Groups, ...],
-    pieces: tuple[Piece, ...],
-    starts: Starts,
-    grads: dict[int, Array],
-    state: Leaves,
-    before: Chunk,
-) -> Chunk:
-    """The rest of the chunk is as it was before."""
-    del starts
-    first, chunk = 0, before
-    for piece in pieces:
-        loaded = joined(leaves, (piece,), grads, state)
-        elements = lambda x, part, first=first: put(x, first * leaves[0].size, part)
-        groups = lambda x, part, first=first: put(x, first, part)
-        chunk = Chunk(
-            groups(chunk.leaf, loaded.leaf),
-            elements(chunk.grad, loaded.grad),
-            map_arrays(elements, groups, chunk.old, loaded.old),
+    def load(self, turn: Turn, grads: Grads, states: States, before: Chunk) -> Chunk:
+        del turn
+        first, chunk, size = 0, before, self.leaves[0].size
+        for piece in self.pieces:
+            loaded = self._joined((piece,), grads, states)
+            elements = lambda x, part, first=first: put(x, first * size, part)
+            groups = lambda x, part, first=first: put(x, first, part)
+            chunk = Chunk(
+                groups(chunk.leaf, loaded.leaf),
+                elements(chunk.grad, loaded.grad),
+                map_arrays(elements, groups, chunk.old, loaded.old),
+            )
+            first += piece.number
+        return chunk
+
+    def load_all(self, grads: Grads, states: States) -> Chunk:
+        """The chunk, if there is nothing else in it."""
+        return self._joined(self.pieces, grads, states)
+
+    def _joined(self, pieces: tuple[Piece, ...], grads: Grads, states: States) -> Chunk:
+        """These groups, one after another."""
+
+        def join(parts: list[Array]) -> Array:
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+        def elements(*arrays: Array) -> Array:
+            each = zip(pieces, arrays, strict=True)
+            return join(
+                [self.leaves[p.leaf].take(x, p.start, p.number) for p, x in each]
+            )
+
+        def groups(*arrays: Array) -> Array:
+            each = zip(pieces, arrays, strict=True)
+            return join(
+                [lax.slice_in_dim(x, p.start, p.start + p.number) for p, x in each]
+            )
+
+        leaf = np.repeat(
+            np.asarray([self.numbers[piece.leaf] for piece in pieces], np.int32),
+            [piece.number for piece in pieces],
         )
-        first += piece.number
-    return chunk
-
-
-def joined(
-    leaves: tuple[Groups, ...],
-    pieces: tuple[Piece, ...],
-    grads: dict[int, Array],
-    state: Leaves,
-) -> Chunk:
-    """These groups, one after another."""
-
-    def join(parts: list[Array]) -> Array:
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-    def elements(*arrays: Array) -> Array:
-        each = zip(pieces, arrays, strict=True)
-        return join([leaves[p.leaf].take(x, p.start, p.number) for p, x in each])
-
-    def groups(*arrays: Array) -> Array:
-        each = zip(pieces, arrays, strict=True)
-        return join([lax.slice_in_dim(x, p.start, p.start + p.number) for p, x in each])
-
-    leaf = np.repeat(
-        np.asarray([piece.leaf for piece in pieces], np.int32),
-        [piece.number for piece in pieces],
-    )
-    return Chunk(
-        jnp.asarray(leaf),
-        elements(*[grads[piece.leaf] for piece in pieces]),
-        map_arrays(elements, groups, *[state[piece.leaf] for piece in pieces]),
-    )
-
-
-def store_pieces(
-    leaves: tuple[Groups, ...],
-    pieces: tuple[Piece, ...],
-    starts: Starts | None,
-    new: TileState,
-    state: Leaves,
-) -> Leaves:
-    del starts
-    first, stored = 0, {}
-    for leaf, start, number in pieces:
-        size, end = leaves[leaf].size, first + number
-        own = map_arrays(
-            lambda x, first=first * size, end=end * size: x[first:end],
-            lambda x, first=first, end=end: x[first:end],
-            new,
+        return Chunk(
+            jnp.asarray(leaf),
+            elements(*[grads[piece.leaf] for piece in pieces]),
+            map_arrays(elements, groups, *[states[piece.leaf] for piece in pieces]),
         )
-        stored[leaf] = map_arrays(
-            lambda x, part, leaf=leaf, start=start: leaves[leaf].put(x, start, part),
-            lambda x, part, start=start: put(x, start, part),
-            state[leaf],
-            own,
-        )
-        first = end
-    return stored
+
+    def store(self, turn: Turn | None, new: TileState, states: States) -> States:
+        del turn
+        first, stored = 0, list(states)
+        for place, start, number in self.pieces:
+            leaf, end = self.leaves[place], first + number
+            own = map_arrays(
+                lambda x, first=first * leaf.size, end=end * leaf.size: x[first:end],
+                lambda x, first=first, end=end: x[first:end],
+                new,
+            )
+            stored[place] = map_arrays(
+                lambda x, part, leaf=leaf, start=start: leaf.put(x, start, part),
+                lambda x, part, start=start: put(x, start, part),
+                stored[place],
+                own,
+            )
+            first = end
+        return tuple(stored)

@@ -13,12 +13,10 @@ class Piece(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A chunk of one leaf, from a group on. The first `done` of its groups are in the
-    window before, too."""
+    """A chunk of one leaf, from a group on."""
 
     leaf: int
     start: int
-    done: int
 
 
 class Plan(NamedTuple):
@@ -45,8 +43,7 @@ def plan_chunks(numbers: tuple[tuple[int, int], ...], most: int) -> Plan:
         if whole >= most:
             # The last window is moved back, to be as long as the others.
             for first in range(0, whole, most):
-                start = min(first, whole - most)
-                windows.append(Window(leaf, start, first - start))
+                windows.append(Window(leaf, min(first, whole - most)))
             first = whole
         if first < number:
             pieces.append(Piece(leaf, first, number - first))

@@ -5,35 +5,35 @@ each leaf anew. So a loop brings one chunk of some leaf after another into the s
 arrays, which stay in the caches, and a program has one step: that of a chunk.
 
 A window of a long leaf is a chunk; the last one is moved back to be as long as the
-others, and leaves what is done as it is. Shorter leaves share chunks.
+others. What it shares with the window before is updated twice, from the same old state:
+a chunk is loaded before the one in front of it is stored. Shorter leaves share chunks.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Int32, Shaped
+from jaxtyping import Array, Int32, Shaped
 
 from .._tile.step import LeafScalars, map_arrays, StepScalars, StepStructure, TileState
 from .._tile.tile import update_tile
-from .chunk_moves import (
-    Chunk,
-    joined,
-    Leaves,
-    load_pieces,
-    load_window,
-    Starts,
-    store_pieces,
-    store_window,
-)
+from .chunk_moves import Chunk, SharedCase
 from .chunk_plan import Plan, plan_chunks
+from .chunk_turns import (
+    after,
+    cases_of,
+    from_case,
+    load_batch,
+    look_up,
+    store_batch,
+    together,
+)
 from .groups import Groups
 
 
@@ -43,16 +43,10 @@ from .groups import Groups
 _ELEMENTS = 1 << 18
 # XLA's indices are of 32 bits.
 _MOST_ELEMENTS = 1 << 31
+_Leaves: TypeAlias = dict[int, TileState]
+
 # Cases of one `switch`, all of whose leaves go through each of them.
 _CASES = 4
-
-
-class _Case(NamedTuple):
-    """What a turn of the loop does if its chunk is one of these leaves."""
-
-    leaves: tuple[int, ...]
-    load: Callable[[Starts, dict[int, Array], Leaves, Chunk], Chunk]
-    store: Callable[[Starts, TileState, Leaves], Leaves]
 
 
 def takes(leaf: Groups) -> bool:
@@ -87,9 +81,12 @@ def update_in_chunks(
         for i, (leaf, own) in enumerate(zip(leaves, old, strict=True))
     }
     if not plan.windows and len(plan.shared) == 1:
-        (pieces,) = plan.shared
-        chunk = _boundary(joined(leaves, pieces, flat_grads, state))
-        new = store_pieces(leaves, pieces, None, _boundary(update(chunk)), state)
+        (case,), _ = cases_of(leaves, plan)
+        assert isinstance(case.moves, SharedCase)
+        own = tuple([state[i] for i in case.leaves])
+        chunk = case.moves.load_all(tuple([flat_grads[i] for i in case.leaves]), own)
+        updated = _boundary(update(_boundary(chunk)))
+        new = dict(zip(case.leaves, case.moves.store(None, updated, own), strict=True))
     else:
         new = _loop(leaves, plan, update, flat_grads, state)
     return jtu.tree_map(
@@ -104,35 +101,39 @@ def _loop(
     plan: Plan,
     update: Callable[[Chunk], TileState],
     grads: dict[int, Array],
-    old: Leaves,
-) -> Leaves:
-    cases, turns = _cases(leaves, plan)
+    old: _Leaves,
+) -> _Leaves:
+    cases, table = cases_of(leaves, plan)
     batches = [cases[i : i + _CASES] for i in range(0, len(cases), _CASES)]
-    size = leaves[0].size
-    moved = any([window.done > 0 for window in plan.windows])
+    end = len(table.case) - 1
 
-    def turn(i: Int32[Array, ""], carry: tuple[Leaves, Chunk]) -> Any:
+    def load(i: Int32[Array, ""], state: _Leaves, chunk: Chunk) -> Chunk:
+        turn = look_up(table, i)
+        for k, batch in enumerate(batches):
+            these, same = together(batch)
+            own = from_case(turn, k * _CASES)
+            of_grads, of_state = ([every[j] for j in these] for every in (grads, state))
+            chunk = load_batch(same, own, tuple(of_grads), tuple(of_state), chunk)
+        return chunk
+
+    def store(i: Int32[Array, ""], new: TileState, state: _Leaves) -> _Leaves:
+        turn = look_up(table, i)
+        for k, batch in enumerate(batches):
+            these, same = together(batch)
+            own = from_case(turn, k * _CASES)
+            stored = store_batch(same, own, new, tuple([state[j] for j in these]))
+            state = state | dict(zip(these, stored, strict=True))
+        return state
+
+    def turn(i: Int32[Array, ""], carry: tuple[_Leaves, Chunk]) -> Any:
         state, chunk = carry
-        # XLA may compile a loop into one function for one thread, and takes minutes to
-        # compile this one so: but no loop with a sort in it.
-        i = lax.sort(jnp.stack([i, np.int32(len(turns))]))[0]
-        number, group, done = jnp.asarray(turns).at[i].get(mode="promise_in_bounds")
-        starts = Starts(group * size, group)
-        for k, batch in enumerate(batches):
-            loads = [partial(_call_load, case) for case in batch]
-            operands = starts, _of(batch, grads), _of(batch, state), chunk
-            chunk = _choose(number - k * _CASES, loads, *operands)
-        new = update(chunk)
-        if moved:
-            new = _unless(jnp.arange(plan.size) < done, chunk.old, new)
-        new = _boundary(new)
-        for k, batch in enumerate(batches):
-            stores = [partial(_call_store, case) for case in batch]
-            operands = starts, new, _of(batch, state)
-            state = state | _choose(number - k * _CASES, stores, *operands)
-        return state, chunk
+        new = _boundary(update(chunk))
+        # In this order, in which XLA copies neither the chunk nor the state.
+        chunk = load(after(i + 1, end, new), state, chunk)
+        return store(after(i, end, chunk), new, state), chunk
 
-    # Not read: each turn loads its own.
+    size = leaves[0].size
+    # Loaded in the first turn, or left as it is and not used.
     nothing = Chunk(
         jnp.zeros(plan.size, jnp.int32),
         jnp.zeros(plan.size * size, grads[0].dtype),
@@ -142,60 +143,16 @@ def _loop(
             old[0],
         ),
     )
-    state, _ = lax.fori_loop(0, len(turns), turn, (old, nothing))
+    first = cases[0]
+    turn_0 = look_up(table, after(jnp.int32(0), end, old[0]))
+    chunk = first.moves.load(
+        turn_0,
+        tuple([grads[j] for j in first.leaves]),
+        tuple([old[j] for j in first.leaves]),
+        nothing,
+    )
+    state, _ = lax.fori_loop(0, end, turn, (old, _boundary(chunk)))
     return state
-
-
-def _choose(number: Int32[Array, ""], cases: list[Callable], *operands: Any) -> Any:
-    """What the case of this number returns; without one, the last operand, which XLA
-    does not copy."""
-    nothing = lambda *x: x[-1]
-    return lax.switch(number + 1, [nothing, *cases, nothing], *operands)
-
-
-def _of(cases: list[_Case], every: dict[int, Any]) -> dict[int, Any]:
-    """What the leaves of these cases have of it."""
-    return {leaf: every[leaf] for case in cases for leaf in case.leaves}
-
-
-def _unless(done: Bool[Array, " groups"], old: TileState, new: TileState) -> TileState:
-    """The old state of the groups that are done, and the new one of the others."""
-
-    def of_elements(old: Array, new: Array) -> Array:
-        groups = done.size, -1
-        chosen = jnp.where(done[:, None], old.reshape(groups), new.reshape(groups))
-        return chosen.reshape(new.shape)
-
-    return map_arrays(of_elements, partial(jnp.where, done), old, new)
-
-
-def _cases(
-    leaves: tuple[Groups, ...], plan: Plan
-) -> tuple[list[_Case], Int32[np.ndarray, "turns 3"]]:
-    """The cases, and of each turn the number of its case, and if it is of a window,
-    where that begins, and how many groups are done."""
-    cases: list[_Case] = []
-    turns: list[tuple[int, int, int]] = []
-    for window in plan.windows:
-        leaf = window.leaf
-        if not cases or cases[-1].leaves != (leaf,):
-            load = partial(load_window, plan.size, leaves[leaf].size, leaf)
-            cases.append(_Case((leaf,), load, partial(store_window, leaf)))
-        turns.append((len(cases) - 1, window.start, window.done))
-    for pieces in plan.shared:
-        load = partial(load_pieces, leaves, pieces)
-        store = partial(store_pieces, leaves, pieces)
-        turns.append((len(cases), 0, 0))
-        cases.append(_Case(tuple([piece.leaf for piece in pieces]), load, store))
-    return cases, np.asarray(turns, np.int32)
-
-
-def _call_load(case: _Case, *operands: Any) -> Chunk:
-    return case.load(*operands)
-
-
-def _call_store(case: _Case, starts: Starts, new: TileState, state: Leaves) -> Leaves:
-    return state | case.store(starts, new, state)
 
 
 def _update_chunk(
