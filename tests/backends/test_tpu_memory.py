@@ -124,3 +124,15 @@ def test_small_leaves_share_kernels():
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert len(re.findall(r"= [^=]* fusion\(", text)) <= 1
     assert _count(text, "copy|transpose") == 0
+
+
+def test_leaves_of_one_group_compile():
+    """Their scales are arrays of one element, to which the compiler for this generation
+    gives another memory."""
+    params = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((8, 1, 1), (1, 32), (8, 1, 1))
+    ]
+    compiled, _ = _compile("tpu7x", params)
+    text = compiled.as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == 1

@@ -125,15 +125,14 @@ def update_many(
                 pl.when(jnp.logical_not(scalars.take))(stay)
         _copy([copies[i] for i in results], outputs, semaphore)
 
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     new = pl.pallas_call(
         kernel,
-        out_shape=[pltpu.HBM(flat[i].shape, flat[i].dtype) for i in results],
+        out_shape=[_memory(flat[i])(flat[i].shape, flat[i].dtype) for i in results],
         in_specs=[
             *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in small],
-            *[in_hbm for _ in flat],
+            *[pl.BlockSpec(memory_space=_memory(x)) for x in flat],
         ],
-        out_specs=[in_hbm for _ in results],
+        out_specs=[pl.BlockSpec(memory_space=_memory(flat[i])) for i in results],
         scratch_shapes=[
             *copied,
             *scratch,
@@ -150,6 +149,13 @@ def update_many(
     )(*small, *flat)
     each = width - 1
     return [treedef.unflatten(new[i : i + each]) for i in range(0, len(new), each)]
+
+
+def _memory(x: Array) -> Any:
+    """Where a kernel finds an array. Those of one element, such as the scales of a leaf
+    of one group, are in the memory of scalars for the compiler, which for tpu7x
+    compiles no program that says otherwise. If nothing is said, it copies them."""
+    return pl.ANY if x.size == 1 else pltpu.HBM
 
 
 def _split(refs: tuple[Any, ...], sizes: tuple[int, ...]) -> list[tuple[Any, ...]]:
