@@ -1,6 +1,7 @@
 """Plans of states in host memory."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -52,3 +53,24 @@ def test_command(capsys):
     host = found["on_each_device"]["flashquinox"]["host"]
     assert host == pytest.approx(3.125e6, rel=1e-3)
     assert found["transfer_seconds"] == host / 1e10
+
+
+def test_a_plan_is_what_a_gpu_had(capsys):
+    """Llama 3.1 8B with gradient release on an H100 (`benchmarks/offload.py`): at rest,
+    to the byte but for the state of the norms, and the peak is above the plan by no
+    more than the inputs of layers and what the loss needs."""
+    results = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
+    measured = json.loads((results / "offload-h100-4x4096.json").read_text())
+    measured = measured["parts"]["8B"]
+    arguments = ["plan", "--model", "llama-3.1-8b", "--offload", "--json"]
+    assert not main(arguments)
+    plan = json.loads(capsys.readouterr().out)["on_each_device"]["gradient_release"]
+    assert plan["parameters"] == measured["parameters"]
+    assert plan["host"] == measured["host bytes"]
+    at_rest = plan["total"] - plan["gradients"]
+    assert at_rest == measured["device bytes at rest"]
+    # The inputs of 32 layers, and logits of 2048 tokens in float32, twice.
+    inputs, logits = 32 * 2048 * 4096 * 2, 2048 * 128256 * 4
+    above = measured["peak device bytes"] - plan["total"]
+    assert 0 <= above <= inputs + 2 * logits
+    assert measured["peak device bytes"] <= 22e9

@@ -12,6 +12,7 @@ from .._common import meshes
 from .._common.text import shown
 from .._model.trained import is_float_array
 from .._model.trees import Leaf, path_name
+from .._optimizer.accumulate import AccumulatingOptimizer
 
 
 def check_layered_loss(call: str, loss: Any, kind: type) -> None:
@@ -73,3 +74,16 @@ def check_layers_are_whole(
         f"sharded by {sharding.spec}: its layers lie on different devices, but all "
         "devices work on one layer at a time. Shard it along another axis."
     )
+
+
+def check_sums_no_gradients(call: str, name: str, optim: Any) -> None:
+    """An optimizer that accumulates gradients has nothing to release."""
+    if isinstance(optim, AccumulatingOptimizer):
+        raise TypeError(
+            f"`{call}`: `{name}` is {shown(optim)}, which needs the gradients of all "
+            "layers at once: a layer's sum is complete only in the last of `every` "
+            "calls, and the sums of all layers are kept until then. Take ordinary "
+            "steps with `optim.step`; or pass the optimizer inside of it, "
+            "`optim.inner`, and a batch of all of these examples: gradient release "
+            "keeps the input of each layer, and no gradients."
+        )

@@ -24,6 +24,7 @@ from .._optimizer.stored_leaf import Learned
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping
 from .._tile.step import TileState
+from .checks import check_sums_no_gradients
 
 
 # For each group, whether its gradients and its learning rate are all finite. `None`
@@ -284,9 +285,10 @@ def _of_partition(
 def _settings(call: str, name: str, optim: Any) -> Settings:
     if isinstance(optim, Optimizer):
         return settings_of(optim)
+    check_sums_no_gradients(call, name, optim)
     raise TypeError(
         f"`{call}`: `{name}` is no `flashquinox.Optimizer` but {shown(optim)}. What "
-        "`optax.chain`, `optax.MultiSteps`, `flashquinox.accumulate` and others add, "
+        "`optax.chain`, `optax.MultiSteps` and others add, "
         "such as clipping by the global norm and the accumulation of gradients, needs "
         "the gradients of all layers at once, and here there is only one layer's at a "
         "time. Pass the optimizer itself, or a dictionary of those that "
