@@ -460,6 +460,17 @@ def test_sums_and_averages(devices):
     assert plan.step.at_rest == plain.step.at_rest + 3 * elements + 8
 
 
+def test_wrappers_of_a_whole_model():
+    """Its functions and numbers are nothing for Optax."""
+    model = eqx.nn.MLP(64, 8, 64, 1, key=jax.random.key(0))
+    for optim in (
+        optax.MultiSteps(fq.adamw(1e-3), 2),
+        optax.chain(optax.trace(0.9), fq.adamw(1e-3)),
+    ):
+        arrays = eqx.filter(model, eqx.is_array)
+        assert fq.memory_plan(model, optim) == fq.memory_plan(arrays, optim)
+
+
 def test_adapters_of_a_preset():
     """What `--lora` and `--base` add, counted by hand: Llama's layers have 7 matrices,
     (out, in)."""

@@ -1,6 +1,7 @@
 """The start of training: casting, `init`, and the lower bits of the weights."""
 
 import dataclasses
+import warnings
 from functools import partial
 
 import equinox as eqx
@@ -155,6 +156,30 @@ def test_wrappers(name):
         assert tree_identical(state, expected[1])
     else:
         assert tree_identical(state[0].z, model)
+
+
+@pytest.mark.parametrize(
+    "name", ["chain", "inject_hyperparams", "MultiSteps", "schedule_free"]
+)
+def test_wrappers_of_a_whole_model(name):
+    """Its functions, numbers and integers are nothing for Optax."""
+    wrapped = _WRAPPERS[name](None)
+    whole = (_mlp, 0.5, jnp.arange(3), jax.random.key(0))
+    model, state = fq.prepare(whole, wrapped)
+    params, expected = fq.prepare(eqx.filter(whole, eqx.is_inexact_array), wrapped)
+    assert tree_identical(state, expected)
+    assert model[0].activation is _mlp.activation and model[1] == 0.5
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = wrapped.update(params, state, params)
+        assert tree_identical(model[2], eqx.apply_updates(model, updates)[2])
+
+
+def test_scales_in_a_wrapper():
+    model = {"codes": jnp.ones((4, 4), jnp.int8), "scale": jnp.ones((4, 1))}
+    for optim in (_sgd(24), optax.chain(_sgd(24))):
+        with pytest.raises(ValueError, match="codes"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fq.prepare(model, optim)
 
 
 def test_a_function_that_makes_the_state():

@@ -20,6 +20,7 @@ from .._model.blocks import part_of
 from .._model.trained import TRAINABLE_DTYPES
 from .._model.trees import flatten, is_array, Leaf, match
 from .._optimizer.ema import EMA
+from .._optimizer.for_init import for_init
 from .away import Recorded
 from .contents import Contents, contents, states_in
 from .device_bytes import as_struct, bytes_on_device, elements_on_device
@@ -129,7 +130,7 @@ def memory_plan(
         leaf.value if chosen else None
         for leaf, chosen in zip(leaves, may_train, strict=True)
     ]
-    init = Recorded(optim.init)
+    init = Recorded(lambda model: optim.init(for_init(optim, model)))
     state = _made(explicit, init, rebuild(part))
     states = states_in(state)
     if not states:

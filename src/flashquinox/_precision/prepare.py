@@ -13,12 +13,14 @@ from .._common.dtypes import NARROW_DTYPES
 from .._common.number_checks import check_flag
 from .._common.placement import compute_like
 from .._common.text import shown
+from .._model.quantized import check_no_scales
 from .._model.selection import Selectors
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, match, Model
 from .._optimizer.accumulate import AccumulatingOptimizer
 from .._optimizer.accumulation_state import AccumulationState
 from .._optimizer.call_checks import check_has_values, check_model
+from .._optimizer.for_init import for_init
 from .._optimizer.master_weights import split_master_weight, with_encoded
 from .._optimizer.optimizer import Optimizer, settings_of
 from .._optimizer.state import OptimizerState
@@ -108,8 +110,9 @@ def prepare(
         JAX arrays in any sharding or NumPy arrays. Weights of other floating-point
         dtypes are first rounded or widened to float32.
     - `optim`: the optimizer: one of this library, or a wrapper with one or more inside,
-        such as `optax.chain` or `optax.partition`. Or a function from the cast model to
-        its state, such as `lambda model: nnx.Optimizer(model, optim, wrt=nnx.Param)` or
+        such as `optax.chain` or `optax.partition`, whose `init` gets the floating-point
+        arrays of the cast model alone. Or a function from the cast model to its state,
+        such as `lambda model: nnx.Optimizer(model, optim, wrt=nnx.Param)` or
         `lambda model: optim.init(eqx.filter(model, is_trained))`.
     - `dtype`, `keep`, `wrap`: as in [`flashquinox.cast`][]: a floating-point dtype, the
         parts that stay in float32, and whether layers among these are wrapped in
@@ -156,9 +159,14 @@ def prepare(
     new = rebuild(weights)
     del leaves, rebuild, weights
     init: Any = getattr(optim, "init", optim)
-    state = init(new)
+    given = for_init(optim, new)
+    state = init(given)
     _check_has_state(state)
     opened = open_states(_CALL, new, state)
+    if given is not new:
+        # `init` has not seen the codes.
+        trained = [i for i, is_trained in enumerate(opened.trained) if is_trained]
+        check_no_scales(_CALL, opened.leaves, trained)
 
     def encode(i: int, leaf: Leaf, zeros: Correction | None) -> tuple[Any, Any]:
         if not has_lower_bits[i]:
