@@ -55,10 +55,7 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     states = kernel.states(len(operands))
     # Those that XLA knows as results.
     known = [i for i in states if not memory.is_on_host(operands[i])]
-    like, first = operands[-1], []
-    if kernel.fresh is not None:
-        shape, dtype = (*like.shape[:-1], kernel.size), jax.numpy.dtype(kernel.fresh)
-        first = [jax.ShapeDtypeStruct(shape, dtype)]
+    first = [] if kernel.fresh is None else [kernel.stack_like(operands)]
     assert len(known) + len(first) == kernel.results
 
     def launch(*values: Any) -> list[np.ndarray]:

@@ -131,6 +131,7 @@ def test_gradient_release():
         assert np.linalg.norm(x - y) <= 2.0**-5 * np.linalg.norm(y - float64(start))
 
 
+@pytest.mark.slow
 def test_ensemble():
     make = lambda seed: arrays(_SHAPES, jnp.bfloat16, seed)
     optim = fq.adafactor(0.1, 6)

@@ -54,6 +54,7 @@ def update_leaves(
         layer=words.layer,
         own=tuple([i for i in range(len(of_leaf)) if i not in in_one]),
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
+        shape=grads[0].shape if structure.as_direction else (),
     )
     # XLA takes a reshape of what is in host memory for work of the host.
     flat = lambda x: x if memory.is_on_host(x) else x.ravel()
@@ -65,7 +66,7 @@ def update_leaves(
     new = list(_launched(run, kernel)(*words.arrays, *arrays))
     weights: list[Any] = [None for _ in grads]
     if structure.as_direction:
-        stack = new.pop(0).reshape(len(grads), *grads[0].shape)
+        stack = new.pop(0)
         weights = [
             lax.index_in_dim(stack, i, keepdims=False) for i in range(len(grads))
         ]
@@ -174,7 +175,7 @@ def _launched(run: Run, kernel: Kernel) -> Run:
         ]
         joined = kernel._replace(members=size * kernel.members, strides=tuple(strides))
         new = _launched(run, joined)(*members)
-        new = [x.reshape(size, *inner, x.shape[-1]) for x in new]
+        new = [x.reshape(size, *inner, *x.shape[1:]) for x in new]
         return new, [True] * len(new)
 
     return launch
@@ -217,8 +218,7 @@ def run_on_gpu(
     known = dict(enumerate(operands)) | dict(zip(away, opened, strict=True))
     fresh = {}
     if kernel.fresh is not None:
-        shape = (*operands[-1].shape[:-1], kernel.size)
-        fresh = {0: jax.ShapeDtypeStruct(shape, jnp.dtype(kernel.fresh))}
+        fresh = {0: kernel.stack_like(operands)}
     stack, *new = launch(
         Launch(kernel.name, kernel.source, kernel.blocks * kernel.members, THREADS),
         [*known.values()],

@@ -11,6 +11,9 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from .translation import Translation
 from .types import type_of
 from .view import THREADS, Threads, View
@@ -52,6 +55,9 @@ class Kernel(NamedTuple):
     # The dtype of new weights that are in such an array; old ones are not read. Or
     # `None`.
     fresh: str | None = None
+    # That of a new weight in such an array: XLA would not know its parts, put together,
+    # to be the array, if it was flat.
+    shape: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -63,6 +69,12 @@ class Kernel(NamedTuple):
         start = len(self.strides) + self._has_stack
         own = [self.own[i % len(self.own)] for i in range(operands - start)]
         return [start + i for i, which in enumerate(own) if which != GRAD]
+
+    def stack_like(self, operands: Sequence[Any]) -> jax.ShapeDtypeStruct:
+        """The shape and the dtype of the array of new weights."""
+        members = operands[-1].shape[:-1]
+        shape = (*members, len(self.views), *self.shape)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.fresh))
 
     @property
     def _has_stack(self) -> bool:
