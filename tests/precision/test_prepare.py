@@ -175,7 +175,8 @@ def test_wrappers_of_a_whole_model(name):
 
 
 def test_scales_in_a_wrapper():
-    model = {"codes": jnp.ones((4, 4), jnp.int8), "scale": jnp.ones((4, 1))}
+    base = {"codes": jnp.ones((4, 4), jnp.int8), "scale": jnp.ones((4, 1))}
+    model = {"base": base, "head": jnp.ones((2, 4))}
     for optim in (_sgd(24), optax.chain(_sgd(24))):
         with pytest.raises(ValueError, match="codes"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
