@@ -35,6 +35,10 @@ View: TypeAlias = Hashable
 Update: TypeAlias = Callable[..., tuple[TileState, ...]]
 
 
+class Unsupported(Exception):
+    """A rule needs something that kernels do not have. The text names it."""
+
+
 class AbstractBackend(abc.ABC):
     """One way to take steps of leaves.
 
@@ -96,7 +100,9 @@ class AbstractBackend(abc.ABC):
         **Raises:**
 
         `ImportError` if what `needs` says is not there. Steps then
-        take plain XLA; an optimizer that was asked for this backend is an error.
+        take plain XLA; an optimizer that was asked for this backend is an error. The
+        function itself may raise `Unsupported`, before it computes anything: its batch
+        then takes plain XLA, with one warning for each rule.
         """
 
     @abc.abstractmethod
@@ -122,7 +128,7 @@ class AbstractBackend(abc.ABC):
 def kind_of(step: LeafStep) -> Hashable:
     """What the leaves of a batch have in common."""
     arrays, structure = jtu.tree_flatten((step.grad, step.old))
-    types = tuple([(x.dtype, memory.is_on_host(x)) for x in arrays])
+    types = tuple([x.dtype for x in arrays]), tuple(memory.are_on_host(arrays))
     return step.structure, jtu.tree_structure(step.scalars), structure, types
 
 

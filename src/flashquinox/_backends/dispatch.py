@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,9 +11,17 @@ import jax
 from jaxtyping import Array
 
 from .. import _compat
+from .._common import memory
 from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from . import host_state, platforms
-from .base import AbstractBackend, LeafStep as LeafStep, one_by_one, Update, View
+from .base import (
+    AbstractBackend,
+    LeafStep as LeafStep,
+    one_by_one,
+    Unsupported,
+    Update,
+    View,
+)
 from .platforms import Backend as Backend, Way as Way
 from .xla import BACKEND as XLA, PlainView
 
@@ -31,6 +40,8 @@ class _Batch(NamedTuple):
     kernels: tuple[tuple[AbstractBackend, tuple[View | None, ...]], ...]
     # Whether a backend was asked for: on other platforms, it is interpreted.
     is_asked: bool
+    # Whether arrays of the state are in host memory.
+    is_away: bool
     # Kernels ask for the device that they are traced for.
     device: Any
 
@@ -64,6 +75,7 @@ def update_leaves(way: Way, steps: list[LeafStep]) -> list[TileState]:
                 ]
             ),
             is_asked=way != "auto",
+            is_away=memory.any_on_host(here[0].old),
             device=device,
         )
         operands = (
@@ -138,8 +150,7 @@ def _update_on(batch: _Batch, platform: str) -> Update:
         return partial(_update_for(batch, kernel, views), interpret=True)
     if platform == "cpu":
         return _update_for(batch, XLA, batch.plain)
-    whole = tuple([view.whole for view in batch.plain])
-    return partial(_one_by_one, batch, XLA, whole)
+    return partial(_one_by_one, batch, XLA, _whole(batch))
 
 
 by_platform = _compat.ByPlatform("flashquinox_step", _update_on)
@@ -151,9 +162,39 @@ def _update_for(
     batch: _Batch, backend: AbstractBackend, views: tuple[View | None, ...]
 ) -> Update:
     """What updates the leaves of a batch, of their scalars and arrays."""
+    if backend is XLA:
+        return partial(_update_of(XLA, batch.is_away), batch.structure, views)
     if backend is batch.leader or len(views) == 1:
-        return partial(_update_of(backend), batch.structure, views)
-    return partial(_one_by_one, batch, backend, views)
+        update = partial(_update_of(backend, batch.is_away), batch.structure, views)
+    else:
+        update = partial(_one_by_one, batch, backend, views)
+    return partial(_by_kernels, batch, backend, update)
+
+
+def _by_kernels(
+    batch: _Batch, backend: AbstractBackend, update: Update, *operands: Any, **kwargs
+) -> tuple[TileState, ...]:
+    """What kernels make of a batch; plain XLA, if they have not what its rule needs."""
+    try:
+        return update(*operands, **kwargs)
+    except Unsupported as error:
+        _warn_of(backend.name, type(batch.structure.rule).__name__, str(error))
+    return _one_by_one(batch, XLA, _whole(batch), *operands)
+
+
+@functools.cache
+def _warn_of(backend: str, rule: str, reason: str) -> None:
+    warnings.warn(
+        f"flashquinox: no kernel for {backend.upper()}s of the rule {rule}, which has "
+        f"{reason}. Its steps take plain XLA instead: the same results, in more time "
+        "and memory.",
+        stacklevel=2,
+    )
+
+
+def _whole(batch: _Batch) -> tuple[PlainView, ...]:
+    """As plain XLA sees each leaf of a batch on other platforms than CPUs."""
+    return tuple([view.whole for view in batch.plain])
 
 
 def _one_by_one(
@@ -172,23 +213,23 @@ def _one_by_one(
     def update(structure: StepStructure, views: Any, *operands: Any) -> Any:
         (view,) = views
         taken_by = XLA if isinstance(view, PlainView) else backend
-        return _update_alone(taken_by)(structure, views, *operands)
+        return _update_alone(taken_by, batch.is_away)(structure, views, *operands)
 
     return one_by_one(update, batch.structure, known, *operands)
 
 
 @functools.cache
-def _update_alone(backend: AbstractBackend) -> Update:
+def _update_alone(backend: AbstractBackend, is_away: bool) -> Update:
     """What updates a batch of one leaf. Leaves that are alike are traced once."""
-    return jax.jit(_update_of(backend), static_argnums=(0, 1))
+    return jax.jit(_update_of(backend, is_away), static_argnums=(0, 1))
 
 
 @functools.cache
-def _update_of(backend: AbstractBackend) -> Update:
+def _update_of(backend: AbstractBackend, is_away: bool) -> Update:
     """What updates a batch, wherever its state is."""
     update = platforms.update_of(backend)
     assert update is not None
-    if backend.reads_host_memory:
+    if backend.reads_host_memory or not is_away:
         return update
 
     def on_device(

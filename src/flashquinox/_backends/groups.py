@@ -1,6 +1,7 @@
 """A leaf as a list of groups."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -27,6 +28,7 @@ class Groups:
     in_order: bool
 
     @staticmethod
+    @functools.lru_cache(maxsize=4096)
     def of(layout: Layout, is_grouped: bool) -> "Groups":
         elements = math.prod(layout.shape)
         if not is_grouped:

@@ -71,20 +71,47 @@ def _update(
     grads: tuple[Float[Array, "..."], ...],
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
-    groups = tuple([view.groups for view in views if view.groups is not None])
-    if groups:
-        return update_in_chunks(structure, groups, scalars, leaves, grads, old)
-    # A batch of one leaf, and `scalars` are its own.
-    (view,), (grad,), (old_leaf,) = views, grads, old
-    layout = view.layout
+    """Leaves with groups of one size share chunks; each other one is a tile."""
+    together: dict[Any, list[int]] = {}
+    for i, view in enumerate(views):
+        kind = (i, None) if view.groups is None else (None, view.groups.size)
+        together.setdefault(kind, []).append(i)
+    new: dict[int, TileState] = {}
+    for numbers in together.values():
+        groups = tuple([x for i in numbers if (x := views[i].groups) is not None])
+        if not groups:
+            (i,) = numbers
+            own = dataclasses.replace(scalars, leaf=leaves[i])
+            new[i] = _update_whole(structure, views[i].layout, own, grads[i], old[i])
+            continue
+        updated = update_in_chunks(
+            structure,
+            groups,
+            scalars,
+            tuple([leaves[i] for i in numbers]),
+            tuple([grads[i] for i in numbers]),
+            tuple([old[i] for i in numbers]),
+        )
+        new.update(zip(numbers, updated, strict=True))
+    return tuple([new[i] for i in range(len(views))])
+
+
+def _update_whole(
+    structure: StepStructure,
+    layout: Layout,
+    scalars: StepScalars,
+    grad: Float[Array, "..."],
+    old: TileState,
+) -> TileState:
+    """A leaf as one tile."""
     tile = update_tile_of_any_shape(
         structure,
         scalars,
         layout.tile_axis,
         layout.tile(grad),
-        old_leaf.map(layout.tile),
+        old.map(layout.tile),
     )
-    return (tile.map(layout.untile),)
+    return tile.map(layout.untile)
 
 
 BACKEND = Xla()

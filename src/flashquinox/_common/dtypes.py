@@ -1,5 +1,7 @@
 """The dtypes of weights, and the dtypes that they are updated in."""
 
+import functools
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -8,6 +10,8 @@ from jax.typing import DTypeLike
 NARROW_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
+# A step asks for it at each leaf.
+@functools.cache
 def compute_dtype(dtype: DTypeLike) -> DTypeLike:
     """The dtype in which a weight of this dtype is updated: float32, or float64."""
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32

@@ -5,6 +5,7 @@ both memories are errors. Outside, its sharding tells: the type is wrong for arr
 one device that `jit(out_shardings=...)` or `jax.make_array_from_callback` made.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,22 +22,37 @@ _DEVICE = jax.memory.Space.Device
 HOST_KIND = "pinned_host"
 
 
+def are_on_host(arrays: Iterable[Any]) -> list[bool]:
+    """Whether each of these is an array in host memory."""
+    return [
+        isinstance(x, jax.Array)
+        and (
+            jax.typeof(x).memory_space == _HOST
+            if isinstance(x, jax.core.Tracer)
+            else x.sharding.memory_kind == HOST_KIND
+        )
+        for x in arrays
+    ]
+
+
 def is_on_host(x: Any) -> bool:
-    """Whether an array is in host memory."""
-    if not isinstance(x, jax.Array):
-        return False
-    if isinstance(x, jax.core.Tracer):
-        return jax.typeof(x).memory_space == _HOST
-    return x.sharding.memory_kind == HOST_KIND
+    """Whether this is an array in host memory."""
+    return are_on_host([x])[0]
 
 
 def any_on_host(tree: PyTree) -> bool:
-    return any([is_on_host(x) for x in jtu.tree_leaves(tree)])
+    return any(are_on_host(jtu.tree_leaves(tree)))
 
 
 def to_device(tree: PyTree) -> PyTree:
     """The arrays of a tree in the memory of their devices."""
-    return jtu.tree_map(lambda x: _put(x, _DEVICE) if is_on_host(x) else x, tree)
+    leaves, structure = jtu.tree_flatten(tree)
+    away = are_on_host(leaves)
+    if not any(away):
+        return tree
+    return structure.unflatten(
+        [_put(x, _DEVICE) if y else x for x, y in zip(leaves, away, strict=True)]
+    )
 
 
 def to_host(tree: PyTree) -> PyTree:

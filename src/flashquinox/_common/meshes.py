@@ -1,5 +1,6 @@
 """Meshes of devices, and how arrays are divided over their axes."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from jaxtyping import Array
 from . import memory
 
 
+# What follows from shardings and meshes, a step asks at each leaf and each array.
+@functools.lru_cache(maxsize=4096)
 def divisions(sharding: NamedSharding) -> tuple[int, ...]:
     """The number of parts that each axis of an array is divided into."""
     sizes = sharding.mesh.shape
@@ -20,6 +23,7 @@ def divisions(sharding: NamedSharding) -> tuple[int, ...]:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def mesh_axes(sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
     """The axes of the mesh that divide each axis of an array."""
     return tuple(axis_names(entry) for entry in sharding.spec)
@@ -72,11 +76,11 @@ def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
     return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
 
 
-def axes_of_type(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def axes_of_type(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> tuple[str, ...]:
     types = _abstract(mesh).axis_types
-    return [
-        name for name, kind in zip(mesh.axis_names, types, strict=True) if kind in kinds
-    ]
+    pairs = zip(mesh.axis_names, types, strict=True)
+    return tuple([name for name, kind in pairs if kind in kinds])
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
@@ -84,7 +88,8 @@ def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return bool(axes_of_type(mesh, AxisType.Explicit))
 
 
-def free_axes(mesh: Mesh | AbstractMesh) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def free_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes of a mesh over which no enclosing `shard_map` divides the program."""
     return axes_of_type(mesh, AxisType.Auto, AxisType.Explicit)
 

@@ -161,6 +161,8 @@ def match(
 
     `ValueError` with the first path that only one of the two trees has.
     """
+    if tree is None:
+        return [None for _ in leaves]
     given, _ = _flatten_plain(tree) or _flatten_wrapped(without_masked(tree))
     entries = {leaf.unwrapped: leaf.value for leaf in given}
     unused = set(entries)

@@ -79,6 +79,8 @@ def _bytes(variable: Any) -> int:
 
 def without_variables(tree: PyTree) -> PyTree:
     """A tree in which every `Variable` is replaced by its value."""
+    if not flax_types():
+        return tree
     if not is_variable(tree):
         leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_variable)
         if not any(map(is_variable, leaves)):

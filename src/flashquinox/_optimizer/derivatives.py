@@ -39,10 +39,10 @@ def differentiable(
     each = {id(x): x for x in flat if not isinstance(x, np.ndarray)}
     numbers = {key: i for i, key in enumerate(each)}
 
-    def rebuild(values: Sequence[Any], known: Any = lambda x: x) -> list[LeafStep]:
-        """`known` gives what stands for a number that is known now."""
+    def rebuild(values: Sequence[Any]) -> list[LeafStep]:
+        """Numbers that are known now stay."""
         return structure.unflatten(
-            [values[numbers[id(x)]] if id(x) in numbers else known(x) for x in flat]
+            [values[numbers[id(x)]] if id(x) in numbers else x for x in flat]
         )
 
     @jax.custom_jvp
@@ -51,17 +51,21 @@ def differentiable(
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[TileState], list[PyTree]]:
         new = update(*primals)
-        each = zip(
-            leaves, rebuild(primals), rebuild(tangents, _fixed), new, strict=True
-        )
+        moving = jtu.tree_map(_fixed, rebuild(tangents), is_leaf=_is_tangent)
+        each = zip(leaves, rebuild(primals), moving, new, strict=True)
         return new, [_tangent(call, *one) for one in each]
 
     update.defjvp(jvp, symbolic_zeros=True)
     return update, [*each.values()]
 
 
-def _fixed(x: np.ndarray) -> SymbolicZero:
-    return SymbolicZero(jax.typeof(x))
+def _is_tangent(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _fixed(x: Any) -> Any:
+    """A tangent; zero in place of a number that is known."""
+    return SymbolicZero(jax.typeof(x)) if isinstance(x, np.ndarray) else x
 
 
 def _tangent(

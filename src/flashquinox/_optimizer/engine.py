@@ -10,6 +10,8 @@ from .._model.trained import has_gradient
 from .._model.trees import match, Model, Updates
 from .argument_checks import check_max_norm
 from .call_checks import check_grads, check_has_values, check_order, check_update
+from .close_step import close_step
+from .gradients import clipping
 from .initial_state import initial_state
 from .leaf_checks import check_grad
 from .open_step import open_step
@@ -54,10 +56,10 @@ class StepEngine(eqx.Module):
                     arrived[index] = jnp.asarray(grad)
         step = step.verified()
         there = [step.shardings[index] for index in arrived]
-        clip = step.clip([*arrived.values()], there, max_norm, divisor)
+        clip = clipping([*arrived.values()], there, max_norm, divisor)
         as_update = method == "update"
         all_finite = step.update(arrived, clip, as_update=as_update)
-        return step.close(all_finite, with_gradient if as_update else None)
+        return close_step(step, all_finite, with_gradient if as_update else None)
 
     def update(
         self,

@@ -8,10 +8,11 @@ from .._model.trained import with_state
 from .._model.trees import flatten, match
 from .._sharding import state_specs
 from .call_checks import check_has_values, check_model
+from .passes import all_passes
 from .settings import Settings
 from .state import OptimizerState
 from .state_checks import check_not_ensemble, check_state
-from .step_in_progress import all_passes, StepInProgress
+from .step_in_progress import StepInProgress
 from .stored_leaf import StoredLeaf
 
 
@@ -22,36 +23,34 @@ def open_step(
     check_model(call, params)
     leaves, rebuild = flatten(params)
     check_state(call, state, settings.moments)
-    check_not_ensemble(call, state)
+    old_count = state.count
+    check_not_ensemble(call, old_count)
     check_has_values(call, model=params, state=state)
-    names = settings.moments
     rules = settings.rules(call, params, leaves)
-    moments = [
-        match(call, f"state.moments[{name!r}]", state.moments[name], leaves)
-        for name in names
-    ]
+    moments = {
+        name: match(call, f"state.moments[{name!r}]", tree, leaves)
+        for name, tree in state.stored_moments.items()
+    }
     corrections = match(call, "state.corrections", state.corrections, leaves)
     checksums = match(call, "state.checksums", state.checksums, leaves)
-    trained = with_state(leaves, dict(zip(names, moments, strict=True)), corrections)
+    trained = with_state(leaves, moments, corrections)
     shardings, unknown = settings.resolve_shardings(
         call, leaves, trained, state.shardings
     )
-    stored = {}
-    for index, sharding in enumerate(shardings):
-        if trained[index]:
-            own = rules[index].rule.moments
-            of_leaf = {
-                name: column[index]
-                for name, column in zip(names, moments, strict=True)
-                if name in own
-            }
-            of_leaf, correction = state_specs.where_the_weight_is(
-                (of_leaf, corrections[index]), sharding
-            )
-            stored[index] = StoredLeaf(of_leaf, correction, checksums[index])
-    count = memory.to_device(jnp.asarray(state.count))
+    numbers = [i for i, is_trained in enumerate(trained) if is_trained]
+    count = memory.to_device(jnp.asarray(old_count))
     rates = settings.rates(count)
     decays = settings.decayed(call, params, leaves, rules)
+    passes = all_passes(call, settings, rates, count, leaves, rules, decays, numbers)
+    stored = {}
+    for i in numbers:
+        of_leaf = {name: moments[name][i] for name in passes[i].moments}
+        correction, sharding = corrections[i], shardings[i]
+        if sharding is not None:
+            of_leaf, correction = state_specs.where_the_weight_is(
+                (of_leaf, correction), sharding
+            )
+        stored[i] = StoredLeaf.of(of_leaf, correction, checksums[i])
     return StepInProgress(
         call=call,
         settings=settings,
@@ -63,11 +62,9 @@ def open_step(
         way="divisible" if unknown else settings.backend,
         recorded=state.shardings,
         count=count,
-        old_count=state.count,
+        old_count=old_count,
         rules=rules,
         rates=rates,
         stored=stored,
-        passes=all_passes(
-            call, settings, rates, count, leaves, rules, decays, [*stored]
-        ),
+        passes=passes,
     )

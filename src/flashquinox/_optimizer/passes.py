@@ -2,13 +2,13 @@
 whole leaves, with a function of the leaf between them."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Scalar
+from jaxtyping import Scalar
 
+from .._common.dtypes import compute_dtype
 from .._model.trees import Leaf
 from .._rules.rule import AbstractRule, Moment, moments_of, rule_structure
 from .._rules.whole_leaf import (
@@ -23,17 +23,14 @@ from .settings import Rates, Settings
 
 
 class Pass(NamedTuple):
-    """An elementwise rule without its numbers, its scalars, and what applies weight
-    decay."""
+    """An elementwise rule without its numbers, its moments and its scalars, and what
+    applies weight decay."""
 
     rule: AbstractRule
+    moments: dict[str, Moment]
     scalars: dict[str, Scalar]
     decay: Scalar | None
     is_decoupled: bool
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        return tuple(moments_of(self.rule))
 
 
 class Passes(NamedTuple):
@@ -45,25 +42,25 @@ class Passes(NamedTuple):
     # The coefficient of L2 regularization, which is added to a direction.
     l2: Scalar | None
     last: Pass
+    # Those of all.
+    moments: dict[str, Moment]
 
-    @property
-    def moments(self) -> dict[str, Moment]:
-        last = moments_of(self.last.rule)
-        if self.between is None:
-            return last
-        first = {} if self.first is None else moments_of(self.first.rule)
-        return first | last | self.means
+    # Those of them that are means, which `between` updates.
+    means: dict[str, Moment]
 
-    @property
-    def means(self) -> dict[str, Moment]:
-        rule = self.between
-        return rule.means if isinstance(rule, AbstractMeansRule) else {}
+    @staticmethod
+    def of(
+        first: Pass | None, between: WholeLeafRule | None, l2: Scalar | None, last: Pass
+    ) -> "Passes":
+        means = between.means if isinstance(between, AbstractMeansRule) else {}
+        moments = {} if first is None else first.moments
+        return Passes(first, between, l2, last, moments | last.moments | means, means)
 
 
 @dataclasses.dataclass(frozen=True)
 class PassMaker:
-    """Makes the passes of all leaves in one step. Leaves with the same rule share their
-    scalars."""
+    """Makes the passes of all leaves in one step. Leaves that are trained alike share
+    them, and others with the same rule its scalars."""
 
     call: str
     settings: Settings
@@ -71,7 +68,17 @@ class PassMaker:
     count: Scalar
     made: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    def of_leaf(
+    def of_leaf(self, leaf: Leaf, rule: LeafRule, decays: bool) -> Passes:
+        dtype = compute_dtype(leaf.value.dtype)
+        # Of matrices, the learning rate depends on the shape.
+        is_matrix = isinstance(rule.rule, AbstractMatrixRule)
+        shape = leaf.value.shape if is_matrix else None
+        key = "leaf", rule.group, id(rule.rule), dtype, decays, shape
+        if key not in self.made:
+            self.made[key] = self._passes(leaf, rule, dtype, decays)
+        return self.made[key]
+
+    def _passes(
         self, leaf: Leaf, rule: LeafRule, dtype: DTypeLike, decays: bool
     ) -> Passes:
         """`dtype` is that in which the leaf computes."""
@@ -79,9 +86,8 @@ class PassMaker:
         decay = decay if decays else None
         decoupled = self.settings.groups[rule.group].decay.is_decoupled
         if isinstance(rule.rule, AbstractRule):
-            return Passes(
-                None, None, None, self._pass(rule, "only", dtype, (decay, decoupled))
-            )
+            only = self._pass(rule, "only", dtype, (decay, decoupled))
+            return Passes.of(None, None, None, only)
         first, scale = None, None
         if rule.rule.before is not None:
             first = self._pass(rule, "before", dtype, (None, True))
@@ -89,7 +95,7 @@ class PassMaker:
             scale = axes_of(self.call, rule.rule, leaf).size(leaf.value.shape)
         own = decay if decoupled else None
         last = self._pass(rule, "after", dtype, (own, decoupled), scale)
-        return Passes(first, rule.rule, None if decoupled else decay, last)
+        return Passes.of(first, rule.rule, None if decoupled else decay, last)
 
     def _pass(
         self,
@@ -111,7 +117,7 @@ class PassMaker:
             return rule_structure(own), scalars
 
         structure, scalars = self._once((name, rule.group, dtype, shape), make)
-        return Pass(structure, scalars, *decay)
+        return Pass(structure, moments_of(structure), scalars, *decay)
 
     def _decay(self, group: int, dtype: Any) -> Scalar | None:
         return self.settings.decay_scalar(group, self.rates[group], dtype)
@@ -120,6 +126,21 @@ class PassMaker:
         if key not in self.made:
             self.made[key] = make(*args)
         return self.made[key]
+
+
+def all_passes(
+    call: str,
+    settings: Settings,
+    rates: list[Rates],
+    count: Scalar,
+    leaves: list[Leaf],
+    rules: list[LeafRule],
+    decayed: list[bool],
+    trained: list[int],
+) -> dict[int, Passes]:
+    """The passes of all leaves that are trained, in the step after so many."""
+    maker = PassMaker(call, settings, rates, count)
+    return {i: maker.of_leaf(leaves[i], rules[i], decayed[i]) for i in trained}
 
 
 def axes_of(call: str, rule: AbstractMatrixRule, leaf: Leaf) -> MatrixAxes:
@@ -147,10 +168,3 @@ def layers_are_apart(call: str, rule: AnyRule, leaf: Leaf) -> bool:
     if not isinstance(rule, AbstractMatrixRule):
         return False
     return -leaf.value.ndim not in axes_of(call, rule, leaf).of_matrix
-
-
-def parameters_of(
-    one: Pass, parameters: Mapping[str, tuple[Array, Array]]
-) -> dict[str, tuple[Array, Array]]:
-    """Those of the moments of a pass."""
-    return {name: x for name, x in parameters.items() if name in one.moments}

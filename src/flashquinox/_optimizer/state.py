@@ -49,19 +49,25 @@ class OptimizerState(eqx.Module):
         """The number of steps taken."""
         return without_variables(self.steps.count)
 
+    @property
+    def stored_moments(self) -> dict[str, PyTree[StoredMoment | None]]:
+        """`moments`, as they are stored: they need not know what they are relative
+        to."""
+        return vars(self)["moments"]
+
 
 class _Moments:
-    """The field `moments` of a state: what it is set to knows what it is relative to,
-    also where JAX puts a state together."""
+    """The field `moments` of a state: where it is read, moments know what they are
+    relative to. JAX takes states apart and puts them together without reading it."""
 
     def __get__(self, state: OptimizerState | None, owner: Any = None) -> Any:
         fields = {} if state is None else state.__dict__
         if "moments" not in fields:
             raise AttributeError("moments")
-        return fields["moments"]
+        return with_bases(fields["moments"])
 
     def __set__(self, state: OptimizerState, moments: Any) -> None:
-        vars(state)["moments"] = with_bases(moments)
+        vars(state)["moments"] = moments
 
 
 OptimizerState.moments = _Moments()  # pyright: ignore[reportAttributeAccessIssue]

@@ -33,17 +33,17 @@ def check_state(call: str, state: Any, moments: Sequence[str]) -> None:
             "`update`."
         )
     check_count_dtype(call, state)
-    if set(state.moments) != set(moments):
+    if set(state.stored_moments) != set(moments):
         raise ValueError(
             f"`{call}`: this is the state of another optimizer: it has the moments "
-            f"{sorted(state.moments)}, where this one keeps {sorted(moments)}. "
+            f"{sorted(state.stored_moments)}, where this one keeps {sorted(moments)}. "
             "Make a new state with `init`."
         )
 
 
-def check_not_ensemble(call: str, state: OptimizerState) -> None:
-    """The state must be that of one model, not that of an ensemble of models."""
-    shape = np.shape(state.count)
+def check_not_ensemble(call: str, count: Any) -> None:
+    """The state of this count must be that of one model, not that of an ensemble."""
+    shape = np.shape(count)
     if shape != ():
         raise ValueError(
             f"`{call}`: the state has counts of shape {shape}: it is one of an "

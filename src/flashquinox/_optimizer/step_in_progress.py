@@ -1,33 +1,28 @@
 """A step in progress."""
 
 import dataclasses
-import itertools
-from collections.abc import Collection
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Int32, PyTree, ScalarLike
+from jaxtyping import Array, Bool, Int32
 
 from .._backends.dispatch import reads_host_memory, Way
 from .._common import memory, meshes
-from .._common.dtypes import compute_dtype, largest_gradient
 from .._model.trees import Leaf, Rebuild
-from .._sharding import record, reductions
+from .._sharding import record
 from .._sharding.state_specs import holds_whole_groups
 from .._storage.layout import Layout
-from .._tile.clipping import Clipping, division
+from .._tile.clipping import Clipping
 from .._tile.step import TileState
-from .advance import Advance, Part
-from .checksums import checksums, verified
+from .advance import Advance
+from .checksums import verified
 from .device_checks import check_state_is_with_weight, warn_of_divided_groups
+from .gradients import all_finite, as_typed
 from .groups import LeafRule
-from .passes import layers_are_apart, Passes, PassMaker
+from .part import Part
+from .passes import all_passes, layers_are_apart, Passes
 from .settings import Rates, Settings
-from .state import OptimizerState, StepCount
 from .state_checks import check_checksum, check_correction, check_moments, check_width
 from .stored_leaf import Learned, StoredLeaf
 
@@ -70,7 +65,8 @@ class StepInProgress:
     def check(self, index: int) -> None:
         """Checks that a leaf that is trained and its state go together."""
         call, leaf, sharding = self.call, self.leaves[index], self.shardings[index]
-        settings, (moments, correction, checksum) = self.settings, self.stored[index]
+        settings, stored = self.settings, self.stored[index]
+        moments, correction, checksum = stored[:3]
         check_moments(call, leaf, moments, self.passes[index].moments, settings.storage)
         check_correction(call, leaf, correction)
         check_width(call, leaf, correction, settings.storage)
@@ -85,8 +81,8 @@ class StepInProgress:
         verify = self.settings.verify_weights
         kept = {
             index: checksum
-            for index, (_, _, checksum) in self.stored.items()
-            if checksum is not None
+            for index, stored in self.stored.items()
+            if (checksum := stored.checksum) is not None
         }
         if verify is None or not kept:
             return self
@@ -139,7 +135,7 @@ class StepInProgress:
         `None` if that was not asked.
         """
         shardings = [self.shardings[index] for index in grads]
-        arrived = _as_typed([*grads.values()], shardings)
+        arrived = as_typed([*grads.values()], shardings)
         all_finite = self.all_finite([*grads], arrived, shardings, clip)
         of = [
             Part(i, self.read(i), grad, sharding, self.stored[i].not_learned)
@@ -177,7 +173,7 @@ class StepInProgress:
         """One step of parts of leaves, which need not be those of this object: only
         what does not depend on their values is. `numbers` are those of their leaves.
         Arrays in host memory are those of all layers, of which `layer` is updated."""
-        arrived = _as_typed(grads, shardings)
+        arrived = as_typed(grads, shardings)
         layers = [layer if memory.any_on_host(x) else None for x in old]
         each = zip(numbers, old, arrived, shardings, learned, layers, strict=True)
         advance = Advance(self, all_finite, clip, learn=False, in_loop=True)
@@ -199,23 +195,6 @@ class StepInProgress:
         """See [`flashquinox._optimizer.passes.layers_are_apart`][]."""
         return layers_are_apart(self.call, self.rules[index].rule, self.leaves[index])
 
-    def clip(
-        self,
-        grads: list[Array],
-        shardings: list[NamedSharding | None],
-        max_norm: ScalarLike | None,
-        divisor: ScalarLike | None = None,
-    ) -> Clipping | None:
-        """The scaling of these gradients, divided by a number, together to at most this
-        norm."""
-        if not grads or (max_norm is None and divisor is None):
-            return None
-        if max_norm is None:
-            dtypes = [compute_dtype(grad.dtype) for grad in grads]
-            return division(divisor, jnp.result_type(*dtypes))  # pyright: ignore
-        arrived = _as_typed(grads, shardings)
-        return reductions.clip(arrived, shardings, max_norm, divisor)
-
     def all_finite(
         self,
         numbers: list[int],
@@ -223,101 +202,9 @@ class StepInProgress:
         shardings: list[NamedSharding | None],
         clip: Clipping | None,
     ) -> Bool[Array, ""] | None:
-        """Whether all of these gradients are finite, and so are their squares, which
-        their norm tells if it is known; and the learning rate and the weight decay.
-        `None` if that was not asked. `numbers` are those of their leaves.
-
-        Nothing here depends on weights and moments: a step that is not taken leaves
-        these as they are, so that no later one would be taken either.
-        """
+        """Whether these gradients of the leaves of these numbers are all finite, and
+        so are rates. `None` if that was not asked."""
         if not self.settings.skip_nonfinite:
             return None
-        limits = [largest_gradient(self.leaves[i].value.dtype) for i in numbers]
-        if clip is not None and clip.norm is not None:
-            finite = clip.norm.is_finite & (clip.norm.largest <= min(limits))
-        else:
-            arrived = _as_typed(grads, shardings)
-            finite = reductions.all_within(arrived, limits, shardings)
-        for rate in itertools.chain(*self.rates):
-            if isinstance(rate, jax.Array):
-                finite = finite & jnp.isfinite(rate)
-        return finite
-
-    def close(
-        self,
-        all_finite: Bool[Array, ""] | None,
-        updates_of: Collection[int] | None = None,
-    ) -> tuple[PyTree, OptimizerState]:
-        """The new model and the new state. A step of gradients that were not all finite
-        does not count. With `updates_of`, the updates of these leaves in place of the
-        model, and `None` for all others."""
-        count = jnp.asarray(optax.safe_increment(self.count))
-        if all_finite is not None:
-            count = jnp.where(all_finite, count, self.count)
-        values: list[Any] = [leaf.value for leaf in self.leaves]
-        moments: dict[str, list[Any]] = {
-            name: [None for _ in values] for name in self.settings.moments
-        }
-        corrections: list[Any] = [None for _ in values]
-        for index, stored in self.stored.items():
-            of_leaf, corrections[index] = stored.moments, stored.correction
-            if index in self.new:
-                new = self.new[index]
-                values[index], corrections[index] = new.weight, new.correction
-                of_leaf = stored.put_together(new, self.learned[index])
-            for name, moment in of_leaf.items():
-                moments[name][index] = moment
-        if updates_of is not None:
-            values = [x if i in updates_of else None for i, x in enumerate(values)]
-        return self.rebuild(values), OptimizerState(
-            steps=StepCount(memory.where(count, self.old_count)),
-            moments={name: self.rebuild.state(x) for name, x in moments.items()},
-            corrections=self.rebuild.state(corrections),
-            shardings=record.record(self.leaves, self.shardings, self.recorded),
-            checksums=self._new_checksums(as_update=updates_of is not None),
-        )
-
-    def _new_checksums(self, as_update: bool) -> PyTree:
-        if self.settings.verify_weights is None:
-            return None
-        new: list[Any] = [None for _ in self.leaves]
-        for index, stored in self.stored.items():
-            new[index] = stored.checksum
-        changed = [i for i in sorted(self.new) if new[i] is not None]
-        held = [self.new[i].weight for i in changed]
-        if as_update:
-            # As the caller will round them.
-            held = [
-                jnp.asarray(self.leaves[i].value) + update
-                for i, update in zip(changed, held, strict=True)
-            ]
-        for index, x in zip(changed, checksums(held), strict=True):
-            new[index] = memory.where(x, new[index])
-        return self.rebuild.state(new)
-
-
-def _as_typed(grads: list[Array], shardings: list[NamedSharding | None]) -> list[Array]:
-    return [
-        meshes.as_typed(grad, sharding)
-        for grad, sharding in zip(grads, shardings, strict=True)
-    ]
-
-
-def all_passes(
-    call: str,
-    settings: Settings,
-    rates: list[Rates],
-    count: Int32[Array, ""],
-    leaves: list[Leaf],
-    rules: list[LeafRule],
-    decayed: list[bool],
-    trained: list[int],
-) -> dict[int, Passes]:
-    """The passes of all leaves that are trained, in the step after so many."""
-    maker = PassMaker(call, settings, rates, count)
-    return {
-        i: maker.of_leaf(
-            leaves[i], rules[i], compute_dtype(leaves[i].value.dtype), decayed[i]
-        )
-        for i in trained
-    }
+        leaves = [self.leaves[i] for i in numbers]
+        return all_finite(leaves, grads, shardings, clip, self.rates)

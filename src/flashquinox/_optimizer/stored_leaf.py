@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Scalar, UInt32
 
 from .._common import memory
 from .._storage.codec import AbstractMomentCodec
-from .._storage.full_precision import FullPrecision
+from .._storage.full_precision import FULL_PRECISION
 from .._storage.layout import flattened, Layout
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction
@@ -22,40 +22,49 @@ Learned: TypeAlias = dict[str, tuple[Scalar, Scalar]]
 
 
 class StoredLeaf(NamedTuple):
-    """What a state has at a leaf that is trained."""
+    """What a state has at a leaf that is trained.
+
+    - `codecs`, `bases`: of each moment, its codec, and the name of the moment that it
+        is stored relative to, or `None`.
+    - `groups`: those of the moments; `None` without any. The state decides, not the
+        options of the optimizer.
+    - `not_learned`: the parameters of codecs that learn, in a step that learns nothing.
+    """
 
     moments: dict[str, StoredMoment]
     correction: Correction | None
     checksum: UInt32[Array, ""] | None
+    codecs: dict[str, AbstractMomentCodec]
+    bases: dict[str, str | None]
+    groups: Layout | None
+    not_learned: Learned
+
+    @staticmethod
+    def of(
+        moments: dict[str, StoredMoment],
+        correction: Correction | None,
+        checksum: UInt32[Array, ""] | None,
+    ) -> "StoredLeaf":
+        codecs, bases, groups, not_learned = {}, {}, None, {}
+        for name, moment in moments.items():
+            if not isinstance(moment, QuantMoment):
+                codecs[name], bases[name] = FULL_PRECISION, None
+                continue
+            codecs[name], bases[name] = moment.codec, moment.relative_to
+            groups = groups or moment.layout
+            if moment.parameter is not None:
+                parameter = memory.to_device(moment.parameter)
+                not_learned[name] = parameter, parameter
+        return StoredLeaf(
+            moments, correction, checksum, codecs, bases, groups, not_learned
+        )
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """The groups of a leaf of this shape, or of one layer of a stack. The state
-        decides, not the options of the optimizer."""
-        for moment in self.moments.values():
-            if isinstance(moment, QuantMoment):
-                return moment.layout.of_shape(shape)
+        """The groups of a leaf of this shape, or of one layer of a stack."""
+        if self.groups is not None:
+            return self.groups.of_shape(shape)
         # Without groups, a tile is a row of all elements.
         return flattened(shape, max(1, math.prod(shape)))
-
-    def codec(self, name: str) -> AbstractMomentCodec:
-        """The codec of the moment of this name."""
-        moment = self.moments[name]
-        return moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
-
-    def base(self, name: str) -> str | None:
-        """The name of the moment to which that of this name is relative."""
-        moment = self.moments[name]
-        return moment.relative_to if isinstance(moment, QuantMoment) else None
-
-    @property
-    def not_learned(self) -> Learned:
-        """The parameters of codecs that learn, in a step that learns nothing."""
-        return {
-            name: (parameter, parameter)
-            for name, moment in self.moments.items()
-            if isinstance(moment, QuantMoment)
-            and (parameter := memory.to_device(moment.parameter)) is not None
-        }
 
     def taken_apart(self, weight: Float[Array | np.ndarray, "..."]) -> TileState:
         """The arrays of the leaf."""

@@ -7,7 +7,7 @@ each other. Large leaves are several portions, small ones share one.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TYPE_CHECKING, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.core
@@ -18,11 +18,9 @@ from jaxtyping import Array, PyTree
 
 from .._common import memory
 from .._tile.step import TileState
+from .part import Advanced, Part
 from .slices import Slice
 
-
-if TYPE_CHECKING:
-    from .advance import Advanced, Part
 
 # The elements of a portion on each device. Of AdamW they have 105 MB: enough for copies
 # to take no notice of how they begin, and little beside the weights.
@@ -42,11 +40,11 @@ Portion: TypeAlias = list[Piece]
 
 
 def stream(
-    of: Sequence["Part"],
+    of: Sequence[Part],
     portions: Sequence[Portion],
-    update: Callable[[list["Part"]], list["Advanced"]],
+    update: Callable[[list[Part]], list[Advanced]],
     as_update: bool,
-) -> dict[int, "Advanced"]:
+) -> dict[int, Advanced]:
     """One step of leaves, portion by portion. `update` takes a step of parts whose
     state is on the device."""
     stream = _Stream(of, portions, as_update)
@@ -69,7 +67,7 @@ class _Stream:
     """Leaves on their way: `held` is what they are now."""
 
     def __init__(
-        self, of: Sequence["Part"], portions: Sequence[Portion], as_update: bool
+        self, of: Sequence[Part], portions: Sequence[Portion], as_update: bool
     ):
         self._of, self._portions = of, portions
         pieces = [piece for portion in portions for piece in portion]
@@ -91,7 +89,7 @@ class _Stream:
             self.held |= _in_order(states, memory.is_on_host)
         return [memory.to_device(self._read(piece)) for piece in portion]
 
-    def part(self, piece: Piece, state: TileState) -> "Part":
+    def part(self, piece: Piece, state: TileState) -> Part:
         """A piece as a part of the step. Its weight is read now."""
         x, weight = self._of[piece.leaf], self._read(piece).weight
         grad = x.grad

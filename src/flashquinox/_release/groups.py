@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, PyTree, ScalarLike
 
 from .._common.text import shown
 from .._model.trees import flatten, is_within, Leaf
+from .._optimizer.close_step import close_step
+from .._optimizer.gradients import clipping
 from .._optimizer.open_step import open_step
 from .._optimizer.optimizer import Optimizer, settings_of
 from .._optimizer.settings import Settings
@@ -116,9 +118,8 @@ class GroupedStep:
         max_norm: ScalarLike | None,
     ) -> Clipping | None:
         """The scaling of gradients of all groups to at most this norm together."""
-        # The result is the same for every group.
         there = [shardings[number] for number in grads]
-        return self.groups[0].clip([*grads.values()], there, max_norm)
+        return clipping([*grads.values()], there, max_norm)
 
     def all_finite(
         self,
@@ -186,7 +187,7 @@ class GroupedStep:
                 all_finite = (
                     jnp.any(jnp.stack(updated)) if updated else jnp.asarray(True)
                 )
-            states.append(group.close(all_finite)[1])
+            states.append(close_step(group, all_finite)[1])
         values = [leaf.value for leaf in self.leaves]
         for number in self.owners:
             values[number] = self.read(number).weight

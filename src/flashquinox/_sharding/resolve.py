@@ -52,6 +52,8 @@ def resolve_all(
         else _resolve(call, leaf, sharding, written.get(leaf.unwrapped))
         for leaf, sharding in zip(leaves, given, strict=True)
     ]
+    if found.count(None) == len(found):
+        return Resolved([None for _ in found], [])
     others = everywhere([x for x in found if isinstance(x, NamedSharding)])
     pairs = list(zip(leaves, found, strict=True))
     return Resolved(
@@ -98,7 +100,7 @@ def _resolve(
         placed = getattr(value, "sharding", None)
         mesh = placed.mesh if isinstance(placed, NamedSharding) else mesh
     free = free_axes(mesh)
-    if math.prod(mesh.shape[name] for name in free) == 1:
+    if math.prod([mesh.shape[name] for name in free]) == 1:
         return None
     seen = visible_spec(value)
     spec = given.spec if given is not None else seen

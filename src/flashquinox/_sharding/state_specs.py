@@ -77,11 +77,9 @@ def alike(spec: PartitionSpec, tree: PyTree) -> PyTree[PartitionSpec]:
     return jtu.tree_map(lambda _: spec, tree)
 
 
-def where_the_weight_is(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
+def where_the_weight_is(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """A part of the state of a leaf. Arrays in it that are on no mesh, such as NumPy
     arrays, get the sharding of the weight on `Explicit` axes."""
-    if sharding is None:
-        return tree
     nowhere = lambda x: jax.typeof(x).sharding.mesh.empty
     return jtu.tree_map(
         lambda x, there: as_typed(jnp.asarray(x), there) if nowhere(x) else x,

@@ -69,3 +69,7 @@ class FullPrecision(AbstractMomentCodec):
         for factor in decode_constants:
             moment = moment * factor
         return moment
+
+
+# What moments without codes are stored by.
+FULL_PRECISION = FullPrecision()

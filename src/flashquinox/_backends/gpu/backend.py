@@ -55,17 +55,9 @@ class Gpu(AbstractBackend):
         return False
 
     def view(self, step: LeafStep) -> View | None:
-        from .translation import translation_of
-        from .types import Unsupported
-
         arrays = jtu.tree_leaves((step.grad, step.old))
         is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
         if is_wide or step.old.weight.size == 0:
-            return None
-        try:
-            translation_of(step.structure, step.scalars, step.grad, step.old)
-        except Unsupported as error:
-            _warn_of(type(step.structure.rule).__name__, str(error))
             return None
         number = step.scalars.leaf.number
         return View.of(
@@ -101,15 +93,6 @@ def _warn_of_device(kind: str, capability: str) -> None:
         f"flashquinox: no kernels for the GPU {kind!r} (compute capability "
         f"{capability or 'unknown'}): they are for NVIDIA's, from 8.0 on. Steps take "
         "plain XLA: the same results, in more time and memory.",
-        stacklevel=2,
-    )
-
-
-@functools.cache
-def _warn_of(rule: str, reason: str) -> None:
-    warnings.warn(
-        f"flashquinox: no kernel for GPUs of the rule {rule}, which has {reason}. Its "
-        "steps take plain XLA instead: the same results, in more time and memory.",
         stacklevel=2,
     )
 

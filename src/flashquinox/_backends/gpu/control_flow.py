@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TYPE_CHECKING
 
 from ... import _compat
-from .types import Unsupported
+from ..base import Unsupported
 from .values import declared, indented, Kind, STACKED, Value, VARIED
 
 

@@ -13,13 +13,13 @@ from ..._common.arithmetic import (
     rounded_quotient,
     rounded_root,
 )
+from ..base import Unsupported
 from .types import (
     converted,
     is_float,
     narrowed,
     Operand,
     type_of,
-    Unsupported,
     widened,
 )
 

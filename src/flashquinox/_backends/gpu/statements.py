@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import _compat
+from ..base import Unsupported
 from . import control_flow
 from .expressions import Call, expression
-from .types import literal, Operand, type_of, Unsupported
+from .types import literal, Operand, type_of
 from .values import (
     declared,
     indented,

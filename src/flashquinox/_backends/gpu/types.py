@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-
-class Unsupported(Exception):
-    """An operation or a dtype that kernels do not have. The text names it."""
+from ..base import Unsupported
 
 
 class Operand(NamedTuple):

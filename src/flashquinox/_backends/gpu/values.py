@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .types import type_of, Unsupported
+from ..base import Unsupported
+from .types import type_of
 
 
 # A tile that stands for all: groups, and elements of each.
