@@ -66,7 +66,9 @@ class Groups:
         if self.in_order:
             first = self.size * start
             new = lax.slice_in_dim(new, 0, min(new.size, x.size - first))
-            return put(x.reshape(-1), first, new).reshape(x.shape)
+            if new.size < x.size:
+                new = put(x.reshape(-1), first, new)
+            return new.reshape(x.shape)
         shape = list(jax.eval_shape(self.layout.tile, x).shape)
         length = shape.pop(self.layout.tile_axis)
         tile = new.reshape(self.number, self.size)[:, :length]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,6 +82,22 @@ class Rebuild:
     def __call__(self, values: list[Any]) -> PyTree:
         return self.put_together(self.treedef.unflatten(values))
 
+    def values_of(self, tree: PyTree) -> list[Any] | None:
+        """The values of a tree of just this structure, in which nothing is wrapped.
+        `None` for others."""
+        if self.has_variables:
+            return None
+        try:
+            values = self.treedef.flatten_up_to(tree)
+        except (TypeError, ValueError):
+            return None
+        kinds = (QuantMoment, jax.Array, np.ndarray, types.NoneType)
+        if not all([isinstance(x, kinds) for x in values]):
+            return None
+        # A `Variable` may be around the arrays of a moment.
+        codes = [x.codes for x in values if isinstance(x, QuantMoment)]
+        return values if all([isinstance(x, kinds[1:]) for x in codes]) else None
+
     def like_before(self, values: list[Any]) -> PyTree:
         """The tree with these values, which have the structure of the leaves, and with
         the `Variable`s that were around arrays inside of the leaves."""
@@ -146,8 +163,10 @@ def match(
     leaves: list[Leaf],
     prefix: bool = False,
     partial: bool = False,
+    rebuild: Rebuild | None = None,
 ) -> list[Any]:
-    """The entries of a tree, one for each leaf of the model, in the model's order.
+    """The entries of a tree, one for each leaf of the model, in the model's order. With
+    `rebuild`, that of the model, trees of its structure need no paths.
 
     `None` in place of a subtree stands for `None` in all of it. So does
     `optax.MaskedNode`, which Optax puts in place of leaves that another optimizer
@@ -163,6 +182,8 @@ def match(
     """
     if tree is None:
         return [None for _ in leaves]
+    if rebuild is not None and (values := rebuild.values_of(tree)) is not None:
+        return values
     given, _ = _flatten_plain(tree) or _flatten_wrapped(without_masked(tree))
     entries = {leaf.unwrapped: leaf.value for leaf in given}
     unused = set(entries)

@@ -187,7 +187,7 @@ class Advance:
             is_last = one is of_leaf.last
             codecs = tuple([stored.codecs[name] for name in names])
             bases = tuple([stored.bases[name] for name in names])
-            key = id(one), codecs, bases, is_last
+            key = id(one), *map(id, codecs), *bases
             if key not in made:
                 made[key] = StepStructure(
                     one.rule,

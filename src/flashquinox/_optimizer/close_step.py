@@ -27,7 +27,7 @@ def close_step(
         count = jnp.where(all_finite, count, step.count)
     values: list[Any] = [leaf.value for leaf in step.leaves]
     moments: dict[str, list[Any]] = {
-        name: [None for _ in values] for name in step.settings.moments
+        name: [None for _ in values] for name in step.moments
     }
     corrections: list[Any] = [None for _ in values]
     for index, stored in step.stored.items():

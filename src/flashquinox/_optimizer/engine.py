@@ -44,7 +44,7 @@ class StepEngine(eqx.Module):
         step = open_step(self.settings, call, params, state)
         check_grads(call, grads, params)
         check_has_values(call, grads=grads)
-        matched = match(call, "grads", grads, step.leaves)
+        matched = match(call, "grads", grads, step.leaves, rebuild=step.rebuild)
         check_order(call, step.leaves, matched)
         arrived, with_gradient = {}, set()
         for index, (leaf, grad) in enumerate(zip(step.leaves, matched, strict=True)):

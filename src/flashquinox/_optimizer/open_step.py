@@ -1,5 +1,7 @@
 """Taking a model and its state apart, for one step."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -22,17 +24,19 @@ def open_step(
     """Takes a model and its state apart, for one step."""
     check_model(call, params)
     leaves, rebuild = flatten(params)
-    check_state(call, state, settings.moments)
+    names = settings.moments
+    check_state(call, state, names)
     old_count = state.count
     check_not_ensemble(call, old_count)
     check_has_values(call, model=params, state=state)
     rules = settings.rules(call, params, leaves)
+    of_state = partial(match, call, leaves=leaves, rebuild=rebuild)
     moments = {
-        name: match(call, f"state.moments[{name!r}]", tree, leaves)
+        name: of_state(f"state.moments[{name!r}]", tree)
         for name, tree in state.stored_moments.items()
     }
-    corrections = match(call, "state.corrections", state.corrections, leaves)
-    checksums = match(call, "state.checksums", state.checksums, leaves)
+    corrections = of_state("state.corrections", state.corrections)
+    checksums = of_state("state.checksums", state.checksums)
     trained = with_state(leaves, moments, corrections)
     shardings, unknown = settings.resolve_shardings(
         call, leaves, trained, state.shardings
@@ -63,6 +67,7 @@ def open_step(
         recorded=state.shardings,
         count=count,
         old_count=old_count,
+        moments=names,
         rules=rules,
         rates=rates,
         stored=stored,

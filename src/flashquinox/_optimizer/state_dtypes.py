@@ -37,7 +37,7 @@ def check_moment_dtypes(call: str, leaf: Leaf, name: str, moment: StoredMoment) 
             (f"codes of the {what}", moment.codes, codes),
             (f"scales of the {what}", moment.scales, scales),
         ]
-        if initial_parameter(moment.codec) is not None and moment.parameter is not None:
+        if moment.parameter is not None and initial_parameter(moment.codec) is not None:
             expected.append((f"parameter of the {what}", moment.parameter, jnp.float32))
     for part, x, dtype in expected:
         if getattr(x, "dtype", None) != jnp.dtype(dtype):

@@ -38,6 +38,7 @@ class StepInProgress:
     - `recorded`: what the state remembers of that.
     - `count`: the number of steps before this one. `old_count` is that of the state,
         which may be in host memory.
+    - `moments`: the names of all moments of the state.
     - `rules`: the rule of a leaf.
     - `rates`: for each group, the learning rate and the weight decay of this step.
     - `stored`: what the state had, for each leaf that is trained.
@@ -55,6 +56,7 @@ class StepInProgress:
     recorded: record.Shardings
     count: Int32[Array, ""]
     old_count: Int32[Array | np.ndarray, ""]
+    moments: tuple[str, ...]
     rules: list[LeafRule]
     rates: list[Rates]
     stored: dict[int, StoredLeaf]
@@ -143,7 +145,7 @@ class StepInProgress:
         ]
         advance = Advance(self, all_finite, clip, learn=True, as_update=as_update)
         for index, new in zip(grads, advance.all(of), strict=True):
-            self.write(index, *new)
+            self.new[index], self.learned[index] = new
         return all_finite
 
     def learn(

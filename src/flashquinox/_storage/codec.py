@@ -264,12 +264,11 @@ class AbstractMomentCodec(eqx.Module):
         if self.dtypes is None:
             boundary = no_boundary
         prepared = boundary(self.prepare(moment))
-        statistics = boundary(
-            tuple(
-                reduction(boundary(x), axis=axis)
-                for reduction, x in self.statistics(prepared)
-            )
-        )
+        statistics = [
+            reduction(boundary(x), axis=axis)
+            for reduction, x in self.statistics(prepared)
+        ]
+        statistics = boundary(tuple(statistics))
         scales, constants = boundary(self.fit(statistics, factor, dither))
         return self.quantize(prepared, _broadcastable(constants, axis)), scales
 

@@ -7,7 +7,6 @@ moment.
 """
 
 import abc
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,8 +99,6 @@ class AbstractLearnedCodec(AbstractMomentCodec):
         """
 
 
-# A step asks for it at each moment.
-@functools.cache
 def initial_parameter(codec: AbstractMomentCodec) -> float | None:
     """Where the parameter of a codec begins. `None` for a codec that does not learn."""
     return codec.initial if isinstance(codec, AbstractLearnedCodec) else None

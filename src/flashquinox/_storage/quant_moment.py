@@ -158,7 +158,7 @@ def with_bases(moments: Any) -> Any:
             # Trees of something else than moments have no bases.
             if base in flat and len(flat[base][0]) == len(leaves):
                 new[i] = with_base(moment, flat[base][0][i])
-        if any(x is not y for x, y in zip(leaves, new, strict=True)):
+        if any([x is not y for x, y in zip(leaves, new, strict=True)]):
             moments = moments | {name: treedef.unflatten(new)}
     return moments
 

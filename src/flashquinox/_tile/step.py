@@ -54,26 +54,25 @@ class StepStructure(eqx.Module):
         self, scalars: "StepScalars"
     ) -> tuple[dict[str, AbstractMomentCodec], dict[str, AbstractMomentCodec]]:
         """What decodes the old moments, and what encodes the new ones."""
+        codecs, learned = self.codec_of, scalars.leaf.parameters
         before, after = (
-            {
-                name: with_parameter(
-                    codec, scalars.leaf.parameters.get(name, (None, None))[i]
-                )
-                for name, codec in self.codec_of.items()
-            }
+            {name: with_parameter(codecs[name], x[i]) for name, x in learned.items()}
             for i in (0, 1)
         )
-        return before, after
+        return codecs | before, codecs | after
 
     def factors(
         self, scalars: "StepScalars"
     ) -> dict[str, tuple[Scalar | None, Scalar | None]]:
         """For each moment, the factors before and after the rule."""
-        value = lambda name: None if name is None else scalars.rule[name]
-        return {
-            name: (value(moment.before), value(moment.after))
-            for name, moment in moments_of(self.rule).items()
-        }
+        found = {}
+        for name, moment in moments_of(self.rule).items():
+            before, after = [
+                None if scalar is None else scalars.rule[scalar]
+                for scalar in (moment.before, moment.after)
+            ]
+            found[name] = before, after
+        return found
 
 
 class LeafScalars(eqx.Module):
@@ -141,7 +140,7 @@ def map_arrays(
 ) -> TileState:
     """Applies functions to the arrays of several states that correspond: to those with
     an entry for each element, and to those with one for each group."""
-    of = lambda state: (state.weight, state.correction, state.codes)
-    weight, correction, codes = jtu.tree_map(of_elements, *map(of, each))
+    elements = [(state.weight, state.correction, state.codes) for state in each]
+    weight, correction, codes = jtu.tree_map(of_elements, *elements)
     scales = jtu.tree_map(of_groups, *[state.scales for state in each])
     return TileState(weight, correction, codes, scales)
