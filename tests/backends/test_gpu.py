@@ -20,7 +20,10 @@ from flashquinox._storage.layout import Layout, layout_of
 
 from ..helpers import (
     Case,
+    CASES,
     float64,
+    OURS,
+    pairwise,
     parametrize_cases,
     slow,
     Storage,
@@ -29,7 +32,7 @@ from ..helpers import (
 from ..kernels import arrays, compiling_for, needs_compiler, run, run_ensemble
 
 
-_ours = Storage(jnp.bfloat16, 24, "flashquinox")
+_ours = OURS
 
 # Two leaves in one kernel whose last tiles are partial, and leaves of other kinds: one
 # without groups, and one of which the last groups are partial.
@@ -45,21 +48,16 @@ _ENSEMBLE = {"matrix": (3, 64, 128), "other": (3, 96, 64), "vector": (3, 40)}
 _ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}
 
 
-# Every rule; and every pair of a dtype, a width and a codec.
-_QUICK = [
-    Case("adamw", _ours),
-    Case("adamw", Storage(jnp.float16, 24, "flashoptim")),
-    Case("adamw-nesterov", Storage(jnp.bfloat16, 32, "float32")),
-    Case("adam", Storage(jnp.float32, None, "float32")),
-    Case("lion", _ours),
-    Case("lion", Storage(jnp.bfloat16, None, "flashoptim")),
-    Case("lion", Storage(jnp.float32, None, "flashoptim")),
-    Case("sgd", Storage(jnp.float16, 32, "float32")),
-    Case("sgd-momentum", Storage(jnp.float16, 32, "flashoptim")),
-    Case("sgd-nesterov", Storage(jnp.float32, None, "flashquinox")),
-    Case("sgdw", Storage(jnp.float16, 32, "flashquinox")),
-    Case("sgdw", Storage(jnp.float16, 24, "float32")),
-]
+# Pairs of a rule, a dtype and a codec; every width, and every optimizer of these rules.
+_QUICK = pairwise(
+    [case for case in CASES if case.rule in ("adam", "lion", "sgd")],
+    ("rule", "dtype"),
+    ("rule", "moments"),
+    ("dtype", "moments"),
+    ("width", "width"),
+    ("name", "name"),
+    known=[Case("adamw", _ours), Case("lion", _ours)],
+)
 
 
 @pytest.mark.product

@@ -22,11 +22,11 @@ from flashquinox._storage.layout import Layout
 from flashquinox._storage.tpu_memory import groups_in_memory
 from flashquinox._tile.step import TileState
 
-from ..helpers import Case, parametrize_cases, slow, Storage
+from ..helpers import Case, CASES, OURS, pairwise, parametrize_cases, slow, Storage
 from ..kernels import arrays, compiling_for, run, run_ensemble, tpu_devices
 
 
-_ours = Storage(jnp.bfloat16, 24, "flashquinox")
+_ours = OURS
 _needs_views = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="stores to views of other dtypes fail there"
 )
@@ -63,22 +63,21 @@ _VECTORS = {
 }
 
 
+_RULES = ("adam", "lion", "sgd")
+
+
 def _supported(case: Case) -> bool:
     return case.storage.dtype != jnp.float16 and case.storage.moments != "flashoptim"
 
 
-# Every storage, with some rule; what is ours, in the simulator.
-_QUICK = [
-    Case("adamw", Storage(jnp.bfloat16, 32, "float32")),
-    Case("adamw-nesterov", Storage(jnp.bfloat16, None, "float32")),
-    Case("adam", Storage(jnp.float32, None, "float32")),
-    Case("adan", _ours),
-    Case("lion", Storage(jnp.bfloat16, 32, "flashquinox")),
-    Case("lion", Storage(jnp.bfloat16, None, "flashquinox")),
-    Case("sgd", Storage(jnp.float32, None, "float32")),
-    Case("sgd-momentum", Storage(jnp.bfloat16, 24, "float32")),
-    Case("sgd-nesterov", Storage(jnp.float32, None, "flashquinox")),
-]
+# Pairs of a rule, a dtype and a codec, and of a width and a codec.
+_QUICK = pairwise(
+    [case for case in CASES if _supported(case) and case.rule in _RULES],
+    ("rule", "dtype"),
+    ("rule", "moments"),
+    ("width", "moments"),
+    known=[Case("adan", _ours)],
+)
 
 
 @pytest.mark.product

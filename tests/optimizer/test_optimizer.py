@@ -16,11 +16,13 @@ from ..helpers import (
     array_of,
     assert_code_of,
     Case,
+    CASES,
     exact_step,
     float64,
     HeavyBall,
-    is_quick,
     OPTIMIZERS,
+    OURS,
+    pairwise,
     parametrize_cases,
     SHAPES,
     slow,
@@ -31,7 +33,7 @@ from ..helpers import (
 
 
 _few = ("matrix", "bias", "scalar")
-_ours = Storage(jnp.bfloat16, 24, "flashquinox")
+_ours = OURS
 _float32 = Storage(jnp.float32, None, "float32")
 
 
@@ -73,14 +75,8 @@ def _specs(tree):
 _EVERY_KIND_OF_LEAF = [_ours, Storage(jnp.float16, 24, "flashoptim")]
 
 
-def _is_quick_step(case: Case) -> bool:
-    # Every pair of a dtype, a width and a codec with Lion: one moment, less to compile.
-    swapped = {"adamw": "lion", "lion": "adamw"}
-    return is_quick(case._replace(name=swapped.get(case.name, case.name)))
-
-
 @pytest.mark.product
-@parametrize_cases(quick=_is_quick_step)
+@parametrize_cases()
 def test_every_step_is_exact_but_for_one_rounding(case):
     """From the weights and moments as they are stored, a step in float64; what is
     stored next is that, rounded once. So no error is larger than the storage explains.
@@ -757,13 +753,16 @@ def test_float64_beside_bfloat16(make, moments):
 #
 
 
+_RESUMED = [
+    case
+    for case in CASES
+    if case.name in ("adamw", "sgd-momentum") and case.dtype == jnp.bfloat16
+]
+_quick_to_resume = pairwise(_RESUMED, ("width", "width"), ("moments", "moments"))
+
+
 @pytest.mark.product
-@parametrize_cases(
-    lambda case: (
-        case.name in ("adamw", "sgd-momentum") and case.storage.dtype == jnp.bfloat16
-    ),
-    quick=lambda case: case.name == "adamw" and is_quick(case),
-)
+@parametrize_cases(_RESUMED.__contains__, quick=_quick_to_resume.__contains__)
 def test_resumes_bit_for_bit(case, tmp_path):
     names = ("matrix", "scalar")
     params = case.weights(*names)

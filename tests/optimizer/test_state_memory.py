@@ -13,7 +13,7 @@ from jax.sharding import AxisType, SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox._common import host_memory, memory
-from flashquinox._optimizer import advance, state_memory
+from flashquinox._optimizer import state_memory, together
 from flashquinox._optimizer.slices import slices_of
 from flashquinox._storage.layout import Layout
 from flashquinox.checkpoint import Checkpoints
@@ -94,7 +94,7 @@ def _check_same(name, steps=2):
 )
 def test_same_bits(name, monkeypatch):
     # Of a small leaf, several slices.
-    monkeypatch.setattr(advance, "PORTION", 2**10)
+    monkeypatch.setattr(together, "PORTION", 2**10)
     _check_same(name)
 
 
@@ -113,7 +113,7 @@ def test_same_bits_in_one_portion():
 
 def test_slices_of_updates(monkeypatch):
     """`update` leaves the weights alone, also where it takes slices."""
-    monkeypatch.setattr(advance, "PORTION", 2**10)
+    monkeypatch.setattr(together, "PORTION", 2**10)
     weights, grads = _weights(), _weights(1)
     here, away = _MAKE["adamw"](), _MAKE["adamw"](state_memory=AWAY)
     expected = jax.jit(here.update)(grads, here.init(weights), weights)
@@ -155,7 +155,7 @@ def test_ensemble():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_mesh(kind, monkeypatch):
     """Each device has its own part of the state in its host's memory."""
-    monkeypatch.setattr(advance, "PORTION", 2**10)
+    monkeypatch.setattr(together, "PORTION", 2**10)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(kind,))
     shapes = {"rows": (128, 64), "stack": (4, 128, 32), "bias": (7,)}
     weights = _weights(shapes=shapes)
