@@ -25,7 +25,8 @@ def is_float_array(x: Any) -> bool:
 def is_trainable(x: Any) -> bool:
     """Whether a leaf is an array that an optimizer can train. Others (float8, complex,
     integers, functions) have no state."""
-    return is_float_array(x) and x.dtype in TRAINABLE_DTYPES
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic)
+    return is_array and x.dtype in TRAINABLE_DTYPES
 
 
 def with_state(
@@ -40,7 +41,7 @@ def with_state(
     such weight is trained. If it has no corrections either, every narrow weight is
     trained as well.
     """
-    any_corrections = any(correction is not None for correction in corrections)
+    any_corrections = any([correction is not None for correction in corrections])
     result = []
     for index, leaf in enumerate(leaves):
         if not is_trainable(leaf.value):

@@ -3,6 +3,9 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
+import jax.core
+import jax.tree_util as jtu
 from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from .._model.variables import without_variables
@@ -57,8 +60,9 @@ class OptimizerState(eqx.Module):
 
 
 class _Moments:
-    """The field `moments` of a state: where it is read, moments know what they are
-    relative to. JAX takes states apart and puts them together without reading it."""
+    """The field `moments` of a state: what is read from it knows what it is relative
+    to. So does what outside of programs JAX puts into it, and takes out in its own way:
+    in programs, this would be done each time that a state is put together."""
 
     def __get__(self, state: OptimizerState | None, owner: Any = None) -> Any:
         fields = {} if state is None else state.__dict__
@@ -67,6 +71,9 @@ class _Moments:
         return with_bases(fields["moments"])
 
     def __set__(self, state: OptimizerState, moments: Any) -> None:
+        leaves = jtu.tree_leaves(moments)
+        if not (leaves and isinstance(leaves[0], jax.core.Tracer)):
+            moments = with_bases(moments)
         vars(state)["moments"] = moments
 
 

@@ -113,7 +113,7 @@ class Moment:
             )
         axes = self.mean_over
         are_axes = isinstance(axes, tuple) and all(
-            isinstance(x, int) and x < 0 for x in axes
+            [isinstance(x, int) and x < 0 for x in axes]
         )
         is_plain = self.kept == "exact" and self.before is None and self.after is None
         if not are_axes or (axes and not is_plain):
@@ -130,15 +130,14 @@ class Moment:
 
         `ValueError` if the weight has not all axes in `mean_over`.
         """
-        ndim = len(of_weight)
-        if any(ndim + axis < 0 for axis in self.mean_over):
+        means = [len(of_weight) + axis for axis in self.mean_over]
+        if any([axis < 0 for axis in means]):
             raise ValueError(
                 f"a weight of shape {of_weight} has not the axes {self.mean_over}, "
                 "over which there are means. Use a rule that has others for it, as "
                 "`flashquinox.adafactor` does."
             )
-        means = {ndim + axis for axis in self.mean_over}
-        return tuple(1 if i in means else n for i, n in enumerate(of_weight))
+        return tuple([1 if i in means else n for i, n in enumerate(of_weight)])
 
 
 def hyperparameter(
