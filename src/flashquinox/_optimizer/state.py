@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from .._model.variables import without_variables
@@ -71,8 +72,9 @@ class _Moments:
         return with_bases(fields["moments"])
 
     def __set__(self, state: OptimizerState, moments: Any) -> None:
-        leaves = jtu.tree_leaves(moments)
-        if not (leaves and isinstance(leaves[0], jax.core.Tracer)):
+        first = next(iter(jtu.tree_leaves(moments)), None)
+        is_array = isinstance(first, jax.Array | np.ndarray)
+        if is_array and not isinstance(first, jax.core.Tracer):
             moments = with_bases(moments)
         vars(state)["moments"] = moments
 
