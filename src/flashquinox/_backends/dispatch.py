@@ -75,7 +75,7 @@ def update_leaves(way: Way, steps: list[LeafStep]) -> list[TileState]:
                 ]
             ),
             is_asked=way != "auto",
-            is_away=memory.any_on_host(here[0].old),
+            is_away=memory.any_on_host([step.old for step in here]),
             device=device,
         )
         operands = (
