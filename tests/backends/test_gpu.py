@@ -373,6 +373,23 @@ _PASSES = {"lamb": 2, "schedule-free": 2}
 
 
 @needs_compiler
+def test_host_memory_is_where_it_was():
+    """A kernel writes to arrays in host memory that XLA takes for read. Another one
+    after it ends the program if XLA has moved them meanwhile, of which this one does
+    not know."""
+    optim = fq.adamw(1e-2, backend="gpu")
+    weights = {"w": jnp.zeros((64, 64), jnp.bfloat16)}
+    state = jax.tree.map(_to_host, optim.init(weights))
+    step = jax.jit(optim.step).trace(weights, state, weights)
+    with compiling_for("NVIDIA H100", "gpu"):
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    order = ["lend", "addresses", "adam", "give_back"]
+    found = [text.index(f'name = "flashquinox_{name}"') for name in order]
+    assert found == sorted(found)
+    assert text.count("trap;") == 1
+
+
+@needs_compiler
 @pytest.mark.product
 @parametrize_cases(
     lambda case: case.name == "adamw" or case.storage == _ours,

@@ -2,35 +2,83 @@
 
 The results of one custom call are in one memory: XLA takes them all to be in that of
 its operands. So a kernel of weights on the device and moments in host memory has the
-weights alone as results. What it does to the moments, kernels that do nothing tell XLA:
-one before it and one after it, each of which has the moments as operands and, in the
-same memory, as results.
+weights alone as results. What it does to the moments, two kernels tell XLA, each of
+which has the moments as operands and, in the same memory, as results:
 
-- Of arrays that the caller keeps, XLA makes a copy for the first one, and the kernel
-  between them gets that. It is the only reader of what the first one gives.
-- The second one waits for a result of the kernel, and everything that uses the new
-  arrays waits for the second one.
+- `lend`: of arrays that the caller keeps, XLA makes a copy for it, and the kernel
+  between gets that. It is the only other reader of what `lend` gives.
+- `give_back` waits for a result of the kernel, and everything that uses the new arrays
+  waits for it. Until then they are in use, so that XLA puts nothing else there.
+
+XLA might still move the arrays in between, as it does not know that they are written
+to. So `give_back` compares their addresses with those that they had after `lend`. If
+they differ, the program ends with an error of CUDA's, and no update is lost in silence.
 """
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Shaped
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Shaped
 
 from ..._common import memory
 from .launch import Launch, launch
 
 
-def renewed(
-    arrays: Sequence[Shaped[Array, "..."]], after: Sequence[Shaped[Array, "..."]] = ()
-) -> list[Shaped[Array, "..."]]:
-    """The same arrays, in the same memory, as XLA shall see them from here on: once
-    those of `after` are computed."""
+# What kernels see of an address, and how many 32-bit words XLA sees of it: JAX may have
+# no 64-bit types.
+_ADDRESS, _WORDS = "unsigned long long", 2
+
+
+def lend(
+    arrays: Sequence[Shaped[Array, "..."]],
+) -> tuple[list[Shaped[Array, "..."]], Int32[Array, " words"] | None]:
+    """The same arrays for a kernel that changes them, and their addresses."""
     if not arrays:
+        return [], None
+    opened = _renewed("flashquinox_lend", "", arrays, [])
+    name = "flashquinox_addresses"
+    body = " ".join([f"to[{i}] = ({_ADDRESS})p{i};" for i in range(len(arrays))])
+    source = _source(name, [*_pointers(len(arrays)), f"{_ADDRESS}* to"], body)
+    like = jax.ShapeDtypeStruct((_WORDS * len(arrays),), jnp.int32)
+    kernel = Launch(name, source, 1, 1)
+    # Two of them at different times would be of different arrays.
+    (addresses,) = launch(kernel, opened, {}, fresh={0: like}, writes_operands=True)
+    return opened, addresses
+
+
+def give_back(
+    arrays: Sequence[Shaped[Array, "..."]],
+    addresses: Int32[Array, " words"] | None,
+    after: Sequence[Shaped[Array, "..."]],
+) -> list[Shaped[Array, "..."]]:
+    """The arrays that `lend` gave, as XLA shall see them from here on: once those of
+    `after` are computed."""
+    if addresses is None:
         return []
-    pointers = 2 * len(arrays) + len(after)
-    arguments = ", ".join(f"void* p{i}" for i in range(pointers))
-    name = "flashquinox_host_arrays"
-    source = f'extern "C" __global__ void {name}({arguments}) {{}}\n'
+    moved = [f"from[{i}] != ({_ADDRESS})p{i}" for i in range(len(arrays))]
+    body = f"if ({' || '.join(moved)}) __trap();"
+    return _renewed("flashquinox_give_back", body, arrays, [addresses, *after])
+
+
+def _renewed(
+    name: str,
+    body: str,
+    arrays: Sequence[Shaped[Array, "..."]],
+    others: Sequence[Shaped[Array, "..."]],
+) -> list[Shaped[Array, "..."]]:
+    numbers = range(len(others))
+    kinds = [f"const {_ADDRESS}* from" if i == 0 else f"void* o{i}" for i in numbers]
+    results = [f"void* q{i}" for i in range(len(arrays))]
+    source = _source(name, [*_pointers(len(arrays)), *kinds, *results], body)
     aliases = {i: i for i in range(len(arrays))}
-    new = launch(Launch(name, source, 1, 1), [*arrays, *after], aliases)
+    new = launch(Launch(name, source, 1, 1), [*arrays, *others], aliases)
     return memory.to_host(list(new))
+
+
+def _pointers(number: int) -> list[str]:
+    return [f"void* p{i}" for i in range(number)]
+
+
+def _source(name: str, parameters: Sequence[str], body: str) -> str:
+    return f'extern "C" __global__ void {name}({", ".join(parameters)}) {{{body}}}\n'

@@ -214,7 +214,7 @@ def run_on_gpu(
     states = kernel.states(len(operands))
     away = [i for i in states if memory.is_on_host(operands[i])]
     here = [i for i in states if i not in set(away)]
-    opened = host_arrays.renewed([operands[i] for i in away])
+    opened, addresses = host_arrays.lend([operands[i] for i in away])
     known = dict(enumerate(operands)) | dict(zip(away, opened, strict=True))
     fresh = {}
     if kernel.fresh is not None:
@@ -228,6 +228,6 @@ def run_on_gpu(
     )
     first = [stack] if fresh else []
     new = new if fresh else [stack, *new]
-    closed = host_arrays.renewed(opened, after=new[:1])
+    closed = host_arrays.give_back(opened, addresses, new[:1])
     known |= dict(zip(here, new, strict=True)) | dict(zip(away, closed, strict=True))
     return first + [known[i] for i in states]
