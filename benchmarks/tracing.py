@@ -15,7 +15,8 @@ each model and backend:
   lowered;
 - calls: how many functions of this library Python calls in the first trace and its
   lowering;
-- frames: how many of them are on the stack from `step` to the tile function.
+- frames: how many of them are on the stack when the tile function is called first, as
+    the program is lowered.
 
 Seconds are of CPU time, of which tracing needs one core.
 
@@ -52,6 +53,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
 from flashquinox._backends.dispatch import Backend
+from flashquinox._backends.gpu import translation
 from flashquinox._tile import shapes as tile_shapes
 
 
@@ -108,6 +110,7 @@ def structs(shapes: Shapes, dtype: Any) -> list[jax.ShapeDtypeStruct]:
 def clear_caches() -> None:
     jax.clear_caches()
     tile_shapes._tape.cache_clear()
+    translation._translate.cache_clear()
 
 
 def seconds(
