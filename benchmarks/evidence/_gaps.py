@@ -99,13 +99,13 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
     given = {x["recipe"]["optimizer"] for x in records if "rate" in _options(x)}
     own = gpt2_cells(folder)
     found = []
-    for name in own.keys() & given:
+    for name in (name for name in own if name in given):
         of = [x for x in records if x["recipe"]["optimizer"] == name]
         rates = {x["rate"] for x in of if x["contender"] == REFERENCE}
         own_rate = own[name][REFERENCE].rate
         for rate in sorted(rates, key=lambda rate: (rate != own_rate, rate)):
             found.append(_gpt2_cells([x for x in of if x["rate"] == rate]))
-    return sorted(found, key=lambda cells: list(own).index(*cells))
+    return found
 
 
 def _options(record: dict[str, Any]) -> set[str]:
