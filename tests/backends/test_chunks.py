@@ -39,6 +39,14 @@ def test_plan():
     assert one.size == 28 and not one.windows and len(one.shared) == 1
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """In loops also where XLA copies."""
+    monkeypatch.setattr(chunks, "_ELEMENTS", 1024)
+    monkeypatch.setattr(chunks, "_LOOPS_COPY", False)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "make, dtype",
     [
@@ -71,14 +79,13 @@ def test_chunks_are_whole_leaves(monkeypatch, make, dtype):
         step = jax.jit(optim.step)
         return step(*step(params, old, grads), grads)
 
-    monkeypatch.setattr(chunks, "_ELEMENTS", 1024)
     in_chunks = take_two_steps()
     monkeypatch.setattr(xla, "takes", lambda leaf: False)
     assert_same(in_chunks, take_two_steps(), params, old, grads)
 
 
-def test_models_of_an_ensemble(monkeypatch):
-    monkeypatch.setattr(chunks, "_ELEMENTS", 1024)
+@pytest.mark.usefixtures("small_chunks")
+def test_models_of_an_ensemble():
     params = arrays({"long": (2, 90, 64), "short": (2, 40)}, jnp.bfloat16, 0)
     optim = fq.lion(1e-2, backend="xla")
     jax.clear_caches()
@@ -91,7 +98,8 @@ def test_models_of_an_ensemble(monkeypatch):
 
 
 def test_a_step_is_in_place():
-    """Whatever the size of a leaf, its temporaries are those of a chunk."""
+    """Whatever the size of a leaf, its temporaries are those of a chunk, where loops do
+    not copy."""
     params = {"w": jnp.ones((2048, 1536), jnp.bfloat16), "b": jnp.ones(100)}
     optim = fq.adamw(1e-2, backend="xla")
     state = optim.init(params)
@@ -100,6 +108,6 @@ def test_a_step_is_in_place():
     size = sum(np.asarray(x).nbytes for x in jax.tree.leaves((params, state)))
     assert memory.alias_size_in_bytes >= size
     of_chunk = 32 * chunks._ELEMENTS
-    # XLA of JAX 0.10 copies some of the leaf's arrays: 5.3 bytes for each parameter.
-    copied = 6 * params["w"].size if jax.__version_info__ < (0, 11) else 0
-    assert memory.temp_size_in_bytes <= of_chunk + copied
+    # With JAX 0.10, it is one tile: up to five float32 for each parameter.
+    whole = 20 * params["w"].size if jax.__version_info__ < (0, 11) else 0
+    assert memory.temp_size_in_bytes <= of_chunk + whole

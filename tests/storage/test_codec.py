@@ -541,9 +541,19 @@ def test_dithers_of_relative_moments_are_pairs(start):
     """What one threshold adds, the next one takes away; and the pairs are as those of
     other signed moments."""
     code, _ = _sequence(3, 4096, start, "signed", relative=True)
-    assert np.all(code[::2] + code[1::2] == 1 - 2.0**-24)
+    assert np.all(code[::2] + code[1::2] == 1)
     first, _ = _sequence(3, 2048, start // 2, "signed")
     assert np.array_equal(code[::2], first)
+
+
+@pytest.mark.parametrize("kind", ["nonnegative", "signed", "relative"])
+@pytest.mark.parametrize("largest", [127, 255, -127])
+def test_dithers_make_no_code_that_there_is_not(kind, largest):
+    """Leaf 0 begins with the smallest threshold, and the opposite of that."""
+    of = {"kind": "signed" if kind == "relative" else kind}
+    code, _ = _sequence(0, 4096, **of, relative=kind == "relative")
+    rounded = np.rint(np.float32(largest) + (np.float32(code) - np.float32(0.5)))
+    assert np.all(rounded == largest)
 
 
 def test_dithers_of_leaves_differ():

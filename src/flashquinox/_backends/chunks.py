@@ -10,7 +10,7 @@ a chunk is loaded before the one in front of it is stored. Shorter leaves share 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -44,6 +44,9 @@ _ELEMENTS = 1 << 18
 # XLA's indices are of 32 bits.
 _MOST_ELEMENTS = 1 << 31
 _Leaves: TypeAlias = dict[int, TileState]
+# XLA of JAX 0.10 copies the state in each turn of a loop: a step of 14 million
+# parameters took 6 times as long as with whole leaves (`benchmarks/cpu.py`).
+_LOOPS_COPY = jax.__version_info__ < (0, 11)
 
 # Cases of one `switch`, all of whose leaves go through each of them.
 _CASES = 4
@@ -54,6 +57,13 @@ def takes(leaf: Groups) -> bool:
     to be put in order."""
     few = leaf.in_order or leaf.number <= _most_groups(leaf.size)
     return few and leaf.number * leaf.size < _MOST_ELEMENTS
+
+
+def take_together(leaves: Sequence[Groups]) -> bool:
+    """Whether leaves that are stored alike are taken in chunks: where loops copy, those
+    that fill one chunk together."""
+    number = sum([leaf.number for leaf in leaves])
+    return not _LOOPS_COPY or number <= _most_groups(leaves[0].size)
 
 
 def _most_groups(size: int) -> int:

@@ -11,7 +11,7 @@ from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from .base import AbstractBackend, kind_of, LeafStep, Update, View
-from .chunks import takes, update_in_chunks
+from .chunks import take_together, takes, update_in_chunks
 from .groups import Groups
 
 
@@ -79,10 +79,11 @@ def _update(
     new: dict[int, TileState] = {}
     for numbers in together.values():
         groups = tuple([x for i in numbers if (x := views[i].groups) is not None])
-        if not groups:
-            (i,) = numbers
-            own = dataclasses.replace(scalars, leaf=leaves[i])
-            new[i] = _update_whole(structure, views[i].layout, own, grads[i], old[i])
+        if not groups or not take_together(groups):
+            for i in numbers:
+                own = dataclasses.replace(scalars, leaf=leaves[i])
+                layout = views[i].layout
+                new[i] = _update_whole(structure, layout, own, grads[i], old[i])
             continue
         updated = update_in_chunks(
             structure,

@@ -31,9 +31,12 @@ from .._rules.rule import MomentKind
 class Dither(eqx.Module):
     """The rounding thresholds of one moment of a leaf in one step.
 
-    `code` in [0, 1) is added before rounding down; `scale`, an integer of 16 bits, is
+    `code` in (0, 1) is added before rounding down; `scale`, an integer of 16 bits, is
     added to the bits of a scale before they are cut. Both are equidistributed sequences
     in the number of the step: they visit every subinterval of [0, 1) equally often.
+
+    `code` is an odd multiple of 2^-16, so that float32 has the sum of it and any code
+    of 8 bits: one that is rounded to 24 bits could make 128 of 127, which no `int8` is.
     """
 
     code: Scalar
@@ -70,7 +73,8 @@ class Dither(eqx.Module):
         if relative:
             code = code ^ (np.uint32(0) - (turn & np.uint32(1)))
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
-        return Dither((code >> 8).astype(jnp.float32) * np.float32(2**-24), scale >> 16)
+        odd = (code >> 16) | np.uint32(1)
+        return Dither(odd.astype(jnp.float32) * np.float32(2**-16), scale >> 16)
 
 
 # Called with what one pass over a tile computes for the next ones, it returns the same
