@@ -210,7 +210,8 @@ class AbstractMomentCodec(eqx.Module):
 
         **Returns:**
 
-        The codes of the elements, in their dtype.
+        The codes of the elements, in their dtype. Numbers that are converted to it must
+        be ones that it holds: plain XLA clips others, kernels keep their lowest bits.
         """
 
     @abc.abstractmethod
