@@ -18,6 +18,9 @@ _TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 _LEAVES = 8
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="shapes have no memory space there"
+)
 @pytest.mark.parametrize("chip", [slow(x, unless=x == "v5e") for x in _TOPOLOGIES])
 def test_a_step_streams_its_state(chip):
     """All of it is in host memory, in place. It comes and goes by asynchronous copies,
