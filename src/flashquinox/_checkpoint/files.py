@@ -50,7 +50,13 @@ def begin_to_write(
 
     def finish() -> None:
         with quiet:
-            checkpointer.wait_until_finished()
+            try:
+                checkpointer.wait_until_finished()
+            except BaseException:
+                # It may still write metadata, into a folder that is being removed.
+                with contextlib.suppress(Exception):
+                    checkpointer.close()
+                raise
             checkpointer.close()
 
     return finish
