@@ -21,7 +21,8 @@ struct uint4 {
 struct Index {
   unsigned x;
 };
-static Index blockIdx, threadIdx;
+// Of each device, whose kernel runs in a thread of its own.
+static thread_local Index blockIdx, threadIdx;
 
 // Conversions of numbers of 16 bits, to nearest, halves to even.
 template <class T>
