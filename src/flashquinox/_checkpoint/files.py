@@ -40,24 +40,19 @@ def begin_to_write(
         ocp.CompositeCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(post_finalization_callback=at_last),
     )
-    quiet = contextlib.ExitStack()
-    quiet.enter_context(_without_logs("absl", path))
+    ends = contextlib.ExitStack()
+    ends.enter_context(_without_logs("absl", path))
+    # Also after a failure: it may still write metadata, where all is removed then.
+    ends.callback(checkpointer.close)
     try:
         checkpointer.save(path, args=ocp.args.Composite(**items))
     except BaseException:
-        quiet.close()
+        ends.close()
         raise
 
     def finish() -> None:
-        with quiet:
-            try:
-                checkpointer.wait_until_finished()
-            except BaseException:
-                # It may still write metadata, into a folder that is being removed.
-                with contextlib.suppress(Exception):
-                    checkpointer.close()
-                raise
-            checkpointer.close()
+        with ends:
+            checkpointer.wait_until_finished()
 
     return finish
 

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from .._common import memory
 from .._model.trees import flatten
-from .contents import states_in
+from .._optimizer.states import find
 
 
 class Recorded:
@@ -30,7 +30,7 @@ class Recorded:
         flags = jtu.tree_structure(state).unflatten(self._is_away)
         return {
             leaf.unwrapped
-            for one in states_in(flags)
+            for one in find(flags).values
             for tree in (*one.moments.values(), one.corrections)
             for leaf in flatten(tree)[0]
             if any(jtu.tree_leaves(leaf.value))

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from .._optimizer.ema import EMAState
-from .._optimizer.state import OptimizerState
+from .._optimizer.states import find
 from .._storage.quant_moment import QuantMoment
 from .accumulated import without_sums
 from .device_bytes import arrays_of_state, bytes_on_device
@@ -64,7 +64,7 @@ def contents(
     - `there`: the shardings of the weights, by their paths.
     - `away`: the paths of those whose state is in host memory.
     """
-    states = states_in(state)
+    states = find(state).values
     rest, of_sums = without_sums(state)
     of_averages: list[PyTree] = []
     counts: list[Any] = []
@@ -76,7 +76,8 @@ def contents(
         return Held(arrays_of_state(trees, there), arrays_of_state(trees, there, away))
 
     moments = held([tree for x in states for tree in x.moments.values()])
-    outside = [x for x in nodes(rest) if not isinstance(x, OptimizerState)]
+    ours = find(rest)
+    outside = ours.replace([None for _ in ours.values])
     return Contents(
         corrections=held([x.corrections for x in states]),
         codes=Held(_codes(moments.arrays), _codes(moments.away)),
@@ -86,15 +87,6 @@ def contents(
         averages=held(of_averages),
         other=jtu.tree_leaves([outside, counts, [x.steps for x in states]]),
     )
-
-
-def states_in(state: PyTree) -> list[OptimizerState]:
-    return [x for x in nodes(state) if isinstance(x, OptimizerState)]
-
-
-def nodes(state: PyTree) -> list[Any]:
-    """The leaves of a state, where those of our optimizers count as leaves."""
-    return jtu.tree_leaves(state, is_leaf=lambda x: isinstance(x, OptimizerState))
 
 
 def _codes(moments: list[Any]) -> list[Any]:

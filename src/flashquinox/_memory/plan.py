@@ -21,8 +21,9 @@ from .._model.trained import TRAINABLE_DTYPES
 from .._model.trees import flatten, is_array, Leaf, match
 from .._optimizer.ema import EMA
 from .._optimizer.for_init import for_init
+from .._optimizer.states import find
 from .away import Recorded
-from .contents import Contents, contents, states_in
+from .contents import Contents, contents
 from .device_bytes import as_struct, bytes_on_device, elements_on_device
 from .released import released_gradients, waiting_leaves
 from .report import DeviceMemory, MemoryPlan
@@ -132,7 +133,7 @@ def memory_plan(
     ]
     init = Recorded(lambda model: optim.init(for_init(optim, model)))
     state = _made(explicit, init, rebuild(part))
-    states = states_in(state)
+    states = find(state).values
     if not states:
         raise TypeError(
             f"`{call}`: the state of `optim` has no `flashquinox.OptimizerState` in "

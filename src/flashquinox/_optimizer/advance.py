@@ -121,7 +121,9 @@ class Advance:
         ]
         # What gives the direction its shape and its dtype.
         stand_ins = [
-            x._replace(old=_with_weight(x.old, x.grad.astype(dtype), None))
+            x._replace(
+                old=TileState(x.grad.astype(dtype), None, x.old.codes, x.old.scales)
+            )
             for x, dtype in zip(of, dtypes, strict=True)
         ]
         with_first = {i: x.first for i, x in enumerate(passes) if x.first is not None}
@@ -238,7 +240,3 @@ def _factors(clip: Clipping, weight: Array, grad: Array) -> Any:
     # A float64 gradient may only fit a float32 weight once it is scaled.
     dtypes = [jnp.dtype(compute_dtype(x.dtype)) for x in (weight, grad)]
     return clip.factors_for(max(dtypes, key=lambda x: x.itemsize))
-
-
-def _with_weight(old: TileState, weight: Array, correction: Any) -> TileState:
-    return TileState(weight, correction, old.codes, old.scales)
