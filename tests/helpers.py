@@ -278,6 +278,15 @@ EAGER = fq.MomentCodecs(
 )
 
 
+# Of a model with an `in` and a stack of `blocks`, all of them matrices.
+RESIDUAL_LOSS = fq.LayeredLoss(
+    lambda model: model["blocks"],
+    lambda model, batch, key: batch @ model["in"],
+    lambda block, x, batch, key: x + jnp.tanh(x @ block),
+    lambda model, x, batch, key: jnp.mean(x.astype(jnp.float32) ** 2),
+)
+
+
 def _id(case: Case) -> str:
     dtype, bits, moments = case.storage
     return f"{case.name}-{jnp.dtype(dtype).name}-{bits}-{moments}"

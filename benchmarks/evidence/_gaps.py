@@ -88,8 +88,7 @@ def _collected(cells: list[tuple[str, Cell]]) -> Cells:
 
 def gpt2_cells(folder: pathlib.Path) -> Cells:
     """Each contender at its own rate."""
-    records = _records(folder, "*-seed-*.json")
-    return _gpt2_cells([x for x in records if "rate" not in _options(x)])
+    return _at_own_rates(_records(folder, "*-seed-*.json"))
 
 
 def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
@@ -97,7 +96,7 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
     has, its own one first."""
     records = _records(folder, "*-seed-*.json")
     given = {x["recipe"]["optimizer"] for x in records if "rate" in _options(x)}
-    own = gpt2_cells(folder)
+    own = _at_own_rates(records)
     found = []
     for name in (name for name in own if name in given):
         of = [x for x in records if x["recipe"]["optimizer"] == name]
@@ -106,6 +105,10 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
         for rate in sorted(rates, key=lambda rate: (rate != own_rate, rate)):
             found.append(_gpt2_cells([x for x in of if x["rate"] == rate]))
     return found
+
+
+def _at_own_rates(records: list[dict[str, Any]]) -> Cells:
+    return _gpt2_cells([x for x in records if "rate" not in _options(x)])
 
 
 def _options(record: dict[str, Any]) -> set[str]:

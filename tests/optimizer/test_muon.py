@@ -19,7 +19,7 @@ import flashquinox as fq
 from flashquinox._rules.newton_schulz import named_coefficients, orthogonalized
 from flashquinox.checkpoint import Checkpoints
 
-from ..helpers import assert_raises, float64, slow, tree_identical
+from ..helpers import assert_raises, float64, RESIDUAL_LOSS, slow, tree_identical
 from ..kernels import arrays
 
 
@@ -279,12 +279,6 @@ def test_gradient_release(make):
     """Matrices are updated layer by layer; norms wait for all layers."""
     model = {"in": (32, 32), "blocks": (3, 32, 32)}
     model = {k: x / 8 for k, x in arrays(model, jnp.bfloat16, 0).items()}
-    loss = fq.LayeredLoss(
-        lambda model: model["blocks"],
-        lambda model, batch, key: batch @ model["in"],
-        lambda block, x, batch, key: x + jnp.tanh(x @ block),
-        lambda model, x, batch, key: jnp.mean(x.astype(jnp.float32) ** 2),
-    )
     arguments = {}
     if make is _make:
         numbers = {"in": None, "blocks": MuonDimensionNumbers(1, 2)}
@@ -292,9 +286,9 @@ def test_gradient_release(make):
     optim = make(1e-2, **arguments)
     batch = jnp.ones((4, 32), jnp.bfloat16)
     state = optim.init(model)
-    release = jax.jit(lambda *x: fq.release_step(optim, loss, *x)[:2])
+    release = jax.jit(lambda *x: fq.release_step(optim, RESIDUAL_LOSS, *x)[:2])
     found = release(model, state, batch)
-    grads = jax.jit(jax.grad(loss))(model, batch)
+    grads = jax.jit(jax.grad(RESIDUAL_LOSS))(model, batch)
     expected = jax.jit(optim.step)(model, state, grads)
     masters = [fq.master_weights(*x) for x in (found, expected)]
     for name, start in model.items():
