@@ -263,6 +263,24 @@ def test_a_save_that_fails_in_the_background(name, copy, failing, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_save_that_fails_at_once(copy, monkeypatch, capfd):
+    async def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(copy)
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CompositeCheckpointHandler, "async_save", fail)
+        # What is left behind depends on threads.
+        for _ in range(5):
+            with pytest.raises(CheckpointError, match=r"failed: OSError: \[Errno 28\]"):
+                checkpoints.save(3, *_of_step(3))
+            assert sorted(os.listdir(copy)) == ["1", "2"]
+    checkpoints.save(3, *_of_step(3))
+    assert _restores(checkpoints, 3)
+    checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_first_error_comes_first(copy, failing):
     failing(OSError("disk"))
     with pytest.raises(ZeroDivisionError) as info, Checkpoints(copy) as checkpoints:

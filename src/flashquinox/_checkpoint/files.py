@@ -38,7 +38,10 @@ def begin_to_write(
     # A new checkpointer each time: one that has failed once may fail again.
     checkpointer = ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(),
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=at_last),
+        # Folders are there before anything can fail: nothing makes them afterwards.
+        async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=at_last, create_directories_asynchronously=False
+        ),
     )
     ends = contextlib.ExitStack()
     ends.enter_context(_without_logs("absl", path))
