@@ -1,6 +1,7 @@
 """Memory-efficient optimizers for JAX and Equinox."""
 
 from ._checkpoint import serialization as _serialization  # noqa: F401
+from ._common.short_types import show_short_types as _show_short_types
 from ._common.version import __version__ as __version__
 from ._model.decay_mask import decay_mask as decay_mask
 from ._optimizer.accumulate import (
@@ -94,3 +95,6 @@ from .precision import (
     widen_corrections as widen_corrections,
 )
 from .release import LayeredLoss as LayeredLoss, release_step as release_step
+
+
+_show_short_types(vars().values())

@@ -5,9 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from .._common.short_types import short_type
 from . import options
 from .options import DEFAULTS, Options
-from .short_types import short_type
 
 
 _Parameters = ParamSpec("_Parameters")
