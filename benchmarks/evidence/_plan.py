@@ -120,30 +120,32 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     # A pilot: how much its gaps deviate says how many more there must be.
     for contender in both:
         yield gpt2("muon", contender, 0, 2)
-    # The gap is 0.0075 with a deviation of 0.0010 nats: three are enough for 0.015. As
-    # many new ones tell whether the pilot was lucky; and moments, whether they make it.
-    for contender in both:
-        yield gpt2("muon", contender, 3, 5)
-    yield at_rate("muon", "exact-moments", "0.003")
     for contender in CONTENDERS:
         yield images("vit", "adamw", contender)
     for contender in CONTENDERS:
         yield long("change", "adamw", contender)
     for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
         yield images("vit", optimizer, contender)
-    codecs = ("flashoptim", "default", "default, m alone", "default, v alone")
-    yield quality("open-loop", 100.0, "--seeds", "4", "--codecs", *codecs)
-    for contender in both:
-        yield gpt2("lion", contender, 3, 4)
+    for contender in CONTENDERS:
+        yield images("resnet", "adamw", contender)
+    for case, contender in itertools.product(("sparse", "pruned"), CONTENDERS):
+        yield long(case, "adamw", contender)
     for optimizer in ("lion", "sgd"):
         yield gpt2(optimizer, others[1], 0, 2)
-    for case, contender in itertools.product(("pruned", "sparse"), CONTENDERS):
-        yield long(case, "adamw", contender)
-    for optimizer, contender in itertools.product(OPTIMIZERS, CONTENDERS):
+    weights = ("ours", "float32", "ours-32", "bfloat16")
+    for optimizer, contender in itertools.product(("adamw", "lion"), weights):
+        yield finetune(optimizer, contender)
+    codecs = ("flashoptim", "default", "default, m alone", "default, v alone")
+    yield quality("open-loop", 100.0, "--seeds", "4", "--codecs", *codecs)
+    # The gap is 0.0075 with a deviation of 0.0010 nats: three are enough for 0.015. As
+    # many new ones tell whether the pilot was lucky; and moments, whether they make it.
+    for contender in both:
+        yield gpt2("muon", contender, 3, 5)
+    yield at_rate("muon", "exact-moments", "0.003")
+    for contender in both:
+        yield gpt2("lion", contender, 3, 4)
+    for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
         yield images("resnet", optimizer, contender)
     for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
         yield long("change", optimizer, contender)
-    weights = ("float32", "ours", "ours-32", "bfloat16")
-    for optimizer, contender in itertools.product(("adamw", "lion"), weights):
-        yield finetune(optimizer, contender)
     yield quality("closed-loop", 150.0, "--closed-loop", "--seeds", "48")
