@@ -44,7 +44,7 @@ class Plan:
 
 
 # In one compiled program. A loop of an unknown number would ask the host after each.
-_STEPS_IN_LOOP = 10
+STEPS_IN_LOOP = 10
 
 
 def time_loop(
@@ -53,7 +53,7 @@ def time_loop(
     """The timing of `carry = step(carry, *operands)` in a loop, and the last carry, in
     whose place all of them are."""
 
-    loop = jax.jit(looped(step, _STEPS_IN_LOOP), donate_argnums=0)
+    loop = jax.jit(looped(step, STEPS_IN_LOOP), donate_argnums=0)
 
     def run(loops: int) -> float:
         nonlocal carry
@@ -63,7 +63,7 @@ def time_loop(
         jax.block_until_ready(carry)
         return time.perf_counter() - start
 
-    return plan.measure(run, _STEPS_IN_LOOP), carry
+    return plan.measure(run, STEPS_IN_LOOP), carry
 
 
 def looped(step: Callable[..., Any], steps: int) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ The matrices of GPT-2 124M: in each of 12 layers 768 x 2304, 768 x 768, 768 x 30
 
 Matrices are alone, as in a model with a list of layers, or stacked (--stacked). With
 --devices, weights are divided by rows among so many devices, and products are of a
-device's share. Each contender is timed in a compiled loop of ten steps, in turn.
+device's share. Each contender is timed in a compiled loop of ten steps, in turn. With
+--parts, a profile of one such loop says what the parts of a step take, in ms.
 """
 
 import argparse
@@ -36,11 +37,13 @@ from _command_line import (
     versions,
     write_json,
 )
-from _timing import Plan, time_loop
+from _kernel_parts import parts, text_of
+from _timing import looped, Plan, STEPS_IN_LOOP, time_loop
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 import flashquinox as fq
+from flashquinox._optimizer import together
 
 
 CONTENDERS = ("products", "flashquinox", "optax")
@@ -74,18 +77,21 @@ def sharding(settings: argparse.Namespace) -> NamedSharding | None:
 
 
 def products(settings: argparse.Namespace) -> tuple[Callable, Any, list[Any]]:
-    """The iteration on a device's share of the stacks."""
+    """The iteration on a device's share of the stacks, as a step divides them."""
     share = math.ceil(settings.layers / settings.devices)
-    stacks = {
-        name: jnp.full(
-            (share, *(settings.width * x for x in sides)), 0.02, jnp.bfloat16
-        )
-        for name, sides in _MATRICES.items()
-    }
+    stacks = {}
+    for name, sides in _MATRICES.items():
+        shape = tuple(settings.width * x for x in sides)
+        most = max(1, together.STACK // math.prod(shape))
+        most = share if settings.stacked else most
+        stacks[name] = [
+            jnp.full((min(most, share - i), *shape), 0.02, jnp.bfloat16)
+            for i in range(0, share, most)
+        ]
     transform = fq.Muon().transform
 
-    def step(stacks: dict[str, Array]) -> dict[str, Array]:
-        return {name: transform(stack) for name, stack in stacks.items()}
+    def step(stacks: dict[str, list[Array]]) -> dict[str, list[Array]]:
+        return {name: [transform(x) for x in found] for name, found in stacks.items()}
 
     return step, stacks, []
 
@@ -136,7 +142,7 @@ def measure(settings: argparse.Namespace, name: str) -> dict[str, Any]:
     parameters = sum(math.prod(x.shape) for x in jtu.tree_leaves(weights(settings)))
     at_rest = sum(x.nbytes for x in jtu.tree_leaves(carry))
     plan = Plan(settings.repeats, settings.seconds)
-    timing, _ = time_loop(plan, step, carry, *operands)
+    timing, carry = time_loop(plan, step, carry, *operands)
     row: dict[str, Any] = {
         "contender": name,
         "parameters": parameters,
@@ -146,7 +152,16 @@ def measure(settings: argparse.Namespace, name: str) -> dict[str, Any]:
     }
     if name != "products":
         row["bytes per parameter at rest"] = at_rest / parameters
+    if settings.parts:
+        row |= profile(step, carry, operands)
     return row
+
+
+def profile(step: Callable, carry: Any, operands: list[Any]) -> dict[str, Any]:
+    loop = jax.jit(looped(step, STEPS_IN_LOOP), donate_argnums=0)
+    carry = jax.block_until_ready(loop(carry, *operands))
+    run = lambda: jax.block_until_ready(loop(carry, *operands))
+    return parts(run, STEPS_IN_LOOP)
 
 
 def print_row(row: dict[str, Any], of_products: float | None) -> None:
@@ -157,6 +172,8 @@ def print_row(row: dict[str, Any], of_products: float | None) -> None:
     size = "" if size is None else f"{size:8.3f} bytes per parameter"
     span = f"({row['smallest']:.3f} to {row['largest']:.3f})"
     print(f"{row['contender']:12}{row['milliseconds']:10.3f} ms {span:22}{ratio}{size}")
+    if "parts" in row:
+        print("  ", text_of(row["parts"]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -172,12 +189,18 @@ def parse_arguments() -> argparse.Namespace:
         default=list(CONTENDERS),
         help=f"comma-separated (default: {','.join(CONTENDERS)})",
     )
+    add("--stack", type=positive_integer, help="elements of a stack, at most (2^25)")
+    add("--parts", action="store_true", help="profile a loop; on GPUs")
     add("--repeats", type=positive_integer, default=7, help="(7)")
     add("--seconds", type=positive, default=0.5, help="of each repeat (0.5)")
     parser.add_json()
     settings = parser.parse_args()
     if settings.devices > len(jax.devices()):
         parser.error(f"--devices: there are {len(jax.devices())}")
+    if settings.parts and jax.default_backend() != "gpu":
+        parser.error("--parts: there is no GPU")
+    if settings.stack is not None:
+        together.STACK = settings.stack
     return settings
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # How many elements of matrices a device has in one stack, if that is more than one
 # leaf: 12 of GPT-2's largest matrices are 28 million, for which products are as fast as
 # they get, in 57 MB of bfloat16.
-_STACK = 2**25
+STACK = 2**25
 
 
 def batches(
@@ -43,7 +43,7 @@ def batches(
     for stack in stacks.values():
         grad, sharding = of[stack[0]].grad, of[stack[0]].sharding
         devices = 1 if sharding is None else sharding.mesh.size
-        most = max(1, _STACK // grad.size) * devices
+        most = max(1, STACK // grad.size) * devices
         found += [stack[i : i + most] for i in range(0, len(stack), most)]
     return found
 

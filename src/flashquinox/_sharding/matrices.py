@@ -70,10 +70,7 @@ def map_matrices(
             stack = _with_whole(stack, name, axis, sharding.mesh.shape[name])
         stack = _apply(function, axes, stack)
         for name, axis in reversed(exchanges):
-            if axis is None:
-                stack = lax.all_gather(stack, name, axis=0, tiled=True)
-            else:
-                stack = lax.all_to_all(stack, name, axis, 0, tiled=True)
+            stack = _with_all(stack, name, axis, sharding.mesh.shape[name])
         return _unstacked(axes, arrays, stack[:matrices])
 
     specs = [sharding.spec for _ in arrays]
@@ -103,6 +100,20 @@ def _with_whole(stack: Array, name: str, axis: int | None, devices: int) -> Arra
     share = stack.shape[0] // devices
     start = lax.axis_index(name) * share
     return lax.dynamic_slice_in_dim(stack, start, share, axis=0)
+
+
+def _with_all(stack: Array, name: str, axis: int | None, devices: int) -> Array:
+    """The inverse of `_with_whole`."""
+    if axis is None:
+        return lax.all_gather(stack, name, axis=0, tiled=True)
+    if devices == 1:
+        return stack
+    shape = list(stack.shape)
+    shape[axis : axis + 1] = [devices, shape[axis] // devices]
+    # What each device gets is put together before. XLA would do that in two copies.
+    parts = jnp.moveaxis(stack.reshape(shape), axis, 0)
+    parts = lax.all_to_all(parts, name, 0, 0, tiled=True)
+    return parts.reshape(-1, *parts.shape[2:])
 
 
 def _stacked(axes: MatrixAxes, arrays: list[Array]) -> Array:
