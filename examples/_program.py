@@ -55,6 +55,21 @@ def positive_number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"takes a positive number; got {text!r}")
 
 
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    last = 2**32 - 1 if maximum is None else maximum
+    limit = ", below 2**32" if maximum is None else f" to {maximum}"
+
+    def parse(text: str) -> int:
+        # Python reads no longer ones from strings.
+        if text.isdecimal() and minimum <= int(text[:12]) <= last:
+            return int(text[:12])
+        raise argparse.ArgumentTypeError(
+            f"takes a whole number from {minimum}{limit}; got {text!r}"
+        )
+
+    return parse
+
+
 @contextlib.contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """A temporary file to write. It becomes `path` when all is written, and is removed

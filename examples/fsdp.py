@@ -4,8 +4,6 @@ every batch (fully sharded data parallelism). Saves checkpoints on the way, and 
 from the latest one if there is one; on another number of devices too.
 
     python examples/fsdp.py --fake-devices 8 --steps 200
-
-See `--help`.
 """
 
 import argparse
@@ -25,6 +23,7 @@ from _program import (
     Parser,
     positive_number,
     run,
+    whole_number,
     wrong,
 )
 
@@ -360,25 +359,11 @@ def show(result: Result, console: Console) -> None:
 #
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"takes a whole number from 1; got {text!r}")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(
-            f"takes a whole number from 0, below 2**32; got {text!r}"
-        )
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = partial(parser.add_argument, type=positive)
+    add = partial(parser.add_argument, type=whole_number(1))
     add("--steps", default=300, help="in all, with those before a checkpoint (300)")
     add("--batch-size", default=32, help="windows of text in a step (32)")
     add("--length", default=128, help="bytes in a window (128)")
@@ -386,7 +371,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", default=4, help="of the model (4)")
     add("--heads", default=4, help="of the model (4)")
     add("--learning-rate", type=positive_number, default=3e-3, help="its peak (3e-3)")
-    add("--seed", type=whole, default=0, help="of weights and batches (0)")
+    add("--seed", type=whole_number(0), default=0, help="of weights and batches (0)")
     add("--save-every", default=100, help="steps between two checkpoints (100)")
     add(
         "--checkpoints",
@@ -398,8 +383,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--fake-devices", help="use so many devices that are parts of the CPU")
     several = parser.add_argument_group("several processes, each with these three")
     several.add_argument("--coordinator", help="host:port of the first process")
-    several.add_argument("--processes", type=positive, help="how many there are")
-    several.add_argument("--process", type=whole, help="which one this is, from 0")
+    several.add_argument("--processes", type=whole_number(1), help="how many there are")
+    several.add_argument(
+        "--process", type=whole_number(0), help="which one this is, from 0"
+    )
     settings = parser.parse_args()
     if settings.width % (2 * settings.heads) != 0:
         parser.error(f"--width: takes a multiple of 2 x {settings.heads} heads")

@@ -390,34 +390,61 @@ def test_fsdp_interrupted(tmp_path, count):
 #
 
 
-# Several starts in a process that imports once.
+# Several starts in a process that imports once. In the last one, Ctrl-C comes before
+# the first step.
 _STARTS = """
 import runpy, sys
+import _program
 
 example, *starts = sys.argv[1:]
-for steps in starts:
+for number, steps in enumerate(starts, 1):
     sys.argv = [example, f"--steps={steps}"]
+    if number == len(starts):
+        _program.interrupted.set()
     runpy.run_path(example, run_name="__main__")
 """
 
 
 def test_flax_nnx(tmp_path):
+    program = ["-c", _STARTS, str(EXAMPLES / "flax_nnx.py"), "4", "6", "3", "9"]
     done = subprocess.run(
-        [sys.executable, "-c", _STARTS, str(EXAMPLES / "flax_nnx.py"), "4", "6"],
+        [sys.executable, *program],
         cwd=tmp_path,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    first, second = done.stdout.split(
-        "Resumes from step 4, saved in nnx-checkpoints.\n"
-    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "Interrupted. The same command goes on.\n"
+    first, second, third, fourth = re.split("^Resumes", done.stdout, flags=re.MULTILINE)
+    assert second.startswith(" from step 4, saved in nnx-checkpoints.\n")
     assert "step 1 of 4: loss " in first and "step 5 of 6: loss " in second
-    for output in (first, second):
+    assert "Nothing is left to do of 3: see --steps.\n" in third
+    for output in (first, second, third):
         assert re.search(r"test accuracy +\d+\.\d%", output)
         assert re.search(r"5\.\d+ bytes per parameter", output)
         assert "The checkpoint is in nnx-checkpoints." in output
+    assert "step 7 of 9: loss " in fourth and "accuracy" not in fourth
     assert [x.name for x in tmp_path.iterdir()] == ["nnx-checkpoints"]
-    assert [x.name for x in (tmp_path / "nnx-checkpoints").iterdir()] == ["6"]
+    assert [x.name for x in (tmp_path / "nnx-checkpoints").iterdir()] == ["7"]
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--steps=-3"], "--steps: takes a whole number from 1"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--checkpoints=file"], "--checkpoints: file: File exi"),
+    ],
+)
+def test_flax_nnx_wrong_arguments(tmp_path, run_here, arguments, complaint):
+    (tmp_path / "file").touch()
+    assert_wrong(run_here("flax_nnx.py", *arguments), complaint)
+
+
+def test_folders_of_the_examples_are_ignored_by_git():
+    ignored = (EXAMPLES.parent / ".gitignore").read_text(encoding="utf-8").split()
+    texts = [x.read_text(encoding="utf-8") for x in EXAMPLES.glob("[a-z]*.py")]
+    folders = set(re.findall(r'Path\("([\w-]+)"\)', "".join(texts)))
+    assert len(folders) == len(texts) and folders <= {x.rstrip("/") for x in ignored}
