@@ -1,6 +1,6 @@
 """The tables on the page "How it works", of the figures of `benchmarks/quality.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -45,9 +45,10 @@ _LOOPS = {
 _Rows = list[dict[str, Any]]
 
 
-def page_tables(found: dict[str, Any]) -> str:
-    """Markdown, of what --json has written."""
-    arguments, results = found["arguments"], found["results"]
+def page_tables(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown, of what --json has written, in one or several runs of one kind."""
+    arguments = found[0]["arguments"]
+    results = {name: rows for one in found for name, rows in one["results"].items()}
     if arguments.get("closed_loop"):
         return _closed_loop(results)
     if arguments.get("curves"):

