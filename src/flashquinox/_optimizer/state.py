@@ -3,10 +3,6 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
-import jax.core
-import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from .._model.variables import without_variables
@@ -72,11 +68,7 @@ class _Moments:
         return with_bases(fields["moments"])
 
     def __set__(self, state: OptimizerState, moments: Any) -> None:
-        first = next(iter(jtu.tree_leaves(moments)), None)
-        is_array = isinstance(first, jax.Array | np.ndarray)
-        if is_array and not isinstance(first, jax.core.Tracer):
-            moments = with_bases(moments)
-        vars(state)["moments"] = moments
+        vars(state)["moments"] = with_bases(moments, traced=False)
 
 
 OptimizerState.moments = _Moments()  # pyright: ignore[reportAttributeAccessIssue]

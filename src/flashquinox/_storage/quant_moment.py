@@ -1,6 +1,10 @@
+import dataclasses
+import operator
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -26,7 +30,10 @@ class _OfState:
         return self.__dict__
 
 
-class QuantMoment(eqx.Module, _OfState):
+# No `eqx.Module`: JAX takes each moment apart and puts it together again in every call
+# of a compiled step, for which modules take three times as long.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantMoment(_OfState):
     """A moment in codes, one for each element, and scales, one for each group.
 
     `codes` has the shape of the weight. A group is `group_size` elements along `axes`:
@@ -44,11 +51,11 @@ class QuantMoment(eqx.Module, _OfState):
 
     codes: Int[Array, "*shape"] | UInt[Array, "*shape"]
     scales: Shaped[Array, "*groups"]
-    axes: tuple[int, ...] = eqx.field(static=True)
-    group_size: int = eqx.field(static=True)
-    codec: AbstractMomentCodec = eqx.field(static=True)
+    axes: tuple[int, ...]
+    group_size: int
+    codec: AbstractMomentCodec
     parameter: Float32[Array, "*ensemble"] | None = None
-    relative_to: str | None = eqx.field(static=True, default=None)
+    relative_to: str | None = None
 
     @property
     def layout(self) -> Layout:
@@ -144,23 +151,74 @@ class QuantMoment(eqx.Module, _OfState):
 
         return encode(self, values, base)
 
+    def __eq__(self, other: object) -> Any:
+        return eqx.tree_equal(self, other)
 
-def with_bases(moments: Any) -> Any:
-    """The same moments of a state, which know the others that they are relative to."""
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self)
+
+
+_ARRAYS = ("codes", "scales", "parameter")
+# Axes, group size, codec, name of the base.
+_Static = tuple[tuple[int, ...], int, AbstractMomentCodec, str | None]
+
+
+def _flatten(moment: QuantMoment) -> tuple[tuple[Any, ...], _Static]:
+    static = moment.axes, moment.group_size, moment.codec, moment.relative_to
+    return (moment.codes, moment.scales, moment.parameter), static
+
+
+def _flatten_with_keys(moment: QuantMoment) -> tuple[tuple[Any, ...], _Static]:
+    arrays, static = _flatten(moment)
+    return tuple(zip(map(jtu.GetAttrKey, _ARRAYS), arrays, strict=True)), static
+
+
+def _unflatten(static: _Static, arrays: tuple[Any, ...]) -> QuantMoment:
+    moment = object.__new__(QuantMoment)
+    fields = vars(moment)
+    fields["codes"], fields["scales"], fields["parameter"] = arrays
+    fields["axes"], fields["group_size"], fields["codec"], fields["relative_to"] = (
+        static
+    )
+    return moment
+
+
+jtu.register_pytree_with_keys(QuantMoment, _flatten_with_keys, _unflatten, _flatten)
+
+
+def with_bases(moments: Any, *, traced: bool = True) -> Any:
+    """The same moments of a state, which know the others that they are relative to.
+    Without `traced`, only moments of arrays that are there."""
     if not isinstance(moments, dict):
         return moments
-    is_moment = lambda x: isinstance(x, QuantMoment)
-    flat = {name: jtu.tree_flatten(x, is_moment) for name, x in moments.items()}
-    for name, (leaves, treedef) in flat.items():
-        new = list(leaves)
-        for i, moment in enumerate(leaves):
-            base = getattr(moment, "relative_to", None)
-            # Trees of something else than moments have no bases.
-            if base in flat and len(flat[base][0]) == len(leaves):
-                new[i] = with_base(moment, flat[base][0][i])
-        if any([x is not y for x, y in zip(leaves, new, strict=True)]):
+    flat: dict[str, list[Any]] = {}
+    for name, tree in moments.items():
+        flat[name] = leaves = jtu.tree_leaves(tree, is_leaf=_is_moment)
+        if not traced and leaves and not _is_there(leaves[0]):
+            return moments
+
+    for name, leaves in flat.items():
+        # Trees of something else than moments have no bases.
+        bases = {name: x for name, x in flat.items() if len(x) == len(leaves)}
+        new = [
+            with_base(x, bases[x.relative_to][i])
+            if isinstance(x, QuantMoment) and x.relative_to in bases
+            else x
+            for i, x in enumerate(leaves)
+        ]
+        if not all(map(operator.is_, leaves, new)):
+            treedef = jtu.tree_structure(moments[name], is_leaf=_is_moment)
             moments = moments | {name: treedef.unflatten(new)}
     return moments
+
+
+def _is_moment(x: Any) -> bool:
+    return isinstance(x, QuantMoment)
+
+
+def _is_there(moment: Any) -> bool:
+    x = moment.codes if _is_moment(moment) else moment
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
 
 
 def base_of(
@@ -191,7 +249,7 @@ def with_base(moment: QuantMoment, base: Any) -> QuantMoment:
 
 def base_name(moments: Any) -> str | None:
     """The name of the moment that a tree of moments is relative to, if it is."""
-    leaves = jtu.tree_leaves(moments, is_leaf=lambda x: isinstance(x, QuantMoment))
+    leaves = jtu.tree_leaves(moments, is_leaf=_is_moment)
     names = [getattr(x, "relative_to", None) for x in leaves]
     return next((name for name in names if name is not None), None)
 
