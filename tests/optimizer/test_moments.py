@@ -1,6 +1,10 @@
 """Moments edited as numbers: encoded as they were stored, and training goes on as it
 does in Optax."""
 
+import copy
+import dataclasses
+import operator
+import pickle
 from typing import Any
 
 import equinox as eqx
@@ -330,3 +334,33 @@ def test_grown_rows(trained):
             before, after = (_decoded(s.moments[name][key]) for s in (state, grown))
             assert not np.any(after[8:])
             np.testing.assert_allclose(after[:8], before, rtol=0.07, atol=1e-9)
+
+
+def test_a_moment_is_a_pytree_that_is_not_changed(trained):
+    _, _, state = trained
+    for moment in _quant(state):
+        paths, treedef = jtu.tree_flatten_with_path(moment)
+        leaves = [x for _, x in paths]
+        assert [jtu.keystr(path) for path, _ in paths][:2] == [".codes", ".scales"]
+        assert treedef == jtu.tree_structure(moment)
+        new = treedef.unflatten(leaves)
+        static = dataclasses.replace(new, axes=(-2,))
+        assert new == moment and jtu.tree_structure(static) != treedef
+        assert all(map(operator.is_, jtu.tree_leaves(new), leaves))
+        with pytest.raises(AttributeError):
+            moment.codes = moment.scales
+        for copied in (copy.deepcopy(moment), pickle.loads(pickle.dumps(moment))):
+            assert copied == moment and repr(copied) == repr(moment)
+        assert "i8[8,96]" in repr(moment) or "u8[8,96]" in repr(moment)
+
+
+def test_moments_know_their_bases_in_a_state_that_a_program_returned(trained):
+    # Also where JAX takes them out, not `state.moments`.
+    _, _, state = trained
+    returned = jax.jit(lambda state: state)(state)
+    names = {x.relative_to for x in _quant(returned)}
+    for moment, same in zip(_quant(returned), _quant(state), strict=True):
+        np.testing.assert_array_equal(moment.decode(), same.decode())
+        base = None if moment.relative_to is None else returned.moments["nu"]["w"]
+        assert base is _base(moment)
+    assert names in ({None, "nu"}, set(), {None}), names

@@ -1,5 +1,6 @@
 import dataclasses
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -173,7 +174,7 @@ def _flatten_with_keys(moment: QuantMoment) -> tuple[tuple[Any, ...], _Static]:
     return tuple(zip(map(jtu.GetAttrKey, _ARRAYS), arrays, strict=True)), static
 
 
-def _unflatten(static: _Static, arrays: tuple[Any, ...]) -> QuantMoment:
+def _unflatten(static: _Static, arrays: Iterable[Any]) -> QuantMoment:
     moment = object.__new__(QuantMoment)
     fields = vars(moment)
     fields["codes"], fields["scales"], fields["parameter"] = arrays
