@@ -114,13 +114,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--devices", type=positive_integer, default=1)
     parser.add_argument("--seconds", type=positive, required=True, help="from now on")
-    parser.add_argument("--only", help="jobs whose name begins so")
+    parser.add_argument("--only", nargs="+", help="jobs whose names begin so")
     parser.add_argument("--cpu", action="store_true", help="no GPU is needed")
     parser.add_argument("--small", action="store_true", help="tiny models, few steps")
     arguments = parser.parse_args()
     jobs = plan(arguments.data, arguments.out, arguments.small)
     if arguments.only:
-        jobs = [job for job in jobs if job.name.startswith(arguments.only)]
+        jobs = [job for job in jobs if job.name.startswith(tuple(arguments.only))]
     jobs = [job for job in jobs if not job.is_done()]
     ends = time.time() + arguments.seconds
     queue = Queue(jobs, arguments.devices, ends, launcher(arguments, ends))
