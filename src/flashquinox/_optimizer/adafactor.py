@@ -25,11 +25,11 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     clipping_threshold: ScalarLike | None = 1.0,
     momentum: ScalarLike | None = None,
+    *,
     weight_decay_rate: ScalarOrSchedule = 0.0,
     eps: ScalarLike = 1e-30,
     factored: bool = True,
     weight_decay_mask: Mask | None = None,
-    *,
     storage: Storage = Storage(),
     **options: Unpack[Options],
 ) -> Optimizer:
@@ -46,7 +46,7 @@ def adafactor(
 
         Shazeer and Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory
         Cost*, ICML 2018, [arXiv:1804.04235](https://arxiv.org/abs/1804.04235).
-        Arguments are those of `optax.adafactor`.
+        Arguments are those of `optax.adafactor`, but for `dtype_momentum`.
 
     **Arguments:**
 

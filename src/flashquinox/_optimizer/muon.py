@@ -59,9 +59,14 @@ def muon(
         Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024,
         [kellerjordan.github.io/posts/muon](https://kellerjordan.github.io/posts/muon/);
         Liu et al., *Muon is Scalable for LLM Training*,
-        [arXiv:2502.16982](https://arxiv.org/abs/2502.16982). Arguments are those of
-        `optax.contrib.muon`. Storage: FlashOptim,
+        [arXiv:2502.16982](https://arxiv.org/abs/2502.16982). Storage: FlashOptim,
         [arXiv:2602.23349](https://arxiv.org/abs/2602.23349).
+
+    Arguments have the names and defaults of `optax.contrib.muon`, but for these:
+    `mask` is its `weight_decay_mask` and exempts weights of both kinds;
+    `weight_dimension_numbers` is its `muon_weight_dimension_numbers`; presets of
+    `ns_coeffs` have other names; and `mu_dtype`, `adaptive`, `preconditioning` and
+    `adam_eps_root` do not exist.
 
     **Arguments:**
 
