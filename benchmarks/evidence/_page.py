@@ -54,8 +54,9 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         found["images"] = _table(_IMAGE_HEADER, rows)
     if rows := _long_rows(results / "evidence/long"):
         found["long"] = _table(_LONG_HEADER, rows)
-    if rows := _finetune_rows(results / "evidence/finetune"):
-        found["finetune"] = _table(_FINETUNE_HEADER, rows)
+    for name in ("finetune", "finetune-reduced"):
+        if rows := _finetune_rows(results / "evidence" / name):
+            found[name] = _table(_FINETUNE_HEADER, rows)
     if rows := _resume_rows(results / "evidence/resume"):
         found["resume"] = _table(_RESUME_HEADER, rows)
     reconstruction = results / "reconstruction-cpu.json"
