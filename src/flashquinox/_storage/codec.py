@@ -62,16 +62,20 @@ class Dither(eqx.Module):
         Of a relative moment, most elements move by several codes in a step. Half of the
         variance of their errors is that of the threshold, which is the same for all of
         them. So these thresholds come in pairs, u and 1 - u: what one adds, the next
-        one takes away, before it is forgotten.
+        one takes away, before it is forgotten. Every 64 turns, one of a pair is left
+        out, so that even turns have the first ones of pairs as often as odd turns:
+        otherwise a direction that alternates, by less than a code, would be rounded
+        to one side.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
-        place = turn >> 1 if relative else turn
+        half = turn + (turn >> 6)
+        place = half >> 1 if relative else turn
         place = place * place * place if kind == "signed" else place
         # Of the golden ratio; of the plastic number's reciprocals for the second
         # sequence and for the leaves' offsets.
         code = place * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
         if relative:
-            code = code ^ (np.uint32(0) - (turn & np.uint32(1)))
+            code = code ^ (np.uint32(0) - (half & np.uint32(1)))
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
         odd = (code >> 16) | np.uint32(1)
         return Dither(odd.astype(jnp.float32) * np.float32(2**-16), scale >> 16)
