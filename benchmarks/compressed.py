@@ -4,12 +4,12 @@
 Each trains a network of two layers on a task with noise (--width), for --steps steps,
 in float32: alone, and with its state compressed; from the same weights, with the same
 batches. Printed: bytes of the state for each parameter, the loss at the end (the mean
-of the last tenth), and the time of a step in a compiled loop (the least of three).
+of the last tenth, and over --seeds), and the time of a step in a compiled loop (the
+least of all seeds).
 
-Roundings of the state make another run of it, and so does a change of the first weights
-by one part in a thousand: `apart` is by how much the loss differs for each of the two,
-as a share of the loss. An optimizer loses by compression where the first number is
-positive, and much more than the second. --page FILE.md writes these into the page.
+`apart` is by how much the loss differs, as a share of the loss: the mean over seeds and
+its 95 % interval. An optimizer loses by compression where it is positive by more than
+that, and by at least a thousandth: bold. --page FILE.md writes these into the page.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from _command_line import (
     versions,
     write_json,
 )
+from _paired import Gap
 from jaxtyping import PyTree
 
 import flashquinox as fq
@@ -50,7 +51,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "dog": {"learning_rate": 1.0},
     "dowg": {"learning_rate": 1.0},
     "lars": {"learning_rate": 1.0, "trust_coefficient": 0.01},
-    "lbfgs": {"learning_rate": 0.1, "linesearch": None},
+    "lbfgs": {},
     "lion": {"learning_rate": 1e-3},
     "madgrad": {"learning_rate": 1e-3},
     "prodigy": {"learning_rate": 1.0},
@@ -60,19 +61,31 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "signum": {"learning_rate": 1e-3},
     "rprop": {"learning_rate": 1e-4},
 }
-# They need a loss or another derivative at each update, or are no optimizers alone.
+# What some need beside gradients.
+_NEEDS = {
+    "lbfgs": ("value", "grad", "value_fn"),
+    "momo": ("value",),
+    "momo_adam": ("value",),
+    "sophia": ("obj_fn",),
+}
+# They have no state of the size of the weights, or need gradients of each example.
 _OTHERS = {
     "differentially_private_aggregate",
     "dpsgd",
-    "mechanize",
-    "momo",
-    "momo_adam",
     "polyak_sgd",
     "reduce_on_plateau",
-    "sam",
-    "schedule_free",
-    "sophia",
     "split_real_and_imaginary",
+}
+# Those that take another transformation.
+_WRAPPERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "mechanize": lambda: optax.contrib.mechanize(optax.adam(1.0)),
+    "sam": lambda: optax.contrib.sam(
+        optax.sgd(0.1, 0.9),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+    ),
+    "schedule_free": lambda: optax.contrib.schedule_free(
+        optax.rmsprop(1e-3), 1e-3, state_dtype=jnp.float32
+    ),
 }
 
 
@@ -80,7 +93,9 @@ def optimizers() -> Iterator[tuple[str, Callable[[], optax.GradientTransformatio
     """The names and the makers of all optimizers."""
     for module in (optax, optax.contrib):
         for name, make in sorted(vars(module).items()):
-            if not inspect.isfunction(make) or name in _OTHERS:
+            if name in _WRAPPERS and module is optax.contrib:
+                yield name, _WRAPPERS[name]
+            if not inspect.isfunction(make) or name in _OTHERS or name in _WRAPPERS:
                 continue
             file = inspect.getmodule(make)
             of_module = "optax.contrib" if module is optax.contrib else "alias"
@@ -98,47 +113,64 @@ def loss(params: PyTree, batch: Any) -> Any:
     return jnp.mean((hidden @ params["down"] - target) ** 2)
 
 
+class Task(NamedTuple):
+    """What a seed gives: the first weights, what makes targets, and the batches."""
+
+    params: dict[str, jax.Array]
+    teacher: jax.Array
+    keys: jax.Array
+
+    @staticmethod
+    def of(settings: argparse.Namespace, seed: int) -> "Task":
+        width = settings.width
+        keys = jax.random.split(jax.random.key(seed), 4)
+        weight = lambda key, *shape: jax.random.normal(key, shape) / shape[0] ** 0.5
+        params = {
+            "up": weight(keys[0], width, 2 * width),
+            "bias": jnp.zeros((2 * width,)),
+            "down": weight(keys[1], 2 * width, width),
+        }
+        steps = jax.random.split(keys[3], settings.steps)
+        return Task(params, weight(keys[2], width, width), steps)
+
+
 def train(
-    settings: argparse.Namespace, optim: Any, scale: float = 1.0
-) -> dict[str, float]:
-    width = settings.width
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = {
-        "up": (width, 2 * width),
-        "bias": (2 * width,),
-        "down": (2 * width, width),
-    }
-    params = {
-        name: scale * jax.random.normal(key, shape) / shape[0] ** 0.5
-        if len(shape) == 2
-        else jnp.zeros(shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
-    }
-    teacher = jax.random.normal(keys[3], (width, width)) / width**0.5
-    state = optim.init(params)
-    parameters = sum(x.size for x in jtu.tree_leaves(params))
-    held = sum(x.nbytes for x in jtu.tree_leaves(state) if hasattr(x, "nbytes"))
+    settings: argparse.Namespace, optim: Any, needs: tuple[str, ...]
+) -> dict[str, Any]:
+    optim = optax.with_extra_args_support(optim)
+    init = jax.jit(optim.init)
 
-    def step(carry: Any, key: Any) -> Any:
-        params, state = carry
-        x, noise = jax.random.normal(key, (2, 64, width))
-        batch = x, jnp.tanh(x @ teacher) + 0.1 * noise
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, state = optim.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), value
+    @jax.jit
+    def run(task: Task, state: Any) -> Any:
+        def step(carry: Any, key: Any) -> Any:
+            params, state = carry
+            x, noise = jax.random.normal(key, (2, 64, settings.width))
+            batch = x, jnp.tanh(x @ task.teacher) + 0.1 * noise
+            value, grads = jax.value_and_grad(loss)(params, batch)
+            again = lambda params: loss(params, batch)
+            more = {"value": value, "grad": grads, "value_fn": again, "obj_fn": again}
+            more = {key: more[key] for key in needs}
+            updates, state = optim.update(grads, state, params, **more)
+            return (optax.apply_updates(params, updates), state), value
 
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
-    keys = jax.random.split(jax.random.key(1), settings.steps)
-    _, losses = jax.block_until_ready(run((params, state), keys))
-    times = []
-    for _ in range(3):
+        return jax.lax.scan(step, (task.params, state), task.keys)[1]
+
+    losses, times, held = [], [], 0.0
+    last = max(1, settings.steps // 10)
+    # The first is run twice, as it is compiled.
+    for seed in (0, *range(settings.seeds)):
+        task = Task.of(settings, seed)
+        state = init(task.params)
         start = time.perf_counter()
-        jax.block_until_ready(run((params, state), keys))
+        found = jax.block_until_ready(run(task, state))
         times.append(time.perf_counter() - start)
-    last = [float(x) for x in losses[-max(1, settings.steps // 10) :]]
+        losses.append(float(jnp.mean(found[-last:])))
+        held = sum(x.nbytes for x in jtu.tree_leaves(state) if hasattr(x, "nbytes"))
+    parameters = sum(x.size for x in jtu.tree_leaves(Task.of(settings, 0).params))
     return {
         "bytes per parameter": held / parameters,
-        "loss": statistics.fmean(last),
+        "loss": statistics.fmean(losses[1:]),
+        "losses": losses[1:],
         "microseconds": 1e6 * min(times) / settings.steps,
     }
 
@@ -148,19 +180,20 @@ def measure(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if settings.only and name not in settings.only:
             continue
         row: dict[str, Any] = {"optimizer": name}
+        needs = _NEEDS.get(name, ())
         try:
-            row["float32"] = train(settings, make())
+            row["float32"] = train(settings, make(), needs)
             if row["float32"]["bytes per parameter"] < 1:
                 continue
-            row["compressed"] = train(settings, fq.compress(make()))
-            row["other weights"] = train(settings, make(), 1.001)
-            one, *others = (
-                row[x]["loss"] for x in ("float32", "compressed", "other weights")
-            )
-            row["apart"] = [x / one - 1 for x in others]
+            row["compressed"] = train(settings, fq.compress(make()), needs)
+            losses = [row[x]["losses"] for x in ("compressed", "float32")]
+            apart = [x / y - 1 for x, y in zip(*losses, strict=True)]
+            gap = Gap.of(apart)
+            row["apart"], row["interval"] = gap.mean, gap.half_width
         except Exception as error:
             row["error"] = in_few_words(error)
         yield row
+        jax.clear_caches()
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -176,8 +209,14 @@ def print_row(row: dict[str, Any]) -> None:
             ("microseconds", "8.0f"),
         )
     ]
-    apart = "   ".join(f"{x:+7.2%}" for x in row["apart"])
+    apart = text_of_apart(row)
     print(f"{row['optimizer']:28}{'   '.join(pairs)}   {apart}", flush=True)
+
+
+def text_of_apart(row: dict[str, Any]) -> str:
+    apart, interval = row["apart"], row["interval"]
+    text = f"{apart:+.2%} ± {interval:.2%}"
+    return f"**{text}**" if apart > max(interval, 1e-3) else text
 
 
 _BEGIN, _END = "<!-- compressed.py -->\n", "<!-- end -->\n"
@@ -186,23 +225,21 @@ _BEGIN, _END = "<!-- compressed.py -->\n", "<!-- end -->\n"
 def write_page(page: Path, rows: list[dict[str, Any]]) -> None:
     """Puts the table between two lines of the page."""
     lines = [
-        "| optimizer | bytes per parameter | loss | apart | by other weights | µs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| optimizer | bytes per parameter | loss | apart | µs |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| `{row['optimizer']}` | {row['error']} | | | | |")
+            lines.append(f"| `{row['optimizer']}` | {row['error']} | | | |")
             continue
         pair = lambda key, form, row=row: " → ".join(
             f"{row[x][key]:{form}}" for x in ("float32", "compressed")
         )
-        compressed, other = (f"{x:+.2%}" for x in row["apart"])
         cells = [
             f"`{row['optimizer']}`",
             pair("bytes per parameter", ".2f"),
             pair("loss", ".5f"),
-            compressed,
-            other,
+            text_of_apart(row),
             pair("microseconds", ".0f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -219,6 +256,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--width", type=positive_integer, default=128, help="(128)")
     add("--steps", type=positive_integer, default=300, help="(300)")
+    add("--seeds", type=positive_integer, default=6, help="(6)")
     add("--only", nargs="+", metavar="NAME", help="these optimizers")
     add("--page", type=Path, metavar="FILE.md", help="put the table into this page")
     parser.add_json()

@@ -1,6 +1,7 @@
 """Any Optax transformation, with compressed state."""
 
 import functools as ft
+import re
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,13 @@ def test_small_arrays_counts_and_what_must_be_exact_stay():
     assert optax.tree.get(state, "g")["w"].dtype == jnp.float32
 
 
+def test_sums_between_updates_are_exact():
+    optim = optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation()
+    state = fq.compress(optim).init(_arrays(0))
+    assert optax.tree.get(state, "acc_grads")["w"].dtype == jnp.float32
+    assert isinstance(optax.tree.get(state, "mu")["w"], fq.QuantMoment)
+
+
 def test_weights_have_24_bits():
     optim = optax.chain(fq.compress(optax.adam(1e-4)), fq.add_updates())
     start, grads = _arrays(0), [_arrays(1)] * 8
@@ -100,16 +108,23 @@ def test_resumes_bit_for_bit(tmp_path):
 
 
 def test_divided_like_the_weights():
+    """Also where parts hold no whole groups, of 32 elements."""
     mesh = jax.make_mesh((4,), ("data",))
     there = NamedSharding(mesh, P("data"))
     optim = fq.compress(optax.adam(1e-2))
-    weights, grads = (jax.device_put(_arrays(i), there) for i in (0, 1))
+    make = ft.partial(arrays, _SHAPES | {"long": (4100,)}, jnp.float32)
+    weights, grads = (jax.device_put(make(i), there) for i in (0, 1))
     found, state = _steps(optim, weights, [grads])
-    mu = optax.tree.get(state, "mu")["w"]
-    for x in (mu.codes, found["w"]):
-        assert x.sharding.is_equivalent_to(there, x.ndim)
-    expected, _ = _steps(optim, _arrays(0), [_arrays(1)])
-    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
+    expected, _ = _steps(optim, make(0), [make(1)])
+    for name in ("w", "long"):
+        mu = optax.tree.get(state, "mu")[name]
+        for x in (mu.codes, mu.decode(), found[name]):
+            assert x.sharding.is_equivalent_to(there, x.ndim)
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-6)
+    text = jax.jit(optim.update).lower(grads, state, weights).compile().as_text()
+    # Of "long" alone: gradients and states of others stay where they are.
+    gathered = re.findall(r"\[(\S+)\]\S* all-gather", text)
+    assert set(gathered) == {"4100"}
 
 
 def test_every_array_of_the_state_is_mapped():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, get_args, NamedTuple
+from typing import Any, get_args, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import Array, Bool, Int32, PyTree
 
 from .._backends import dispatch
 from .._common import meshes
@@ -23,12 +23,17 @@ from .._storage.full_precision import FullPrecision
 from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
 from .._storage.storage import check_storage, Storage
+from .._storage.whole_arrays import encode_array
 from .optax_kinds import KINDS, StateKind
 
 
 # Steps in which values of moments that must not be negative are checked: a moment that
 # has the wrong kind has them from the first one on.
 _CHECKED_STEPS = 4
+
+
+# Whether something is wrong, and what an error says of it.
+Check: TypeAlias = tuple[Bool[Array, ""], str]
 
 
 class CompressedState(NamedTuple):
@@ -104,7 +109,8 @@ def compress(
     def init(params: PyTree) -> CompressedState:
         count = jnp.zeros((), jnp.int32)
         state = inner.init(_wide(params))
-        return CompressedState(count, _encoded(call, known, storage, state, count))
+        checks, new = _encoded(call, known, storage, state, count)
+        return CompressedState(_checked(count, checks), new)
 
     def update(
         updates: PyTree,
@@ -116,8 +122,9 @@ def compress(
         updates, new = inner.update(
             _wide(updates), _decoded(state.inner_state), _wide(params), **extra_args
         )
-        new = _encoded(call, known, storage, new, count, state.inner_state)
-        return updates, CompressedState(jnp.asarray(optax.safe_increment(count)), new)
+        checks, new = _encoded(call, known, storage, new, count, state.inner_state)
+        count = _checked(jnp.asarray(optax.safe_increment(count)), checks)
+        return updates, CompressedState(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
@@ -144,15 +151,16 @@ def _encoded(
     state: PyTree,
     count: Array,
     like: PyTree | None = None,
-) -> PyTree:
-    """A state with its arrays encoded: as in `like`, or for the first time."""
+) -> tuple[list[Check], PyTree]:
+    """A state with its arrays encoded: as in `like`, or for the first time. And what
+    must not be true of it."""
     leaves, structure = jtu.tree_flatten(state)
     old: list[Any] = [None] * len(leaves)
     if like is not None:
         old = structure.flatten_up_to(like)
     kinds = [*_kinds(known, state, (), None)]
     assert len(kinds) == len(leaves)
-    new = []
+    new, checks = [], []
     for number, (x, (path, kind), before) in enumerate(
         zip(leaves, kinds, old, strict=True)
     ):
@@ -168,17 +176,16 @@ def _encoded(
             continue
         moment_kind = "nonnegative" if kind == "nonnegative" else "signed"
         if kind == "nonnegative":
-            x = _checked(call, path, x, count)
+            checks.append(_is_negative(call, path, x, count))
         new.append(_encode(layout, codec, x, Dither.at(count, number, moment_kind)))
-    return structure.unflatten(new)
+    return checks, structure.unflatten(new)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode(layout: Layout, codec: Any, x: Array, dither: Dither) -> QuantMoment:
-    codes, scales = codec.encode(layout.tile(x), layout.tile_axis, dither)
-    return QuantMoment(
-        layout.untile(codes), scales, layout.axes, layout.group_size, codec
-    )
+    codes, scales = encode_array(codec, layout, x, dither)
+    assert scales is not None
+    return QuantMoment(codes, scales, layout.axes, layout.group_size, codec)
 
 
 def _storage_of(
@@ -209,16 +216,25 @@ def _storage_of(
     return layout, codec
 
 
-def _checked(call: str, path: tuple[Any, ...], x: Array, count: Array) -> Array:
+def _is_negative(call: str, path: tuple[Any, ...], x: Array, count: Array) -> Check:
     is_early = count < _CHECKED_STEPS
     wrong = jax.lax.cond(is_early, lambda: jnp.any(x < 0), lambda: jnp.asarray(False))
-    return eqx.error_if(
-        x,
-        wrong,
+    return wrong, (
         f"`{call}`: the array of the state at `{jtu.keystr(path)}` is stored as "
         "'nonnegative', and has negative elements. Pass its kind by the name of its "
-        "field: `kinds={'name': 'signed'}`.",
+        "field: `kinds={'name': 'signed'}`."
     )
+
+
+def _checked(count: Array, checks: list[Check]) -> Array:
+    """An error where one of these is true. An array that went through it would be
+    copied, and be whole on every device of a mesh."""
+    if not checks:
+        return count
+    wrong, messages = zip(*checks, strict=True)
+    wrong = jnp.stack(wrong)
+    first = jnp.argmax(wrong)
+    return eqx.branched_error_if(count, jnp.any(wrong), first, messages)
 
 
 def _kinds(

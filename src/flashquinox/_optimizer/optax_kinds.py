@@ -5,13 +5,15 @@ from typing import Literal, TypeAlias
 
 
 # "exact" is for arrays that must not be rounded: weights of the past, of which small
-# differences are taken, and previous gradients.
+# differences are taken, previous gradients, and sums of gradients in which old ones do
+# not fade.
 StateKind: TypeAlias = Literal["signed", "nonnegative", "exact"]
 
 # All that Optax 0.2.8 has. Other states need `kinds=...`.
 _SIGNED = """
     ApplyEvery.grad_acc DAdaptAdamWState.exp_avg DAdaptAdamWState.grad_sum EmaState.ema
-    MadgradState.s MomoAdamState.exp_avg MomoState.exp_avg MuonState.mu
+    PerElementMeanAndVarianceEMAState.mean_grads_ema
+    MomoAdamState.exp_avg MomoState.exp_avg MuonState.mu
     ProdigyState.exp_avg ProdigyState.grad_sum ScaleByAdamState.mu ScaleByAdanState.m
     ScaleByAdanState.v ScaleByAdemamixState.m1
     ScaleByAmsgradState.mu ScaleByBeliefState.mu ScaleByLionState.mu
@@ -21,6 +23,7 @@ _SIGNED = """
 _NONNEGATIVE = """
     COCOBState.scale COCOBState.subgradients DAdaptAdamWState.exp_avg_sq FactoredState.v
     FactoredState.v_col FactoredState.v_row MadgradState.grad_sum_sq
+    PerElementMeanAndVarianceEMAState.variance_grads_ema
     MomoAdamState.exp_avg_sq ProdigyState.exp_avg_sq ScaleByAdaDeltaState.e_g
     ScaleByAdaDeltaState.e_x ScaleByAdamState.nu ScaleByAdanState.n
     ScaleByAdemamixState.nu ScaleByAmsgradState.nu ScaleByAmsgradState.nu_max
@@ -29,8 +32,12 @@ _NONNEGATIVE = """
     ScaleByRssState.sum_of_squares ScaleBySM3State.mu ScaleBySimplifiedAdEMAMixState.n
 """
 _EXACT = """
+    AccumulateAvgUpdatesState.avg_grad MultiStepsState.acc_grads
+    PerElementMeanAndSumSqDiffGradsState.mean_grads
+    PerElementMeanAndSumSqDiffGradsState.sum_sq_diff_grads
     COCOBState.cumulative_gradients COCOBState.init_particles COCOBState.reward
-    GaLoreState.projector MadgradState.x0 MechanicState.x0 MuonState.ns_coeffs
+    GaLoreState.projector MadgradState.s MadgradState.x0 MechanicState.x0
+    MuonState.ns_coeffs
     ProdigyState.params0 SAMState.cache ScaleByAdanState.g
     ScaleByAdemamixState.m2
     ScaleByDistanceOverGradientsState.grad_sum_of_squares
@@ -38,8 +45,10 @@ _EXACT = """
     DoWGState.init_params ScaleByOptimisticGradientState.previous_gradient
     ScaleByRpropState.prev_updates ScheduleFreeState.z
 """
-# Differences of what these hold are divided by each other.
-_EXACT_STATES = "ScaleByLBFGSState ScaleByZoomLinesearchState"
+# Differences of what these hold are divided by each other; or it may be anything.
+_EXACT_STATES = """
+    ScaleByLBFGSState ScaleByZoomLinesearchState MonitorState SnapshotState
+"""
 
 _NAMES: dict[StateKind, str] = {
     "signed": _SIGNED,

@@ -17,6 +17,7 @@ from .codec import AbstractMomentCodec
 from .layout import Layout, layout_of
 from .learned_codec import initial_parameter, with_parameter
 from .relative_moment import times_root
+from .whole_arrays import decode_array
 
 
 class _OfState:
@@ -112,8 +113,7 @@ class QuantMoment(_OfState):
         layout = self.layout
         codes, scales = memory.to_device((self.codes, self.scales))
         codec = with_parameter(self.codec, memory.to_device(self.parameter))
-        tile = codec.decode(layout.tile(codes), scales, layout.tile_axis, dtype)
-        return layout.untile(tile)
+        return decode_array(codec, layout, codes, scales, dtype)
 
     def encode(
         self,

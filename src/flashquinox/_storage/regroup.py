@@ -14,6 +14,7 @@ from .layout import Layout
 from .learned_codec import with_parameter
 from .quant_moment import QuantMoment, StoredMoment
 from .relative_moment import over_root
+from .whole_arrays import encode_array
 
 
 # The axes of groups, and their size.
@@ -88,8 +89,7 @@ def encode_nearest(
     to nearest."""
     thresholds_of_half = Dither(jnp.float32(0.5), jnp.uint32(1 << 15))
     layout = Layout(moment.shape, *groups)
-    codes, scales = with_parameter(codec, parameter).encode(
-        layout.tile(moment), layout.tile_axis, thresholds_of_half
-    )
+    codec = with_parameter(codec, parameter)
+    codes, scales = encode_array(codec, layout, moment, thresholds_of_half)
     assert scales is not None
-    return layout.untile(codes), scales
+    return codes, scales
