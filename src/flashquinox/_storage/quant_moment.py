@@ -20,6 +20,10 @@ from .relative_moment import times_root
 from .whole_arrays import decode_array
 
 
+# As Equinox marks fields that are no children in a pytree.
+_STATIC = {"static": True}
+
+
 class _OfState:
     """Of a moment that was taken from a state: what it is relative to there. In a slot,
     which is no part of the tree: that would hold the other moment twice."""
@@ -53,11 +57,11 @@ class QuantMoment(_OfState):
 
     codes: Int[Array, "*shape"] | UInt[Array, "*shape"]
     scales: Shaped[Array, "*groups"]
-    axes: tuple[int, ...]
-    group_size: int
-    codec: AbstractMomentCodec
+    axes: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    group_size: int = dataclasses.field(metadata=_STATIC)
+    codec: AbstractMomentCodec = dataclasses.field(metadata=_STATIC)
     parameter: Float32[Array, "*ensemble"] | None = None
-    relative_to: str | None = None
+    relative_to: str | None = dataclasses.field(default=None, metadata=_STATIC)
 
     @property
     def layout(self) -> Layout:
