@@ -150,9 +150,6 @@ def _epilogue(
         return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, None], -1))
 
     split = (x.reshape(chunks, -1, x.shape[-1]), tokens.reshape(chunks, -1))
-    if chunks == 1:
-        # A loop would keep a copy of the head's gradient.
-        return of_chunk((split[0][0], split[1][0]))
     return jnp.mean(jax.lax.map(of_chunk, split))
 
 
