@@ -483,6 +483,8 @@ def test_adapters_of_a_preset():
     for base, expected in {
         None: 2 * elements,
         "int8": elements + 2 * 16 * sum(out for out, _ in matrices),
+        "fp8": elements + 2 * 16 * sum(out for out, _ in matrices),
+        "int4": elements // 2 + 2 * elements // 128,
         "nf4": elements // 2 + 2 * elements // 64,
     }.items():
         adapted, trainable = with_adapters(model, 4, base)

@@ -10,9 +10,12 @@ from jaxtyping import PyTree
 
 
 # For each kind of base: the dtype of the codes, and how many elements of a row share a
-# scale (`None`: all of them). The blocks of 64 are those of QLoRA.
+# scale (`None`: all of them). The blocks of 64 are those of QLoRA, and those of 128
+# those of GPTQ and AWQ.
 BASES: dict[str, tuple[Any, int | None]] = {
     "int8": (jnp.int8, None),
+    "fp8": (jnp.float8_e4m3fn, None),
+    "int4": (jnp.int4, 128),
     "nf4": (jnp.uint4, 64),
 }
 

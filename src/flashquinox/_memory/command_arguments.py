@@ -81,8 +81,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--base",
         choices=tuple(BASES),
         metavar="NAME",
-        help=f"with --lora: those matrices as codes, {' or '.join(BASES)}, and scales, "
-        "one for each row or for each 64 elements of it (in the dtype of the weights)",
+        help="with --lora: those matrices as codes and scales: int8 or fp8, one scale "
+        "for each row; int4 or nf4, for 128 or 64 elements of it (the dtype of the "
+        "weights)",
     )
     add(
         "--accumulate",
