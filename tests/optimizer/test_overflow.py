@@ -202,3 +202,32 @@ def test_one_huge_gradient_harms_its_element(name, moments):
         share = np.sum(moved[:, :32], where=~hit[:, :32], axis=1)
         share /= np.sum(wanted[:, :32], where=~hit[:, :32], axis=1)
         np.testing.assert_allclose(share, 1, atol=0.1)
+
+
+@pytest.mark.parametrize("huge", [1e25, -3e38])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ademamix",
+        "adafactor",
+        "adafactor-whole",
+        slow("adan"),
+        slow("lamb"),
+        slow("rmsprop"),
+        slow("schedule-free"),
+    ],
+)
+def test_one_huge_gradient_leaves_a_model_that_trains(name, huge):
+    """Whatever the optimizer averages: all weights move, by steps of ordinary size."""
+    rng = np.random.default_rng(0)
+    grads = (1 + 0.1 * rng.standard_normal((40, 8, 64))).astype(np.float32)
+    grads[5, 2, 3] = huge
+    w = jnp.ones(grads.shape[1:])
+    optim = OPTIMIZERS[name].make(1e-3)
+    found = _paths(optim.step, w, optim.init(w), jnp.asarray(grads))
+    assert np.isfinite(found).all()
+    # A few learning rates, and Adafactor's decay by 0.01.
+    assert np.max(np.abs(np.diff(found, axis=0))) <= 0.03
+    hit = np.zeros(w.shape, bool)
+    hit[2], hit[:, 3] = True, True
+    assert np.all(found[-1][~hit] < found[10][~hit])

@@ -6,12 +6,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .rule import AbstractRule, hyperparameter, Moment
+from .saturate import saturate
 from .sgd import SGD
 from .whole_leaf import AbstractMeansRule
 
 
 # The smallest scale of a leaf, by the paper.
 _SMALLEST_SCALE = 1e-3
+# A gradient's square counts in the means of its row and its column, and by these in all
+# updates of its leaf. Their squares are as large again as that, so the sums of a leaf
+# of 2^30 elements are finite.
+_LARGEST_OF_LEAF = 2.0**48
 
 
 class GrowingMeanSquare(AbstractRule):
@@ -54,6 +59,7 @@ class GrowingMeanSquare(AbstractRule):
         scalars: dict[str, Scalar],
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
         del weight
+        grad = saturate(grad)
         v = moments["v"] + (grad * grad + scalars["eps"])
         return scalars["step"] * grad / jnp.sqrt(v), {"v": v}
 
@@ -168,6 +174,7 @@ class Adafactor(AbstractMeansRule):
         if self.axes is not None:
             row, column = self.axes
             share = _share(count, self.decay_rate, self.decay_offset)
+            direction = saturate(direction, _LARGEST_OF_LEAF)
             square = direction * direction + self.eps
             move = lambda old, axis: (
                 (1 - share) * old + share * jnp.mean(square, axis=axis, keepdims=True)

@@ -3,6 +3,7 @@ from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .bias_correction import bias_correction
 from .rule import AbstractRule, hyperparameter, Moment
+from .saturate import saturate
 
 
 class AdEMAMix(AbstractRule):
@@ -68,6 +69,9 @@ class AdEMAMix(AbstractRule):
         scalars: dict[str, Scalar],
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
         del weight
+        # The stored average of squares ends there. Beside it, the slow moment of a
+        # larger gradient would be a huge update.
+        grad = saturate(grad)
         m1, m2 = moments["m1"] + grad, moments["m2"] + grad
         nu = scalars["b2"] * moments["nu"] + scalars["one_minus_b2"] * (grad * grad)
         numerator = scalars["m1_step"] * m1 + scalars["m2_step"] * m2
