@@ -227,6 +227,16 @@ def test_axes_that_divide_nothing_share_the_work():
         assert np.linalg.norm(x - y) <= 3 * 2.0**-8 * way, name
 
 
+def test_matrices_without_elements():
+    shapes = {"rows": (0, 64), "columns": (64, 0), "stack": (0, 8, 8), "w": (8, 8)}
+    model, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in range(2))
+    numbers = dict.fromkeys(shapes, MuonDimensionNumbers(-2, -1))
+    optim = fq.muon(1e-2, weight_dimension_numbers=numbers)
+    new, _ = _steps(optim, model, [grads])
+    assert {k: x.shape for k, x in new.items()} == shapes
+    assert not np.array_equal(new["w"], model["w"])
+
+
 def test_update_is_a_step():
     model, grads = _tree(0, jnp.bfloat16), _tree(1, jnp.bfloat16)
     optim = _make(

@@ -64,4 +64,5 @@ def orthogonalized(
 
 def width_scale(rows: int, columns: int) -> float:
     """What keeps the gain of a layer from `rows` inputs to `columns` outputs."""
-    return math.sqrt(max(1, columns / rows))
+    # There are matrices without rows.
+    return math.sqrt(max(1, columns / max(1, rows)))
