@@ -58,7 +58,7 @@ def ways(made: JaxStep) -> dict[str, Calls]:
     new = lambda tree: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     structs = made.params, made.state
     grads = new(made.grads)
-    step = lambda carry, grads: made.step(*carry, grads)
+    step = lambda carry, grads: made.step(carry[0], carry[1], grads)
     donate = lambda function: jax.jit(function, donate_argnums=0)
     identity = donate(lambda carry, _: carry)
     # Of `filter_jit`, what is not donated comes first.
