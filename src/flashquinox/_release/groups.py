@@ -87,12 +87,6 @@ class GroupedStep:
         group, index = self.owners[number]
         return self.groups[group].layout(index)
 
-    def is_taken_there(
-        self, number: int, shape: tuple[int, ...], sharding: NamedSharding | None
-    ) -> bool:
-        group, index = self.owners[number]
-        return self.groups[group].is_taken_there(index, shape, sharding)
-
     def layers_are_apart(self, number: int) -> bool:
         group, index = self.owners[number]
         return self.groups[group].layers_are_apart(index)
@@ -159,10 +153,8 @@ class GroupedStep:
         learned: dict[int, Learned],
         finite: AllFinite,
         clip: Clipping | None,
-        layer: Array,
     ) -> dict[int, TileState]:
-        """Updates parts of leaves, such as single layers of stacks. Arrays in host
-        memory are those of all layers."""
+        """Updates parts of leaves on the device, such as single layers of stacks."""
         new = {}
         for group, numbers in self._divided([*parts]).items():
             updated = self.groups[group].update_parts(
@@ -173,7 +165,6 @@ class GroupedStep:
                 [learned[number] for number in numbers],
                 finite[group],
                 clip,
-                layer,
             )
             new.update(zip(numbers, updated, strict=True))
         return new

@@ -1,15 +1,23 @@
 """Stacked leaves and their states: reading a layer, and writing it back."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import equinox as eqx
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, ScalarLike
 
 from .._common import memory, meshes
 from .._sharding import state_specs
 from .._storage.layout import Layout
 from .._tile.step import TileState
+
+
+C = TypeVar("C")
+Y = TypeVar("Y")
 
 
 def layers_have_own_groups(stack: TileState, layout: Layout) -> bool:
@@ -54,15 +62,10 @@ def layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def read_layer(
-    stack: PyTree[Array], layer: Array, is_taken_there: bool
-) -> PyTree[Array]:
-    """One layer of each array of a tree, on the device. `is_taken_there`: arrays in
-    host memory stay there, with all layers."""
+def read_layer(stack: PyTree[Array], layer: ScalarLike) -> PyTree[Array]:
+    """One layer of each array of a tree, on the device."""
 
     def one(x: Array) -> Array:
-        if is_taken_there and memory.is_on_host(x):
-            return x
         part = lax.dynamic_index_in_dim(x, layer, keepdims=False)
         return lax.optimization_barrier(memory.to_device(part))
 
@@ -72,17 +75,36 @@ def read_layer(
 
 
 def write_layer(
-    stack: PyTree[Array], part: PyTree[Array], layer: Array, is_taken_there: bool
+    stack: PyTree[Array], part: PyTree[Array], layer: ScalarLike
 ) -> PyTree[Array]:
     """The stack with one layer replaced, in place inside of a loop."""
 
     def one(x: Array, y: Array) -> Array:
-        if is_taken_there and memory.is_on_host(x):
-            return y
         y = memory.where(lax.optimization_barrier(y), x)
         return lax.dynamic_update_index_in_dim(x, y, layer, 0)
 
     return jtu.tree_map(one, stack, part)
+
+
+def from_last_to_first(
+    turn: Callable[[Array, C], tuple[C, Y]], carry: C, layers: int, first_apart: bool
+) -> tuple[C, Y]:
+    """A loop of one turn for each layer. `first_apart`: the first turn comes before the
+    loop, as its `carry` has not the structure of the others. Like `jax.lax.scan`, it
+    returns what turns return stacked."""
+    if not first_apart:
+        turn_ = lambda carry, layer: turn(layer, carry)
+        return lax.scan(turn_, carry, jnp.arange(layers), reverse=True)
+    carry, found = turn(jnp.int32(layers - 1), carry)
+    found = jtu.tree_map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), found)
+
+    def body(i: Array, state: tuple[C, Y]) -> tuple[C, Y]:
+        carry, found = state
+        layer = layers - 2 - i
+        carry, new = turn(layer, carry)
+        return carry, write_layer(found, new, layer)
+
+    return lax.fori_loop(0, layers - 1, body, (carry, found))
 
 
 def place_stack(

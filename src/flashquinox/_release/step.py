@@ -2,7 +2,7 @@
 gradients of only one layer exist at a time."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,11 +18,14 @@ from .._model.trees import Model, State
 from .._optimizer.argument_checks import check_max_norm
 from .._optimizer.optimizer import Optimizer
 from .._tile.clipping import Clipping, scaled
+from .._tile.step import TileState
 from .checks import check_layered_loss, check_layers_are_whole
 from .groups import check_optimizers, open_groups
+from .host_layers import after, before, first_gradient, split, where_they_are
 from .layered import LayeredLoss, open_layers
 from .stacks import (
     by_layer,
+    from_last_to_first,
     layer_sharding,
     layers_have_own_groups,
     materialized,
@@ -158,7 +161,6 @@ def release_step(
     # The blocks, from the last to the first. Leaves whose groups span several layers,
     # or whose rules need all layers, cannot be updated layer by layer: they wait for
     # the gradients of all layers.
-    layers = layered.layers
     layouts = {i: step.layout(i) for i in blocks}
     waiting = {
         i: x
@@ -171,11 +173,6 @@ def release_step(
     stacks = {i: by_layer(step.read(i), layouts[i]) for i in blocks if i not in waiting}
     static = {i: x for i, x in layered.stacked.items() if i not in blocks}
     divided = {i: layer_sharding(step.sharding(i)) for i in blocks}
-    # Kernels may take a layer out of a stack in host memory themselves.
-    there = {
-        i: step.is_taken_there(i, stack.weight.shape[1:], divided[i])
-        for i, stack in stacks.items()
-    }
     groups = batches_by_size({i: stack.weight.size for i, stack in stacks.items()})
 
     # Codecs learn before the gradients of layers are known. A cotangent that is not
@@ -186,18 +183,50 @@ def release_step(
 
     learned = step.learn(list(stacks), is_finite)
 
-    def backward(carry, inputs):
-        stacks, x_bar = carry
-        layer, waiting, static, key, x = inputs
+    def write(stacks: _Stacks, parts: _Stacks, layer: Any) -> _Stacks:
+        """Stacks in which these leaves have these parts as a layer."""
+        new = {i: write_layer(stacks[i], part, layer) for i, part in parts.items()}
+        placed = {
+            i: place_stack(stack, layouts[i], step.sharding(i))
+            for i, stack in new.items()
+        }
+        return stacks | placed
+
+    inputs = waiting, static, layered.keys.of_blocks, kept
+
+    def read(layer: ScalarLike, here: _Stacks) -> PyTree:
+        """What the backward pass takes of one layer, but for its state."""
+        of_layer = jtu.tree_map(
+            lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), inputs
+        )
+        return read_layer({i: x.weight for i, x in here.items()}, layer), of_layer
+
+    def open_layer(read: PyTree) -> tuple[Callable[..., PyTree], PyTree, PyTree]:
+        """One layer as a function of its weights and its input, and these."""
+        weights, (waiting, static, key, x) = read
         x, fixed = _split(x)
 
-        def block(weights, x):
+        def block(weights: dict[int, Array], x: PyTree) -> PyTree:
             return _split(layered.block(weights | static, key, eqx.combine(x, fixed)))
 
-        weights = read_layer({i: x.weight for i, x in stacks.items()}, layer, False)
-        _, pull, _ = jax.vjp(block, weights | waiting, x, has_aux=True)
+        return block, weights | waiting, x
+
+    here, away = split(stacks)
+    is_away = bool(jtu.tree_leaves(away))
+    first = first_gradient(*open_layer(read(0, here))) if is_away else None
+
+    def backward(
+        layer: Array, here: _Stacks, away: _Stacks, leaving: _Stacks, x_bar: PyTree
+    ) -> Any:
+        """One layer. Of stacks on the device and in host memory, `leaving` is what is
+        still to be written of the layer after this one: see `host_layers.py`."""
+        of_layer, leaving = before(read(layer, here), leaving)
+        away = write(away, leaving, layer + 1)
+        block, weights, x = open_layer(of_layer)
+        _, pull, _ = jax.vjp(block, weights, x, has_aux=True)
         grads, x_bar = pull(x_bar)
-        grads = materialized(grads)
+        grads, away = after(first, materialized(grads), away)
+        arrived = lax.optimization_barrier(read_layer(away, layer))
         clip = step.clip(grads, divided, max_norm)
         finite = step.all_finite(grads, divided, clip)
         if clip is not None:
@@ -207,31 +236,21 @@ def release_step(
         for numbers in groups:
             # A barrier between batches: otherwise XLA may decode the whole layer at
             # once, and hold its state twice.
-            some = {i: stacks[i] for i in numbers}
-            stacks, some = lax.optimization_barrier((stacks, some))
-            new = step.update_parts(
-                {i: read_layer(some[i], layer, there[i]) for i in numbers},
-                divided,
-                grads,
-                learned,
-                finite,
-                clip,
-                layer,
+            some = {i: here[i] for i in numbers}
+            here, some = lax.optimization_barrier((here, some))
+            some = eqx.combine(
+                read_layer(some, layer), {i: arrived[i] for i in numbers}
             )
-            stacks = stacks | {
-                i: place_stack(
-                    write_layer(stacks[i], part, layer, there[i]),
-                    layouts[i],
-                    step.sharding(i),
-                )
-                for i, part in new.items()
-            }
-        return (stacks, x_bar), ({i: grads[i] for i in waiting}, finite)
+            new = step.update_parts(some, divided, grads, learned, finite, clip)
+            stays, leaves = where_they_are(new, {i: stacks[i] for i in numbers})
+            here, leaving = write(here, stays, layer), leaving | leaves
+        return (here, away, leaving, x_bar), ({i: grads[i] for i in waiting}, finite)
 
-    inputs = (jnp.arange(layers), waiting, static, layered.keys.of_blocks, kept)
-    (stacks, x_bar), (grads_waiting, finite) = lax.scan(
-        backward, (stacks, x_bar), inputs, reverse=True
+    carry = here, away, {} if is_away else away, x_bar
+    (here, away, leaving, x_bar), (grads_waiting, finite) = from_last_to_first(
+        lambda layer, carry: backward(layer, *carry), carry, layered.layers, is_away
     )
+    stacks = eqx.combine(here, write(away, leaving, 0))
     for index, stack in stacks.items():
         stack = place_stack(stack, layouts[index], step.sharding(index))
         step.write(index, whole_stack(stack, layouts[index]), learned[index])
@@ -245,6 +264,11 @@ def release_step(
     step.update(grads, max_norm)
     step.update(grads_waiting, None)
     return *step.close(), value
+
+
+# The states of stacks, or of layers of them, with `None` in place of arrays in another
+# memory.
+_Stacks: TypeAlias = dict[int, TileState]
 
 
 def _split(tree: PyTree) -> tuple[PyTree, PyTree]:

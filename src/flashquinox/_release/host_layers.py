@@ -1,0 +1,103 @@
+"""Layers of a state in host memory, on their way while others are computed.
+
+The backward pass takes one layer after the other, from the last to the first:
+
+- while this layer is computed again, what the one before it has become is written to
+  host memory,
+- from its first gradient on, its state is read while the others are computed,
+- it is updated on the device, and waits there to be written beside the next layer.
+
+Nothing is read before what was to be written is: both are slices of one array, and XLA
+would otherwise copy all of it, as it cannot tell that they are apart.
+
+On GPUs, XLA leaves slices to the engines that copy, on streams of their own, where it
+knows their offsets in advance: these are affine in the counter of the loop that is a
+part of each turn. Where it does not, kernels copy them, which take turns with products.
+So the first turn, before which there is nothing to write, is not one of the loop.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .. import _compat
+from .._common import memory
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+# The gradient of an addend is there before the forward part is computed.
+_SUMS = ("add", "add_any", "sub")
+
+
+def split(tree: T) -> tuple[T, T]:
+    """A tree as two, with `None` in place of the others: the arrays on the device, and
+    those in host memory."""
+    away, here = eqx.partition(tree, memory.is_on_host)
+    return here, away
+
+
+def where_they_are(new: T, old: PyTree) -> tuple[T, T]:
+    """New arrays as two trees, by the memories of the old ones."""
+    away, here = eqx.partition(new, jtu.tree_map(memory.is_on_host, old))
+    return here, away
+
+
+def before(read: T, leaving: U) -> tuple[T, U]:
+    """What is read on the device, and what is written to host memory after that. XLA
+    may put both copies on one stream, where a short one would wait for long ones."""
+    if not jtu.tree_leaves(leaving):
+        return read, leaving
+    return lax.optimization_barrier((read, leaving))
+
+
+def after(
+    first: int | None, grads: dict[int, Array], away: T
+) -> tuple[dict[int, Array], T]:
+    """Gradients of a layer, and states in host memory that are not read before the
+    first of these gradients is computed."""
+    if first is None:
+        return grads, away
+    grad, away = lax.optimization_barrier((grads[first], away))
+    return grads | {first: grad}, away
+
+
+def first_gradient(
+    block: Callable[..., PyTree], weights: dict[int, Array], x: PyTree
+) -> int | None:
+    """The number of the weight whose gradient the backward part computes first: the one
+    that is last to be multiplied by anything. `None` if there is none."""
+    traced = jax.make_jaxpr(block)(weights, x)
+    order: dict[int, int] = {}
+    times = iter(range(2**62))
+
+    def apply(operation: Any, operands: list[Any]) -> Sequence[Any]:
+        """Values are the weights that they are made of alone."""
+        function = _compat.called(operation)
+        if function is not None:
+            return _compat.evaluate(function, operands, alone, alone, apply)
+        time = next(times)
+        arrays = [
+            own
+            for own, x in zip(operands, operation.invars, strict=True)
+            if own or x.aval.ndim > 0
+        ]
+        own = frozenset[int]().union(*arrays)
+        is_alone = all(arrays)
+        if not is_alone:
+            if operation.primitive.name not in _SUMS:
+                for number in own:
+                    order.setdefault(number, time)
+            own = frozenset[int]()
+        return [own for _ in operation.outvars]
+
+    alone = lambda _: frozenset[int]()
+    numbers = [frozenset([i]) for i in sorted(weights)]
+    args = [*numbers, *[frozenset[int]() for _ in jtu.tree_leaves(x)]]
+    _compat.evaluate(_compat.Function.of(traced), args, alone, alone, apply)
+    return max(order, key=lambda number: order[number], default=None)
