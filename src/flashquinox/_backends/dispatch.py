@@ -1,6 +1,5 @@
 """Which backend takes a step of which leaves."""
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from jaxtyping import Array
 from .. import _compat
 from .._common import memory
 from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
-from . import host_state, platforms
+from . import platforms
 from .base import (
     AbstractBackend,
     LeafStep as LeafStep,
@@ -241,11 +240,8 @@ def _update_of(backend: AbstractBackend, is_away: bool) -> Update:
         old: tuple[TileState, ...],
         **kwargs: Any,
     ) -> tuple[TileState, ...]:
-        layers = [leaf.layer for leaf in leaves]
-        leaves = tuple([dataclasses.replace(leaf, layer=None) for leaf in leaves])
-        scalars = dataclasses.replace(scalars, leaf=leaves[0])
-        here = tuple(map(host_state.read, old, layers))
+        here = memory.to_device(old)
         new = update(structure, views, scalars, leaves, grads, here, **kwargs)
-        return tuple(map(host_state.write, old, new, layers))
+        return memory.where(new, old)
 
     return on_device

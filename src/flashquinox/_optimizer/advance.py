@@ -72,7 +72,7 @@ class Advance:
         """Whether a leaf is in host memory, and kernels do not take it there."""
         if not memory.any_on_host(x.old):
             return False
-        return not self.step.is_taken_there(x.number, x.grad.shape, x.sharding)
+        return not self.step.is_taken_there(x.number)
 
     def _here(self, of: Sequence[Part]) -> list[Advanced]:
         """One step of leaves whose state need not be streamed."""
@@ -214,12 +214,10 @@ class Advance:
                 leaf=LeafScalars(
                     number,
                     {name: parameters[name] for name in names if name in parameters},
-                    x.layer,
                 ),
                 take=self.all_finite,
                 clip=None if clip is None else _factors(clip, old.weight, x.grad),
             )
-            # In host memory, the arrays of moments may have all layers.
             groups = stored.groups if is_grouped else None
             if groups is None:
                 layout = flattened(shape, max(1, x.grad.size))

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Scalar
+from jaxtyping import Array
 
 from .._tile.step import TileState
 from .stored_leaf import Learned
@@ -11,15 +11,13 @@ from .stored_leaf import Learned
 
 class Part(NamedTuple):
     """A leaf, or one layer of a stacked leaf, and its gradient. `number` is that of the
-    leaf. `parameters` are those of codecs that learn. `layer` is the number of a layer
-    whose state is in host memory, in arrays of all layers, if kernels take it there."""
+    leaf. `parameters` are those of codecs that learn."""
 
     number: int
     old: TileState
     grad: Array
     sharding: NamedSharding | None
     parameters: Learned
-    layer: Scalar | None = None
 
 
 class Advanced(NamedTuple):

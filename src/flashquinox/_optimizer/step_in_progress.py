@@ -170,26 +170,19 @@ class StepInProgress:
         learned: list[Learned],
         all_finite: Bool[Array, ""] | None,
         clip: Clipping | None,
-        layer: Array | None = None,
     ) -> list[TileState]:
         """One step of parts of leaves, which need not be those of this object: only
-        what does not depend on their values is. `numbers` are those of their leaves.
-        Arrays in host memory are those of all layers, of which `layer` is updated."""
+        what does not depend on their values is. `numbers` are those of their leaves."""
         arrived = as_typed(grads, shardings)
-        layers = [layer if memory.any_on_host(x) else None for x in old]
-        each = zip(numbers, old, arrived, shardings, learned, layers, strict=True)
+        each = zip(numbers, old, arrived, shardings, learned, strict=True)
         advance = Advance(self, all_finite, clip, learn=False, in_loop=True)
         return [new for new, _ in advance.all([Part(*x) for x in each])]
 
-    def is_taken_there(
-        self, index: int, shape: tuple[int, ...], sharding: NamedSharding | None
-    ) -> bool:
-        """Whether the step of a leaf, or of a layer of it, is one that kernels take in
-        host memory: of whole groups, in one pass, in codes that stay what they are."""
-        stored = self.stored[index]
-        is_whole = sharding is None or holds_whole_groups(
-            stored.layout(shape), sharding
-        )
+    def is_taken_there(self, index: int) -> bool:
+        """Whether the step of a leaf is one that kernels take in host memory: of whole
+        groups, in one pass, in codes that stay what they are."""
+        stored, sharding = self.stored[index], self.shardings[index]
+        is_whole = sharding is None or holds_whole_groups(self.layout(index), sharding)
         is_plain = is_whole and self.passes[index].between is None
         return is_plain and not stored.not_learned and reads_host_memory(self.way)
 

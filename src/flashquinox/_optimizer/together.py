@@ -57,7 +57,7 @@ def portions(
     found: list[Portion] = []
     room, whole = 0, []
     for i in numbers:
-        number, old, grad, sharding, parameters, _ = of[i]
+        number, old, grad, sharding, parameters = of[i]
         if step.passes[number].between is not None:
             whole.append(i)
             continue

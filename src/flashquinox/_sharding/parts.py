@@ -5,12 +5,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .._backends.dispatch import LeafStep
-from .._common import memory, meshes
-from .._tile.step import TileState
+from .._common import meshes
 from . import state_specs
 
 
@@ -45,19 +43,8 @@ def specs_of(step: LeafStep, sharding: NamedSharding) -> Any:
         state_specs.alike(sharding.spec, step),
         (
             state_specs.alike(PartitionSpec(), step.scalars),
-            _of_stacks(step, state_specs.of_leaf(step.old, step.layout, sharding)),
+            state_specs.of_leaf(step.old, step.layout, sharding),
         ),
-    )
-
-
-def _of_stacks(step: LeafStep, specs: TileState) -> TileState:
-    """The specs of a state, of which arrays in host memory may have all layers."""
-    if step.scalars.leaf.layer is None:
-        return specs
-    return jtu.tree_map(
-        lambda x, spec: PartitionSpec(None, *spec) if memory.is_on_host(x) else spec,
-        step.old,
-        specs,
     )
 
 

@@ -83,9 +83,6 @@ class LeafScalars(eqx.Module):
     # Of moments whose codec learns, by their names: its parameter before the step, by
     # which they are decoded, and after.
     parameters: dict[str, tuple[Scalar, Scalar]]
-    # If this leaf is one layer of a stack, the arrays of which in host memory are not
-    # taken apart: the number of the layer.
-    layer: Scalar | None = None
 
 
 class StepScalars(eqx.Module):
@@ -121,8 +118,7 @@ class TileState(eqx.Module):
 
     weight: Float[Array, "*tile"]
     correction: Correction | None
-    # Of the shape of the tile, and of its groups. Arrays in host memory may have all
-    # layers of a stack: see `LeafScalars.layer`.
+    # Of the shape of the tile, and of its groups.
     codes: dict[str, Shaped[Array, "..."]]
     scales: dict[str, Shaped[Array, "..."] | None]
 

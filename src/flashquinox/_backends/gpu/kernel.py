@@ -48,10 +48,6 @@ def update_leaves(
         words.scalars,
         (0,) * len(words.arrays),
         results=_results(old, structure.as_direction),
-        is_stack=tuple(
-            [scalars.leaf.layer is not None and memory.is_on_host(x) for x in of_leaf]
-        ),
-        layer=words.layer,
         own=tuple([i for i in range(len(of_leaf)) if i not in in_one]),
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
         shape=grads[0].shape if structure.as_direction else (),
@@ -101,36 +97,31 @@ class _Words(NamedTuple):
     arrays: tuple[Int32[Array, " words"], ...]
     # What they are in terms of the words.
     scalars: tuple[str, ...]
-    # That of `LeafScalars.layer`.
-    layer: str
 
     @staticmethod
     def of(
         scalars: StepScalars, leaves: Sequence[LeafScalars], numbered: bool
     ) -> "_Words":
         """`numbered`: whether the numbers of leaves are known now."""
-        unknown = [(x.parameters, x.layer) if numbered else x for x in leaves]
+        unknown = [x.parameters if numbered else x for x in leaves]
         width = len(jtu.tree_leaves(unknown[0]))
-        shared, texts, own, layer = [], [], 0, ""
+        shared, texts, own = [], [], 0
         for path, x in jtu.tree_leaves_with_path(scalars):
             if path == _NUMBER and numbered:
                 texts.append("number")
                 continue
             if path[0] == _NUMBER[0]:
                 word, own = f"own[leaf * {width} + {own}]", own + 1
-                layer = word if path == _LAYER else layer
             else:
                 word = f"shared[{len(shared)}]"
                 shared.append(x)
             texts.append(source.of_word(word, x.dtype))
         every = [shared, jtu.tree_leaves(unknown)]
         arrays = [jnp.stack([_word(x) for x in xs]) for xs in every if xs]
-        return _Words(tuple(arrays), tuple(texts), layer)
+        return _Words(tuple(arrays), tuple(texts))
 
 
-_NUMBER, _LAYER = [
-    (jtu.GetAttrKey("leaf"), jtu.GetAttrKey(name)) for name in ("number", "layer")
-]
+_NUMBER = jtu.GetAttrKey("leaf"), jtu.GetAttrKey("number")
 
 
 def _word(x: Scalar) -> Int32[Array, ""]:
@@ -185,11 +176,6 @@ def _through_device(
     kernel: Kernel, run: Run, size: int, is_mapped: Sequence[bool], args: Any
 ) -> Any:
     """A step of an ensemble with its state in host memory."""
-    if any(kernel.is_stack):
-        raise NotImplementedError(
-            "`release_step` under `vmap` takes no state in host memory on GPUs. Take "
-            "an ordinary step, or put the state on the device with `jax.device_put`."
-        )
     flat = [
         x.reshape(*x.shape[: int(mapped)], -1)
         for x, mapped in zip(memory.to_device(list(args)), is_mapped, strict=True)

@@ -42,10 +42,6 @@ class Kernel(NamedTuple):
     strides: tuple[int, ...]
     # How many of the new arrays XLA knows as results: see `host_arrays.py`.
     results: int
-    # Which of the gradient and the arrays of a state are of whole stacks, of which the
-    # leaf is a layer: that of the number that this expression of the words gives.
-    is_stack: tuple[bool, ...] = ()
-    layer: str = ""
     # The models that take a step together: their arrays lie one after the other.
     members: int = 1
     # Which of the gradient and the arrays of its state each leaf has as an argument. Of
@@ -108,7 +104,7 @@ class Kernel(NamedTuple):
 
     def _body(self) -> Iterator[str]:
         threads = self.threads
-        are_parts = self.members > 1 or any(self.is_stack) or self._has_parts
+        are_parts = self.members > 1 or self._has_parts
         aligned = threads.aligned(self.views, are_parts)
         yield f"constexpr int N = {threads.elements}, LANES = {threads.lanes};"
         yield f"constexpr int GROUP_SIZE = {threads.group_size}, ALIGNED = {aligned};"
@@ -144,12 +140,6 @@ class Kernel(NamedTuple):
                 size = "groups" if is_scale else "size"
                 size = size if i in self.own else f"{self.size}ll"
                 yield f"p{i} += member * {size};"
-        if any(self.is_stack):
-            yield f"const long long layer = {self.layer};"
-        for i, is_stack in enumerate(self.is_stack):
-            if is_stack:
-                size = "groups" if self.translation.is_scale[i] else "size"
-                yield f"p{i} += layer * {size};"
 
     def _chosen(self, starts: Sequence[int], first: int, last: int) -> Iterator[str]:
         """One of the leaves from `first` to before `last`, by binary search."""
