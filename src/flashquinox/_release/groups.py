@@ -5,12 +5,15 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, PyTree, ScalarLike
 
+from .._backends.dispatch import reads_host_memory
+from .._common import memory
 from .._common.text import shown
 from .._model.trees import flatten, is_within, Leaf
 from .._optimizer.close_step import close_step
@@ -86,6 +89,25 @@ class GroupedStep:
     def layout(self, number: int) -> Layout:
         group, index = self.owners[number]
         return self.groups[group].layout(index)
+
+    def counts_for_copies(self) -> list[Array]:
+        """The count of each group in host memory, where copies by engines have to be
+        kept out of CUDA graphs: see `host_layers.py`. Elsewhere, nothing."""
+        if not any([reads_host_memory(group.way) for group in self.groups]):
+            return []
+        # Not the arrays of the state, which may stay where they are.
+        counts = lax.optimization_barrier([group.count for group in self.groups])
+        return memory.to_host(counts)
+
+    def with_counts(self, counts: list[Array]) -> "GroupedStep":
+        """The same step, with these for its counts, if there are any."""
+        if not counts:
+            return self
+        groups = [
+            dataclasses.replace(group, count=count)
+            for group, count in zip(self.groups, counts, strict=True)
+        ]
+        return dataclasses.replace(self, groups=groups)
 
     def layers_are_apart(self, number: int) -> bool:
         group, index = self.owners[number]

@@ -14,6 +14,12 @@ On GPUs, XLA leaves slices to the engines that copy, on streams of their own, wh
 knows their offsets in advance: these are affine in the counter of the loop that is a
 part of each turn. Where it does not, kernels copy them, which take turns with products.
 So the first turn, before which there is nothing to write, is not one of the loop.
+
+XLA also records what it can into CUDA graphs, which take one thing after the other, and
+copies by engines are no exception. No graph has a copy that XLA knows to be one between
+memories, and none has the beginning of a copy without its end. So beside each batch of
+copies, a few bytes go from one memory to the other: the counts of steps, which updates
+need, arrive when the first gradient is computed, and go back while the state is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +37,7 @@ from .._common import memory
 
 T = TypeVar("T")
 U = TypeVar("U")
+C = TypeVar("C")
 # The gradient of an addend is there before the forward part is computed.
 _SUMS = ("add", "add_any", "sub")
 
@@ -56,22 +63,18 @@ def before(read: T, leaving: U) -> tuple[T, U]:
     return lax.optimization_barrier((read, leaving))
 
 
-def after(
-    first: int | None, grads: dict[int, Array], away: T
-) -> tuple[dict[int, Array], T]:
-    """Gradients of a layer, and states in host memory that are not read before the
-    first of these gradients is computed."""
-    if first is None:
-        return grads, away
-    grad, away = lax.optimization_barrier((grads[first], away))
-    return grads | {first: grad}, away
+def after(grad: Array, away: T, counts: C) -> tuple[Array, T, C]:
+    """The first gradient of a layer, states in host memory that are not read before it
+    is computed, and counts that have arrived from there by then."""
+    grad, counts = lax.optimization_barrier((grad, counts))
+    return lax.optimization_barrier((grad, away, memory.to_device(counts)))
 
 
 def first_gradient(
     block: Callable[..., PyTree], weights: dict[int, Array], x: PyTree
-) -> int | None:
+) -> int:
     """The number of the weight whose gradient the backward part computes first: the one
-    that is last to be multiplied by anything. `None` if there is none."""
+    that is last to be multiplied by anything, if any is."""
     traced = jax.make_jaxpr(block)(weights, x)
     order: dict[int, int] = {}
     times = iter(range(2**62))
@@ -100,4 +103,4 @@ def first_gradient(
     numbers = [frozenset([i]) for i in sorted(weights)]
     args = [*numbers, *[frozenset[int]() for _ in jtu.tree_leaves(x)]]
     _compat.evaluate(_compat.Function.of(traced), args, alone, alone, apply)
-    return max(order, key=lambda number: order[number], default=None)
+    return max(weights, key=lambda number: order.get(number, -1))

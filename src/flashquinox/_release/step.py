@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Key, PyTree, ScalarLike
 
 from .. import _compat
+from .._common import memory
 from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
 from .._model.trees import Model, State
@@ -214,18 +215,28 @@ def release_step(
     here, away = split(stacks)
     is_away = bool(jtu.tree_leaves(away))
     first = first_gradient(*open_layer(read(0, here))) if is_away else None
+    counts = step.counts_for_copies() if is_away else []
 
     def backward(
-        layer: Array, here: _Stacks, away: _Stacks, leaving: _Stacks, x_bar: PyTree
+        layer: Array,
+        here: _Stacks,
+        away: _Stacks,
+        leaving: _Stacks,
+        counts: list[Array],
+        x_bar: PyTree,
     ) -> Any:
         """One layer. Of stacks on the device and in host memory, `leaving` is what is
-        still to be written of the layer after this one: see `host_layers.py`."""
+        still to be written of the layer after this one. For that, and for `counts`, see
+        `host_layers.py`."""
         of_layer, leaving = before(read(layer, here), leaving)
         away = write(away, leaving, layer + 1)
         block, weights, x = open_layer(of_layer)
         _, pull, _ = jax.vjp(block, weights, x, has_aux=True)
         grads, x_bar = pull(x_bar)
-        grads, away = after(first, materialized(grads), away)
+        grads, counted = materialized(grads), step
+        if first is not None:
+            grads[first], away, counts = after(grads[first], away, counts)
+            counted, counts = step.with_counts(counts), memory.to_host(counts)
         arrived = lax.optimization_barrier(read_layer(away, layer))
         clip = step.clip(grads, divided, max_norm)
         finite = step.all_finite(grads, divided, clip)
@@ -241,13 +252,14 @@ def release_step(
             some = eqx.combine(
                 read_layer(some, layer), {i: arrived[i] for i in numbers}
             )
-            new = step.update_parts(some, divided, grads, learned, finite, clip)
+            new = counted.update_parts(some, divided, grads, learned, finite, clip)
             stays, leaves = where_they_are(new, {i: stacks[i] for i in numbers})
             here, leaving = write(here, stays, layer), leaving | leaves
-        return (here, away, leaving, x_bar), ({i: grads[i] for i in waiting}, finite)
+        carry = here, away, leaving, counts, x_bar
+        return carry, ({i: grads[i] for i in waiting}, finite)
 
-    carry = here, away, {} if is_away else away, x_bar
-    (here, away, leaving, x_bar), (grads_waiting, finite) = from_last_to_first(
+    carry = here, away, {} if is_away else away, counts, x_bar
+    (here, away, leaving, _, x_bar), (grads_waiting, finite) = from_last_to_first(
         lambda layer, carry: backward(layer, *carry), carry, layered.layers, is_away
     )
     stacks = eqx.combine(here, write(away, leaving, 0))
