@@ -305,7 +305,7 @@ def _to_host(x):
 
 @needs_compiler
 def test_state_in_host_memory():
-    """Kernels take it there: as whole leaves, and as layers of stacks."""
+    """Kernels take whole leaves there. Layers of stacks come and go."""
     draw = lambda *shape: jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
     model = {"in": draw(24, 64), "up": draw(3, 64, 37), "odd": draw(3, 37, 64)}
     loss = fq.LayeredLoss(

@@ -108,7 +108,9 @@ def accumulate(
     **Rounding.** A sum is rounded by a threshold that rotates through $[0, 1)$ from
     call to call: by less than $2^{-15}$ of itself (24 bits) or $2^{-7}$ (16 bits), up
     or down in just the proportion that leaves it right on average. With 24 bits, a
-    bfloat16 gradient of at least $2^{-8}$ of its sum is added exactly. The step gets
+    bfloat16 gradient of at least $2^{-8}$ of its sum is added exactly. What is lost in
+    one addition has the variance of a rounding to nearest, $u^2 / 12$ for a unit $u$ of
+    the sum, if remainders are spread evenly; no threshold has less. The step gets
     the mean in the dtype of the gradients: of bfloat16 ones, rounded once more, to
     nearest.
 
