@@ -124,8 +124,8 @@ def beside(sizes: Sizes, out_of_graphs: bool) -> Callable[..., Any]:
         carry = turn(jnp.int32(layers - 1), state, x, None, one, last)
 
         def body(i: Any, carry: Any) -> Any:
-            layer = layers - 2 - i
-            return turn(layer, *carry, _index(weights, layer))
+            layer, (state, x, leaving, one) = layers - 2 - i, carry
+            return turn(layer, state, x, leaving, one, _index(weights, layer))
 
         state, x, leaving, _ = lax.fori_loop(0, layers - 1, body, carry)
         return _write(state, _to_host(leaving), 0), x

@@ -41,7 +41,7 @@ def _train(make, model, batch, keys, **options):
         def step(model, state, key, optim=optim):
             return fq.release_step(optim, _loss, model, state, batch, key, **options)
 
-        new, kinds = (model, state), _kinds(state)
+        new, kinds, value = (model, state), _kinds(state), None
         assert (AWAY in kinds) == (memory == AWAY)
         for key in keys:
             *new, value = step(*new, key)
