@@ -542,9 +542,9 @@ def test_dithers_of_relative_moments_are_pairs(start):
     other signed moments."""
     code, _ = _sequence(3, 4096, start, "signed", relative=True)
     turns = start + np.arange(4096)
-    halves = turns + turns // 64
-    first = np.flatnonzero((halves[:-1] % 2 == 0) & (turns[1:] % 64 != 0))
-    assert len(first) > 2048 - 64
+    halves = turns + turns // 256
+    first = np.flatnonzero((halves[:-1] % 2 == 0) & (turns[1:] % 256 != 0))
+    assert len(first) > 2048 - 16
     assert np.all(code[first] + code[first + 1] == 1)
     for i in first[::100]:
         (single,), _ = _sequence(3, 1, int(halves[i]) // 2, "signed")

@@ -62,13 +62,13 @@ class Dither(eqx.Module):
         Of a relative moment, most elements move by several codes in a step. Half of the
         variance of their errors is that of the threshold, which is the same for all of
         them. So these thresholds come in pairs, u and 1 - u: what one adds, the next
-        one takes away, before it is forgotten. Every 64 turns, one of a pair is left
+        one takes away, before it is forgotten. Every 256 turns, one of a pair is left
         out, so that even turns have the first ones of pairs as often as odd turns:
         otherwise a direction that alternates, by less than a code, would be rounded
         to one side.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
-        half = turn + (turn >> 6)
+        half = turn + (turn >> 8)
         place = half >> 1 if relative else turn
         place = place * place * place if kind == "signed" else place
         # Of the golden ratio; of the plastic number's reciprocals for the second
