@@ -73,6 +73,38 @@ def test_import_and_step_without():
     }
 
 
+# Pallas, and how it compiles for GPUs, may go: JAX has deprecated the way by Triton.
+_LOWERED = """
+import sys
+for name in ("jax.experimental.pallas", "jax._src.pallas.triton"):
+    sys.modules[name] = None
+sys.modules["jax._src.pallas.mosaic_gpu"] = None
+import jax, jax.numpy as jnp, flashquinox as fq
+from jax.sharding import AbstractDevice, AbstractMesh
+
+device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+mesh = AbstractMesh((), (), abstract_device=device)
+params = {"w": jnp.ones((70, 64), jnp.bfloat16), "b": jnp.ones(70, jnp.bfloat16)}
+for make in (fq.adamw, fq.lion):
+    optim = make(1e-3)
+    state = optim.init(params)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(optim.step).trace(params, state, params)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    print(text.count("xla.gpu.ptx"))
+"""
+
+
+@pytest.mark.skipif(not has_compiler, reason="needs NVRTC")
+def test_kernels_for_gpus_need_nothing_of_pallas():
+    """And warn of nothing, also where warnings are errors."""
+    command = [sys.executable, "-W", "error", "-c", _LOWERED]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Of the matrix, and of the vector, which is stored without groups.
+    assert done.stdout.split() == ["2", "2"]
+
+
 _FIRST_STEPS = """
 import sys, jax, jax.numpy as jnp, flashquinox as fq
 assert not any(name.startswith("jax.experimental.pallas") for name in sys.modules)
