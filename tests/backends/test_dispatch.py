@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import flashquinox as fq
 from flashquinox._backends import platforms
 
-from ..kernels import arrays, compiling_for
+from ..kernels import arrays, compiling_for, needs_compiler
 
 
 _LINE = 'Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]'
@@ -173,3 +174,43 @@ def test_a_batch_for_gpus_is_the_same_elsewhere():
     expected = jax.jit(reference.step)(params, state, grads)
     for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert np.array_equal(x, y)
+
+
+_KERNELS = {
+    "cuda": ("NVIDIA H100 80GB HBM3", "gpu", "xla.gpu.ptx"),
+    "tpu": ("TPU v5 lite", "tpu", "tpu_custom_call"),
+}
+
+
+@pytest.mark.parametrize(
+    "platform", [pytest.param("cuda", marks=needs_compiler), "tpu", "cpu"]
+)
+def test_numbers_of_64_bits_are_for_leaves_of_64_bits(platform):
+    """With `jax_enable_x64`, other leaves are updated as they are without it."""
+    shapes = {"matrix": (64, 96), "odd": (7, 11), "vector": (40,)}
+    params, grads = (arrays(shapes, jnp.bfloat16, i) for i in (0, 1))
+
+    def made() -> Any:
+        optim = fq.adamw(1e-2, weight_decay=0.1)
+        state = optim.init(params)
+        step = jax.jit(optim.step)
+        if platform == "cpu":
+            return jax.tree.leaves(step(params, state, grads))
+        kind, name, call = _KERNELS[platform]
+        with compiling_for(kind, name):
+            traced = step.trace(params, state, grads)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return [text.count(call)]
+
+    expected = made()
+    with jax.enable_x64(True):
+        found = made()
+    assert all(map(np.array_equal, found, expected)), (found, expected)
+    if platform != "cpu":
+        assert found[0] > 0
+        return
+    with jax.enable_x64(True):
+        wide = {name: x.astype(jnp.float64) for name, x in params.items()}
+        optim = fq.adamw(1e-2)
+        new, _ = jax.jit(optim.step)(wide, optim.init(wide), wide)
+        assert all(x.dtype == jnp.float64 for x in new.values())

@@ -58,7 +58,9 @@ class ByPlatform:
             maps=(),
             # As when it was traced.
             mesh=jax.sharding.get_abstract_mesh(),
-            x64=bool(jax.config.jax_enable_x64),
+            # Without operands of 64 bits, as if that were not set: Python's numbers
+            # would be of 64 bits, which kernels have not.
+            x64=any([x.dtype.itemsize == 8 for x in flat]),
         )
         return structure_of_like.unflatten(new)
 
@@ -86,13 +88,20 @@ class ByPlatform:
         return jax.jit(function)
 
     def _compute(
-        self, *flat: Any, key: Hashable, structure: Any, maps: Any, **_: Any
+        self,
+        *flat: Any,
+        key: Hashable,
+        structure: Any,
+        maps: Any,
+        x64: bool,
+        **_: Any,
     ) -> list[Any]:
         """Without compiling it."""
         devices = {device for x in flat for device in getattr(x, "devices", set)()}
         platform = devices.pop().platform if devices else "default"
         platform = {"gpu": "cuda"}.get(platform, platform)
-        return self._function(platform, key, structure, maps)(*flat)
+        with jax.enable_x64(x64):
+            return self._function(platform, key, structure, maps)(*flat)
 
     def _lower(
         self,
