@@ -115,6 +115,15 @@ def test_first_gradient(jit):
     assert first_gradient(lambda w, x: (x + w[0], None), {0: x}, x) == 0
 
 
+def test_ensembles_are_refused():
+    optim, model = fq.sgd(1e-2, state_memory=AWAY), _model(without=["bias"])
+    stack = lambda tree: jtu.tree_map(lambda x: jnp.stack([x, x]), tree)
+    model, state = stack(model), eqx.filter_vmap(optim.init)(stack(model))
+    release = lambda *args: fq.release_step(optim, _loss, *args, _batch())
+    with pytest.raises(NotImplementedError, match="under `vmap`"):
+        jax.eval_shape(jax.vmap(release), model, state)
+
+
 @pytest.mark.parametrize("backend", ["gpu", "xla"])
 def test_counts_keep_copies_out_of_graphs(backend):
     """Where kernels are for GPUs, the count of steps goes to host memory and back in

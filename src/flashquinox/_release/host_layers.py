@@ -42,6 +42,21 @@ C = TypeVar("C")
 _SUMS = ("add", "add_any", "sub")
 
 
+@jax.custom_batching.custom_vmap
+def refuse_vmap(loss: Array) -> Array:
+    """The same loss. Under `vmap`, an error: JAX would gather layers of arrays in host
+    memory by numbers on the device, which it cannot."""
+    return loss
+
+
+@refuse_vmap.def_vmap
+def _(*_: Any) -> Any:
+    raise NotImplementedError(
+        "`release_step` under `vmap` takes no state in host memory. Take an ordinary "
+        "step, or put the state on the device with `jax.device_put`."
+    )
+
+
 def split(tree: T) -> tuple[T, T]:
     """A tree as two, with `None` in place of the others: the arrays on the device, and
     those in host memory."""

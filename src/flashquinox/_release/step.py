@@ -22,7 +22,14 @@ from .._tile.clipping import Clipping, scaled
 from .._tile.step import TileState
 from .checks import check_layered_loss, check_layers_are_whole
 from .groups import check_optimizers, open_groups
-from .host_layers import after, before, first_gradient, split, where_they_are
+from .host_layers import (
+    after,
+    before,
+    first_gradient,
+    refuse_vmap,
+    split,
+    where_they_are,
+)
 from .layered import LayeredLoss, open_layers
 from .stacks import (
     by_layer,
@@ -216,6 +223,7 @@ def release_step(
     is_away = bool(jtu.tree_leaves(away))
     first = first_gradient(*open_layer(read(0, here))) if is_away else None
     counts = step.counts_for_copies() if is_away else []
+    value = refuse_vmap(value) if is_away else value
 
     def backward(
         layer: Array,
