@@ -310,6 +310,9 @@ def test_errors(without_typechecker):
     assert_raises(ValueError, lambda: optim.init(model), "['a']", "(64, 32)")
     optim = fq.muon(1e-2, weight_dimension_numbers=_NUMBERS | {"a": 1})
     assert_raises(TypeError, lambda: optim.init(model), "['a']", "None to train")
+    more = _NUMBERS | {"other": MuonDimensionNumbers(0, 1)}
+    optim = fq.muon(1e-2, weight_dimension_numbers=more)
+    assert_raises(ValueError, lambda: optim.init(model), "['other']", "a prefix of it")
     alone = fq.optimizer(fq.Muon(), 1e-2)
     assert_raises(
         ValueError, lambda: alone.init(model), "['vector']", "flashquinox.muon"

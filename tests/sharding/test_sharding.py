@@ -542,6 +542,26 @@ def test_one_device_in_a_process_with_many():
     assert new["matrix"].devices() == {jax.devices()[3]}
 
 
+@_parametrize_types
+@pytest.mark.parametrize("optim", [_optim, slow(fq.muon(1e-2))])
+def test_a_mesh_of_one_device(optim, types):
+    """Types on `Explicit` axes name these there too."""
+    mesh = jax.make_mesh(
+        (1,), ("data",), devices=jax.devices()[:1], axis_types=(_TYPES[types],)
+    )
+    shardings = _shardings(mesh, _FSDP, _PAIR)
+    model, grads = (_model(seed, names=_PAIR) for seed in range(2))
+    step = _step if optim is _optim else jax.jit(optim.step)
+    expected = step(model, optim.init(model), grads)
+    model, grads = _put(model, shardings), _put(grads, shardings)
+    found = step(model, optim.init(model), grads)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert bool(np.all(np.asarray(x) == np.asarray(y)))
+    for name, sharding in shardings.items():
+        if types == "explicit":
+            assert found[0][name].sharding.is_equivalent_to(sharding, model[name].ndim)
+
+
 def test_some_leaves_nowhere_in_particular():
     """Arrays that were not put anywhere go wherever the program goes."""
     shardings = _shardings(_mesh("auto"), _FSDP)

@@ -300,7 +300,7 @@ def _structure_hint(name: str, tree: PyTree) -> str:
         return ", with `None` for what is frozen, as `eqx.filter_grad` gives."
     if name == "float32_model":
         return ", with `None` for what shall stay as it is."
-    if name in ("mask", "shardings"):
+    if name in ("mask", "shardings", "trainable", "weight_dimension_numbers"):
         return ", or a prefix of it."
     if name.startswith("rest["):
         return ", a prefix of it, or a state of the same kind."

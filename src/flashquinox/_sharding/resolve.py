@@ -10,7 +10,7 @@ kernels cannot be partitioned.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from .._common.meshes import (
     axes_of_type,
+    axis_names,
     divisions,
     everywhere,
     free_axes,
@@ -81,8 +82,8 @@ class _Unknown:
 def _resolve(
     call: str, leaf: Leaf, given: NamedSharding | None, written: NamedSharding | None
 ) -> NamedSharding | _Unknown | None:
-    """The sharding of a weight. `None` if it is on one device. This is so inside a
-    `shard_map` over all axes of the mesh, too.
+    """The sharding of a weight. `None` if it is on one device, and its type is as if
+    there was no mesh. This is so inside a `shard_map` over all axes of the mesh, too.
 
     **Raises:**
 
@@ -100,7 +101,8 @@ def _resolve(
         placed = getattr(value, "sharding", None)
         mesh = placed.mesh if isinstance(placed, NamedSharding) else mesh
     free = free_axes(mesh)
-    if math.prod([mesh.shape[name] for name in free]) == 1:
+    is_alone = math.prod([mesh.shape[name] for name in free]) == 1
+    if is_alone and not (free and _is_typed(value)):
         return None
     seen = visible_spec(value)
     spec = given.spec if given is not None else seen
@@ -139,6 +141,12 @@ def _resolve(
     sharding = NamedSharding(mesh, spec)
     check_equal_parts(call, leaf, sharding)
     return sharding
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether the type of an array names axes of a mesh. It does on `Explicit` axes of
+    one device, too, where arrays of other types cannot be computed with it."""
+    return any([axis_names(entry) for entry in jax.typeof(value).sharding.spec])
 
 
 def check_equal_parts(call: str, leaf: Leaf, sharding: NamedSharding) -> None:
