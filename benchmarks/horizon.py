@@ -76,7 +76,9 @@ def contenders(moments: list[str | tuple[str, str]]) -> dict[str, Contender]:
         "optax": None,
         "default": fq.Storage(master_weight_bits=32),
         "flashoptim": fq.Storage(master_weight_bits=32, moments="flashoptim"),
-        "bf16": fq.Storage(master_weight_bits=None, moments="float32"),
+        "bf16": fq.Storage(
+            master_weight_bits=None, moments="float32", dither_weights=False
+        ),
     }
     for name in moments:
         key = name if isinstance(name, str) else "/".join(name)

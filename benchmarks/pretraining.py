@@ -129,7 +129,7 @@ CONTENDERS = {
     "cast": Contender(fq.Storage(), prepared=False),
     "optax-bfloat16": Contender(None, rounded=True),
     "spread": Contender(fq.Storage(), rounded=True, reference="optax-bfloat16"),
-    "flashoptim": Contender(fq.Storage(moments="flashoptim")),
+    "flashoptim": Contender(fq.Storage(moments="flashoptim", dither_weights=False)),
     "optax-muon": Contender(None, reference=None, rule="muon"),
     "muon": Contender(fq.Storage(), reference="optax-muon", rule="muon"),
 }

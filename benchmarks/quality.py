@@ -320,13 +320,14 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]], against: str) -> None
 
 MOMENTS = {
     "float32 moments": fq.Storage(moments="float32"),
-    "flashoptim": fq.Storage(moments="flashoptim"),
+    "flashoptim": fq.Storage(moments="flashoptim", dither_weights=False),
     "default": fq.Storage(),
 }
 WEIGHTS = {
-    "24 bits": fq.Storage(),
-    "16 bits, nearest": fq.Storage(master_weight_bits=None),
-    "16 bits, dithered": fq.Storage(master_weight_bits=None, dither_weights=True),
+    "24 bits, nearest": fq.Storage(dither_weights=False),
+    "24 bits, dithered": fq.Storage(),
+    "16 bits, nearest": fq.Storage(master_weight_bits=None, dither_weights=False),
+    "16 bits, dithered": fq.Storage(master_weight_bits=None),
 }
 
 

@@ -27,6 +27,7 @@ TITLES = {
     "flashoptim": "the paper's codec",
     "bfloat16": "bfloat16 weights",
     "ours-32": "flashquinox, 32 bits",
+    "ours-nearest": "flashquinox, weights to nearest",
     "exact-moments": "24-bit weights, float32 moments",
     "flashoptim-v": "the paper's second moments alone",
 }

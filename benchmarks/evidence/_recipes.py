@@ -24,12 +24,16 @@ REFERENCE = "float32"
 CONTENDERS: dict[str, fq.Storage | None] = {
     REFERENCE: None,
     "ours": fq.Storage(),
-    "flashoptim": fq.Storage(moments="flashoptim"),
-    "bfloat16": fq.Storage(master_weight_bits=None, moments="float32"),
+    "flashoptim": fq.Storage(moments="flashoptim", dither_weights=False),
+    "bfloat16": fq.Storage(
+        master_weight_bits=None, moments="float32", dither_weights=False
+    ),
     "ours-32": fq.Storage(master_weight_bits=32),
+    "ours-nearest": fq.Storage(dither_weights=False),
     # To find causes: weights alone; the paper's second moments beside exact first ones.
-    "exact-moments": fq.Storage(moments="float32"),
+    "exact-moments": fq.Storage(moments="float32", dither_weights=False),
     "flashoptim-v": fq.Storage(
+        dither_weights=False,
         moments=fq.MomentCodecs(
             fq.FullPrecision(),
             fq.MomentCodecs.named("flashoptim").nonnegative,

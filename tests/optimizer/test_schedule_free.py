@@ -51,7 +51,7 @@ def test_bfloat16_weights_do_not_stand_still(bits):
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=1000)[0])
     found = fq.schedule_free_weights(*run((ones, optim.init(ones))))
     # z went 1000 steps, and x is the mean of all. Each step rounds y once, to half of
-    # the last of 16 significant bits, or of 24.
+    # the last of 16 significant bits on average, or of 24.
     wanted = 1 - 2.0**-14 * 1001 / 2
     bound = 1000 * {24: 2.0**-17, 32: 2.0**-25}[bits]
     assert bound < (1 - wanted) / 3

@@ -94,10 +94,11 @@ def check_numerics(
     update_size: float = 1.0,
     raise_on_error: bool = False,
 ) -> NumericsReport:
-    r"""Whether a step of this learning rate can still change the largest weight of each
-    leaf.
+    r"""Whether each step of this learning rate can still change the largest weight of
+    each leaf.
 
-    A master weight $w$ with $p$ significant bits moves by a step $\alpha u$ if
+    A master weight $w$ with $p$ significant bits moves by a step $\alpha u$, rounded to
+    nearest, if
 
     $$\alpha \, |u| \ge 2^{\lfloor \log_2 |w| \rfloor - p}$$
 
@@ -115,13 +116,13 @@ def check_numerics(
         counts. Each weight takes the count of the state that trains it.
     - `update_size`: the typical $|u|$. Adam's and Lion's are at most about 1, the
         default. For SGD, pass the typical magnitude of the momentum.
-    - `raise_on_error`: whether to raise if there are weights that no step changes.
+    - `raise_on_error`: whether to raise if there are such weights.
 
     **Returns:**
 
-    A [`flashquinox.NumericsReport`][]. It does not know of
-    `Storage(dither_weights=True)`, with which no step is lost: a step below half a unit
-    then changes the weight by one unit in the corresponding share of steps.
+    A [`flashquinox.NumericsReport`][]. It does not know how weights are rounded. By
+    default, `Storage(dither_weights=True)`, a step below half a unit changes the weight
+    by one unit in the corresponding share of steps; with `False`, it is lost.
 
     **Raises:**
 

@@ -60,8 +60,9 @@ class Storage(eqx.Module):
     - `dither_weights`: whether master weights of bfloat16 and float16 weights are
         rounded by a threshold that rotates from step to step, instead of to nearest: a
         step of a hundredth of a unit in their last place then moves them by one unit in
-        one of a hundred cases. With `master_weight_bits=None` they are rounded to the
-        weight itself; with 32, bfloat16 weights lose nothing to round.
+        one of a hundred cases, where rounding to nearest would lose it. A weight that
+        gets no update does not move. With `master_weight_bits=None` they are rounded to
+        the weight itself; with 32, bfloat16 weights lose nothing to round.
 
     **Raises:**
 
@@ -80,7 +81,7 @@ class Storage(eqx.Module):
         master_weight_bits: MasterWeightBits = "auto",
         moments: Moments = "flashquinox",
         group_size: int | np.integer = 32,
-        dither_weights: bool = False,
+        dither_weights: bool = True,
     ):
         self.master_weight_bits = _check_master_weight_bits(master_weight_bits)
         self.moments = _shortest(_check_moments(moments))
@@ -118,7 +119,7 @@ _DEFAULTS = {
     "master_weight_bits": "auto",
     "moments": "flashquinox",
     "group_size": 32,
-    "dither_weights": False,
+    "dither_weights": True,
 }
 
 
