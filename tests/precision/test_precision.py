@@ -333,11 +333,12 @@ _WIDTHS = [
 @pytest.mark.parametrize("largest", [1.0, 1.5, 0.0078125, 3.0])
 def test_what_is_lost_does_not_move(dtype, bits, digits, largest):
     """And what is not, does: away from zero, where numbers are not denser."""
+    storage = fq.Storage(master_weight_bits=bits, dither_weights=False)
     weight = {"w": jnp.asarray([0.01, largest, -0.003], dtype)}
     half_unit = 2.0 ** (np.floor(np.log2(largest)) - digits)
     for factor, lost in [(0.9, True), (1.1, False)]:
         learning_rate = factor * half_unit
-        optim = fq.sgd(learning_rate, storage=fq.Storage(master_weight_bits=bits))
+        optim = fq.sgd(learning_rate, storage=storage)
         state = optim.init(weight)
         report = fq.check_numerics(weight, state, learning_rate)
         (leaf,) = report.leaves
@@ -500,7 +501,7 @@ def test_checkpoint_of_a_widened_state():
 
 def test_ensure_precision():
     model = fq.cast({"a": jnp.ones((2, 3)), "b": jnp.full(3, 2.0**-10)}, jnp.bfloat16)
-    optim = fq.sgd(1e-6)
+    optim = fq.sgd(1e-6, storage=fq.Storage(dither_weights=False))
     state = optim.init(model)
     assert fq.ensure_precision(model, state, 1e-3) is state
     wide = fq.ensure_precision(model, state, 1e-6)
@@ -585,11 +586,10 @@ def test_kernels_dither_weights(backend, method):
     shapes = {"a": (32, 128), "b": (64, 128)}
     params = arrays(shapes, jnp.bfloat16, 0)
     grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(
-        fq.lion, 1e-2, storage=fq.Storage(master_weight_bits=None, dither_weights=True)
-    )
+    make = ft.partial(fq.lion, 1e-2, storage=fq.Storage(master_weight_bits=None))
     run(backend, make, params, grads, method=method)
-    plain = fq.lion(1e-2, storage=fq.Storage(master_weight_bits=None))
+    storage = fq.Storage(master_weight_bits=None, dither_weights=False)
+    plain = fq.lion(1e-2, storage=storage)
     dithered, nearest = (
         optim.step(params, optim.init(params), grads[0])[0]["a"]
         for optim in (make(), plain)
