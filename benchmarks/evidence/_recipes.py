@@ -39,7 +39,7 @@ CONTENDERS: dict[str, fq.Storage | None] = {
             fq.MomentCodecs.named("flashoptim").nonnegative,
             relative=None,
             smallest_vector=0,
-        )
+        ),
     ),
 }
 
