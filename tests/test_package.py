@@ -6,6 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 import flashquinox as fq
@@ -121,11 +122,18 @@ def test_help_has_short_types(module):
     for name, item in vars(module).items():
         if name.startswith("_") or not callable(item):
             continue
-        functions = [item]
         if isinstance(item, type):
+            item = vars(item).get("__init__")
             # What other libraries give a class has their types.
-            own = [getattr(x, "__func__", x) for x in vars(item).values()]
-            functions = [x for x in own if inspect.isfunction(x)]
-        for function in functions:
-            text = str(inspect.signature(function)).replace("<class 'jax.numpy.", "")
-            assert not re.search(r"[a-z_]\.\w|Union|~|<class", text), (name, text)
+            if not inspect.isfunction(item):
+                continue
+        text = str(inspect.signature(item)).replace("<class 'jax.numpy.", "")
+        assert not re.search(r"[a-z_]\.\w|Union|~|<class", text), (name, text)
+
+
+def test_what_wraps_a_method_has_its_signature():
+    """`equinox.filter_jit` asks for it."""
+    optim = fq.adamw(1e-3)
+    for method in (optim.init, optim.step, optim.update):
+        names = list(inspect.signature(method).parameters)
+        assert list(inspect.signature(jax.vmap(method)).parameters) == names

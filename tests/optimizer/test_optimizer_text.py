@@ -46,11 +46,11 @@ _CASES = {
     ),
     "sgd(learning_rate=0.5, weight_decay=0.0)": lambda: fq.sgd(jnp.float32(0.5)),
     "sgdw(learning_rate=0.5, momentum=0.75, weight_decay=0.0001, "
-    "storage=Storage(master_weight_bits=None, dither_weights=True))": (
+    "storage=Storage(master_weight_bits=None, dither_weights=False))": (
         lambda: fq.sgdw(
             0.5,
             np.float32(0.75),
-            storage=fq.Storage(master_weight_bits=None, dither_weights=True),
+            storage=fq.Storage(master_weight_bits=None, dither_weights=False),
         )
     ),
     "optimizer(HeavyBall(momentum=0.5), learning_rate=0.01, weight_decay=0.0, "

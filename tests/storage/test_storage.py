@@ -21,7 +21,7 @@ _CODECS = fq.MomentCodecs(fq.SoftsignCodec(dithered=False), fq.FittedLogCodec())
 _SPELLINGS = {
     "Storage()": [
         fq.Storage(master_weight_bits="auto", group_size=np.uint8(32)),
-        fq.Storage(moments="flashquinox", dither_weights=False),
+        fq.Storage(moments="flashquinox", dither_weights=True),
         fq.Storage(moments=("flashquinox", "flashquinox")),
         fq.Storage(
             moments=fq.MomentCodecs(
@@ -34,8 +34,8 @@ _SPELLINGS = {
         fq.Storage(moments=("softsign", "flashquinox")),
     ],
     "Storage(master_weight_bits=24)": [fq.Storage(master_weight_bits=24)],
-    "Storage(master_weight_bits=None, dither_weights=True)": [
-        fq.Storage(dither_weights=True, master_weight_bits=None)
+    "Storage(master_weight_bits=None, dither_weights=False)": [
+        fq.Storage(dither_weights=False, master_weight_bits=None)
     ],
     "Storage(moments='float32')": [
         fq.Storage(moments=("float32", "float32")),

@@ -28,8 +28,13 @@ def short_type(annotation: Any, names: Mapping[str, Any]) -> ShortType:
 
 
 def show_short_types(public: Iterable[Any]) -> None:
-    """Gives functions, and the methods of classes, signatures with short types, for
-    `help`. `typing.get_type_hints` has the whole ones."""
+    """Gives functions, and classes, signatures with short types, for `help`.
+    `typing.get_type_hints` has the whole ones.
+
+    Methods stay as they are. `functools.wraps` copies what a function has, so that
+    around a method of an instance it would bring along a signature with `self`: of
+    `jax.vmap(optim.step)`, say.
+    """
     names: dict[str, dict[Any, str]] = {}
     for item in public:
         module = getattr(item, "__module__", None) or ""
@@ -37,11 +42,9 @@ def show_short_types(public: Iterable[Any]) -> None:
             continue
         if module not in names:
             names[module] = _names_of(vars(sys.modules[module]))
-        functions = vars(item).values() if isinstance(item, type) else [item]
-        for function in functions:
-            function = getattr(function, "__func__", function)
-            if inspect.isfunction(function):
-                _shorten(function, names[module])
+        function = vars(item).get("__init__") if isinstance(item, type) else item
+        if inspect.isfunction(function):
+            _shorten(function, names[module])
 
 
 def _shorten(function: Any, names: Mapping[Any, str]) -> None:
