@@ -22,9 +22,18 @@ class ShortType:
         return self.text
 
 
-def short_type(annotation: Any, names: Mapping[str, Any]) -> ShortType:
-    """`names` are those of the module in which the annotation was written."""
-    return ShortType(annotation, _text(annotation, _names_of(names)))
+def short_types(
+    signature: inspect.Signature, names: Mapping[str, Any]
+) -> inspect.Signature:
+    """`names` are those of the module in which the annotations were written."""
+    known = _names_of(names)
+    return signature.replace(
+        parameters=[
+            x.replace(annotation=_shown(x.annotation, known))
+            for x in signature.parameters.values()
+        ],
+        return_annotation=_shown(signature.return_annotation, known),
+    )
 
 
 def show_short_types(public: Iterable[Any]) -> None:
@@ -35,33 +44,15 @@ def show_short_types(public: Iterable[Any]) -> None:
     around a method of an instance it would bring along a signature with `self`: of
     `jax.vmap(optim.step)`, say.
     """
-    names: dict[str, dict[Any, str]] = {}
     for item in public:
         module = getattr(item, "__module__", None) or ""
         if module.partition(".")[0] != __name__.partition(".")[0]:
             continue
-        if module not in names:
-            names[module] = _names_of(vars(sys.modules[module]))
         function = vars(item).get("__init__") if isinstance(item, type) else item
-        if inspect.isfunction(function):
-            _shorten(function, names[module])
-
-
-def _shorten(function: Any, names: Mapping[Any, str]) -> None:
-    if hasattr(function, "__signature__"):
-        return
-    try:
-        declared = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    parameters = [
-        x.replace(annotation=_shown(x.annotation, names))
-        for x in declared.parameters.values()
-    ]
-    result = _shown(declared.return_annotation, names)
-    function.__signature__ = declared.replace(
-        parameters=parameters, return_annotation=result
-    )
+        # Factories have theirs.
+        if inspect.isfunction(function) and not hasattr(function, "__signature__"):
+            names = vars(sys.modules[module])
+            function.__signature__ = short_types(inspect.signature(function), names)
 
 
 def _shown(annotation: Any, names: Mapping[Any, str]) -> Any:

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from .._common.short_types import short_type
+from .._common.short_types import short_types
 from . import options
 from .options import DEFAULTS, Options
 
@@ -62,21 +62,18 @@ def factory(
         signature, it turns numbers into arrays in the dtype of the weights: in
         bfloat16, 0.999 is 1.
     """
-    declared = inspect.signature(function)
     names = inspect.unwrap(function).__globals__
+    declared = short_types(inspect.signature(function), names)
     parameters: list[inspect.Parameter] = []
     for parameter in declared.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             parameters.extend(_options())
             continue
-        annotation = short_type(parameter.annotation, names)
-        parameter = parameter.replace(annotation=annotation)
         if type(parameter.default) in (int, float):
             # Optax leaves booleans alone.
             parameter = parameter.replace(default=_Static(parameter.default))
         parameters.append(parameter)
-    result = short_type(declared.return_annotation, names)
-    signature = _Signature(parameters, return_annotation=result)
+    signature = _Signature(parameters, return_annotation=declared.return_annotation)
 
     @functools.wraps(function)
     def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -88,16 +85,19 @@ def factory(
     return call
 
 
-def _options() -> list[inspect.Parameter]:
-    return [
+@functools.cache
+def _options() -> tuple[inspect.Parameter, ...]:
+    parameters = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=DEFAULTS[name],
-            annotation=short_type(annotation, vars(options)),
+            annotation=annotation,
         )
         for name, annotation in Options.__annotations__.items()
     ]
+    signature = short_types(inspect.Signature(parameters), vars(options))
+    return tuple(signature.parameters.values())
 
 
 def _check_names(
