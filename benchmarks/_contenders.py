@@ -68,8 +68,8 @@ class JaxStep:
         """So many steps in one compiled program, which Python calls. What it took to
         make it is only told if nothing else goes on: if this is `alone`."""
         program = self._program(steps, alone)
-        program.carry, program.operand = self._arrays()
-        arrays = _bytes(_nbytes(program.operand), _nbytes(program.carry))
+        program.carry, *program.operands = self._arrays()
+        arrays = _bytes(_nbytes(program.operands), _nbytes(program.carry))
         finite = lambda: _finite(program.carry[0])
         return Ready(program.run, steps, arrays | program.facts, finite, program.close)
 

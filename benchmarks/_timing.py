@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,25 @@ class Plan:
         return max(1, min(1000, round(3 * self.seconds / run(3))))
 
 
+@dataclasses.dataclass
+class Calls:
+    """`carry = function(carry, *operands)`, so often, each in the place of the carry
+    before it."""
+
+    function: Callable[..., Any]
+    carry: Any
+    operands: Sequence[Any]
+    clock: Callable[[], float] = time.perf_counter
+
+    def run(self, calls: int) -> float:
+        """Seconds of so many."""
+        start = self.clock()
+        for _ in range(calls):
+            self.carry = self.function(self.carry, *self.operands)
+        jax.block_until_ready(self.carry)
+        return self.clock() - start
+
+
 # In one compiled program. A loop of an unknown number would ask the host after each.
 STEPS_IN_LOOP = 10
 
@@ -55,15 +74,8 @@ def time_loop(
 
     loop = jax.jit(looped(step, STEPS_IN_LOOP), donate_argnums=0)
 
-    def run(loops: int) -> float:
-        nonlocal carry
-        start = time.perf_counter()
-        for _ in range(loops):
-            carry = loop(carry, *operands)
-        jax.block_until_ready(carry)
-        return time.perf_counter() - start
-
-    return plan.measure(run, STEPS_IN_LOOP), carry
+    calls = Calls(loop, carry, operands)
+    return plan.measure(calls.run, STEPS_IN_LOOP), calls.carry
 
 
 def looped(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
@@ -76,15 +88,15 @@ def looped(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
     return loop
 
 
-class Program:
-    """`carry = function(carry, operand)`, compiled, and how long it runs.
+class Program(Calls):
+    """`carry = function(carry, *operands)`, compiled, and how long it runs.
 
     - `facts`: what it needs beside its arguments; and how long it took to make it, if
         nothing else was made in that time.
     """
 
     def __init__(self, function: Callable[..., Any], *structs: Any, alone: bool):
-        """`structs` are the shapes and dtypes of the carry and the operand."""
+        """`structs` are the shapes and dtypes of the carry and the operands."""
         if alone:
             # Nothing is traced that was traced for another program.
             jax.clear_caches()
@@ -95,9 +107,9 @@ class Program:
         lowered = traced.lower()
         times.append(time.thread_time())
         start = time.perf_counter()
-        self._compiled = lowered.compile()
+        compiled = lowered.compile()
         seconds_to_compile = time.perf_counter() - start
-        memory: Any = self._compiled.memory_analysis()
+        memory: Any = compiled.memory_analysis()
         self.facts: dict[str, float] = {
             "temporary bytes": memory.temp_size_in_bytes,
             "aliased bytes": memory.alias_size_in_bytes,
@@ -107,16 +119,7 @@ class Program:
             self.facts["lower seconds"] = times[2] - times[1]
             self.facts["trace and lower seconds"] = times[2] - times[0]
             self.facts["compile seconds"] = seconds_to_compile
-        self.carry: Any = None
-        self.operand: Any = None
-
-    def run(self, calls: int) -> float:
-        """Seconds of so many calls, each in the place of the carry before it."""
-        start = time.perf_counter()
-        for _ in range(calls):
-            self.carry = self._compiled(self.carry, self.operand)
-        jax.block_until_ready(self.carry)
-        return time.perf_counter() - start
+        super().__init__(compiled, carry=None, operands=())
 
     def close(self) -> None:
-        self.carry = self.operand = None
+        self.carry, self.operands = None, ()

@@ -81,7 +81,7 @@ def step(optim: Any, carry: Any, grads: Any) -> Any:
 def timed(plan: Plan, function: Callable, carry: Any, operand: Any) -> dict[str, float]:
     structs = jax.eval_shape(lambda: (carry(), operand()))
     program = Program(function, *structs, alone=False)
-    program.carry, program.operand = jax.jit(carry)(), jax.jit(operand)()
+    program.carry, program.operands = jax.jit(carry)(), (jax.jit(operand)(),)
     timing = plan.measure(program.run)
     program.close()
     return program.facts | {"milliseconds": 1e3 * timing.median}

@@ -21,9 +21,8 @@ programs run in it too. Each figure is the smallest of the repeats, which take t
 The last line has the ratios to Optax.
 """
 
-import dataclasses
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -32,26 +31,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from _command_line import Parser, positive_integer, run_main, versions, write_json
 from _contenders import JaxStep, optax_step, our_step
-from _timing import Plan
+from _timing import Calls, Plan
 
 
 _WAYS = ("arrays alone", "in trees", "step", "filter_jit")
-
-
-@dataclasses.dataclass
-class Calls:
-    """Calls of `function`, each in place of the one before it."""
-
-    function: Callable[[Any, Any], Any]
-    carry: Any
-    operand: Any
-
-    def run(self, calls: int) -> float:
-        start = time.thread_time()
-        for _ in range(calls):
-            self.carry = self.function(self.carry, self.operand)
-        jax.block_until_ready(self.carry)
-        return time.thread_time() - start
 
 
 def ways(made: JaxStep) -> dict[str, Calls]:
@@ -65,11 +48,12 @@ def ways(made: JaxStep) -> dict[str, Calls]:
     filtered = eqx.filter_jit(
         lambda grads, carry: step(carry, grads), donate="all-except-first"
     )
+    calls = partial(Calls, operands=(grads,), clock=time.thread_time)
     return {
-        "arrays alone": Calls(identity, jtu.tree_leaves(new(structs)), grads),
-        "in trees": Calls(identity, new(structs), grads),
-        "step": Calls(donate(step), new(structs), grads),
-        "filter_jit": Calls(lambda x, y: filtered(y, x), new(structs), grads),
+        "arrays alone": calls(identity, jtu.tree_leaves(new(structs))),
+        "in trees": calls(identity, new(structs)),
+        "step": calls(donate(step), new(structs)),
+        "filter_jit": calls(lambda x, y: filtered(y, x), new(structs)),
     }
 
 
