@@ -39,7 +39,8 @@ class LeafNumerics(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        """Whether a step does not change the largest weight, or that is not finite."""
+        """Whether rounding to nearest would lose a step of the largest weight, or that
+        is not finite."""
         return not self.step >= self.half_unit
 
 
@@ -51,13 +52,13 @@ class NumericsReport:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """The paths of weights whose largest element no step changes. They can be the
-        `leaves` of [`flashquinox.widen_corrections`][]."""
+        """The paths of weights for whose largest element a step is less than half a
+        unit. They can be the `leaves` of [`flashquinox.widen_corrections`][]."""
         return tuple(leaf.path for leaf in self.leaves if leaf.lost)
 
     @property
     def ok(self) -> bool:
-        """Whether no steps are lost."""
+        """Whether rounding to nearest would lose no steps."""
         return not self.lost
 
     def __str__(self) -> str:
@@ -116,7 +117,7 @@ def check_numerics(
         counts. Each weight takes the count of the state that trains it.
     - `update_size`: the typical $|u|$. Adam's and Lion's are at most about 1, the
         default. For SGD, pass the typical magnitude of the momentum.
-    - `raise_on_error`: whether to raise if there are such weights.
+    - `raise_on_error`: whether to raise if there are weights whose steps are less.
 
     **Returns:**
 
@@ -200,9 +201,9 @@ def _check_not_lost(call: str, report: NumericsReport, remedy: str) -> None:
             report,
         )
     raise NumericsError(
-        f"`{call}`: a step does not change the largest weight of {len(report.lost)} of "
-        f"{len(report.leaves)} leaves, as it is less than half a unit in the last "
-        f"place:\n{report}\n{remedy}",
+        f"`{call}`: a step of the largest weight of {len(report.lost)} of "
+        f"{len(report.leaves)} leaves is less than half a unit in its last place:\n"
+        f"{report}\n{remedy}",
         report,
     )
 
