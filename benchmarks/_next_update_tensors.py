@@ -3,20 +3,19 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from _gpt import GPT, loss, sample
-from jaxtyping import Array, Float, Float32, Int32, Key, Scalar, UInt8
+from _open_loop import beside_float32_adam, FIRST_STEP
+from jaxtyping import Array, Float, Float32, Int32, Key, PyTree, Scalar, UInt8
 
 import flashquinox as fq
 
 
-B1, GROUP, STEPS, FIRST_STEP, BATCH = 0.9, 32, 250, 10, 2
+B1, GROUP, BATCH = 0.9, 32, 2
 
 # Those in which the default is closest to the paper's codec.
 TENSORS = {
@@ -199,11 +198,6 @@ def _errors(
     text: UInt8[Array, " bytes"], key: Key[Array, ""], b2: Scalar
 ) -> dict[str, dict[str, Float[Array, " steps"]]]:
     """Of a GPT that float32 Adam trains, as in the open loop of `quality.py`."""
-    model_key, data_key = jax.random.split(key)
-    model, static = eqx.partition(GPT(key=model_key), eqx.is_inexact_array)
-    reference = optax.scale_by_adam(b2=b2)
-    names = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(model)]
-    places = {name: names.index(path) for name, path in TENSORS.items()}
 
     def next_update(way, stored, exact, grad, count, place):
         first, second = stored
@@ -223,31 +217,37 @@ def _errors(
         second = way.second(in_groups(second), way.of_second(count, place))
         return update, (first.reshape(grad.shape), second.reshape(grad.shape))
 
-    def step(carry, step_key):
-        model, state, stored = carry
-        grads = jax.grad(
-            lambda m: loss(eqx.combine(m, static), sample(text, BATCH, step_key))
-        )(model)
-        updates, state = reference.update(grads, state)
-        grad, true, v = map(
-            jtu.tree_leaves, (grads, updates, optax.tree.get(state, "nu"))
-        )
+    def start(model):
+        zeros = {
+            name: (jnp.zeros_like(x),) * 2 for name, (_, x) in _tensors(model).items()
+        }
+        return dict.fromkeys(ways(), zeros)
+
+    def watch(stored, grads, exact, state):
         count, errors, after = optax.tree.get(state, "count"), {}, {}
+        nu = optax.tree.get(state, "nu")
+        grad, true, v = map(_tensors, (grads, exact, nu))
         for name, way in ways().items():
             errors[name], after[name] = {}, {}
-            for tensor, i in places.items():
+            for tensor, (place, x) in grad.items():
                 update, after[name][tensor] = next_update(
-                    way, stored[name][tensor], v[i], grad[i], count, i
+                    way, stored[name][tensor], v[tensor][1], x, count, place
                 )
-                norm = jnp.linalg.norm(true[i])
-                errors[name][tensor] = jnp.linalg.norm(update - true[i]) / norm
-        model = jtu.tree_map(lambda w, u: w - 1e-3 * u, model, updates)
-        return (model, state, after), errors
+                _, expected = true[tensor]
+                difference = jnp.linalg.norm(update - expected)
+                errors[name][tensor] = difference / jnp.linalg.norm(expected)
+        return after, errors
 
-    leaves = jtu.tree_leaves(model)
-    zeros = {name: (jnp.zeros_like(leaves[i]),) * 2 for name, i in places.items()}
-    carry = (model, reference.init(model), dict.fromkeys(ways(), zeros))
-    return lax.scan(step, carry, jax.random.split(data_key, STEPS))[1]
+    return beside_float32_adam(text, key, start, watch, b2=b2, batch=BATCH)
+
+
+def _tensors(tree: PyTree) -> dict[str, tuple[int, Array]]:
+    """Those of the table, with their numbers among all leaves."""
+    found = {
+        jtu.keystr(path): (number, x)
+        for number, (path, x) in enumerate(jtu.tree_leaves_with_path(tree))
+    }
+    return {name: found[path] for name, path in TENSORS.items()}
 
 
 def measure_tensors(text: UInt8[np.ndarray, " bytes"]) -> list[dict[str, Any]]:

@@ -62,6 +62,7 @@ from _horizon_groups import returns, small, stops
 from _horizon_long import long
 from _horizon_models import pruned, vanished
 from _horizon_page import page_table
+from _storages import BFLOAT16
 
 import flashquinox as fq
 
@@ -76,9 +77,7 @@ def contenders(moments: list[str | tuple[str, str]]) -> dict[str, Contender]:
         "optax": None,
         "default": fq.Storage(master_weight_bits=32),
         "flashoptim": fq.Storage(master_weight_bits=32, moments="flashoptim"),
-        "bf16": fq.Storage(
-            master_weight_bits=None, moments="float32", dither_weights=False
-        ),
+        "bf16": BFLOAT16,
     }
     for name in moments:
         key = name if isinstance(name, str) else "/".join(name)

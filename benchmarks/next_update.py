@@ -41,7 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 from _command_line import Parser, positive_integer, run_main, versions, write_json
 from _gpt import load_text
-from _next_update_tensors import BATCH, measure_tensors, print_tensors, STEPS
+from _next_update_tensors import BATCH, measure_tensors, print_tensors
+from _open_loop import STEPS
 from jaxtyping import Float
 
 import flashquinox as fq

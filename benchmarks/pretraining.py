@@ -67,6 +67,7 @@ from _command_line import (
 )
 from _gpt import Attention, float32_weights, loss
 from _paired import Gap
+from _storages import PAPER
 from _tokens import batches, digest, load_tokens, Tokens
 from jaxtyping import PyTree
 
@@ -129,7 +130,7 @@ CONTENDERS = {
     "cast": Contender(fq.Storage(), prepared=False),
     "optax-bfloat16": Contender(None, rounded=True),
     "spread": Contender(fq.Storage(), rounded=True, reference="optax-bfloat16"),
-    "flashoptim": Contender(fq.Storage(moments="flashoptim", dither_weights=False)),
+    "flashoptim": Contender(PAPER),
     "optax-muon": Contender(None, reference=None, rule="muon"),
     "muon": Contender(fq.Storage(), reference="optax-muon", rule="muon"),
 }

@@ -46,14 +46,14 @@ import numpy as np
 import optax
 from _command_line import Parser, run_main, write_json
 from _gpt import GPT, load_text, loss, sample
+from _open_loop import beside_float32_adam, FIRST_STEP, STEPS
 from _quality_page import page_tables
+from _storages import PAPER
 from jaxtyping import Array, Float, Key, PyTree, Scalar, UInt8
 
 import flashquinox as fq
 
 
-STEPS = 250
-FIRST_STEP = 10
 LAST_STEPS = 50
 
 # The tensors that the tables name; the others enter "largest ratio".
@@ -200,20 +200,15 @@ def leaf_names(tree: PyTree) -> list[str]:
     return [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(tree)]
 
 
-@ft.partial(jax.jit, static_argnames=("chosen", "batch", "learning_rate"))
+@ft.partial(jax.jit, static_argnames=("chosen", "batch"))
 def open_loop(
     text: UInt8[Array, " bytes"],
     key: Key[Array, ""],
     b2: Scalar,
     chosen: tuple[tuple[str, fq.MomentCodecs], ...],
     batch: int,
-    learning_rate: float,
 ) -> dict[str, dict[str, Float[Array, "steps tensors"]]]:
     """For each codec, step and tensor: error, largest-update ratio, sum-of-v ratio."""
-    model_key, data_key = jax.random.split(key)
-    model, static = eqx.partition(GPT(key=model_key), eqx.is_inexact_array)
-    nowhere = jtu.tree_map(jnp.zeros_like, model)
-    reference = optax.scale_by_adam(b2=b2)
 
     # A step of length 1 from the origin: the new weight is the bare Adam update.
     def shadow(name: str, moments: fq.MomentCodecs) -> fq.Optimizer:
@@ -222,12 +217,11 @@ def open_loop(
             rule, 1.0, storage=fq.Storage(moments=moments, master_weight_bits=None)
         )
 
-    def step(carry, step_key):
-        model, exact_state, states = carry
-        grads = jax.grad(
-            lambda m: loss(eqx.combine(m, static), sample(text, batch, step_key))
-        )(model)
-        exact, exact_state = reference.update(grads, exact_state)
+    def start(model):
+        return {name: shadow(name, moments).init(model) for name, moments in chosen}
+
+    def watch(states, grads, exact, exact_state):
+        nowhere = jtu.tree_map(jnp.zeros_like, exact)
         measured = {}
         for name, moments in chosen:
             update, state = shadow(name, moments).step(nowhere, states[name], grads)
@@ -235,12 +229,9 @@ def open_loop(
             measured[name] = _compare(
                 update, exact, state, optax.tree.get(exact_state, "nu")
             )
-        model = jtu.tree_map(lambda w, u: w - learning_rate * u, model, exact)
-        return (model, exact_state, states), measured
+        return states, measured
 
-    states = {name: shadow(name, moments).init(model) for name, moments in chosen}
-    carry = (model, reference.init(model), states)
-    return jax.lax.scan(step, carry, jax.random.split(data_key, STEPS))[1]
+    return beside_float32_adam(text, key, start, watch, b2=b2, batch=batch)
 
 
 def _compare(
@@ -320,7 +311,7 @@ def print_open_loop(b2: float, rows: list[dict[str, Any]], against: str) -> None
 
 MOMENTS = {
     "float32 moments": fq.Storage(moments="float32"),
-    "flashoptim": fq.Storage(moments="flashoptim", dither_weights=False),
+    "flashoptim": PAPER,
     "default": fq.Storage(),
 }
 WEIGHTS = {
@@ -556,7 +547,6 @@ def main() -> None:
                 b2=jnp.float32(b2),
                 chosen=tuple(chosen.items()),
                 batch=arguments.batch,
-                learning_rate=1e-3,
             )
             keys = jax.random.split(key, arguments.seeds)
             rows = summarize([run(key) for key in keys], names, chosen, against)

@@ -8,11 +8,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import _benchmarks  # noqa: F401
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 import optax.contrib
+from _storages import BFLOAT16, PAPER
 from jaxtyping import PyTree, Scalar
 
 import flashquinox as fq
@@ -24,10 +26,8 @@ REFERENCE = "float32"
 CONTENDERS: dict[str, fq.Storage | None] = {
     REFERENCE: None,
     "ours": fq.Storage(),
-    "flashoptim": fq.Storage(moments="flashoptim", dither_weights=False),
-    "bfloat16": fq.Storage(
-        master_weight_bits=None, moments="float32", dither_weights=False
-    ),
+    "flashoptim": PAPER,
+    "bfloat16": BFLOAT16,
     "ours-32": fq.Storage(master_weight_bits=32),
     "ours-nearest": fq.Storage(dither_weights=False),
     # To find causes: weights alone; the paper's second moments beside exact first ones.

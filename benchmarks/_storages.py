@@ -1,0 +1,9 @@
+"""What others store, whose weights are rounded to nearest."""
+
+import flashquinox as fq
+
+
+# The paper's codec of moments, and its 24 bits of weights.
+PAPER = fq.Storage(moments="flashoptim", dither_weights=False)
+# Weights alone, as `model.astype(bfloat16)` has them.
+BFLOAT16 = fq.Storage(master_weight_bits=None, moments="float32", dither_weights=False)
