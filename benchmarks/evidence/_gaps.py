@@ -141,7 +141,7 @@ def _gpt2_cells(records: list[dict[str, Any]]) -> Cells:
 
 def image_cells(folder: pathlib.Path, model: str) -> Cells:
     """The figure is the accuracy, in percent."""
-    return _of_lanes(_records(folder, f"{model}-*-seeds.json"), "accuracy")
+    return _of_lanes(_records(folder, f"{model}-*-seeds*.json"), "accuracy")
 
 
 def long_cells(folder: pathlib.Path, case: str) -> Cells:
@@ -181,18 +181,27 @@ def _finetune_cell(contender: str, of: dict[int, Any]) -> Cell:
 
 
 def _of_lanes(records: list[dict[str, Any]], name: str) -> Cells:
-    cells = []
+    """Of records that each have several seeds; those of a cell may be several."""
+    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        of = lambda values, seeds=record["seeds"]: dict(zip(seeds, values, strict=True))
-        curves = np.asarray(record["losses"]).T
+        key = record["recipe"]["optimizer"], record["contender"]
+        by_cell.setdefault(key, []).append(record)
+    cells = []
+    for (optimizer, contender), records in by_cell.items():
+        first = records[0]
+        seeds = [seed for record in records for seed in record["seeds"]]
+        of = lambda values, seeds=seeds: dict(zip(seeds, values, strict=True))
+        ends = lambda name, records=records: [
+            x for record in records for x in record["result"][name]
+        ]
         cell = Cell(
-            record["contender"],
-            record["rate"],
-            {k: record[k] for k in ("recipe", "task")},
-            of(record["result"][name]),
-            of(curves),
-            of(record["result"]["largest update"]),
-            [record],
+            contender,
+            first["rate"],
+            {k: first[k] for k in ("recipe", "task")},
+            of(ends(name)),
+            of([x for record in records for x in np.asarray(record["losses"]).T]),
+            of(ends("largest update")),
+            records,
         )
-        cells.append((record["recipe"]["optimizer"], cell))
+        cells.append((optimizer, cell))
     return _collected(cells)

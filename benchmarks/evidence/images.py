@@ -6,11 +6,12 @@ float32?
 
 Of the 60,000 images, the last 5,000 are for choosing the learning rate, of three, by
 accuracy after two epochs, over two seeds; the others are trained on, in batches of 256,
-without augmentation. Then come six seeds, side by side under `vmap`, whose accuracy on
-the 10,000 images of the test set is measured at the end. Warm-up of an epoch, then a
-cosine to zero. Contenders are in `_recipes.py`, models in `_vision.py`.
+without augmentation. Then come six seeds, or those of --seeds, side by side under
+`vmap`, whose accuracy on the 10,000 images of the test set is measured at the end.
+Warm-up of an epoch, then a cosine to zero. Contenders are in `_recipes.py`, models in
+`_vision.py`.
 
-Each cell has two files: of the choice, and of the six seeds. --small is for a CPU.
+Each cell has two files: of the choice, and of the seeds. --small is for a CPU.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from _recipes import CONTENDERS, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
 from _vision import ResNet, ViT
 from jaxtyping import PyTree
+from pretraining import seeds as parse_seeds
 
 
 RECIPES = recipes(
@@ -48,7 +50,7 @@ RECIPES = recipes(
     adam_b2=0.999,
     max_norm=None,
 )
-SEEDS = range(6)
+SEEDS = [*range(6)]
 TUNING_SEEDS = (100, 101)
 
 
@@ -186,7 +188,12 @@ class Runner:
 
 
 def run_cell(
-    folder: Folder, task: Task, data: Images, optimizer: str, contender: str
+    folder: Folder,
+    task: Task,
+    data: Images,
+    optimizer: str,
+    contender: str,
+    of: list[int] = SEEDS,
 ) -> None:
     recipe = RECIPES[optimizer]
     make = lambda: Runner(task, recipe, contender)
@@ -208,10 +215,14 @@ def run_cell(
         for rate in recipe.rates
     }
     rate = best_rate(means, least=False)
-    if folder.begin(name := f"{cell}-seeds"):
+    if folder.begin(name := f"{cell}-seeds{_others(of)}"):
         runner = runner or make()
-        found = runner.run([*SEEDS], [rate] * len(SEEDS), task.epochs, data, data.test)
+        found = runner.run(of, [rate] * len(of), task.epochs, data, data.test)
         folder.end(name, known | {"rate": rate} | found)
+
+
+def _others(seeds: list[int]) -> str:
+    return "" if seeds == SEEDS else f"-{seeds[0]}-{seeds[-1]}"
 
 
 def _pairs(choice: dict[str, Any]) -> list[tuple[float, float]]:
@@ -225,12 +236,18 @@ def main() -> None:
     parser.add_argument("--model", choices=TASKS, required=True)
     parser.add_argument("--optimizer", choices=RECIPES, required=True)
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
+    parser.add_argument("--seeds", type=parse_seeds, default=SEEDS, help="(0-5)")
     parser.add_argument("--small", action="store_true", help="to try this on a CPU")
     arguments = parser.parse_args()
     task = (SMALL if arguments.small else TASKS)[arguments.model]
     data = Images(arguments.data / "fashion.npz", task)
     run_cell(
-        Folder(arguments.out), task, data, arguments.optimizer, arguments.contender
+        Folder(arguments.out),
+        task,
+        data,
+        arguments.optimizer,
+        arguments.contender,
+        arguments.seeds,
     )
 
 
