@@ -39,12 +39,7 @@ class Contender:
     def with_groups_of(self, size: int) -> "Contender":
         if self.storage is None:
             return self
-        storage = fq.Storage(
-            master_weight_bits=self.storage.master_weight_bits,
-            moments=self.storage.moments,
-            group_size=size,
-        )
-        return Contender(self.name, storage)
+        return Contender(self.name, dataclasses.replace(self.storage, group_size=size))
 
     @property
     def dtype(self) -> Any:

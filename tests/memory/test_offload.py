@@ -60,7 +60,7 @@ def test_a_plan_is_what_a_gpu_had(capsys):
     to the byte but for the state of the norms, and the peak is above the plan by no
     more than the inputs of layers and what the loss needs."""
     results = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
-    measured = json.loads((results / "offload-h100-4x4096.json").read_text())
+    measured = json.loads((results / "offload-h100-8b.json").read_text())
     measured = measured["parts"]["8B"]
     arguments = ["plan", "--model", "llama-3.1-8b", "--offload", "--json"]
     assert not main(arguments)
