@@ -2,8 +2,9 @@
 `jax.interpreters`, and the structure of jaxprs.
 
 - `jax.extend.core.Primitive` and `jax.interpreters` define primitives that kernels
-    recognize, derivatives that are errors, and steps that are lowered for each platform
-    by a function of its own. Without them, this library cannot be imported.
+    recognize, derivatives that are errors, and steps and copies that are lowered for
+    each platform by functions of their own. Without them, this library cannot be
+    imported.
 - The parameters of primitives in a jaxpr, and `jax.extend.core.Literal`, are needed to
     check the rules of users and to evaluate functions in kernels. Without them, no
     optimizer can be made.
@@ -30,6 +31,7 @@ from .functions import (
     inputs_read as inputs_read,
     Literal as Literal,
 )
+from .kernel_call import KernelCall as KernelCall
 from .primitives import (
     operation as operation,
     Primitive as Primitive,

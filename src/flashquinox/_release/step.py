@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Key, PyTree, ScalarLike
 
 from .. import _compat
+from .._backends.host_copies import needs_kernels
 from .._common import memory
 from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
@@ -20,6 +21,7 @@ from .._optimizer.argument_checks import check_max_norm
 from .._optimizer.optimizer import Optimizer
 from .._tile.clipping import Clipping, scaled
 from .._tile.step import TileState
+from . import kernel_layers
 from .checks import check_layered_loss, check_layers_are_whole
 from .groups import check_optimizers, open_groups
 from .host_layers import (
@@ -224,19 +226,28 @@ def release_step(
     first = first_gradient(*open_layer(read(0, here))) if is_away else None
     counts = step.counts_for_copies() if is_away else []
     value = refuse_vmap(value) if is_away else value
+    # Those of parts of arrays are no kernels.
+    by_kernels = {
+        i: jtu.tree_map(lambda x, i=i: divided[i] is None and needs_kernels(x), stack)
+        for i, stack in stacks.items()
+    }
+    flown, away = kernel_layers.split(away, by_kernels)
 
     def backward(
         layer: Array,
         here: _Stacks,
         away: _Stacks,
+        flown: _Stacks,
         leaving: _Stacks,
         counts: list[Array],
         x_bar: PyTree,
     ) -> Any:
-        """One layer. Of stacks on the device and in host memory, `leaving` is what is
-        still to be written of the layer after this one. For that, and for `counts`, see
-        `host_layers.py`."""
+        """One layer. Of stacks on the device, in host memory, and there for kernels to
+        copy, `leaving` is what is still to be written of the layer after this one. For
+        that, and for `counts`, see `host_layers.py`."""
         of_layer, leaving = before(read(layer, here), leaving)
+        flying, leaving = kernel_layers.split(leaving, by_kernels)
+        crossing, of_layer = kernel_layers.depart(flown, flying, layer, of_layer)
         away = write(away, leaving, layer + 1)
         block, weights, x = open_layer(of_layer)
         _, pull, _ = jax.vjp(block, weights, x, has_aux=True)
@@ -246,12 +257,15 @@ def release_step(
             grads[first], away, counts = after(grads[first], away, counts)
             counted, counts = step.with_counts(counts), memory.to_host(counts)
         arrived = lax.optimization_barrier(read_layer(away, layer))
+        flown, landed, grads = kernel_layers.land(crossing, flown, grads)
+        arrived = eqx.combine(arrived, landed)
         clip = step.clip(grads, divided, max_norm)
         finite = step.all_finite(grads, divided, clip)
         if clip is not None:
             # They are used after the loop, and each layer has its own factor of
             # clipping.
             grads |= {i: _scaled(grads[i], clip) for i in waiting}
+        left: _Stacks = {}
         for numbers in groups:
             # A barrier between batches: otherwise XLA may decode the whole layer at
             # once, and hold its state twice.
@@ -262,15 +276,19 @@ def release_step(
             )
             new = counted.update_parts(some, divided, grads, learned, finite, clip)
             stays, leaves = where_they_are(new, {i: stacks[i] for i in numbers})
-            here, leaving = write(here, stays, layer), leaving | leaves
-        carry = here, away, leaving, counts, x_bar
+            here, left = write(here, stays, layer), left | leaves
+        carry = here, away, flown, left, counts, x_bar
         return carry, ({i: grads[i] for i in waiting}, finite)
 
-    carry = here, away, {} if is_away else away, counts, x_bar
-    (here, away, leaving, _, x_bar), (grads_waiting, finite) = from_last_to_first(
-        lambda layer, carry: backward(layer, *carry), carry, layered.layers, is_away
+    carry = here, away, flown, {} if is_away else away, counts, x_bar
+    (here, away, flown, leaving, _, x_bar), (grads_waiting, finite) = (
+        from_last_to_first(
+            lambda layer, carry: backward(layer, *carry), carry, layered.layers, is_away
+        )
     )
-    stacks = eqx.combine(here, write(away, leaving, 0))
+    flying, leaving = kernel_layers.split(leaving, by_kernels)
+    flown = kernel_layers.write_last(flown, flying)
+    stacks = eqx.combine(here, write(away, leaving, 0), flown)
     for index, stack in stacks.items():
         stack = place_stack(stack, layouts[index], step.sharding(index))
         step.write(index, whole_stack(stack, layouts[index]), learned[index])

@@ -1,0 +1,88 @@
+"""A function that kernels of one platform compute, whose types are known everywhere."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jax.interpreters import mlir
+
+from .primitives import Primitive
+
+
+class KernelCall:
+    """A function that kernels of Pallas compute in programs for one platform, and other
+    operations in all others.
+
+    Pallas takes all results of its kernels for arrays on the device, and only its
+    platform has semaphores. Here, a result is in the memory in which `elsewhere`
+    returns it; and where that returns `None`, it is one that only kernels use. Both
+    functions return a list, and take what they are called with: pytrees of arrays.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        platform: str,
+        kernel: Callable[..., list[Any]],
+        elsewhere: Callable[..., list[Any]],
+    ):
+        self._kernel, self._elsewhere = kernel, elsewhere
+        self._primitive = Primitive(name)
+        self._primitive.multiple_results = True
+        self._primitive.def_abstract_eval(self._types)
+        mlir.register_lowering(self._primitive, self._lower_elsewhere)
+        mlir.register_lowering(self._primitive, self._lower, platform=platform)
+
+    def __call__(self, *operands: Any) -> list[jax.Array]:
+        flat, structure = jtu.tree_flatten(operands)
+        return self._primitive.bind(*flat, structure=structure)
+
+    def _types(self, *avals: Any, structure: Any) -> list[Any]:
+        of_kernel = _types_of(partial(_flat, self._kernel, structure), avals)
+        missing = self._missing(avals, structure)
+        others = iter(_types_of(partial(_flat, self._elsewhere, structure), avals))
+        return [
+            x if is_missing else next(others)
+            for x, is_missing in zip(of_kernel, missing, strict=True)
+        ]
+
+    def _missing(self, avals: Sequence[Any], structure: Any) -> list[bool]:
+        """Which results are `None` elsewhere."""
+        found: list[bool] = []
+
+        def function(*flat: Any) -> list[Any]:
+            results = self._elsewhere(*structure.unflatten(flat))
+            found.extend([x is None for x in results])
+            return jtu.tree_leaves(results)
+
+        _types_of(function, avals)
+        return found
+
+    def _lower(self, ctx: Any, *flat: Any, structure: Any) -> Any:
+        function = partial(_flat, self._kernel, structure)
+        # As kernels have no numbers of 64 bits.
+        with jax.enable_x64(False):
+            return mlir.lower_fun(function, multiple_results=True)(ctx, *flat)
+
+    def _lower_elsewhere(self, ctx: Any, *flat: Any, structure: Any) -> Any:
+        function = partial(_flat, self._elsewhere, structure)
+        missing = self._missing(ctx.avals_in, structure)
+        pairs = [*zip(ctx.avals_out, missing, strict=True)]
+        own = ctx.replace(avals_out=[x for x, is_missing in pairs if not is_missing])
+        with jax.enable_x64(False):
+            results = iter(mlir.lower_fun(function, multiple_results=True)(own, *flat))
+        # Semaphores are numbers, as lowered.
+        zeros = lambda x: mlir.ir_constant(np.zeros(x.shape, np.int32))
+        return [zeros(x) if is_missing else next(results) for x, is_missing in pairs]
+
+
+def _flat(function: Callable[..., Any], structure: Any, *flat: Any) -> list[Any]:
+    return jtu.tree_leaves(function(*structure.unflatten(flat)))
+
+
+def _types_of(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:
+    with jax.enable_x64(False):
+        return jax.make_jaxpr(function)(*avals).out_avals
