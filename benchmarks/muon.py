@@ -5,7 +5,8 @@ The matrices of GPT-2 124M: in each of 12 layers 768 x 2304, 768 x 768, 768 x 30
 3072 x 768 (--width, --layers), and no other weights. Contenders:
 
 - products: the Newton-Schulz iteration alone: five iterations in bfloat16 of the four
-  stacks, which are in memory as stacks; and of their norms;
+  stacks, which are in memory as stacks; and of their norms. They hold random numbers,
+  as in a step: GPUs multiply matrices of equal numbers with less power, so faster;
 - flashquinox: a step of `flashquinox.muon`: bfloat16 weights in 24 bits, and momentum
   in 8 bits;
 - optax: a step of `optax.contrib.muon` of float32 weights and momentum, with float32
@@ -79,13 +80,14 @@ def sharding(settings: argparse.Namespace) -> NamedSharding | None:
 def products(settings: argparse.Namespace) -> tuple[Callable, Any, list[Any]]:
     """The iteration on a device's share of the stacks, as a step divides them."""
     share = math.ceil(settings.layers / settings.devices)
+    normal = lambda shape: 0.02 * jax.random.normal(jax.random.key(0), shape)
     stacks = {}
     for name, sides in _MATRICES.items():
         shape = tuple(settings.width * x for x in sides)
         most = max(1, together.STACK // math.prod(shape))
         most = share if settings.stacked else most
         stacks[name] = [
-            jnp.full((min(most, share - i), *shape), 0.02, jnp.bfloat16)
+            normal((min(most, share - i), *shape)).astype(jnp.bfloat16)
             for i in range(0, share, most)
         ]
     transform = fq.Muon().transform
