@@ -75,6 +75,7 @@ from ._storage.quant_moment import QuantMoment as QuantMoment
 from ._storage.softsign import SoftsignCodec as SoftsignCodec
 from ._storage.split import ECCWeight as ECCWeight
 from ._storage.storage import Storage as Storage
+from ._storage.tapered import TaperedCodec as TaperedCodec
 from .memory import (
     DeviceMemory as DeviceMemory,
     memory_plan as memory_plan,

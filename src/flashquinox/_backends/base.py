@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from .._common import memory
 from .._storage.layout import Layout
@@ -25,7 +25,7 @@ class LeafStep(eqx.Module):
     structure: StepStructure
     layout: Layout = eqx.field(static=True)
     scalars: StepScalars
-    grad: Float[Array, "*shape"]
+    grad: Shaped[Array, "*shape"]
     old: TileState
 
 
@@ -138,7 +138,7 @@ def one_by_one(
     views: Sequence[View],
     scalars: StepScalars,
     leaves: Sequence[LeafScalars],
-    grads: Sequence[Float[Array, "..."]],
+    grads: Sequence[Shaped[Array, "..."]],
     old: Sequence[TileState],
 ) -> tuple[TileState, ...]:
     """A batch, by what updates one leaf."""

@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, Scalar, Shaped
 
 from .._common import memory
-from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
 from .._storage.learned_codec import AbstractLearnedCodec, AbstractLearner, Observation
-from .._tile.step import StepScalars, StepStructure, TileState
+from .._tile.step import dtype_of, StepScalars, StepStructure, TileState
 from .._tile.tile import with_roots
 from .interpreter.arithmetic import Arithmetic
 
@@ -54,7 +53,7 @@ def observe(
     old: TileState,
 ) -> list[Observation]:
     """A sample of each of these moments of a leaf."""
-    dtype, old = compute_dtype(old.weight.dtype), memory.to_device(old)
+    dtype, old = dtype_of(old), memory.to_device(old)
     elements, groups = _places(layout, scalars.count)
     factors = structure.factors(scalars)
     codecs, _ = structure.codecs_before_and_after(scalars)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
@@ -68,7 +68,7 @@ def _update(
     views: tuple[PlainView, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
-    grads: tuple[Float[Array, "..."], ...],
+    grads: tuple[Shaped[Array, "..."], ...],
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
     """Leaves with groups of one size share chunks; each other one is a tile."""
@@ -101,7 +101,7 @@ def _update_whole(
     structure: StepStructure,
     layout: Layout,
     scalars: StepScalars,
-    grad: Float[Array, "..."],
+    grad: Shaped[Array, "..."],
     old: TileState,
 ) -> TileState:
     """A leaf as one tile."""

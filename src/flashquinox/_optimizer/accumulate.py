@@ -106,13 +106,15 @@ def accumulate(
     gradient are read, 3 of sum are read and written.
 
     **Rounding.** A sum is rounded by a threshold that rotates through $[0, 1)$ from
-    call to call: by less than $2^{-15}$ of itself (24 bits) or $2^{-7}$ (16 bits), up
-    or down in just the proportion that leaves it right on average. With 24 bits, a
-    bfloat16 gradient of at least $2^{-8}$ of its sum is added exactly. What is lost in
-    one addition has the variance of a rounding to nearest, $u^2 / 12$ for a unit $u$ of
-    the sum, if remainders are spread evenly; no threshold has less. The step gets
-    the mean in the dtype of the gradients: of bfloat16 ones, rounded once more, to
-    nearest.
+    call to call, up or down in just the proportion that leaves it right on average.
+    With 24 bits, that is by less than $2^{-15}$ of itself, and a bfloat16 gradient of
+    at least $2^{-8}$ of its sum is added exactly. With 16 bits, it is by less than
+    $2^{-12}$ where a sum is at least a quarter of the largest one of its group of 32,
+    and by less than $2^{-9}$ down to $2^{-29}$ of that: see
+    [`flashquinox.TaperedCodec`][]. What is lost in one addition has the variance of a
+    rounding to nearest, $u^2 / 12$ for a unit $u$ of the sum, if remainders are spread
+    evenly; no threshold has less. The step gets the mean in the dtype of the
+    gradients: of bfloat16 ones, rounded once more, to nearest.
 
     ??? Example
 
@@ -132,7 +134,8 @@ def accumulate(
     - With `skip_nonfinite=True` in `optim`, a gradient with a NaN or an infinity, or of
         more than 2^62 in magnitude, is left out and not counted: a step is taken once
         there are `every` others. As with `optax.MultiSteps` and `skip_not_finite`.
-        Otherwise it damages the sums of the leaves it came to, and the step with them.
+        Otherwise it damages the sums of the elements it came to, and the step with
+        them. With 16 bits, an infinity is NaN there.
     - The state is a pytree like every other: a checkpoint in the middle of an
         accumulation goes on bit for bit.
     - With `state_memory="pinned_host"` in `optim`, sums are in host memory too. Each
@@ -146,9 +149,10 @@ def accumulate(
         gradient.
     - `every`: $n$: how many gradients make a step: an integer of at least 1, or a
         function from the number of steps taken to one.
-    - `bits`: in how many bits sums are stored: 24, in 3 bytes; 16, in 2 bytes, as
-        bfloat16 numbers; or 32, in 4 bytes, as float32 numbers. Sums of float64 weights
-        are float64.
+    - `bits`: in how many bits sums are stored: 24, in 3 bytes; 16, in 2.0625 bytes, as
+        codes and scales of a [`flashquinox.TaperedCodec`][]; or 32, in 4 bytes, as
+        float32 numbers. Sums of float64 weights are float64; with 16 bits, those of
+        vectors of fewer than 4096 elements are float32.
     - `mean`: whether steps are taken by the mean of the gradients. If `False`, by their
         sum.
 

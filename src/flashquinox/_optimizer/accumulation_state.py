@@ -1,23 +1,30 @@
 """The state of an optimizer that accumulates gradients."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_args, Literal, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, PyTree
 
 from .._common.text import shown
 from .._model.trained import is_trainable
-from .._model.trees import flatten
+from .._model.trees import flatten, Leaf
 from .._model.variables import without_variables
 from .._rules.added import Added
+from .._rules.summed import Summed
+from .._storage.full_precision import FullPrecision
+from .._storage.moment_codecs import MomentCodecs
+from .._storage.quant_moment import QuantMoment
 from .._storage.storage import Storage
-from .groups import Group
-from .initial_state import make_states
+from .._storage.tapered import TaperedCodec
+from .._storage.tapered_read import TaperedReader
+from .groups import AbstractChoice, Group, LeafRule
+from .initial_state import make_states, stored_zeros
 from .settings import Settings
 from .state import OptimizerState
 from .weight_decay import l2
@@ -25,12 +32,34 @@ from .weight_decay import l2
 
 SumBits: TypeAlias = Literal[16, 24, 32]
 
-# How sums of so many bits are stored: the dtype, and what of it is no part of it.
-_STORAGES = {
-    16: Storage(master_weight_bits=None, dither_weights=True),
-    24: Storage(master_weight_bits=24, dither_weights=True),
-    32: Storage(master_weight_bits=None),
-}
+
+class _Wide(AbstractChoice):
+    """Sums of float64 weights are float64, whatever others are."""
+
+    def __call__(
+        self,
+        call: str,
+        params: PyTree,
+        leaves: Sequence[Leaf],
+        groups: tuple[Group, ...],
+    ) -> list[LeafRule]:
+        del call, params
+        rule, exact = groups[0].rule, Summed("exact")
+        is_wide = lambda x: getattr(x.value, "dtype", None) == jnp.float64
+        return [LeafRule(0, exact if is_wide(leaf) else rule) for leaf in leaves]
+
+
+# A storage traces its codecs when it is made.
+@functools.cache
+def _storage(bits: SumBits) -> Storage:
+    """How sums of so many bits are stored: as weights with corrections that a rule adds
+    to, or as moments."""
+    if bits == 24:
+        return Storage(master_weight_bits=24)
+    codecs = "float32"
+    if bits == 16:
+        codecs = MomentCodecs(TaperedCodec(), FullPrecision())
+    return Storage(master_weight_bits=None, moments=codecs)
 
 
 class AccumulationState(eqx.Module):
@@ -40,17 +69,19 @@ class AccumulationState(eqx.Module):
 
     - `mini_step`: how many gradients the sums hold: 0 after a step.
     - `rounding_count`: which threshold the next sums are rounded by.
-    - `sums`: the sum of the gradients since the last step, for each weight: bfloat16,
-        or float32 with `bits=32`. Those of float64 weights are float64.
+    - `sums`: the sum of the gradients since the last step, for each weight. With
+        `bits=24`, bfloat16; with `bits=16`, a `QuantMoment` by a
+        [`flashquinox.TaperedCodec`][], or float32 for vectors of fewer than 4096
+        elements; with `bits=32`, float32. Those of float64 weights are float64.
     - `corrections`: with `bits=24`, the `int8` that extends each sum: see
-        [`flashquinox.ECCWeight`][].
+        [`flashquinox.ECCWeight`][]. Otherwise `None` for all weights.
     - `inner_state`: the state of the optimizer.
     - `count`: the number of steps that were taken, not of gradients.
     """
 
     mini_step: Int32[Array, "*ensemble"]
     rounding_count: Int32[Array, "*ensemble"]
-    sums: PyTree[Float[Array, "..."] | None]
+    sums: PyTree[Float[Array, "..."] | QuantMoment | None]
     corrections: PyTree[Int8[Array, "..."] | None]
     inner_state: OptimizerState
 
@@ -61,8 +92,8 @@ class AccumulationState(eqx.Module):
 
 
 def adding_settings(call: str, settings: Settings, bits: Any) -> Settings:
-    """Those of the optimizer that adds gradients to sums, which are its weights: as
-    gradients are divided, computed with and checked for these settings."""
+    """Those of the optimizer that adds gradients to sums, which are its weights or its
+    moments: as gradients are divided, computed with and checked for these settings."""
     if type(bits) is not int and not isinstance(bits, np.integer):
         bits = None
     if bits not in get_args(SumBits):
@@ -73,25 +104,42 @@ def adding_settings(call: str, settings: Settings, bits: Any) -> Settings:
     return dataclasses.replace(
         settings,
         call=call,
-        groups=(Group(Added(), 1.0, l2(0.0, None)),),
-        choice=None,
-        storage=_STORAGES[int(bits)],
+        groups=(Group(Added() if bits == 24 else Summed(), 1.0, l2(0.0, None)),),
+        choice=None if bits == 24 else _Wide(),
+        storage=_storage(int(bits)),  # pyright: ignore[reportArgumentType]
         verify_weights=None,
     )
 
 
+def reading_settings(adding: Settings) -> Settings:
+    """Those of the optimizer that makes bfloat16 numbers of sums of 16 bits, in their
+    memory."""
+    codecs = MomentCodecs(TaperedReader(), FullPrecision())
+    return dataclasses.replace(
+        adding,
+        groups=(Group(Summed(is_read=True), 1.0, l2(0.0, None)),),
+        choice=None,
+        storage=Storage(master_weight_bits=None, moments=codecs),
+        skip_nonfinite=False,
+    )
+
+
+def are_moments(adding: Settings) -> bool:
+    """Whether sums are moments of the optimizer that adds; otherwise its weights."""
+    return bool(adding.moments)
+
+
 def initial_accumulation(
-    call: str, adding: Settings, bits: int, params: PyTree, inner: OptimizerState
+    call: str, adding: Settings, params: PyTree, inner: OptimizerState
 ) -> AccumulationState:
     """The state before the first gradient. `inner` is that of the optimizer."""
     leaves, rebuild = flatten(params)
     trained = [is_trainable(leaf.value) for leaf in leaves]
     shardings, _ = adding.resolve_shardings(call, leaves, trained, inner.shardings)
+    rules = adding.rules(call, params, leaves)
     numbers = [i for i, is_trained in enumerate(trained) if is_trained]
     makers = {
-        i: partial(
-            _zeros, adding.storage, leaves[i].value.shape, _sum_dtype(leaves[i], bits)
-        )
+        i: partial(_zeros, adding, rules[i].rule, leaves[i], shardings[i])
         for i in numbers
     }
     zero = lambda: jnp.zeros((), jnp.int32)
@@ -111,19 +159,17 @@ def initial_accumulation(
     )
 
 
-def _sum_dtype(leaf: Any, bits: int) -> DTypeLike:
-    if jnp.dtype(leaf.value.dtype) == jnp.float64:
-        return jnp.float64
-    return jnp.float32 if bits == 32 else jnp.bfloat16
-
-
-def _zeros(
-    storage: Storage, shape: tuple[int, ...], dtype: DTypeLike
-) -> tuple[Array, Array | None]:
-    total = jnp.zeros(shape, dtype)
-    if storage.correction_dtype is None or dtype != jnp.bfloat16:
-        return total, None
-    return total, jnp.zeros(shape, storage.correction_dtype)
+def _zeros(adding: Settings, rule: Any, leaf: Leaf, sharding: Any) -> tuple[Any, Any]:
+    """A sum, and its correction."""
+    if are_moments(adding):
+        moments, _ = stored_zeros(adding, rule, leaf, sharding)
+        return moments["sum"], None
+    shape = leaf.value.shape
+    if leaf.value.dtype == jnp.float64:
+        return jnp.zeros(shape, jnp.float64), None
+    assert adding.storage.correction_dtype is not None
+    correction = jnp.zeros(shape, adding.storage.correction_dtype)
+    return jnp.zeros(shape, jnp.bfloat16), correction
 
 
 def check_accumulation_state(call: str, state: Any) -> None:

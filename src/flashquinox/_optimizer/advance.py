@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 from .._backends.dispatch import LeafStep
 from .._common import memory
-from .._common.dtypes import compute_dtype
+from .._common.dtypes import compute_dtype, numbers_of
 from .._rules.whole_leaf import AbstractMatrixRule
 from .._sharding.learned import learn
 from .._storage.layout import flattened
@@ -93,7 +93,9 @@ class Advance:
             for i, weight in zip(previous, before, strict=True):
                 new = dataclasses.replace(done[i].new, weight=weight)
                 done[i] = done[i]._replace(new=new)
-            here = [x._replace(grad=g) for x, g in zip(here, grads, strict=True)]
+            here = [
+                x._replace(grad=numbers_of(g)) for x, g in zip(here, grads, strict=True)
+            ]
             done.update(zip(batch, self._twice(here), strict=True))
             previous = batch
         return [done[i] for i in range(len(of))]
@@ -184,7 +186,7 @@ class Advance:
         storage, made, found = self.step.settings.storage, {}, []
         for x, one in zip(of, passes, strict=True):
             old, stored = x.old, self.step.stored[x.number]
-            names, shape = [*one.moments], old.weight.shape
+            names, shape = [*one.moments], x.grad.shape
             of_leaf = self.step.passes[x.number]
             is_last = one is of_leaf.last
             codecs = tuple([stored.codecs[name] for name in names])

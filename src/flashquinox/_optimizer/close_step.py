@@ -34,7 +34,9 @@ def close_step(
         of_leaf, corrections[index] = stored.moments, stored.correction
         if index in step.new:
             new = step.new[index]
-            values[index], corrections[index] = new.weight, new.correction
+            corrections[index] = new.correction
+            if new.weight is not None:
+                values[index] = new.weight
             of_leaf = stored.put_together(new, step.learned[index])
         for name, moment in of_leaf.items():
             moments[name][index] = moment

@@ -22,7 +22,7 @@ from .._common.dtypes import NARROW_DTYPES
 from .._model.trees import Leaf
 from .._sharding.update import update_leaves
 from .._tile.step import TileState
-from .._tile.tile import move
+from .._tile.tile import move, moved_moments
 
 
 def differentiable(
@@ -122,11 +122,16 @@ def _smooth(step: LeafStep) -> TileState:
             # every moment that matters.
             moment = moment + 1024 * jnp.finfo(moment.dtype).tiny
         moments[name] = moment if before is None else moment * before
-    weight, moments = move(structure, scalars, grad, old.weight, moments)
+    weight = old.weight
+    if weight is None:
+        moments = moved_moments(structure, scalars, grad, moments)
+    else:
+        weight, moments = move(structure, scalars, grad, weight, moments)
     for name, moment in moments.items():
         after = factors[name][1]
         moments[name] = moment if after is None else moment * after
     if structure.as_update:
+        assert weight is not None
         weight = weight - old.weight
     new = TileState(weight, None, moments, dict.fromkeys(moments))
     if take is None:
@@ -139,9 +144,9 @@ def _smooth(step: LeafStep) -> TileState:
 def _reasons(step: LeafStep) -> list[str]:
     """Why the derivative of this step has no meaning. Empty if it has one."""
     reasons, weight = [], step.old.weight
-    if step.old.correction is not None:
+    if weight is not None and step.old.correction is not None:
         reasons.append(f"its weight is {weight.dtype} with a correction")
-    elif weight.dtype in NARROW_DTYPES:
+    elif weight is not None and weight.dtype in NARROW_DTYPES:
         reasons.append(f"its weight is {weight.dtype}, to which each step rounds")
     for name, codec in step.structure.codec_of.items():
         if codec.dtypes is not None:

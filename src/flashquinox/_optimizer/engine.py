@@ -35,10 +35,12 @@ class StepEngine(eqx.Module):
         grads: PyTree,
         max_norm: ScalarLike | None = None,
         divisor: ScalarLike | None = None,
+        may_be_bits: bool = False,
     ) -> tuple[Model, OptimizerState]:
         """One step. `method` is "step", which gives the new model, or "update", which
         gives what to add to the old one. `divisor`: what gradients are divided by where
-        they are read."""
+        they are read. `may_be_bits`: whether gradients may be the bits of bfloat16
+        numbers, as integers."""
         call = f"{self.settings.call}(...).{method}"
         check_max_norm(call, max_norm)
         step = open_step(self.settings, call, params, state)
@@ -49,7 +51,7 @@ class StepEngine(eqx.Module):
         arrived, with_gradient = {}, set()
         for index, (leaf, grad) in enumerate(zip(step.leaves, matched, strict=True)):
             if has_gradient(call, leaf, grad, index in step.stored):
-                check_grad(call, leaf, grad)
+                check_grad(call, leaf, grad, may_be_bits)
                 step.check(index)
                 with_gradient.add(index)
                 if leaf.value.size > 0:

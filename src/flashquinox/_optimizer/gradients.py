@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, ScalarLike
 
 from .._common import meshes
-from .._common.dtypes import compute_dtype, largest_gradient
+from .._common.dtypes import compute_dtype, largest_gradient, numbers_of
 from .._model.trees import Leaf
 from .._sharding import reductions
 from .._tile.clipping import Clipping, division
@@ -37,6 +37,7 @@ def clipping(
     norm."""
     if not grads or (max_norm is None and divisor is None):
         return None
+    grads = [*map(numbers_of, grads)]
     if max_norm is None:
         dtypes = [compute_dtype(grad.dtype) for grad in grads]
         return division(divisor, jnp.result_type(*dtypes))  # pyright: ignore
@@ -62,7 +63,7 @@ def all_finite(
     if clip is not None and clip.norm is not None:
         finite = clip.norm.is_finite & (clip.norm.largest <= min(limits))
     else:
-        arrived = as_typed(grads, shardings)
+        arrived = as_typed([*map(numbers_of, grads)], shardings)
         finite = reductions.all_within(arrived, limits, shardings)
     for rate in itertools.chain(*rates):
         if isinstance(rate, jax.Array):

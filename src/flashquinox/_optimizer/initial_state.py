@@ -53,7 +53,9 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         if isinstance(rule, AbstractMeansRule):
             check_has_axes(call, rule, leaf)
     makers = {
-        index: partial(_zeros, settings, rules[index].rule, leaf, shardings[index])
+        index: partial(
+            stored_zeros, settings, rules[index].rule, leaf, shardings[index]
+        )
         for index, leaf in trained.items()
     }
     states, (count,) = make_states(
@@ -130,7 +132,7 @@ def _checksums(
     return rebuild.state(new)
 
 
-def _zeros(
+def stored_zeros(
     settings: Settings, rule: AnyRule, leaf: Leaf, sharding: NamedSharding | None
 ) -> tuple[dict[str, StoredMoment], Correction | None]:
     """The moments and the correction of a leaf that has not been trained yet."""

@@ -7,7 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from .._common.dtypes import compute_dtype, NARROW_DTYPES
+from .._common.dtypes import BITS_DTYPE, compute_dtype, NARROW_DTYPES
 from .._common.text import shown
 from .._model.trained import is_float_array, TRAINABLE_DTYPES
 from .._model.trees import Leaf
@@ -46,7 +46,7 @@ def check_correction_has_effect(
     )
 
 
-def check_grad(call: str, leaf: Leaf, grad: Any) -> None:
+def check_grad(call: str, leaf: Leaf, grad: Any, may_be_bits: bool = False) -> None:
     if not eqx.is_array_like(grad) or not hasattr(grad, "dtype"):
         raise TypeError(
             f"`{call}`: the gradient at `{leaf.name}` is no array but {shown(grad)}. "
@@ -57,6 +57,8 @@ def check_grad(call: str, leaf: Leaf, grad: Any) -> None:
             f"`{call}`: the gradient at `{leaf.name}` has shape {grad.shape}, its "
             f"weight {leaf.value.shape}. Pass gradients of this model."
         )
+    if may_be_bits and grad.dtype == BITS_DTYPE:
+        return
     if jnp.dtype(grad.dtype) not in TRAINABLE_DTYPES:
         raise TypeError(
             f"`{call}`: the gradient at `{leaf.name}` is {grad.dtype}; gradients must "

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int32
 from .._backends.dispatch import reads_host_memory, Way
 from .._common import memory, meshes
 from .._model.trees import Leaf, Rebuild
+from .._rules.summed import Summed
 from .._sharding import record
 from .._sharding.state_specs import holds_whole_groups
 from .._storage.layout import Layout
@@ -114,7 +115,9 @@ class StepInProgress:
         """The arrays of a leaf that is trained, as they are now."""
         if index in self.new:
             return self.new[index]
-        return self.stored[index].taken_apart(self.leaves[index].value)
+        is_apart = isinstance(self.rules[index].rule, Summed)
+        weight = None if is_apart else jnp.asarray(self.leaves[index].value)
+        return self.stored[index].taken_apart(weight)
 
     def write(self, index: int, new: TileState, learned: Learned) -> None:
         self.new[index], self.learned[index] = new, learned
@@ -158,7 +161,8 @@ class StepInProgress:
             old, not_learned = self.read(number), self.stored[number].not_learned
             # No gradient is looked at; the weight stands for it.
             there = self.shardings[number]
-            of.append(Part(number, old, old.weight, there, not_learned))
+            weight = jnp.asarray(self.leaves[number].value)
+            of.append(Part(number, old, weight, there, not_learned))
         return Advance(self, all_finite, None, learn=True).learned(of)
 
     def update_parts(

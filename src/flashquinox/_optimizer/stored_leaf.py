@@ -4,8 +4,6 @@ together once after it."""
 import math
 from typing import NamedTuple, TypeAlias
 
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Scalar, UInt32
 
 from .._common import memory
@@ -66,14 +64,14 @@ class StoredLeaf(NamedTuple):
         # Without groups, a tile is a row of all elements.
         return flattened(shape, max(1, math.prod(shape)))
 
-    def taken_apart(self, weight: Float[Array | np.ndarray, "..."]) -> TileState:
+    def taken_apart(self, weight: Float[Array, "..."] | None) -> TileState:
         """The arrays of the leaf."""
         codes, scales = {}, {}
         for name, moment in self.moments.items():
             quantized = isinstance(moment, QuantMoment)
             codes[name] = moment.codes if quantized else moment
             scales[name] = moment.scales if quantized else None
-        return TileState(jnp.asarray(weight), self.correction, codes, scales)
+        return TileState(weight, self.correction, codes, scales)
 
     def put_together(self, new: TileState, learned: Learned) -> dict[str, StoredMoment]:
         """The moments of a new state of the leaf, stored as the old ones were."""

@@ -92,6 +92,9 @@ class _Stream:
     def part(self, piece: Piece, state: TileState) -> Part:
         """A piece as a part of the step. Its weight is read now."""
         x, weight = self._of[piece.leaf], self._read(piece).weight
+        if memory.is_on_host(weight):
+            # Sums of gradients are weights that arrive like the rest.
+            weight = state.weight
         grad = x.grad
         if piece.slice is not None:
             grad = piece.slice.rows_of(grad)
@@ -111,7 +114,11 @@ class _Stream:
             return coming
         # Weights are read when they are needed.
         is_copied = lambda x: memory.is_on_host(x) or any(x is y for y in copied)
-        copied = [x for state in coming for x in _beside_weight(state)]
+        copied = [
+            x
+            for piece, state in zip(self._portions[number + 1], coming, strict=True)
+            for x in _beside_weight(state, self.held[piece.leaf])
+        ]
         both, coming = _in_order((both, coming), is_copied)
         self.held |= both
         return coming
@@ -129,8 +136,10 @@ class _Stream:
         return state if piece.slice is None else piece.slice.read(state)
 
 
-def _beside_weight(state: TileState) -> list[Array]:
-    return jtu.tree_leaves((state.correction, state.codes, state.scales))
+def _beside_weight(state: TileState, old: TileState) -> list[Array]:
+    """What has arrived of a leaf: all but a weight that is on the device."""
+    weight = state.weight if memory.is_on_host(old.weight) else None
+    return jtu.tree_leaves((weight, state.correction, state.codes, state.scales))
 
 
 def _in_order(tree: PyTree, is_chosen: Callable[[Array], bool]) -> PyTree:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from .. import _compat
 from .step import StepScalars, StepStructure, TileState
@@ -25,7 +25,7 @@ def update_tile_of_any_shape(
     structure: StepStructure,
     scalars: StepScalars,
     axis: int,
-    grad: Float[Array, "*tile"],
+    grad: Shaped[Array, "*tile"],
     old: TileState,
 ) -> TileState:
     """[`update_tile`][], by a trace that all tiles of so many axes share. Only the

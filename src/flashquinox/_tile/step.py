@@ -2,12 +2,15 @@
 and the arrays."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Scalar, Shaped, UInt32
+from jaxtyping import Array, Bool, Scalar, Shaped, UInt32
 
+from .._common.dtypes import compute_dtype
 from .._rules.rule import AbstractRule, moments_of
 from .._storage.codec import AbstractMomentCodec, Dither
 from .._storage.learned_codec import with_parameter
@@ -116,7 +119,8 @@ class StepScalars(eqx.Module):
 class TileState(eqx.Module):
     """A tile of a weight, with what is stored about it."""
 
-    weight: Float[Array, "*tile"]
+    # A `Float[Array, "*tile"]`, or `None` in a step that changes moments alone.
+    weight: Any
     correction: Correction | None
     # Of the shape of the tile, and of its groups.
     codes: dict[str, Shaped[Array, "..."]]
@@ -140,3 +144,11 @@ def map_arrays(
     weight, correction, codes = jtu.tree_map(of_elements, *elements)
     scales = jtu.tree_map(of_groups, *[state.scales for state in each])
     return TileState(weight, correction, codes, scales)
+
+
+def dtype_of(tile: TileState) -> Any:
+    """The dtype in which a tile is computed."""
+    if tile.weight is not None:
+        return compute_dtype(tile.weight.dtype)
+    is_wide = any([x.dtype == jnp.float64 for x in tile.codes.values()])
+    return jnp.float64 if is_wide else jnp.float32

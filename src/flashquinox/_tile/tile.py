@@ -8,9 +8,9 @@ from its arguments.
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._common.dtypes import compute_dtype
+from .._common.dtypes import compute_dtype, numbers_of
 from .._storage import relative_moment
 from .._storage.codec import Boundary, no_boundary
 from .._storage.split import (
@@ -20,14 +20,14 @@ from .._storage.split import (
     encode_weight,
 )
 from .clipping import scaled
-from .step import StepScalars, StepStructure, TileState
+from .step import dtype_of, StepScalars, StepStructure, TileState
 
 
 def update_tile(
     structure: StepStructure,
     scalars: StepScalars,
     axis: int,
-    grad: Float[Array, "*tile"],
+    grad: Shaped[Array, "*tile"],
     old: TileState,
     keep_unmoved: bool = True,
     boundary: Boundary = no_boundary,
@@ -42,7 +42,7 @@ def update_tile(
     weight but the update, as from [`advance`][].
     """
     codecs, new_codecs = structure.codecs_before_and_after(scalars)
-    dtype = compute_dtype(old.weight.dtype)
+    dtype = dtype_of(old)
     factors = structure.factors(scalars)
     moments = {
         name: codec.decode(
@@ -88,13 +88,15 @@ def advance(
     structure: StepStructure,
     scalars: StepScalars,
     threshold: Scalar | None,
-    grad: Float[Array, "*tile"],
-    weight: Float[Array, "*tile"],
+    grad: Shaped[Array, "*tile"],
+    weight: Float[Array, "*tile"] | None,
     correction: Correction | None,
     moments: dict[str, Float[Array, "*tile"]],
     keep_unmoved: bool = True,
     boundary: Boundary = no_boundary,
-) -> tuple[Float[Array, "*tile"], Correction | None, dict[str, Float[Array, "*tile"]]]:
+) -> tuple[
+    Float[Array, "*tile"] | None, Correction | None, dict[str, Float[Array, "*tile"]]
+]:
     """The elementwise part of a step: everything but the storage of moments, which come
     and go as they are stored, some relative to others. With `keep_unmoved`, a weight
     that did not move keeps its bits, even if it is subnormal or -0. `threshold` is what
@@ -105,8 +107,11 @@ def advance(
     A 3-tuple of the new weight, its correction, and the new moments. With
     `structure.as_update`, the first is not the new weight but the update: what to add
     to the old one, in its dtype; the correction then belongs to the *sum*, as the
-    caller will round it. With `structure.as_direction`, it is that of the rule.
+    caller will round it. With `structure.as_direction`, it is that of the rule. A step
+    of moments alone, without a weight, returns none.
     """
+    if weight is None:
+        return None, None, moved_moments(structure, scalars, grad, moments)
     if structure.as_direction:
         master = grad.astype(compute_dtype(weight.dtype))
     else:
@@ -141,6 +146,18 @@ def advance(
     return new_weight, new_correction, moments
 
 
+def moved_moments(
+    structure: StepStructure,
+    scalars: StepScalars,
+    grad: Shaped[Array, "*tile"],
+    moments: dict[str, Float[Array, "*tile"]],
+) -> dict[str, Float[Array, "*tile"]]:
+    """The new moments of a step without a weight, as by [`move`][]."""
+    (dtype,) = {x.dtype for x in moments.values()}
+    _, new = structure.rule.update(grad.astype(dtype), grad, moments, scalars.rule)
+    return new
+
+
 def with_roots(
     structure: StepStructure, moments: dict[str, Float[Array, "*tile"]]
 ) -> dict[str, Float[Array, "*tile"]]:
@@ -171,12 +188,13 @@ def without_roots(
 def move(
     structure: StepStructure,
     scalars: StepScalars,
-    grad: Float[Array, "*tile"],
+    grad: Shaped[Array, "*tile"],
     master: Float[Array, "*tile"],
     moments: dict[str, Float[Array, "*tile"]],
 ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
     """The arithmetic of a step, without any rounding: the new master weight, or with
     `structure.as_direction` the update alone, and the new moments."""
+    grad = numbers_of(grad)
     wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
     wide_grad = wide_grad.astype(master.dtype)
     shrunk = master

@@ -57,7 +57,7 @@ class Gpu(AbstractBackend):
     def view(self, step: LeafStep) -> View | None:
         arrays = jtu.tree_leaves((step.grad, step.old))
         is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
-        if is_wide or step.old.weight.size == 0:
+        if is_wide or step.grad.size == 0:
             return None
         number = step.scalars.leaf.number
         return View.of(

@@ -8,7 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int32, Scalar, Shaped
+from jaxtyping import Array, Int32, Scalar, Shaped
 
 from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
@@ -30,7 +30,7 @@ def update_leaves(
     views: tuple[View, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
-    grads: tuple[Float[Array, "..."], ...],
+    grads: tuple[Shaped[Array, "..."], ...],
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""

@@ -56,7 +56,8 @@ class Walk:
         """A constant. Of arrays, all elements are the same, but where a loop takes them
         one after the other."""
         array = np.asarray(x, jnp.result_type(x))
-        if array.size and np.all(array == array.flat[0]):
+        # NaN is equal to NaN here.
+        if len({element.tobytes() for element in array.ravel()[:, None]}) == 1:
             text = literal(array.flat[0])
         else:
             text = VARIED

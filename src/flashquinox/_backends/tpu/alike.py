@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from ..._storage.tpu_memory import LANES, TILE_ROWS
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
@@ -34,7 +34,7 @@ def update_alike(
     views: tuple[View, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
-    grads: tuple[Float[Array, "..."], ...],
+    grads: tuple[Shaped[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:

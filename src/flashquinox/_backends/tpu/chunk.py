@@ -96,7 +96,7 @@ class ChunkStep:
                 {name: scratch.constants(x, piece) for name, x in decoding.items()},
                 present,
                 self._load(at, piece, self.grad),
-                self._load(at, piece, old.weight),
+                None if old.weight is None else self._load(at, piece, old.weight),
                 None
                 if old.correction is None
                 else self._load(at, piece, old.correction),
@@ -112,7 +112,8 @@ class ChunkStep:
                     _update_piece, *operands, static=static
                 )
             weight, correction, prepared, statistics = update_piece[whole](*operands)
-            self._store(at, piece, new.weight, weight)
+            if new.weight is not None:
+                self._store(at, piece, new.weight, weight)
             if new.correction is not None:
                 self._store(at, piece, new.correction, correction)
             scratch.put_prepared(prepared, piece)
@@ -179,11 +180,11 @@ def _update_piece(
     constants: dict[str, GroupConstants],
     present: Array | None,
     grad: Array,
-    weight: Array,
+    weight: Array | None,
     correction: Array | None,
     codes: dict[str, Array],
     structure: StepStructure,
-) -> tuple[Array, Array | None, list[Array], list[Array]]:
+) -> tuple[Array | None, Array | None, list[Array], list[Array]]:
     """A piece: its new weights, its moments prepared for their codecs, and their
     statistics, in which elements that are not present count for nothing."""
     codecs = structure.codec_of

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from ..._storage.codec import Reduction
 from ..._storage.tpu_memory import LANES
@@ -51,7 +51,7 @@ def update_gathered(
     views: tuple[View, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
-    grads: tuple[Float[Array, "..."], ...],
+    grads: tuple[Shaped[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from ..._tile.tile import no_update
@@ -37,7 +37,7 @@ def update_leaf(
     views: tuple[View, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
-    grads: tuple[Float[Array, "..."], ...],
+    grads: tuple[Shaped[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:

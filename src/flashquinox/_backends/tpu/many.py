@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 from ..._tile.step import StepScalars, StepStructure, TileState
 from ..._tile.tile import no_update
@@ -50,7 +50,7 @@ def update_many(
     block: AbstractBlock,
     scalars: StepScalars,
     own: PyTree[Array],
-    grads: Sequence[Float[Array, "..."]],
+    grads: Sequence[Shaped[Array, "..."]],
     old: Sequence[TileState],
     scratch: Sequence[Any],
     body: Callable[[Inside], Callable[[], None]],

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from ..base import one_by_one
@@ -23,7 +23,7 @@ def update_small(
     views: tuple[View, ...],
     scalars: StepScalars,
     leaves: tuple[LeafScalars, ...],
-    grads: tuple[Float[Array, "..."], ...],
+    grads: tuple[Shaped[Array, "..."], ...],
     old: tuple[TileState, ...],
     interpret: bool = False,
 ) -> tuple[TileState, ...]:

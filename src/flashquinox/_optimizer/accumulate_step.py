@@ -1,0 +1,117 @@
+"""The step of an optimizer by the gradients in sums."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, ScalarLike
+
+from .._common import memory
+from .._model.trees import flatten, Leaf, Rebuild
+from .._storage.quant_moment import StoredMoment
+from .._storage.split import Correction
+from .._tile.tile import no_update
+from .engine import StepEngine
+from .sums_as_gradients import SumReader
+
+
+class Arrays(NamedTuple):
+    """What a step changes: arrays of the leaves that have gradients, and the leaves of
+    the state of the optimizer. With `update`, updates in place of weights."""
+
+    weights: list[Array]
+    inner: list[Array]
+    sums: list[StoredMoment]
+    corrections: list[Correction | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatedStep:
+    """The step of an optimizer by the gradients in sums.
+
+    - `reader`: what makes gradients of sums.
+    - `leaves`, `rebuild`: the model.
+    - `dtypes`: of leaves that have gradients, the dtypes of these.
+    - `structure`: that of the state of the optimizer.
+    - `divisor`: what sums are divided by.
+    - `is_last`: whether to take it.
+    """
+
+    engine: StepEngine
+    reader: SumReader
+    method: str
+    leaves: list[Leaf]
+    rebuild: Rebuild
+    dtypes: dict[int, Any]
+    structure: Any
+    max_norm: ScalarLike | None
+    divisor: ScalarLike | None
+    is_last: Array
+
+    def take_if_last(self, old: Arrays) -> tuple[Arrays, Any]:
+        """The arrays after this step, if it is to be taken, and the structure of the
+        state of the optimizer."""
+        if not isinstance(self.is_last, jax.core.Tracer):
+            not_taken = self._not_taken(old), self.structure
+            return self._taken(old) if self.is_last else not_taken
+        structure = []
+
+        def taken(old: Arrays) -> Arrays:
+            new, found = self._taken(old)
+            structure.append(found)
+            return new
+
+        new = lax.cond(self.is_last, taken, self._not_taken, old)
+        return new, structure[0]
+
+    def model(self, weights: list[Array]) -> PyTree:
+        """The model with these weights. Of an update, `None` for all others."""
+        as_update = self.method == "update"
+        values = [None if as_update else leaf.value for leaf in self.leaves]
+        return self.rebuild(_replaced(values, self.dtypes, weights))
+
+    def _taken(self, old: Arrays) -> tuple[Arrays, Any]:
+        sums = list(zip(old.sums, old.corrections, strict=True))
+        values = _replaced([x.value for x in self.leaves], self.dtypes, old.weights)
+        model = self.rebuild(values)
+        there, grads = self.reader.read(
+            model, dict(zip(self.dtypes, memory.to_device(sums), strict=True))
+        )
+        nothing = [None for _ in self.leaves]
+        model, state = self.engine.advance(
+            self.method,
+            model,
+            self.structure.unflatten(old.inner),
+            self.rebuild.state(_replaced(nothing, self.dtypes, grads)),
+            self.max_norm,
+            self.divisor,
+            may_be_bits=True,
+        )
+        new, _ = flatten(model)
+        weights = [new[i].value for i in self.dtypes]
+        inner, structure = jtu.tree_flatten(state)
+        # The sums are read by then, so that zeros can be in their place.
+        weights, there = lax.optimization_barrier((weights, there))
+        zero = lambda x: jnp.where(self.is_last, jnp.zeros_like(x), x)
+        there = memory.where(jtu.tree_map(zero, there), sums)
+        return Arrays(
+            weights, inner, [x for x, _ in there], [x for _, x in there]
+        ), structure
+
+    def _not_taken(self, old: Arrays) -> Arrays:
+        if self.method == "step":
+            return old
+        return old._replace(weights=[*map(no_update, old.weights)])
+
+
+def _replaced(values: list[Any], numbers: Iterable[int], new: list[Any]) -> list[Any]:
+    """A list with others at these numbers."""
+    changed = list(values)
+    for i, x in zip(numbers, new, strict=True):
+        changed[i] = x
+    return changed

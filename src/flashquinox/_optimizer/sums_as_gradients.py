@@ -1,0 +1,96 @@
+"""Sums of gradients as gradients."""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .._model.trees import flatten, Leaf, match, Rebuild
+from .._sharding import record
+from .._storage.quant_moment import QuantMoment
+from .._storage.split import decode_weight
+from .._storage.tapered_read import TaperedReader
+from .accumulation_state import reading_settings
+from .engine import StepEngine
+from .settings import Settings
+from .state import OptimizerState, StepCount
+
+
+# A sum, as it is stored, and its correction, if it has one.
+Sum: TypeAlias = tuple[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SumReader:
+    """Makes gradients of sums. Where these are bfloat16, they are the ones nearest to
+    the sums, and in the memory of the sums. Those of sums in 16 bits are the bits of
+    such numbers.
+
+    - `adding`: the settings of the optimizer that adds.
+    - `leaves`, `rebuild`: the model.
+    - `dtypes`: of leaves that have gradients, the dtypes of these.
+    """
+
+    call: str
+    adding: Settings
+    leaves: list[Leaf]
+    rebuild: Rebuild
+    dtypes: dict[int, Any]
+    shardings: record.Shardings
+
+    def read(
+        self, model: PyTree, sums: dict[int, Sum]
+    ) -> tuple[list[Sum], list[Array]]:
+        """What is in the place of these sums afterwards, and the gradients. `model` has
+        the weights as they are now."""
+        narrow = {
+            i: x
+            for i, (x, _) in sums.items()
+            if isinstance(x, QuantMoment) and self.dtypes[i] == jnp.bfloat16
+        }
+        read = self._in_place(model, narrow)
+        there, grads = [], []
+        for i, (total, correction) in sums.items():
+            dtype = self.dtypes[i]
+            if i in read:
+                total = read[i]
+                grad = total.codes
+            elif isinstance(total, QuantMoment):
+                grad = total.decode_stored()
+            else:
+                is_narrow = dtype == total.dtype == jnp.bfloat16
+                grad = total if is_narrow else decode_weight(total, correction)
+            there.append((total, correction))
+            grads.append(grad)
+        return there, grads
+
+    def _in_place(
+        self, model: PyTree, sums: dict[int, QuantMoment]
+    ) -> dict[int, QuantMoment]:
+        """Sums whose codes are the bits of bfloat16 numbers: of a step that changes
+        nothing, by a codec that encodes them so. It has the kernels and the shardings
+        of other steps."""
+        if not sums:
+            return {}
+        moments: list[Any] = [None for _ in self.leaves]
+        grads: list[Any] = [None for _ in self.leaves]
+        now, _ = flatten(model)
+        for i, x in sums.items():
+            moments[i] = dataclasses.replace(x, codec=TaperedReader())
+            # Which nobody reads.
+            grads[i] = jnp.asarray(now[i].value)
+        nothing: list[Any] = [None for _ in self.leaves]
+        _, state = StepEngine(reading_settings(self.adding)).advance(
+            "step",
+            model,
+            OptimizerState(
+                steps=StepCount(jnp.zeros((), jnp.int32)),
+                moments={"sum": self.rebuild.state(moments)},
+                corrections=self.rebuild.state(nothing),
+                shardings=self.shardings,
+            ),
+            self.rebuild.state(grads),
+        )
+        read = match(self.call, "state.sums", state.stored_moments["sum"], self.leaves)
+        return {i: dataclasses.replace(read[i], codec=x.codec) for i, x in sums.items()}
