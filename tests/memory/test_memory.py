@@ -443,7 +443,7 @@ def test_sums_and_averages(devices):
     plain = fq.memory_plan(model, fq.adamw(1e-3), devices)
     for optim, size in (
         (fq.accumulate(fq.adamw(1e-3), 2), 3),
-        (fq.accumulate(fq.adamw(1e-3), 2, bits=16), 2),
+        (fq.accumulate(fq.adamw(1e-3), 2, bits=16), 2.0625),
         (optax.MultiSteps(fq.adamw(1e-3), 2), 4),
     ):
         plan = fq.memory_plan(model, optim, devices)

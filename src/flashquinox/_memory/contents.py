@@ -83,7 +83,7 @@ def contents(
         codes=Held(_codes(moments.arrays), _codes(moments.away)),
         # What codecs learn stays on the device.
         scales=Held(_beside_codes(moments.arrays), _scales(moments.away)),
-        sums=held(of_sums),
+        sums=Held(*(jtu.tree_leaves(x) for x in held(of_sums))),
         averages=held(of_averages),
         other=jtu.tree_leaves([outside, counts, [x.steps for x in states]]),
     )

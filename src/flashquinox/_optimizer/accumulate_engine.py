@@ -143,7 +143,7 @@ class AccumulateEngine(eqx.Module):
         )
 
     def _added(
-        self, params: Model, state: AccumulationState, count: Array, grads: PyTree
+        self, params: PyTree, state: AccumulationState, count: Array, grads: PyTree
     ) -> tuple[PyTree, PyTree, Array]:
         """The sums with these gradients, their corrections, and how many additions
         there were."""

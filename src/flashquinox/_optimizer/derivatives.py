@@ -136,7 +136,9 @@ def _smooth(step: LeafStep) -> TileState:
     new = TileState(weight, None, moments, dict.fromkeys(moments))
     if take is None:
         return new
-    held = jnp.zeros_like(weight) if structure.as_update else old.weight
+    held = old.weight
+    if structure.as_update:
+        held = jnp.zeros_like(held)
     kept = TileState(held, None, old.codes, old.scales)
     return jtu.tree_map(lambda x, y: jnp.where(take, x, y), new, kept)
 
