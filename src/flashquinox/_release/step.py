@@ -162,9 +162,11 @@ def release_step(
         if i not in read_first
     }
     step.update(done, max_norm)
-    # A barrier makes XLA take these updates now, so that their gradients are freed
-    # before the blocks begin.
-    x_bar, new = lax.optimization_barrier((x_bar, step.read_updated(done)))
+    # A barrier makes XLA take these updates and compute the loss now, so that gradients
+    # and logits are freed before the blocks begin.
+    x_bar, value, new = lax.optimization_barrier(
+        (x_bar, value, step.read_updated(done))
+    )
     for index, of_leaf in new.items():
         step.write(index, *of_leaf)
 
