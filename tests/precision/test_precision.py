@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flashquinox as fq
-from flashquinox._storage.split import encode_weight, rounding_threshold
+from flashquinox._storage.split import encode_weight
+from flashquinox._storage.weight_threshold import rounding_threshold
 
 from ..helpers import array_of, assert_raises, float64, slow, tree_identical, weights
 from ..kernels import arrays, run
@@ -525,6 +526,28 @@ def test_thresholds_are_equidistributed():
     at = jax.vmap(ft.partial(rounding_threshold, leaf=3))
     found = np.sort(np.asarray(at(jnp.arange(2000, dtype=jnp.int32)))) / 2**16
     assert np.max(np.abs(found - np.arange(2000) / 2000)) <= 12 / 2000
+
+
+@pytest.mark.parametrize("leaf", [0, 3])
+@pytest.mark.parametrize("start", [0, 2**31 - 20_001])
+@pytest.mark.parametrize("period", [2, 7, 70, 169, 256, 408])
+def test_thresholds_do_not_follow_a_gradient(leaf, start, period):
+    """Steps that return and add up to nothing leave no more than independent
+    thresholds would; those that are all equal arrive."""
+    n = 20_000
+    at = jax.vmap(ft.partial(rounding_threshold, leaf=leaf))
+    threshold = np.asarray(at(start + jnp.arange(n, dtype=jnp.int32)))[:, None] / 2**16
+    rng = np.random.default_rng(0)
+    # In units of what a master weight is rounded to.
+    size, phase = np.exp(rng.uniform(-3, 3, 50)), rng.uniform(0, 2 * np.pi, 50)
+    wave = size * np.cos(2 * np.pi * (np.arange(n) % period)[:, None] / period + phase)
+    left = np.sum(np.floor(wave + threshold) - wave, axis=0)
+    # Of one rounding, a standard deviation of at most 1/2.
+    assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n))
+    share = rng.uniform(size=50)
+    left = np.cumsum(np.floor(share + threshold) - share, axis=0)
+    # 78 times 256 thresholds, at distances of 2^-8; and in each of these.
+    assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n / 256) + 4)
 
 
 @_narrow_dtypes

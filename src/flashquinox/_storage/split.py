@@ -19,8 +19,6 @@ from jaxtyping import (
     Float32,
     Int8,
     Int16,
-    Scalar,
-    ScalarLike,
     Shaped,
     UInt32,
 )
@@ -148,14 +146,6 @@ def decode_weight(
 
 # Outside of `jit`: one program for a shape and a dtype, in place of ten.
 decode_stored = jax.jit(decode_weight)
-
-
-def rounding_threshold(count: Scalar, leaf: ScalarLike) -> Shaped[Array, ""]:
-    """Of step `count`, for the weights of the leaf with this index: an integer of 16
-    bits. As of [`flashquinox.Dither`][], in a sequence of its own."""
-    turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
-    # Multiples of the root of 2, whose discrepancy is about the golden ratio's.
-    return (turn * np.uint32(0x6A09E667) + leaf * np.uint32(0xC13FA9A9)) >> 16
 
 
 def encode_weight(
