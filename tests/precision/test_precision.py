@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import flashquinox as fq
 from flashquinox._storage.split import encode_weight
-from flashquinox._storage.weight_threshold import rounding_threshold
+from flashquinox._storage.thresholds import rounding_threshold
 
 from ..helpers import array_of, assert_raises, float64, slow, tree_identical, weights
 from ..kernels import arrays, run
@@ -546,8 +546,8 @@ def test_thresholds_do_not_follow_a_gradient(leaf, start, period):
     assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n))
     share = rng.uniform(size=50)
     left = np.cumsum(np.floor(share + threshold) - share, axis=0)
-    # 78 times 256 thresholds, at distances of 2^-8; and in each of these.
-    assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n / 256) + 4)
+    # Ten times 2048 thresholds, at distances of 2^-11; and four in each of these.
+    assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n / 2048) + 4)
 
 
 @_narrow_dtypes

@@ -547,8 +547,26 @@ def test_dithers_of_relative_moments_are_pairs(start):
     assert len(first) > 2048 - 16
     assert np.all(code[first] + code[first + 1] == 1)
     for i in first[::100]:
-        (single,), _ = _sequence(3, 1, int(halves[i]) // 2, "signed")
-        assert code[i] == single
+        pair = int(halves[i]) // 2
+        # Of other signed moments, one of 257 is left out.
+        turn = pair - pair // 257
+        (single,), _ = _sequence(3, 1, turn, "signed")
+        assert (code[i] == single) == (turn + turn // 256 == pair)
+
+
+@pytest.mark.parametrize(
+    "kind, relative", [("signed", False), ("signed", True), ("nonnegative", False)]
+)
+@pytest.mark.parametrize("leaf", [0, 3])
+@pytest.mark.parametrize("period", [55, 70, 89, 256, 1024])
+def test_dithers_do_not_follow_rare_gradients(leaf, kind, relative, period):
+    """Thresholds at every so many turns are spread as those at all turns are."""
+    n = 100_000
+    code, _ = _sequence(leaf, n, 0, kind, relative)
+    for rare in (code[::period], code[period // 3 :: period]):
+        rank = np.arange(len(rare)) / len(rare)
+        # Of independent numbers, more in one case out of 10,000.
+        assert np.max(np.abs(np.sort(rare) - rank)) <= 2.3 / np.sqrt(len(rare))
 
 
 @pytest.mark.parametrize("leaf", [0, 3])
@@ -708,6 +726,26 @@ def test_second_moments_are_unbiased(b2):
     for high in (0, -3, -6):
         chosen = (size <= high) & (size > high - 3)
         assert abs(np.mean((stored / exact)[:, chosen]) - 1) <= 0.03
+
+
+@pytest.mark.parametrize("period", [89, 144])
+def test_second_moments_of_rare_gradients_are_unbiased(period):
+    """Also with the coarsest codes, and with gradients that return after as many steps
+    as multiples of the golden ratio nearly do."""
+    n, b2 = 20_000, 0.999
+    v = np.stack([np.zeros(64), np.ones(64)], axis=1).astype(np.float32)
+    phase = jnp.arange(64)[:, None]
+    is_due = lambda count: (count + phase) % period == 0
+    rare = lambda count, v: jnp.where(is_due(count), period * v, 0)
+    stored, exact = _averages(_ours["nonnegative"], b2, v, rare, n)
+    ratio = np.mean(stored[2000:, :, 1] / exact[2000:, :, 1], axis=0)
+    # In units of v: a code is at most 1/8. Rounding by independent thresholds has a
+    # variance of code (1 - b2) where an element decays, and of code^2 / 4 where its
+    # gradient comes, which are forgotten after 1 / (1 - b2) steps.
+    code = 1 / 8
+    variance = code / 2 + code**2 / (8 * period * (1 - b2))
+    # Of a mean over 18 of these times. Three standard deviations.
+    assert np.all(np.abs(ratio - 1) <= 3 * np.sqrt(variance * 2 / 18))
 
 
 def test_rounding_to_nearest():

@@ -18,7 +18,7 @@ from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf, match, Model, with_values
 from .._model.variables import without_variables
-from .._storage.weight_threshold import rounding_threshold
+from .._storage.thresholds import rounding_threshold
 from .accumulation_state import AccumulationState
 from .call_checks import check_given, check_has_values
 from .ema_arithmetic import as_average, decoded, moved_average, share_of_weights

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, ScalarLike, Shaped
 
 from .._rules.rule import MomentKind
+from .thresholds import even_thresholds
 
 
 class Dither(eqx.Module):
@@ -53,11 +54,12 @@ class Dither(eqx.Module):
         index; `relative` for signed ones that are stored relative to another. A
         deterministic function of these, so that a resumed run continues bit for bit.
 
-        Averages of squares move by less than a code for many steps: multiples of the
-        golden ratio, turn by turn, are the most even that there are. A signed moment
-        loses a tenth of itself in each step, and rounding feeds back: by evenly spaced
+        Averages of squares move by less than a code for many steps: of these, the
+        thresholds of 2048 turns are spread as evenly as can be. A signed moment loses a
+        tenth of itself in each step, and rounding feeds back: by evenly spaced
         thresholds, small codes would die at a fixed time. So these have the multiples
-        at the cubes of turns, which are as independent of one another as random ones.
+        of the golden ratio at the cubes of turns, which are as independent of one
+        another as random ones.
 
         Of a relative moment, most elements move by several codes in a step. Half of the
         variance of their errors is that of the threshold, which is the same for all of
@@ -68,12 +70,17 @@ class Dither(eqx.Module):
         to one side.
         """
         turn, leaf = count.astype(jnp.uint32), jnp.asarray(leaf, jnp.uint32)
+        # One number in 257 is left out, so that turns that are multiples of a power of
+        # two, whose cubes end in zeros, are not all multiples of that here.
         half = turn + (turn >> 8)
-        place = half >> 1 if relative else turn
-        place = place * place * place if kind == "signed" else place
         # Of the golden ratio; of the plastic number's reciprocals for the second
         # sequence and for the leaves' offsets.
-        code = place * np.uint32(0x9E3779B9) + leaf * np.uint32(0x91E10DA5)
+        golden, offset = np.uint32(0x9E3779B9), leaf * np.uint32(0x91E10DA5)
+        if kind == "nonnegative":
+            code = even_thresholds(turn, golden, offset)
+        else:
+            place = half >> 1 if relative else half
+            code = place * place * place * golden + offset
         if relative:
             code = code ^ (np.uint32(0) - (half & np.uint32(1)))
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)

@@ -15,7 +15,7 @@ from .._rules.rule import AbstractRule, moments_of
 from .._storage.codec import AbstractMomentCodec, Dither
 from .._storage.learned_codec import with_parameter
 from .._storage.split import Correction
-from .._storage.weight_threshold import rounding_threshold
+from .._storage.thresholds import rounding_threshold
 from .clipping import Factors
 
 
