@@ -145,23 +145,23 @@ def _alternating_pairs(count, leaf):
     return fq.Dither(code, dither.scale)
 
 
-def _golden(count, leaf):
+def _even(count, leaf):
     return fq.Dither.at(count, leaf, kind="nonnegative")
 
 
-def _golden_pairs(count, leaf):
+def _even_pairs(count, leaf):
     return fq.Dither.at(count, leaf, kind="nonnegative", relative=True)
 
 
 def _nearest(count, leaf):
-    return fq.Dither(jnp.float32(0.5), _golden(count, leaf).scale)
+    return fq.Dither(jnp.float32(0.5), _even(count, leaf).scale)
 
 
 class Way(NamedTuple):
     first: Rounding = _stored_by(fq.LinearCodec())
     second: Rounding = _stored_by(fq.FittedLogCodec())
     thresholds: Thresholds = _pairs
-    of_second: Thresholds = _golden
+    of_second: Thresholds = _even
     relative: bool = True
     # Whether what is rounded is the exact v, in each step anew.
     once: bool = False
@@ -183,7 +183,7 @@ def ways() -> dict[str, Way]:
         "r: two pieces, 1 and 2": Way(first=_two_pieces(0.5, 2.0)),
         "r: groups of 16": Way(first=_groups_of_16),
         "r: zero point": Way(first=_of_zero_point(4, 32)),
-        "v: thresholds in pairs": Way(of_second=_golden_pairs),
+        "v: thresholds in pairs": Way(of_second=_even_pairs),
         "v: finer steps": Way(second=_finer_steps),
     }
     found["the three that help"] = Way(

@@ -6,7 +6,7 @@ groups of 32, with v exact, by these thresholds:
 
 - pairs: a pseudorandom number and its opposite, 1 - u (the default);
 - independent: pseudorandom numbers, those of momenta without a second moment;
-- golden: multiples of the golden ratio, those of second moments;
+- even: those of second moments;
 - nearest: always one half;
 - subtracted: independent ones that the next step subtracts when it decodes (a codec
     that does so would have to know the step at which it encoded).
@@ -64,7 +64,7 @@ def _independent(steps: int, leaf: int) -> Float[np.ndarray, " steps"]:
     return _dithers(steps, leaf, kind="signed")
 
 
-def _golden(steps: int, leaf: int) -> Float[np.ndarray, " steps"]:
+def _even(steps: int, leaf: int) -> Float[np.ndarray, " steps"]:
     return _dithers(steps, leaf, kind="nonnegative")
 
 
@@ -77,7 +77,7 @@ def _nearest(steps: int, leaf: int) -> Float[np.ndarray, " steps"]:
 WAYS: dict[str, tuple[Callable[[int, int], np.ndarray], bool]] = {
     "pairs": (_pairs, False),
     "independent": (_independent, False),
-    "golden": (_golden, False),
+    "even": (_even, False),
     "nearest": (_nearest, False),
     "subtracted": (_independent, True),
 }

@@ -76,11 +76,10 @@ class Dither(eqx.Module):
         # Of the golden ratio; of the plastic number's reciprocals for the second
         # sequence and for the leaves' offsets.
         golden, offset = np.uint32(0x9E3779B9), leaf * np.uint32(0x91E10DA5)
+        place = half >> 1 if relative else half
+        code = place * place * place * golden + offset
         if kind == "nonnegative":
-            code = even_thresholds(turn, golden, offset)
-        else:
-            place = half >> 1 if relative else half
-            code = place * place * place * golden + offset
+            code = even_thresholds(place if relative else turn, golden, offset)
         if relative:
             code = code ^ (np.uint32(0) - (half & np.uint32(1)))
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
