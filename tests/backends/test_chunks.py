@@ -1,5 +1,7 @@
 """Plain XLA on CPUs: leaves in chunks."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,15 @@ def test_models_of_an_ensemble():
         own = jax.tree.map(lambda x, i=i: x[i], params)
         expected, _ = jax.jit(optim.step)(own, optim.init(own), own)
         assert tree_identical(jax.tree.map(lambda x, i=i: x[i], found), expected)
+
+
+def test_equal_moves_are_one_kernel():
+    """However many leaves there are: XLA compiles moves anew for each known place."""
+    params = {str(i): jnp.zeros(40) for i in range(30)}
+    optim = fq.adamw(1e-2, backend="xla")
+    step = jax.jit(optim.step).lower(params, optim.init(params), params)
+    places = set(re.findall(r" slice\(.*slice=\{(.*?)\}", step.compile().as_text()))
+    assert len(places) < 10
 
 
 def test_a_step_is_in_place():

@@ -1,17 +1,20 @@
 """The arrays of a chunk: taken from leaves, and put back into them."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int32, Shaped
 
 from .._tile.step import map_arrays, TileState
 from .chunk_plan import Piece
-from .groups import Groups, put
+from .groups import Groups, hidden, joined, part_of, put
 
 
 class Chunk(NamedTuple):
@@ -49,13 +52,10 @@ class WindowCase:
         del before
         (grad,), (state,) = grads, states
 
-        def take(start: Array, length: int) -> Callable[[Array], Array]:
-            return lambda x: lax.dynamic_slice(
-                x, (start,), (length,), allow_negative_indices=False
-            )
-
-        elements = take(turn.element, self.groups * self.size)
-        groups = take(turn.group, self.groups)
+        elements = partial(
+            part_of, start=turn.element, length=self.groups * self.size
+        )
+        groups = partial(part_of, start=turn.group, length=self.groups)
         return Chunk(
             jnp.broadcast_to(turn.leaf, (self.groups,)),
             elements(grad),
@@ -80,66 +80,56 @@ class SharedCase:
 
     def load(self, turn: Turn, grads: Grads, states: States, before: Chunk) -> Chunk:
         del turn
-        first, chunk, size = 0, before, self.leaves[0].size
-        for piece in self.pieces:
-            loaded = self._joined((piece,), grads, states)
-            elements = lambda x, part, first=first: put(x, first * size, part)
-            groups = lambda x, part, first=first: put(x, first, part)
-            chunk = Chunk(
-                groups(chunk.leaf, loaded.leaf),
-                elements(chunk.grad, loaded.grad),
-                map_arrays(elements, groups, chunk.old, loaded.old),
-            )
-            first += piece.number
-        return chunk
+        loaded = self.load_all(grads, states)
+        start = lambda x, part: put(x, 0, part)
+        return jtu.tree_map(start, before, loaded)
 
     def load_all(self, grads: Grads, states: States) -> Chunk:
-        """The chunk, if there is nothing else in it."""
-        return self._joined(self.pieces, grads, states)
-
-    def _joined(self, pieces: tuple[Piece, ...], grads: Grads, states: States) -> Chunk:
-        """These groups, one after another."""
-
-        def join(parts: list[Array]) -> Array:
-            return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        """The chunk, if there is nothing else in it: all groups, one after another."""
 
         def elements(*arrays: Array) -> Array:
-            each = zip(pieces, arrays, strict=True)
-            return join(
-                [self.leaves[p.leaf].take(x, p.start, p.number) for p, x in each]
-            )
+            each = zip(self.pieces, arrays, strict=True)
+            parts = [self.leaves[p.leaf].parts(x, p.start, p.number) for p, x in each]
+            return joined([x for part in parts for x in part])
 
         def groups(*arrays: Array) -> Array:
-            each = zip(pieces, arrays, strict=True)
-            return join(
+            each = zip(self.pieces, arrays, strict=True)
+            return joined(
                 [lax.slice_in_dim(x, p.start, p.start + p.number) for p, x in each]
             )
 
         leaf = np.repeat(
-            np.asarray([self.numbers[piece.leaf] for piece in pieces], np.int32),
-            [piece.number for piece in pieces],
+            np.asarray([self.numbers[piece.leaf] for piece in self.pieces], np.int32),
+            [piece.number for piece in self.pieces],
         )
         return Chunk(
             jnp.asarray(leaf),
-            elements(*[grads[piece.leaf] for piece in pieces]),
-            map_arrays(elements, groups, *[states[piece.leaf] for piece in pieces]),
+            elements(*[grads[piece.leaf] for piece in self.pieces]),
+            map_arrays(elements, groups, *[states[p.leaf] for p in self.pieces]),
         )
 
     def store(self, turn: Turn | None, new: TileState, states: States) -> States:
         del turn
-        first, stored = 0, list(states)
-        for place, start, number in self.pieces:
-            leaf, end = self.leaves[place], first + number
-            own = map_arrays(
-                lambda x, first=first * leaf.size, end=end * leaf.size: x[first:end],
-                lambda x, first=first, end=end: x[first:end],
-                new,
-            )
-            stored[place] = map_arrays(
-                lambda x, part, leaf=leaf, start=start: leaf.put(x, start, part),
-                lambda x, part, start=start: put(x, start, part),
-                stored[place],
-                own,
-            )
-            first = end
+        size, stored = self.leaves[0].size, list(states)
+        ends = itertools.accumulate([piece.number for piece in self.pieces])
+        firsts = [0, *ends][:-1]
+        of_elements = of_groups = hidden([size * first for first in firsts])
+        if jtu.tree_leaves(new.scales):
+            of_groups = hidden(firsts)
+        pieces = zip(self.pieces, of_elements, of_groups, strict=True)
+        for (place, start, number), element, group in pieces:
+            leaf = self.leaves[place]
+            length = leaf.elements(start, number) if leaf.in_order else size * number
+
+            def put_elements(
+                x: Array, new: Array, leaf=leaf, start=start, at=element, length=length
+            ) -> Array:
+                return leaf.put(x, start, part_of(new, at, length))
+
+            def put_groups(
+                x: Array, new: Array, start=start, at=group, length=number
+            ) -> Array:
+                return put(x, start, part_of(new, at, length))
+
+            stored[place] = map_arrays(put_elements, put_groups, stored[place], new)
         return tuple(stored)

@@ -34,7 +34,7 @@ from .chunk_turns import (
     store_batch,
     together,
 )
-from .groups import Groups
+from .groups import flat, Groups, joined
 
 
 # Elements of a chunk; its arrays fill 5 MB. The fastest on two cores of an EPYC 7763
@@ -84,10 +84,10 @@ def update_in_chunks(
     plan = plan_chunks(numbers, _most_groups(size))
     update = partial(_update_chunk, structure, size, scalars, of_leaves)
     # Once, and not in each turn.
-    flat = lambda leaf, x: x.reshape(-1) if leaf.in_order else x
-    flat_grads = dict(enumerate(map(flat, leaves, grads)))
+    in_order = lambda leaf, x: flat(x) if leaf.in_order else x
+    flat_grads = dict(enumerate(map(in_order, leaves, grads)))
     state = {
-        i: map_arrays(partial(flat, leaf), jnp.ravel, own)
+        i: map_arrays(partial(in_order, leaf), flat, own)
         for i, (leaf, own) in enumerate(zip(leaves, old, strict=True))
     }
     if not plan.windows and len(plan.shared) == 1:
@@ -100,7 +100,7 @@ def update_in_chunks(
     else:
         new = _loop(leaves, plan, update, flat_grads, state)
     return jtu.tree_map(
-        lambda x, like: x.reshape(like.shape),
+        lambda x, like: x if x.shape == like.shape else lax.reshape(x, like.shape),
         tuple(new[i] for i in range(len(old))),
         old,
     )
@@ -177,13 +177,17 @@ def _update_chunk(
     if len(of_leaves) > 1 and jtu.tree_leaves(leaf):
         axis = 0
         leaf = jtu.tree_map(
-            lambda *x: jnp.stack(x).at[chunk.leaf].get(mode="promise_in_bounds"),
+            lambda *x: _stacked(x).at[chunk.leaf].get(mode="promise_in_bounds"),
             *of_leaves,
         )
     tile = lambda x: x.reshape(-1, size)
     update = jax.vmap(partial(_update_group, structure), (None, axis, 0, 0))
     new = update(scalars, leaf, tile(chunk.grad), chunk.old.map(tile))
     return new.map(jnp.ravel)
+
+
+def _stacked(numbers: Sequence[Array]) -> Shaped[Array, " n"]:
+    return joined([lax.reshape(jnp.asarray(x), (1,)) for x in numbers])
 
 
 # Traced once for all chunks.

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from .._storage.layout import Layout
@@ -19,61 +21,92 @@ _SIZE = 32
 @dataclasses.dataclass(frozen=True)
 class Groups:
     """A leaf as a list of `number` groups of one `size`. They lie `in_order` if the
-    list is the leaf's memory; only then may the last one be partial.
+    list is the leaf's memory; only then may the last one be partial. Without scales
+    (`is_grouped` is false), groups are of any elements.
     """
 
     layout: Layout
     size: int
     number: int
     in_order: bool
+    is_grouped: bool
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def of(layout: Layout, is_grouped: bool) -> "Groups":
         elements = math.prod(layout.shape)
         if not is_grouped:
-            return Groups(layout, _SIZE, -(-elements // _SIZE), True)
+            return Groups(layout, _SIZE, -(-elements // _SIZE), True, False)
         size, number = layout.group_size, math.prod(layout.scale_shape)
         whole_runs = layout.matrices == 1 or layout.run % size == 0
-        return Groups(layout, size, number, layout.columns == 1 and whole_runs)
+        in_order = layout.columns == 1 and whole_runs
+        return Groups(layout, size, number, in_order, True)
 
     @property
     def whole(self) -> int:
         """How many groups are not partial. None, if they do not lie in order."""
         return math.prod(self.layout.shape) // self.size if self.in_order else 0
 
-    def take(
+    def elements(self, start: int, number: int) -> int:
+        """How many elements there are in so many groups of a leaf whose groups lie in
+        order, from one on."""
+        first, size = self.size * start, math.prod(self.layout.shape)
+        return min(self.size * number, size - first)
+
+    def parts(
         self, x: Shaped[Array, "..."], start: int, number: int
-    ) -> Shaped[Array, " elements"]:
-        """So many groups of the leaf, from one on. A partial group is filled up with
-        its last element, which changes neither its largest nor its smallest one."""
+    ) -> list[Shaped[Array, " _"]]:
+        """So many groups of the leaf, from one on, as arrays that follow one another. A
+        partial group is filled up: with its last element, which changes neither its
+        largest nor its smallest one; or with anything, where groups have no scales."""
         if not self.in_order:
             tile = jnp.moveaxis(self.layout.tile(x), self.layout.tile_axis, -1)
             x = tile.reshape(self.number, -1)
             x = jnp.pad(x, [(0, 0), (0, self.size - x.shape[1])], mode="edge")
-        x = x.reshape(-1)
-        first, end = self.size * start, self.size * (start + number)
-        missing = max(0, end - x.size)
-        x = lax.slice_in_dim(x, first, end - missing)
-        if missing > 0:
-            x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing,))])
-        return x
+            x, length = x.reshape(-1), self.size * number
+        else:
+            x, length = flat(x), self.elements(start, number)
+        if length < x.size:
+            x = lax.slice_in_dim(x, self.size * start, self.size * start + length)
+        missing = self.size * number - length
+        if missing == 0:
+            return [x]
+        if not self.is_grouped:
+            return [x, jnp.asarray(np.zeros(missing, x.dtype))]
+        return [x, lax.broadcast_in_dim(x[-1:], (missing,), (0,))]
 
     def put(
         self, x: Shaped[Array, "..."], start: int, new: Shaped[Array, " elements"]
     ) -> Shaped[Array, "..."]:
-        """The leaf with these groups in it, from one on."""
+        """The leaf with these elements in it, from a group on."""
         if self.in_order:
-            first = self.size * start
-            new = lax.slice_in_dim(new, 0, min(new.size, x.size - first))
-            if new.size < x.size:
-                new = put(x.reshape(-1), first, new)
-            return new.reshape(x.shape)
+            return put(flat(x), self.size * start, new).reshape(x.shape)
         shape = list(jax.eval_shape(self.layout.tile, x).shape)
         length = shape.pop(self.layout.tile_axis)
         tile = new.reshape(self.number, self.size)[:, :length]
         tile = jnp.moveaxis(tile.reshape(*shape, length), -1, self.layout.tile_axis)
         return self.layout.untile(tile)
+
+
+def flat(x: Shaped[Array, "..."]) -> Shaped[Array, " n"]:
+    """As one axis, without an operation if it is one."""
+    return x if x.ndim == 1 else lax.reshape(x, (x.size,))
+
+
+def joined(parts: Sequence[Shaped[Array, " _"]]) -> Shaped[Array, " n"]:
+    return parts[0] if len(parts) == 1 else lax.concatenate(parts, 0)
+
+
+def hidden(numbers: Sequence[int]) -> list[Array]:
+    """These numbers, which XLA does not know. Moves from and to different places are
+    then one kernel, which it compiles once."""
+    return lax.optimization_barrier([jnp.int32(number) for number in numbers])
+
+
+def part_of(
+    x: Shaped[Array, " n"], start: Array, length: int
+) -> Shaped[Array, " length"]:
+    return lax.dynamic_slice(x, (start,), (length,), allow_negative_indices=False)
 
 
 def put(
