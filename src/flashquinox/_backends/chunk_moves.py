@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,9 +51,7 @@ class WindowCase:
         del before
         (grad,), (state,) = grads, states
 
-        elements = partial(
-            part_of, start=turn.element, length=self.groups * self.size
-        )
+        elements = partial(part_of, start=turn.element, length=self.groups * self.size)
         groups = partial(part_of, start=turn.group, length=self.groups)
         return Chunk(
             jnp.broadcast_to(turn.leaf, (self.groups,)),
