@@ -139,6 +139,18 @@ def test_errors(without_typechecker):
     assert_raises(TypeError, lambda: fq.compress(1e-2), "GradientTransformation")  # pyright: ignore
     wrong = lambda: fq.compress(optax.adam(1e-2), kinds={"mu": "positive"})  # pyright: ignore
     assert_raises(ValueError, wrong, "'positive'")
+    wrong = lambda: fq.compress(optax.adam(1e-2), kinds=["mu"])  # pyright: ignore
+    assert_raises(TypeError, wrong, "takes a dictionary", "got ['mu']")
+    for ours, kind in (
+        (fq.adamw(1e-2), "OptimizerState"),
+        (
+            optax.MultiSteps(fq.sgd(1e-2), 2).gradient_transformation(),
+            "inner_opt_state",
+        ),
+        (fq.compress(optax.adam(1e-2)), "QuantMoment"),
+    ):
+        wrong = lambda ours=ours: fq.compress(ours).init(_arrays(0))
+        assert_raises(TypeError, wrong, "`compress`: ", kind, "compressed already")
     mine = optax.GradientTransformation(
         lambda p: {"mine": p}, lambda u, s, p=None: (u, s)
     )

@@ -616,6 +616,38 @@ def test_by_hand():
         assert found[0]["matrix"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.parametrize("name", ["lamb", "max_norm", "copies", "elementwise"])
+def test_by_hand_of_whole_weights(name):
+    """In a `shard_map` of the caller's, norms would be those of parts. Copies of whole
+    weights are no parts."""
+    mesh, names = _mesh("auto"), ("matrix",)
+    optim = fq.lamb(1e-2) if name in ("lamb", "copies") else _optim
+    kwargs = {"max_norm": 1.0} if name == "max_norm" else {}
+    spec = P() if name == "copies" else P("data")
+    model, grads = (
+        _put(_model(i, names=names), NamedSharding(mesh, spec)) for i in (0, 1)
+    )
+    state = optim.init(model)
+    specs = jtu.tree_map(lambda x: spec if x.ndim else P(), (model, state))
+    step = jax.shard_map(
+        lambda *args: optim.step(*args, **kwargs),
+        mesh=mesh,
+        in_specs=(*specs, spec),
+        out_specs=specs,
+    )
+    trace = lambda: jax.eval_shape(step, model, state, grads)
+    if name in ("copies", "elementwise"):
+        trace()
+        return
+    with pytest.warns(UserWarning, match="wrong for parts") as caught:
+        trace()
+    (message,) = {str(warning.message) for warning in caught}
+    assert (
+        "(...).step`: in a `shard_map`, the weight at `['matrix']` differs" in message
+    )
+    assert "along the mesh axes data." in message
+
+
 @_parametrize_types
 def test_filter_jit_and_scan(types):
     shardings = _shardings(_mesh(types), _BOTH, _PAIR)

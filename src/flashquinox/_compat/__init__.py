@@ -16,6 +16,10 @@
     program is traced for, which decides its kernels. Without them, the first local
     device decides.
 
+- The `manual_axis_type` of an array's type tells whether weights differ between the
+    devices of an enclosing `shard_map`. Without it, nothing warns of norms that are
+    those of parts.
+
 Pallas is only imported by backends, when they are needed: see `_backends.platforms`.
 """
 
@@ -32,6 +36,7 @@ from .functions import (
     Literal as Literal,
 )
 from .kernel_call import KernelCall as KernelCall
+from .manual_axes import varying_axes as varying_axes
 from .primitives import (
     operation as operation,
     Primitive as Primitive,

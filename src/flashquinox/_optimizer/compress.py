@@ -25,6 +25,7 @@ from .._storage.quant_moment import QuantMoment
 from .._storage.storage import check_storage, Storage
 from .._storage.whole_arrays import encode_array
 from .optax_kinds import KINDS, StateKind
+from .state import OptimizerState
 
 
 # Steps in which values of moments that must not be negative are checked: a moment that
@@ -96,6 +97,11 @@ def compress(
             f"`{call}` takes an `optax.GradientTransformation`; got "
             f"{shown(transformation)}."
         )
+    if not isinstance(kinds, Mapping | None):
+        raise TypeError(
+            f"`{call}(kinds=...)` takes a dictionary from the name of a field of the "
+            f"state to its kind, such as {{'mu': 'signed'}}; got {shown(kinds)}."
+        )
     for name, kind in (kinds or {}).items():
         if kind not in get_args(StateKind):
             raise ValueError(
@@ -109,6 +115,7 @@ def compress(
     def init(params: PyTree) -> CompressedState:
         count = jnp.zeros((), jnp.int32)
         state = inner.init(_wide(params))
+        _check_not_compressed(call, state)
         checks, new = _encoded(call, known, storage, state, count)
         return CompressedState(_checked(count, checks), new)
 
@@ -127,6 +134,23 @@ def compress(
         return updates, CompressedState(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+def _check_not_compressed(call: str, state: PyTree) -> None:
+    """Weights that an optimizer of this library gets here would be float32, without
+    the corrections that make its steps exact."""
+    kinds = (OptimizerState, QuantMoment)
+    for path, x in jtu.tree_leaves_with_path(
+        state, is_leaf=lambda x: isinstance(x, kinds)
+    ):
+        if isinstance(x, kinds):
+            where = f" at `{jtu.keystr(path)}`" if path else ""
+            raise TypeError(
+                f"`{call}`: the state of the transformation has a "
+                f"`flashquinox.{type(x).__name__}`{where}, which is compressed "
+                "already. Take optimizers of this library without `compress`, and wrap "
+                "the transformations of Optax beside them one by one."
+            )
 
 
 def _wide(tree: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 from jax.sharding import NamedSharding
 
 from .._common import meshes
+from .._compat import varying_axes
 from .._model.trees import Leaf
 from .._sharding import state_specs
 from .._storage.quant_moment import QuantMoment, StoredMoment
@@ -27,6 +28,25 @@ def warn_of_unknown_division(call: str, unknown: list[Leaf]) -> None:
         "of `jit`, on the weights where they shall be, and the state knows; or use a "
         "mesh with axes of type `Explicit`; or pass `shardings=...` to the optimizer: "
         "a `NamedSharding` for each weight, which under `vmap` is that of one member.",
+        stacklevel=2,
+    )
+
+
+def warn_of_parts(call: str, leaves: list[Leaf], what: str) -> None:
+    """Warns of what is computed of whole weights, where a `shard_map` of the caller's
+    leaves a part of them to each device."""
+    divided = [leaf for leaf in leaves if varying_axes(leaf.value)]
+    if not divided:
+        return
+    axes = ", ".join(
+        sorted(frozenset().union(*[varying_axes(x.value) for x in divided]))
+    )
+    others = f" and {len(divided) - 1} more" if len(divided) > 1 else ""
+    warnings.warn(
+        f"`{call}`: in a `shard_map`, the weight at `{divided[0].name}`{others} "
+        f"differs along the mesh axes {axes}. {what} of what one device holds: right "
+        "for whole weights, as of the stages of a pipeline, and wrong for parts. For "
+        "parts, take the step outside of the `shard_map`.",
         stacklevel=2,
     )
 

@@ -11,6 +11,7 @@ from .._model.trees import match, Model, Updates
 from .argument_checks import check_max_norm
 from .call_checks import check_grads, check_has_values, check_order, check_update
 from .close_step import close_step
+from .device_checks import warn_of_parts
 from .gradients import clipping
 from .initial_state import initial_state
 from .leaf_checks import check_grad
@@ -57,6 +58,9 @@ class StepEngine(eqx.Module):
                 if leaf.value.size > 0:
                     arrived[index] = jnp.asarray(grad)
         step = step.verified()
+        if max_norm is not None:
+            of = [step.leaves[index] for index in arrived]
+            warn_of_parts(call, of, "`max_norm` is for the norm")
         there = [step.shardings[index] for index in arrived]
         clip = clipping([*arrived.values()], there, max_norm, divisor)
         as_update = method == "update"

@@ -10,6 +10,7 @@ from .._model.trained import with_state
 from .._model.trees import flatten, match
 from .._sharding import state_specs
 from .call_checks import check_has_values, check_model
+from .device_checks import warn_of_parts
 from .passes import all_passes
 from .settings import Settings
 from .state import OptimizerState
@@ -46,6 +47,11 @@ def open_step(
     rates = settings.rates(count)
     decays = settings.decayed(call, params, leaves, rules)
     passes = all_passes(call, settings, rates, count, leaves, rules, decays, numbers)
+    warn_of_parts(
+        call,
+        [leaves[i] for i in numbers if passes[i].between is not None],
+        "This rule takes norms, means or products",
+    )
     stored = {}
     for i in numbers:
         of_leaf = {name: moments[name][i] for name in passes[i].moments}

@@ -17,6 +17,7 @@ from .._common import memory
 from .._common.text import shown
 from .._model.trees import flatten, is_within, Leaf
 from .._optimizer.close_step import close_step
+from .._optimizer.device_checks import warn_of_parts
 from .._optimizer.gradients import clipping
 from .._optimizer.open_step import open_step
 from .._optimizer.optimizer import Optimizer, settings_of
@@ -135,6 +136,9 @@ class GroupedStep:
     ) -> Clipping | None:
         """The scaling of gradients of all groups to at most this norm together."""
         there = [shardings[number] for number in grads]
+        if max_norm is not None:
+            of = [self.leaves[number] for number in grads]
+            warn_of_parts("release_step", of, "`max_norm` is for the norm")
         return clipping([*grads.values()], there, max_norm)
 
     def all_finite(
