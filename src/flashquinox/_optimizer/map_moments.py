@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from .._common.text import shown
 from .._model.trees import flatten, Leaf, match, without_masked
 from .._storage.moment_values import _numbers, _stored
 from .._storage.quant_moment import bases_first, StoredMoment
@@ -61,6 +62,10 @@ def map_moments(
     for a leaf.
     """
     call = "map_moments"
+    if not callable(function):
+        raise TypeError(
+            f"`{call}(function, state)` takes a function first; got {shown(function)}."
+        )
     found = find(state)
     check_has_state(call, state, found.values)
     check_has_values(call, state=state)
