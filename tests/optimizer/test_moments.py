@@ -261,7 +261,7 @@ def test_errors_of_map_moments():
         with pytest.raises(kind) as info:
             fq.map_moments(lambda m, *_: m, *arguments, names=names)
         assert "`map_moments" in str(info.value) and part in str(info.value)
-    with pytest.raises(TypeError, match="takes a function first; got OptimizerState"):
+    with pytest.raises(TypeError, match="takes a function first; got an object"):
         fq.map_moments(state, lambda m: m)  # pyright: ignore
     for function, part in (
         (lambda m: m[:3], "got (3,"),
