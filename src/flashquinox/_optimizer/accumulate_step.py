@@ -80,7 +80,7 @@ class AccumulatedStep:
         values = _replaced([x.value for x in self.leaves], self.dtypes, old.weights)
         model = self.rebuild(values)
         there, grads = self.reader.read(
-            model, dict(zip(self.dtypes, memory.to_device(sums), strict=True))
+            model, dict(zip(self.dtypes, sums, strict=True))
         )
         nothing = [None for _ in self.leaves]
         model, state = self.engine.advance(
@@ -97,8 +97,8 @@ class AccumulatedStep:
         inner, structure = jtu.tree_flatten(state)
         # The sums are read by then, so that zeros can be in their place.
         weights, there = lax.optimization_barrier((weights, there))
-        zero = lambda x: jnp.where(self.is_last, jnp.zeros_like(x), x)
-        there = memory.where(jtu.tree_map(zero, there), sums)
+        zeros = _zeros(*map(jtu.tree_leaves, (there, sums)), self.is_last)
+        there = jtu.tree_structure(sums).unflatten(zeros)
         return Arrays(
             weights, inner, [x for x, _ in there], [x for _, x in there]
         ), structure
@@ -107,6 +107,27 @@ class AccumulatedStep:
         if self.method == "step":
             return old
         return old._replace(weights=[*map(no_update, old.weights)])
+
+
+def _zeros(there: list[Array], old: list[Array], is_last: Array) -> list[Array]:
+    """Zeros in the place of the arrays of sums. `there` is what has been read of them,
+    and is in their place if that is on the device."""
+    found: list[Array] = []
+    previous: list[Array] = []
+    for x, y in zip(there, old, strict=True):
+        if not memory.is_on_host(y):
+            found.append(jnp.where(is_last, jnp.zeros_like(x), x))
+            continue
+        zero = jnp.zeros((), y.dtype)
+        if x.size > 0 and not memory.is_on_host(x):
+            # XLA knows from this that the array is read before it is written. Without
+            # it, it would keep a second one.
+            zero = jnp.where(is_last, zero, x[(0,) * x.ndim])
+        # One array after the other, so that zeros of only one are on the device.
+        zero, previous = lax.optimization_barrier((zero, previous))
+        previous = [memory.where(jnp.broadcast_to(zero, y.shape), y)]
+        found += previous
+    return found
 
 
 def _replaced(values: list[Any], numbers: Iterable[int], new: list[Any]) -> list[Any]:

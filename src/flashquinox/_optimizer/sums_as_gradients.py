@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any, TypeAlias
 
+import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._common import memory
 from .._model.trees import flatten, Leaf, match, Rebuild
 from .._sharding import record
 from .._storage.quant_moment import QuantMoment
@@ -42,25 +44,40 @@ class SumReader:
     def read(
         self, model: PyTree, sums: dict[int, Sum]
     ) -> tuple[list[Sum], list[Array]]:
-        """What is in the place of these sums afterwards, and the gradients. `model` has
-        the weights as they are now."""
-        narrow = {
-            i: x
+        """What is on the device afterwards of what was read of these sums, in their
+        place if they are there too; and the gradients. `model` has the weights as they
+        are now."""
+        in_place = {
+            i: memory.to_device(x)
             for i, (x, _) in sums.items()
             if isinstance(x, QuantMoment) and self.dtypes[i] == jnp.bfloat16
         }
-        read = self._in_place(model, narrow)
+        read = self._in_place(model, in_place)
         there, grads = [], []
         for i, (total, correction) in sums.items():
-            dtype = self.dtypes[i]
+            is_coded, is_away = (
+                isinstance(total, QuantMoment),
+                memory.any_on_host(total),
+            )
             if i in read:
                 total = read[i]
                 grad = total.codes
-            elif isinstance(total, QuantMoment):
-                grad = total.decode_stored()
+            elif not is_coded and total.dtype == self.dtypes[i]:
+                # Of bfloat16 gradients, the correction is not looked at.
+                total = grad = memory.to_device(total)
             else:
-                is_narrow = dtype == total.dtype == jnp.bfloat16
-                grad = total if is_narrow else decode_weight(total, correction)
+                if is_away:
+                    # One sum after the other, so that only one is on the device beside
+                    # its gradient.
+                    (total, correction), grads[-1:] = lax.optimization_barrier(
+                        ((total, correction), grads[-1:])
+                    )
+                total, correction = memory.to_device((total, correction))
+                grad = (
+                    total.decode_stored()
+                    if is_coded
+                    else decode_weight(total, correction)
+                )
             there.append((total, correction))
             grads.append(grad)
         return there, grads
