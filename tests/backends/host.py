@@ -55,8 +55,8 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     states = kernel.states(len(operands))
     # Those that XLA knows as results.
     known = [i for i in states if not memory.is_on_host(operands[i])]
-    first = [] if kernel.fresh is None else [kernel.stack_like(operands)]
-    assert len(known) + len(first) == kernel.results
+    first = kernel.own_results(operands)
+    assert len(known) + len(first) == max(1, kernel.results)
 
     def launch(*values: Any) -> list[np.ndarray]:
         # Kernels write where they have read.
@@ -74,6 +74,7 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
     ]
     new = jax.pure_callback(launch, results, *memory.to_device(operands))
     stack, new = list(new[: len(first)]), list(new[len(first) :])
+    stack = [] if kernel.fresh is None else stack
     return stack + memory.where(new, [operands[i] for i in states])
 
 

@@ -202,18 +202,16 @@ def run_on_gpu(
     here = [i for i in states if i not in set(away)]
     opened, addresses = host_arrays.lend([operands[i] for i in away])
     known = dict(enumerate(operands)) | dict(zip(away, opened, strict=True))
-    fresh = {}
-    if kernel.fresh is not None:
-        fresh = {0: kernel.stack_like(operands)}
-    stack, *new = launch(
+    own = kernel.own_results(operands)
+    new = launch(
         Launch(kernel.name, kernel.source, kernel.blocks * kernel.members, THREADS),
         [*known.values()],
-        aliases={i: j + len(fresh) for j, i in enumerate(here)},
-        fresh=fresh,
+        aliases={i: j + len(own) for j, i in enumerate(here)},
+        fresh=dict(enumerate(own)),
         writes_operands=bool(away),
     )
-    first = [stack] if fresh else []
-    new = new if fresh else [stack, *new]
-    closed = host_arrays.give_back(opened, addresses, new[:1])
+    first = list(new[: len(own)]) if kernel.fresh is not None else []
+    waited, new = new[-1:], new[len(own) :]
+    closed = host_arrays.give_back(opened, addresses, waited)
     known |= dict(zip(here, new, strict=True)) | dict(zip(away, closed, strict=True))
     return first + [known[i] for i in states]

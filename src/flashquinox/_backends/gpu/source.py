@@ -66,11 +66,17 @@ class Kernel(NamedTuple):
         own = [self.own[i % len(self.own)] for i in range(operands - start)]
         return [start + i for i, which in enumerate(own) if which != GRAD]
 
-    def stack_like(self, operands: Sequence[Any]) -> jax.ShapeDtypeStruct:
-        """The shape and the dtype of the array of new weights."""
-        members = operands[-1].shape[:-1]
-        shape = (*members, len(self.views), *self.shape)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.fresh))
+    def own_results(self, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+        """The shapes and the dtypes of results in memory of their own, which come
+        before the others: the array of new weights; or, if all of a state is in host
+        memory, a number that nobody writes or reads, but that can be waited for."""
+        if self.fresh is not None:
+            members = operands[-1].shape[:-1]
+            shape = (*members, len(self.views), *self.shape)
+            return [jax.ShapeDtypeStruct(shape, jnp.dtype(self.fresh))]
+        if self.results == 0:
+            return [jax.ShapeDtypeStruct((1,), jnp.int32)]
+        return []
 
     @property
     def _has_stack(self) -> bool:
@@ -100,7 +106,7 @@ class Kernel(NamedTuple):
             yield f"{types[GRAD]}* grads"
         for leaf in range(len(self.views)):
             yield ", ".join(f"{types[i]}* p{leaf}_{i}" for i in self.own)
-        yield ", ".join(f"void* q{i}" for i in range(self.results))
+        yield ", ".join(f"void* q{i}" for i in range(max(1, self.results)))
 
     def _body(self) -> Iterator[str]:
         threads = self.threads
