@@ -10,6 +10,8 @@ import pytest
 import flashquinox as fq
 from flashquinox._backends import chunks, xla
 from flashquinox._backends.chunk_plan import Piece, plan_chunks, Window
+from flashquinox._backends.groups import Groups
+from flashquinox._storage.layout import flattened
 
 from ..helpers import tree_identical
 from ..kernels import arrays, assert_same
@@ -39,6 +41,20 @@ def test_plan():
     )
     one = plan_chunks(leaves, 28)
     assert one.size == 28 and not one.windows and len(one.shared) == 1
+
+
+def test_temporaries_are_few_beside_leaves():
+    """Of fewer elements, chunks are smaller; but one chunk is never divided."""
+    most = chunks._ELEMENTS // 32
+
+    def found(*numbers, in_order=True):
+        layout = flattened((32,), 32)
+        leaves = [Groups(layout, 32, n, in_order, True) for n in numbers]
+        return chunks._chunk_groups(leaves)
+
+    assert found(most - 1, 1) == found(31 * most, most) == most
+    assert found(most, 1) == found(31 * most, most - 1) == most // 2
+    assert found(most - 1, 9, in_order=False) == most - 1
 
 
 @pytest.fixture

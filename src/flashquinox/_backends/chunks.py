@@ -70,6 +70,18 @@ def _most_groups(size: int) -> int:
     return max(1, _ELEMENTS // size)
 
 
+def _chunk_groups(leaves: Sequence[Groups]) -> int:
+    """How many groups of these leaves a chunk has. It has temporaries of up to 32 bytes
+    for each element: if there were fewer than 32 chunks, these would be more than a
+    byte for each parameter."""
+    most = _most_groups(leaves[0].size)
+    number = sum([leaf.number for leaf in leaves])
+    if number <= most or number >= 32 * most:
+        return most
+    # Groups that do not lie in order are those of one chunk.
+    return max([most // 2, 1, *[x.number for x in leaves if not x.in_order]])
+
+
 def update_in_chunks(
     structure: StepStructure,
     leaves: tuple[Groups, ...],
@@ -81,7 +93,7 @@ def update_in_chunks(
     """One step of leaves that are stored alike, in groups of one size."""
     size = leaves[0].size
     numbers = tuple([(leaf.number, leaf.whole) for leaf in leaves])
-    plan = plan_chunks(numbers, _most_groups(size))
+    plan = plan_chunks(numbers, _chunk_groups(leaves))
     update = partial(_update_chunk, structure, size, scalars, of_leaves)
     # Once, and not in each turn.
     in_order = lambda leaf, x: flat(x) if leaf.in_order else x
