@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
-from flashquinox.checkpoint import Checkpoints
+from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 from ..helpers import assert_raises, float64, slow, tree_identical
 from ..kernels import arrays, compiling_for, tpu_devices
@@ -484,6 +484,10 @@ _two = fq.accumulate(_plain, 2)
             lambda: fq.accumulate(_plain, 2, bits=8),
             (ValueError, ("`accumulate(bits=...)`", "16, 24 or 32", "got 8")),
         ),
+        "bits of no integer": (
+            lambda: fq.accumulate(_plain, 2, bits="16"),
+            (ValueError, ("`accumulate(bits=...)`", "got '16'")),
+        ),
         "mean": (
             lambda: fq.accumulate(_plain, 2, mean="no"),
             (TypeError, ("`accumulate(mean=...)`",)),
@@ -518,3 +522,18 @@ _two = fq.accumulate(_plain, 2)
 def test_errors(call, expected):
     error, parts = expected
     assert_raises(error, call, *parts)
+
+
+@pytest.mark.parametrize(
+    "old, new", [(x, y) for x in (16, 24, 32) for y in (16, 24, 32) if x != y]
+)
+def test_sums_of_other_bits(old, new, tmp_path):
+    model = {"w": jnp.zeros((4, 8), jnp.bfloat16)}
+    before, after = (fq.accumulate(_plain, 2, bits=bits) for bits in (old, new))
+    state = before.init(model)
+    parts = f"has {old} bits", f"keeps {new} there", "['w']", "accumulate(bits=...)"
+    assert_raises(ValueError, lambda: after.step(model, state, model), *parts)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, model, state)
+        restore = lambda: checkpoints.restore(model, after.init(model))
+        assert_raises(CheckpointError, restore, "state.", "accumulate(bits=...)")

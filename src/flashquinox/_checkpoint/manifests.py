@@ -224,7 +224,7 @@ def check(
             raise CheckpointError(
                 f"`{call}`: in {where}, `{name}` was stored by {_form_text(form)}; the "
                 f"state to restore to uses {_form_text(wanted)}. Make that state with "
-                "the `Storage(moments=...)` of the checkpoint."
+                f"the `{_form_argument(name)}` of the checkpoint."
             )
         if moment is not None:
             layout = layout_of(stored, name, found)
@@ -273,8 +273,13 @@ def _hint(name: str) -> str:
     if ".corrections" in name:
         return (
             " Make the state with the `Storage(master_weight_bits=...)` of the "
-            "checkpoint, for a model of its dtypes; or pass a state of `None` to "
-            "restore the weights alone."
+            "checkpoint, and its `accumulate(bits=...)` if there are sums, for a model "
+            "of its dtypes; or pass a state of `None` to restore the weights alone."
+        )
+    if ".sums" in name:
+        return (
+            " Make the state with the `accumulate(bits=...)` of the checkpoint, for "
+            "the same model; or pass a state of `None` to restore the weights alone."
         )
     if ".moments[" in name:
         return (
@@ -291,6 +296,11 @@ def _hint(name: str) -> str:
         " Pass a model and a state like those that were saved; or pass a state of "
         "`None` to restore the weights alone, also into float32."
     )
+
+
+def _form_argument(name: str) -> str:
+    """What decides how a moment of this name is stored."""
+    return "accumulate(bits=...)" if ".sums" in name else "Storage(moments=...)"
 
 
 def form_of(moment: QuantMoment | None) -> tuple[str, str | None]:

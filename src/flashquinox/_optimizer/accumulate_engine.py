@@ -20,6 +20,7 @@ from .accumulation_state import (
     AccumulationState,
     are_moments,
     check_accumulation_state,
+    check_sum,
     initial_accumulation,
 )
 from .argument_checks import check_max_norm
@@ -87,7 +88,7 @@ class AccumulateEngine(eqx.Module):
         check_model(call, params)
         check_accumulation_state(call, state)
         leaves, rebuild = flatten(params)
-        dtypes = _gradient_dtypes(call, params, leaves, state, grads)
+        dtypes = _gradient_dtypes(call, self.adding, params, leaves, state, grads)
 
         counts = without_variables((state.mini_step, state.rounding_count))
         mini_step, before = memory.to_device(jtu.tree_map(jnp.asarray, counts))
@@ -177,7 +178,12 @@ class AccumulateEngine(eqx.Module):
 
 
 def _gradient_dtypes(
-    call: str, params: PyTree, leaves: list[Leaf], state: AccumulationState, grads: Any
+    call: str,
+    adding: Settings,
+    params: PyTree,
+    leaves: list[Leaf],
+    state: AccumulationState,
+    grads: Any,
 ) -> dict[int, Any]:
     """The dtypes of the gradients that there are, by the numbers of their leaves."""
     check_grads(call, grads, params)
@@ -189,6 +195,7 @@ def _gradient_dtypes(
     for i, (leaf, total, grad) in enumerate(zip(leaves, sums, matched, strict=True)):
         if has_gradient(call, leaf, grad, total is not None):
             check_grad(call, leaf, grad)
+            check_sum(call, adding, leaf, total)
             found[i] = jnp.dtype(grad.dtype)
     return found
 

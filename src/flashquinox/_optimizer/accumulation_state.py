@@ -94,9 +94,8 @@ class AccumulationState(eqx.Module):
 def adding_settings(call: str, settings: Settings, bits: Any) -> Settings:
     """Those of the optimizer that adds gradients to sums, which are its weights or its
     moments: as gradients are divided, computed with and checked for these settings."""
-    if type(bits) is not int and not isinstance(bits, np.integer):
-        bits = None
-    if bits not in get_args(SumBits):
+    is_integer = type(bits) is int or isinstance(bits, np.integer)
+    if not is_integer or bits not in get_args(SumBits):
         raise ValueError(
             f"`{call}(bits=...)` must be 16, 24 or 32: the bits in which gradients are "
             f"summed; got {shown(bits)}."
@@ -170,6 +169,29 @@ def _zeros(adding: Settings, rule: Any, leaf: Leaf, sharding: Any) -> tuple[Any,
     assert adding.storage.correction_dtype is not None
     correction = jnp.zeros(shape, adding.storage.correction_dtype)
     return jnp.zeros(shape, jnp.bfloat16), correction
+
+
+def check_sum(call: str, adding: Settings, leaf: Leaf, total: Any) -> None:
+    """A sum must be stored in the bits of the optimizer."""
+    found = 16 if isinstance(total, QuantMoment) else _SUM_DTYPES.get(str(total.dtype))
+    if found is None or leaf.value.dtype == jnp.float64:
+        return
+    wanted = 24
+    if are_moments(adding):
+        moment = adding.groups[0].rule.moments["sum"]
+        codec = adding.storage.codecs.of(moment, leaf.value.shape)
+        wanted = 32 if isinstance(codec, FullPrecision) else 16
+    if found != wanted:
+        raise ValueError(
+            f"`{call}`: the sum at `{leaf.name}` in the state has {found} bits, and "
+            f"this optimizer keeps {wanted} there. Pass the same "
+            "`accumulate(bits=...)` as when the state was made, or make a new state "
+            "with `init`."
+        )
+
+
+# The bits of sums that are no moments: with a correction or without.
+_SUM_DTYPES = {"bfloat16": 24, "float32": 32}
 
 
 def check_accumulation_state(call: str, state: Any) -> None:
