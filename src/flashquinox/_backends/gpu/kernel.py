@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32, Scalar, Shaped
 
 from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from ..groups import flat
 from . import host_arrays, nvrtc, source
 from .launch import Launch, launch
 from .source import GRAD, Kernel, WEIGHT
@@ -53,12 +54,12 @@ def update_leaves(
         shape=grads[0].shape if structure.as_direction else (),
     )
     # XLA takes a reshape of what is in host memory for work of the host.
-    flat = lambda x: x if memory.is_on_host(x) else x.ravel()
+    in_a_row = lambda x: x if memory.is_on_host(x) else flat(x)
     each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
-    arrays = [flat(of_leaf[i]) for of_leaf in each for i in kernel.own]
+    arrays = [in_a_row(of_leaf[i]) for of_leaf in each for i in kernel.own]
     if structure.in_stack:
         # Of parts of an array, in order, XLA makes that array, and copies nothing.
-        arrays = [jnp.stack(grads).ravel(), *arrays]
+        arrays = [flat(jnp.stack(grads)), *arrays]
     new = list(_launched(run, kernel)(*words.arrays, *arrays))
     weights: list[Any] = [None for _ in grads]
     if structure.as_direction:
@@ -73,7 +74,7 @@ def update_leaves(
                 shaped.append(weight)
                 continue
             y = new.pop(0)
-            shaped.append(y if memory.is_on_host(y) else y.reshape(x.shape))
+            shaped.append(y if y.shape == x.shape else lax.reshape(y, x.shape))
     return jtu.tree_structure(old).unflatten(shaped)
 
 
