@@ -546,8 +546,23 @@ def test_thresholds_do_not_follow_a_gradient(leaf, start, period):
     assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n))
     share = rng.uniform(size=50)
     left = np.cumsum(np.floor(share + threshold) - share, axis=0)
-    # Ten times 2048 thresholds, at distances of 2^-11; and four in each of these.
-    assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n / 2048) + 4)
+    # Ten times 2048 thresholds, at distances of 2^-11; and five in each of these.
+    assert np.all(np.abs(left) <= 3 * 0.5 * np.sqrt(n / 2048) + 5)
+
+
+@pytest.mark.parametrize("leaf", [0, 5])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_thresholds_of_weights_and_moments_are_independent(leaf, lag):
+    at = jax.vmap(
+        lambda count: (
+            rounding_threshold(count + lag, leaf).astype(jnp.float32) / 2**16,
+            fq.Dither.at(count, leaf).code,
+        )
+    )
+    found = np.asarray(at(jnp.arange(2**14, dtype=jnp.int32)))
+    counts, *_ = np.histogram2d(*found, bins=8, range=[[0, 1], [0, 1]])
+    # Even, as of a lattice: each cell would hold 256 +- 16 by chance.
+    assert np.all(np.abs(counts - 256) <= 64)
 
 
 @_narrow_dtypes

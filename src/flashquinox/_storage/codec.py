@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, ScalarLike, Shaped
 
 from .._rules.rule import MomentKind
-from .thresholds import even_thresholds
+from .thresholds import even_thresholds, STRIDES_OF_MOMENTS
 
 
 class Dither(eqx.Module):
@@ -79,7 +79,8 @@ class Dither(eqx.Module):
         place = half >> 1 if relative else half
         code = place * place * place * golden + offset
         if kind == "nonnegative":
-            code = even_thresholds(place if relative else turn, golden, offset)
+            place = place if relative else turn
+            code = even_thresholds(place, STRIDES_OF_MOMENTS, golden, offset)
         if relative:
             code = code ^ (np.uint32(0) - (half & np.uint32(1)))
         scale = turn * np.uint32(0xC13FA9A9) + leaf * np.uint32(0x9E3779B9)
