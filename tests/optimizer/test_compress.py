@@ -157,6 +157,12 @@ def test_errors(without_typechecker):
     assert_raises(
         ValueError, lambda: fq.compress(mine).init(_arrays(0)), "'mine'", "kinds="
     )
+    # Which could be broadcast.
+    optim = fq.compress(optax.adam(1e-2))
+    low, high = ({"x": jnp.ones((n, 64))} for n in (1, 3))
+    for grads, state, part in ((low, high, "['x']"), (high, low, ".mu['x']")):
+        wrong = lambda g=grads, s=state: optim.update(g, optim.init(s), g)
+        assert_raises(ValueError, wrong, "`compress`: ", part, "of the same model")
     optim = fq.compress(optax.adam(1e-2), kinds={"ScaleByAdamState.mu": "nonnegative"})
     state = optim.init(_arrays(0))
     with pytest.raises(Exception, match="has negative elements"):

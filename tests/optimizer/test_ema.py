@@ -299,6 +299,23 @@ _average = _ema.init(_model, _state)
             lambda: _ema.model(_average, {"x": jnp.zeros(3)}),
             (ValueError, ("`ema(...).model`", "['x']")),
         ),
+        # Which could be broadcast.
+        "other shape": (
+            lambda: _ema.model(_average, {"w": jnp.zeros((2, 3))}),
+            (ValueError, ("`ema(...).model`", "['w']", "shape (3,)", "shape (2, 3)")),
+        ),
+        "other shape of the average": (
+            lambda: _ema.update(
+                _ema.init({"w": jnp.zeros(1)}, fq.sgd(0.5).init({"w": jnp.zeros(1)})),
+                _model,
+                _state,
+            ),
+            (ValueError, ("`ema(...).update`", "['w']", "shape (1,)", "shape (3,)")),
+        ),
+        "no weight": (
+            lambda: _ema.model(_average, {"w": jnp.arange(3)}),
+            (ValueError, ("`ema(...).model`", "['w']", "no weight")),
+        ),
         "other state": (
             lambda: _ema.update(_average, *_more(_model)),
             (ValueError, ("`ema(...).update`", "['v']")),

@@ -17,6 +17,7 @@ from .._backends import dispatch
 from .._common import meshes
 from .._common.text import shown
 from .._model.trained import is_float_array
+from .._model.trees import path_name
 from .._rules.rule import Moment
 from .._storage.codec import Dither
 from .._storage.full_precision import FullPrecision
@@ -125,11 +126,12 @@ def compress(
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CompressedState]:
-        count = state.compressed_count
+        count, grads = state.compressed_count, updates
         updates, new = inner.update(
-            _wide(updates), _decoded(state.inner_state), _wide(params), **extra_args
+            _wide(grads), _decoded(state.inner_state), _wide(params), **extra_args
         )
         checks, new = _encoded(call, known, storage, new, count, state.inner_state)
+        _check_shapes(call, grads, updates)
         count = _checked(jnp.asarray(optax.safe_increment(count)), checks)
         return updates, CompressedState(count, new)
 
@@ -150,6 +152,20 @@ def _check_not_compressed(call: str, state: PyTree) -> None:
                 f"`flashquinox.{type(x).__name__}`{where}, which is compressed "
                 "already. Take optimizers of this library without `compress`, and wrap "
                 "the transformations of Optax beside them one by one."
+            )
+
+
+def _check_shapes(call: str, grads: PyTree, updates: PyTree) -> None:
+    """A state of other shapes may have been broadcast."""
+    if jtu.tree_structure(grads) != jtu.tree_structure(updates):
+        return
+    pairs = jtu.tree_leaves_with_path(grads), jtu.tree_leaves(updates)
+    for (path, grad), update in zip(*pairs, strict=True):
+        if jnp.shape(grad) != jnp.shape(update):
+            raise ValueError(
+                f"`{call}`: the gradient at `{path_name(path)}` has shape "
+                f"{jnp.shape(grad)}, and its update {jnp.shape(update)}. Pass "
+                "gradients, state and weights of the same model."
             )
 
 
@@ -190,6 +206,12 @@ def _encoded(
     ):
         if _is_stored(before):
             layout, codec = before.layout, before.codec
+            if x.shape != layout.shape:
+                raise ValueError(
+                    f"`{call}`: the array of the state at `{jtu.keystr(path)}` had the "
+                    f"shape {layout.shape}, and an update made one of {x.shape}. Pass "
+                    "gradients, state and weights of the same model."
+                )
         elif like is not None:
             new.append(x)
             continue

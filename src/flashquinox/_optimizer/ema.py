@@ -273,10 +273,16 @@ def _with_average(
 
 
 def _match(call: str, average: EMAState, leaves: list[Leaf]) -> tuple[Any, Any]:
-    return (
-        match(call, "average.weights", average.weights, leaves),
-        match(call, "average.corrections", average.corrections, leaves),
-    )
+    weights = match(call, "average.weights", average.weights, leaves)
+    for leaf, weight in zip(leaves, weights, strict=True):
+        shape = jnp.shape(leaf.value) if is_trainable(leaf.value) else None
+        if weight is not None and jnp.shape(weight) != shape:
+            found = "no weight" if shape is None else f"a weight of shape {shape}"
+            raise ValueError(
+                f"`{call}`: the average at `{leaf.name}` has shape {weight.shape}, "
+                f"where the model has {found}. Pass the average of this model."
+            )
+    return weights, match(call, "average.corrections", average.corrections, leaves)
 
 
 def _check_average(call: str, average: Any) -> None:
