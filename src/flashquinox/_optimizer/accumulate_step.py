@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, ScalarLike
 
+from .._backends.clear import clear_if
 from .._common import memory
 from .._model.trees import flatten, Leaf, Rebuild
 from .._storage.quant_moment import StoredMoment
@@ -67,7 +68,7 @@ class AccumulatedStep:
             return new
 
         new = lax.cond(self.is_last, taken, self._not_taken, old)
-        return new, structure[0]
+        return self._cleared(new, self._cleared_later(old)), structure[0]
 
     def model(self, weights: list[Array]) -> PyTree:
         """The model with these weights. Of an update, `None` for all others."""
@@ -97,11 +98,35 @@ class AccumulatedStep:
         inner, structure = jtu.tree_flatten(state)
         # The sums are read by then, so that zeros can be in their place.
         weights, there = lax.optimization_barrier((weights, there))
-        zeros = _zeros(*map(jtu.tree_leaves, (there, sums)), self.is_last)
-        there = jtu.tree_structure(sums).unflatten(zeros)
+        # Those that kernels clear are left as they are.
+        kept = {i: sums[i] for i in self._cleared_later(old)}
+        others = [i for i in range(len(sums)) if i not in kept]
+        pick = lambda found: [found[i] for i in others]
+        zeros = _zeros(*[jtu.tree_leaves(pick(x)) for x in (there, sums)], self.is_last)
+        zeros = jtu.tree_structure(pick(sums)).unflatten(zeros)
+        there = dict(zip(others, zeros, strict=True)) | kept
+        there = [there[i] for i in range(len(sums))]
         return Arrays(
             weights, inner, [x for x, _ in there], [x for _, x in there]
         ), structure
+
+    def _cleared_later(self, old: Arrays) -> list[int]:
+        """The sums that are cleared after the branches."""
+        if not isinstance(self.is_last, jax.core.Tracer):
+            return []
+        sums = list(zip(old.sums, old.corrections, strict=True))
+        return self.reader.by_kernels(sums)
+
+    def _cleared(self, new: Arrays, numbers: list[int]) -> Arrays:
+        """The same with zeros in the place of these sums, if the step was taken."""
+        if not numbers:
+            return new
+        sums, corrections = list(new.sums), list(new.corrections)
+        arrays, of_sums = jtu.tree_flatten([(sums[i], corrections[i]) for i in numbers])
+        cleared = of_sums.unflatten(clear_if(self.is_last, arrays, new.weights[0]))
+        for i, (total, correction) in zip(numbers, cleared, strict=True):
+            sums[i], corrections[i] = total, correction
+        return new._replace(sums=sums, corrections=corrections)
 
     def _not_taken(self, old: Arrays) -> Arrays:
         if self.method == "step":

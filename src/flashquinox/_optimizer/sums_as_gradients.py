@@ -5,8 +5,10 @@ from typing import Any, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._backends.dispatch import reads_host_memory
 from .._common import memory
 from .._model.trees import flatten, Leaf, match, Rebuild
 from .._sharding import record
@@ -81,6 +83,21 @@ class SumReader:
             there.append((total, correction))
             grads.append(grad)
         return there, grads
+
+    def by_kernels(self, sums: list[Sum]) -> list[int]:
+        """Which of these sums, of the leaves that have gradients, are in host memory
+        where kernels take them."""
+        trained = [i in self.dtypes for i in range(len(self.leaves))]
+        found, unknown = self.adding.resolve_shardings(
+            self.call, self.leaves, trained, self.shardings
+        )
+        if unknown or not reads_host_memory(self.adding.backend):
+            return []
+        return [
+            place
+            for place, (i, x) in enumerate(zip(self.dtypes, sums, strict=True))
+            if found[i] is None and all(memory.are_on_host(jtu.tree_leaves(x)))
+        ]
 
     def _in_place(
         self, model: PyTree, sums: dict[int, QuantMoment]

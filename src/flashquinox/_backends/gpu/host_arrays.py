@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
 from ..._common import memory
+from . import nvrtc
 from .launch import Launch, launch
 
 
@@ -82,3 +83,41 @@ def _pointers(number: int) -> list[str]:
 
 def _source(name: str, parameters: Sequence[str], body: str) -> str:
     return f'extern "C" __global__ void {name}({", ".join(parameters)}) {{{body}}}\n'
+
+
+def clear_if(
+    flag: Int32[Array, ""],
+    arrays: Sequence[Shaped[Array, "..."]],
+    after: Shaped[Array, "..."],
+) -> list[Shaped[Array, "..."]]:
+    """Zeros in the place of these arrays, if a flag is not zero, once `after` is
+    computed."""
+    found: list[Shaped[Array, "..."]] = []
+    most = nvrtc.most_pointers() // 2 - 2
+    for first in range(0, len(arrays), most):
+        here = arrays[first : first + most]
+        body = "if (*flag == 0) return;"
+        for i, x in enumerate(here):
+            size = x.size * x.dtype.itemsize
+            body += f" clear((char*)p{i}, {size}ull);"
+        numbers = range(len(here))
+        parameters = [*_pointers(len(here)), "const int* flag", "void* after"]
+        parameters += [f"void* q{i}" for i in numbers]
+        name = "flashquinox_clear"
+        kernel = Launch(name, _CLEAR + _source(name, parameters, body), 256, 128)
+        new = launch(kernel, [*here, flag, after], {i: i for i in numbers})
+        found += memory.to_host(list(new))
+    return found
+
+
+# Arrays begin at multiples of 16 bytes.
+_CLEAR = """
+__device__ void clear(char* to, unsigned long long size) {
+  const unsigned long long first = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned long long threads = gridDim.x * blockDim.x;
+  for (unsigned long long i = first; i < size / 16; i += threads)
+    ((int4*)to)[i] = make_int4(0, 0, 0, 0);
+  for (unsigned long long i = size / 16 * 16 + first; i < size; i += threads)
+    to[i] = 0;
+}
+"""
