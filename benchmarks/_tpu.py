@@ -73,13 +73,18 @@ def compile_for(
     dump: pathlib.Path | None = None,
 ) -> Program:
     """Leaves the dump of this program, and of no other, in that directory: the one of
-    `set_up`."""
+    `set_up`. Shapes that have no sharding are those of arrays on the device."""
     for file in dump.iterdir() if dump is not None else ():
         file.unlink()
     target = device(chip)
-    sharding = SingleDeviceSharding(target)
+    here = SingleDeviceSharding(target)
     shapes = jtu.tree_map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        lambda x: (
+            x
+            if x.sharding is not None
+            else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+        ),
+        shapes,
     )
     # Kernels ask this mesh for their generation.
     kind = AbstractDevice(target.device_kind, target.num_cores, "tpu")
@@ -94,6 +99,22 @@ def compile_for(
             if eqn.primitive.name == "pallas_call"
         ]
     return Program(compiled, kernels, seconds)
+
+
+def on_host(chip: str, tree: Any) -> Any:
+    """Shapes of a state in host memory: those of large arrays are there, as
+    `state_memory="pinned_host"` has them."""
+    there = SingleDeviceSharding(device(chip), memory_kind="pinned_host")
+
+    def one(x: Any) -> Any:
+        if x.size < 2**14:
+            return x
+        space = jax.memory.Space.Host
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=there, _memory_space=space
+        )
+
+    return jtu.tree_map(one, tree)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

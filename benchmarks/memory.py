@@ -6,13 +6,15 @@ one window of tokens, in bfloat16: forward pass, backward pass, and AdamW,
 - of optax: float32 master weights and moments. Every step makes a bfloat16 copy of the
   weights, and differentiates by that;
 - of flashquinox: bfloat16 weights with corrections, and 8-bit moments;
-- the same with gradient release, `flashquinox.release_step`.
+- the same with gradient release, `flashquinox.release_step`;
+- the same with its state in host memory, on TPUs (`benchmarks/offload.py` has GPUs).
 
 Columns, as the compiler of the platform counts them, in bytes per parameter:
 
 - arguments: weights, state and batch;
 - temp: what the step takes beside them: gradients, and activations;
-- peak: both.
+- peak: both;
+- host: what the step takes in host memory, beside the state that may be there.
 
 Platforms are that of JAX, `cpu` or `gpu`, and those that the TPU compiler knows, which
 needs no TPU: v4, v5e, v5p, v6e and tpu7x. "does not fit": the compiler found more than
@@ -68,6 +70,7 @@ CONTENDERS = {
     "optax": "optax, float32 master weights",
     "ordinary": "flashquinox",
     "release": "flashquinox, gradient release",
+    "offload": "..., state in host memory",
 }
 
 
@@ -102,6 +105,7 @@ def training(contender: str, backend: Any) -> Training:
         "optax": Training(jnp.float32, reference.init, step_of_optax),
         "ordinary": Training(jnp.bfloat16, optim.init, ordinary_step),
         "release": Training(jnp.bfloat16, optim.init, step_with_release),
+        "offload": Training(jnp.bfloat16, optim.init, step_with_release),
     }[contender]
 
 
@@ -122,6 +126,8 @@ def measure(
     key = jax.eval_shape(lambda: jax.random.key(0))
     model = eqx.filter_eval_shape(make, key)
     state = jax.eval_shape(chosen.init, model)
+    if contender == "offload":
+        state = _tpu.on_host(platform, state)
     tokens = jax.ShapeDtypeStruct((batch, window + 1), jnp.int32)
     parameters = sum(x.size for x in jtu.tree_leaves(model))
     row: dict[str, Any] = {
@@ -157,6 +163,7 @@ def measure(
         "peak bytes": memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        "host temporary bytes": memory.host_temp_size_in_bytes,
         "device": platform,
     }
     if for_tpu:
@@ -201,7 +208,12 @@ def print_row(row: dict[str, Any]) -> None:
         return
     per_parameter = (
         f"{row[name] / row['parameters']:11.3f}"
-        for name in ("argument bytes", "temporary bytes", "peak bytes")
+        for name in (
+            "argument bytes",
+            "temporary bytes",
+            "peak bytes",
+            "host temporary bytes",
+        )
     )
     line = start + "".join(per_parameter)
     if "losses" in row:
@@ -262,10 +274,12 @@ def main() -> None:
         sizes = dataclasses.replace(sizes, layers=arguments.layers)
     there = versions("jax", "jaxlib", "libtpu", "optax", "equinox", "flashquinox")
     print(", ".join(f"{k} {v}" for k, v in there.items()))
-    print(f"{'':39}{'arguments':>11}{'temp':>11}{'peak':>11}")
+    print(f"{'':39}{'arguments':>11}{'temp':>11}{'peak':>11}{'host':>11}")
     rows = []
     for platform in arguments.platforms:
         for contender in arguments.contenders:
+            if contender == "offload" and platform not in _tpu.TOPOLOGIES:
+                continue
             task = sizes, arguments.batch, arguments.window, arguments.steps
             try:
                 rows.append(in_process(measure, contender, platform, *task))

@@ -113,7 +113,7 @@ def test_layers_come_and_go_by_kernels(chip):
         for x in text.split("\n\n")
         if f"{name}start_writes" in x and not x.startswith("ENTRY")
     )
-    same = dict(re.findall(r"(%[\w.]+) = \S+ bitcast\((%[\w.]+)\)", loop))
+    same = dict(re.findall(r"(%[\w.-]+) = \S+ bitcast\((%[\w.-]+)\)", loop))
     events, parts = [], {}
     for line in loop.splitlines():
         call = re.match(
@@ -122,8 +122,10 @@ def test_layers_come_and_go_by_kernels(chip):
         if call is not None:
             events.append(call[1])
             # Lion has two arrays of 8 bits of each leaf. Semaphores come last.
-            operands = re.findall(r"%[\w.]+", call[2])[-5:-1]
-            parts[call[1]] = [same.get(x, x) for x in operands]
+            operands = re.findall(r"%[\w.-]+", call[2])[-5:-1]
+            while operands != (sources := [same.get(x, x) for x in operands]):
+                operands = sources
+            parts[call[1]] = operands
         elif "kind=kOutput" in line:
             events.append("product")
     begun, ended = events.index("start_writes"), events.index("finish_reads")

@@ -1,8 +1,9 @@
-"""Copies of layers between host memory and a device that the device's own kernels make,
-because XLA would copy whole stacks. They run beside what is computed between their
-beginning and their end.
+"""Copies of parts of arrays between host memory and a device that the device's own
+kernels make, because XLA would copy whole arrays. They run beside what is computed
+between their beginning and their end.
 
-A layer that is read and one that is written at the same time must not be the same.
+A part has some of the first axis. Parts that are read and written at the same time must
+not overlap.
 """
 
 import functools
@@ -22,61 +23,64 @@ Arrays = list[Array]
 
 
 class Reads(NamedTuple):
-    """Layers that are being read."""
+    """Parts that are being read."""
 
     parts: Arrays
     semaphores: Any
 
 
 class Writes(NamedTuple):
-    """Layers that are being written."""
+    """Parts that are being written."""
 
     parts: Arrays
     semaphores: Any
 
 
-def needs_kernels(stack: Array) -> bool:
-    """Whether kernels copy the layers of an array in host memory, in programs for the
-    device that is traced for. See `tpu/host_copies.py`."""
+def needs_kernels(array: Array, unit: int) -> bool:
+    """Whether kernels copy parts of an array in host memory, in programs for the device
+    that is traced for. Where parts begin and how long they are is a multiple of `unit`.
+    See `tpu/host_copies.py`."""
     if not (
-        memory.is_on_host(stack)
+        isinstance(array, jax.core.Tracer)
+        and memory.is_on_host(array)
         and _compat.traced_device().platform == "tpu"
         # Kernels of earlier versions take no arrays in host memory.
         and jax.__version_info__ >= (0, 11)
-        and stack.ndim > 2
-        and stack.dtype.itemsize == 1
+        and array.ndim > 1
+        and array.dtype.itemsize == 1
     ):
         return False
-    order = memory_order(stack.shape, stack.dtype.itemsize)
-    return order[0] == 0 and stack.shape[order[-2]] % TILE_ROWS == 0
+    order = memory_order(array.shape, array.dtype.itemsize)
+    is_whole = array.ndim > 2 or unit % TILE_ROWS == 0
+    return order[0] == 0 and array.shape[order[-2]] % TILE_ROWS == 0 and is_whole
 
 
-def start_reads(layer: ScalarLike, stacks: Arrays) -> tuple[Arrays, Reads]:
-    """Begins to read a layer of each stack, before anything is written to these."""
-    *parts, semaphores = _calls().start_reads(jnp.int32(layer), stacks)
-    stacks, parts, semaphores = lax.optimization_barrier((stacks, parts, semaphores))
-    return stacks, Reads(parts, semaphores)
+def start_reads(start: ScalarLike, length: int, arrays: Arrays) -> tuple[Arrays, Reads]:
+    """Begins to read a part of each array, before anything is written to these."""
+    calls = _calls()
+    *parts, semaphores = calls.start_reads(jnp.int32(start), arrays, length=length)
+    arrays, parts, semaphores = lax.optimization_barrier((arrays, parts, semaphores))
+    return arrays, Reads(parts, semaphores)
 
 
-def finish_reads(stacks: Arrays, reads: Reads) -> tuple[Arrays, Arrays]:
-    """The stacks, and the layers that were read."""
-    parts = _calls().finish_reads(stacks, reads.parts, reads.semaphores)
-    return lax.optimization_barrier((stacks, parts))
+def finish_reads(arrays: Arrays, reads: Reads) -> tuple[Arrays, Arrays]:
+    """The arrays, and the parts that were read."""
+    parts = _calls().finish_reads(arrays, reads.parts, reads.semaphores)
+    return lax.optimization_barrier((arrays, parts))
 
 
 def start_writes(
-    layer: ScalarLike, stacks: Arrays, parts: Arrays
+    start: ScalarLike, arrays: Arrays, parts: Arrays
 ) -> tuple[Arrays, Writes]:
-    """Begins to write a layer of each stack."""
-    (semaphores,) = _calls().make_semaphores(stacks)
-    parts = lax.optimization_barrier(parts)
-    layer = jnp.int32(layer)
-    stacks = _calls().start_writes(layer, stacks, parts, semaphores)
-    return stacks, Writes(parts, semaphores)
+    """Begins to write a part of each array."""
+    (semaphores,) = _calls().make_semaphores(arrays)
+    parts, start = lax.optimization_barrier(parts), jnp.int32(start)
+    arrays = _calls().start_writes(start, arrays, parts, semaphores)
+    return arrays, Writes(parts, semaphores)
 
 
-def finish_writes(stacks: Arrays, writes: Writes) -> Arrays:
-    return _calls().finish_writes(stacks, writes.parts, writes.semaphores)
+def finish_writes(arrays: Arrays, writes: Writes) -> Arrays:
+    return _calls().finish_writes(arrays, writes.parts, writes.semaphores)
 
 
 class _Calls(NamedTuple):
@@ -110,27 +114,30 @@ class _Elsewhere:
     """The same in programs that are traced for a TPU and compiled for another platform:
     all is copied at the beginning. Semaphores are `None`."""
 
-    def start_reads(self, layer: Int32[Array, ""], stacks: Arrays) -> list[Any]:
-        parts = [lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in stacks]
+    def start_reads(
+        self, start: Int32[Array, ""], arrays: Arrays, *, length: int
+    ) -> list[Any]:
+        parts = [lax.dynamic_slice_in_dim(x, start, length) for x in arrays]
         return [*memory.to_device(parts), None]
 
-    def finish_reads(self, stacks: Arrays, parts: Arrays, semaphores: Any) -> Arrays:
-        del stacks, semaphores
+    def finish_reads(self, arrays: Arrays, parts: Arrays, semaphores: Any) -> Arrays:
+        del arrays, semaphores
         return parts
 
-    def make_semaphores(self, stacks: Arrays) -> list[None]:
-        del stacks
+    def make_semaphores(self, arrays: Arrays) -> list[None]:
+        del arrays
         return [None]
 
     def start_writes(
-        self, layer: Int32[Array, ""], stacks: Arrays, parts: Arrays, semaphores: Any
+        self, start: Int32[Array, ""], arrays: Arrays, parts: Arrays, semaphores: Any
     ) -> Arrays:
         del semaphores
-        update = lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0)
+        parts = [memory.where(x, y) for x, y in zip(parts, arrays, strict=True)]
         return [
-            update(x, memory.where(y, x)) for x, y in zip(stacks, parts, strict=True)
+            lax.dynamic_update_slice_in_dim(x, y, start, 0)
+            for x, y in zip(arrays, parts, strict=True)
         ]
 
-    def finish_writes(self, stacks: Arrays, parts: Arrays, semaphores: Any) -> Arrays:
+    def finish_writes(self, arrays: Arrays, parts: Arrays, semaphores: Any) -> Arrays:
         del parts, semaphores
-        return stacks
+        return arrays

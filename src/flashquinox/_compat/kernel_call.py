@@ -19,7 +19,8 @@ class KernelCall:
     Pallas takes all results of its kernels for arrays on the device, and only its
     platform has semaphores. Here, a result is in the memory in which `elsewhere`
     returns it; and where that returns `None`, it is one that only kernels use. Both
-    functions return a list, and take what they are called with: pytrees of arrays.
+    functions return a list, and take what they are called with: pytrees of arrays, and
+    static arguments by keyword. It can be called in functions that are traced, alone.
     """
 
     def __init__(
@@ -36,40 +37,42 @@ class KernelCall:
         mlir.register_lowering(self._primitive, self._lower_elsewhere)
         mlir.register_lowering(self._primitive, self._lower, platform=platform)
 
-    def __call__(self, *operands: Any) -> list[jax.Array]:
+    def __call__(self, *operands: Any, **static: Any) -> list[jax.Array]:
         flat, structure = jtu.tree_flatten(operands)
-        return self._primitive.bind(*flat, structure=structure)
+        return self._primitive.bind(*flat, structure=structure, **static)
 
-    def _types(self, *avals: Any, structure: Any) -> list[Any]:
-        of_kernel = _types_of(partial(_flat, self._kernel, structure), avals)
-        missing = self._missing(avals, structure)
-        others = iter(_types_of(partial(_flat, self._elsewhere, structure), avals))
+    def _types(self, *avals: Any, **static: Any) -> list[Any]:
+        of_kernel = _types_of(partial(_flat, self._kernel, **static), avals)
+        missing = self._missing(avals, **static)
+        others = iter(_types_of(partial(_flat, self._elsewhere, **static), avals))
         return [
             x if is_missing else next(others)
             for x, is_missing in zip(of_kernel, missing, strict=True)
         ]
 
-    def _missing(self, avals: Sequence[Any], structure: Any) -> list[bool]:
+    def _missing(
+        self, avals: Sequence[Any], structure: Any, **static: Any
+    ) -> list[bool]:
         """Which results are `None` elsewhere."""
         found: list[bool] = []
 
         def function(*flat: Any) -> list[Any]:
-            results = self._elsewhere(*structure.unflatten(flat))
+            results = self._elsewhere(*structure.unflatten(flat), **static)
             found.extend([x is None for x in results])
             return jtu.tree_leaves(results)
 
         _types_of(function, avals)
         return found
 
-    def _lower(self, ctx: Any, *flat: Any, structure: Any) -> Any:
-        function = partial(_flat, self._kernel, structure)
+    def _lower(self, ctx: Any, *flat: Any, **static: Any) -> Any:
+        function = partial(_flat, self._kernel, **static)
         # As kernels have no numbers of 64 bits.
         with jax.enable_x64(False):
             return mlir.lower_fun(function, multiple_results=True)(ctx, *flat)
 
-    def _lower_elsewhere(self, ctx: Any, *flat: Any, structure: Any) -> Any:
-        function = partial(_flat, self._elsewhere, structure)
-        missing = self._missing(ctx.avals_in, structure)
+    def _lower_elsewhere(self, ctx: Any, *flat: Any, **static: Any) -> Any:
+        function = partial(_flat, self._elsewhere, **static)
+        missing = self._missing(ctx.avals_in, **static)
         pairs = [*zip(ctx.avals_out, missing, strict=True)]
         own = ctx.replace(avals_out=[x for x, is_missing in pairs if not is_missing])
         with jax.enable_x64(False):
@@ -79,8 +82,10 @@ class KernelCall:
         return [zeros(x) if is_missing else next(results) for x, is_missing in pairs]
 
 
-def _flat(function: Callable[..., Any], structure: Any, *flat: Any) -> list[Any]:
-    return jtu.tree_leaves(function(*structure.unflatten(flat)))
+def _flat(
+    function: Callable[..., Any], *flat: Any, structure: Any, **static: Any
+) -> list[Any]:
+    return jtu.tree_leaves(function(*structure.unflatten(flat), **static))
 
 
 def _types_of(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:

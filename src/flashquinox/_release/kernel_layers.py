@@ -44,9 +44,10 @@ def depart(
     arrays, parts = jtu.tree_leaves(stacks), jtu.tree_leaves(leaving)
     if not arrays:
         return Crossing([], None, None), inputs
-    arrays, reads = host_copies.start_reads(layer, arrays)
+    arrays, reads = host_copies.start_reads(layer, 1, arrays)
     writes = None
     if parts:
+        parts = [x[None] for x in parts]
         arrays, writes = host_copies.start_writes(layer + 1, arrays, parts)
     crossing = Crossing(arrays, reads, writes)
     return lax.optimization_barrier((crossing, inputs))
@@ -63,7 +64,8 @@ def land(crossing: Crossing, stacks: T, results: U) -> tuple[T, T, U]:
     arrays, parts = host_copies.finish_reads(arrays, reads)
     if writes is not None:
         arrays = host_copies.finish_writes(arrays, writes)
-    return structure.unflatten(arrays), structure.unflatten(parts), results
+    parts = structure.unflatten([lax.squeeze(x, (0,)) for x in parts])
+    return structure.unflatten(arrays), parts, results
 
 
 def write_last(stacks: T, leaving: PyTree[Array]) -> T:
@@ -71,5 +73,6 @@ def write_last(stacks: T, leaving: PyTree[Array]) -> T:
     arrays, structure = jtu.tree_flatten(stacks)
     if not arrays:
         return stacks
-    arrays, writes = host_copies.start_writes(0, arrays, jtu.tree_leaves(leaving))
+    parts = [x[None] for x in jtu.tree_leaves(leaving)]
+    arrays, writes = host_copies.start_writes(0, arrays, parts)
     return structure.unflatten(host_copies.finish_writes(arrays, writes))

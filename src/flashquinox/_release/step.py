@@ -230,7 +230,9 @@ def release_step(
     value = refuse_vmap(value) if is_away else value
     # Those of parts of arrays are no kernels.
     by_kernels = {
-        i: jtu.tree_map(lambda x, i=i: divided[i] is None and needs_kernels(x), stack)
+        i: jtu.tree_map(
+            lambda x, i=i: divided[i] is None and needs_kernels(x, 1), stack
+        )
         for i, stack in stacks.items()
     }
     flown, away = kernel_layers.split(away, by_kernels)

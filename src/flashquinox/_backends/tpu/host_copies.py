@@ -1,4 +1,4 @@
-"""Kernels that copy layers of stacks between host memory and a TPU's own.
+"""Kernels that copy parts of arrays between host memory and a TPU's own.
 
 XLA copies parts of arrays in host memory by itself, but those of 8-bit integers only if
 their tiles have 8 rows. Where the rows of such an array are a multiple of 32, its tiles
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int32
 
-from ..._storage.tpu_memory import Axes, memory_order
+from ..._storage.tpu_memory import Axes, memory_order, TILE_ROWS
 
 
 Arrays = list[Array]
@@ -34,101 +34,106 @@ _NUMBER = pl.BlockSpec(memory_space=pltpu.SMEM)
 _SEMAPHORES = pl.BlockSpec(memory_space=pltpu.SEMAPHORE)
 
 
-def start_reads(layer: Int32[Array, ""], stacks: Arrays) -> list[Any]:
-    """Begins to read a layer of each stack. Returns what it is read to, and
-    semaphores."""
-    lying, count = _lying(stacks), len(stacks)
+def start_reads(start: Int32[Array, ""], arrays: Arrays, *, length: int) -> list[Any]:
+    """Begins to read a part of each array: so much of the first axis. Returns what it
+    is read to, and semaphores."""
+    lying, count = _lying(arrays), len(arrays)
 
-    def kernel(layer: Any, *refs: Any) -> None:
+    def kernel(start: Any, *refs: Any) -> None:
         semaphores = refs[2 * count]
         for i in range(count):
-            part = refs[i].at[layer[0]]
+            part = _part(refs[i], start[0], length)
             pltpu.make_async_copy(part, refs[count + i], semaphores.at[i]).start()
 
     *parts, semaphores = _call(
         kernel,
         "start_reads",
-        [(layer.reshape(1), _NUMBER), *[(x, _HOST) for x in lying]],
+        [(start.reshape(1), _NUMBER), *[(x, _HOST) for x in lying]],
         [
-            *[(pltpu.HBM(x.shape[1:], x.dtype), _DEVICE) for x in lying],
-            (_semaphores_of(stacks), _SEMAPHORES),
+            *[(pltpu.HBM((length, *x.shape[1:]), x.dtype), _DEVICE) for x in lying],
+            (_semaphores_of(arrays), _SEMAPHORES),
         ],
     )
-    return [*_standing_parts(parts, stacks), semaphores]
+    return [_standing(x, _order(y)) for x, y in zip(parts, arrays, strict=True)] + [
+        semaphores
+    ]
 
 
-def finish_reads(stacks: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
+def finish_reads(arrays: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
     """Waits for what was begun. Returns the parts."""
-    count = len(stacks)
+    count = len(arrays)
 
     def kernel(*refs: Any) -> None:
-        stacks, semaphores = refs[:count], refs[2 * count]
+        arrays, semaphores = refs[:count], refs[2 * count]
         for i, part in enumerate(refs[2 * count + 1 :]):
-            copy = pltpu.make_async_copy(stacks[i].at[0], part, semaphores.at[i])
+            copy = pltpu.make_async_copy(
+                _part(arrays[i], 0, part.shape[0]), part, semaphores.at[i]
+            )
             copy.wait()
 
-    lying = _lying_parts(parts, stacks)
+    lying = _lying(parts, arrays)
     new = _call(
         kernel,
         "finish_reads",
         [
-            *[(x, _HOST) for x in _lying(stacks)],
+            *[(x, _HOST) for x in _lying(arrays)],
             *[(x, _DEVICE) for x in lying],
             (semaphores, _SEMAPHORES),
         ],
         [(pltpu.HBM(x.shape, x.dtype), _DEVICE) for x in lying],
         aliases={count + i: i for i in range(count)},
     )
-    return _standing_parts(new, stacks)
+    return [_standing(x, _order(y)) for x, y in zip(new, arrays, strict=True)]
 
 
-def make_semaphores(stacks: Arrays) -> list[Any]:
-    """Semaphores for copies of as many stacks."""
+def make_semaphores(arrays: Arrays) -> list[Any]:
+    """Semaphores for copies of parts of as many arrays."""
     kernel = lambda *_: None
-    return _call(kernel, "semaphores", [], [(_semaphores_of(stacks), _SEMAPHORES)])
+    return _call(kernel, "semaphores", [], [(_semaphores_of(arrays), _SEMAPHORES)])
 
 
 def start_writes(
-    layer: Int32[Array, ""], stacks: Arrays, parts: Arrays, semaphores: Any
+    start: Int32[Array, ""], arrays: Arrays, parts: Arrays, semaphores: Any
 ) -> list[Any]:
-    """Begins to write parts to a layer of each stack. Returns the stacks."""
-    count = len(stacks)
+    """Begins to write parts of the arrays. Returns the arrays."""
+    count = len(arrays)
 
-    def kernel(layer: Any, *refs: Any) -> None:
+    def kernel(start: Any, *refs: Any) -> None:
         parts, semaphores = refs[count : 2 * count], refs[2 * count]
-        for i, stack in enumerate(refs[2 * count + 1 :]):
-            place = stack.at[layer[0]]
+        for i, array in enumerate(refs[2 * count + 1 :]):
+            place = _part(array, start[0], parts[i].shape[0])
             pltpu.make_async_copy(parts[i], place, semaphores.at[i]).start()
 
-    number = (layer.reshape(1), _NUMBER)
-    return _write(kernel, "start_writes", [number], stacks, parts, semaphores)
+    number = (start.reshape(1), _NUMBER)
+    return _write(kernel, "start_writes", [number], arrays, parts, semaphores)
 
 
-def finish_writes(stacks: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
-    """Waits for what was begun. Returns the stacks."""
-    count = len(stacks)
+def finish_writes(arrays: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
+    """Waits for what was begun. Returns the arrays."""
+    count = len(arrays)
 
     def kernel(*refs: Any) -> None:
         parts, semaphores = refs[count : 2 * count], refs[2 * count]
-        for i, stack in enumerate(refs[2 * count + 1 :]):
-            copy = pltpu.make_async_copy(parts[i], stack.at[0], semaphores.at[i])
+        for i, array in enumerate(refs[2 * count + 1 :]):
+            copy = pltpu.make_async_copy(
+                parts[i], _part(array, 0, parts[i].shape[0]), semaphores.at[i]
+            )
             copy.wait()
 
-    return _write(kernel, "finish_writes", [], stacks, parts, semaphores)
+    return _write(kernel, "finish_writes", [], arrays, parts, semaphores)
 
 
 def _write(
     kernel: Callable[..., None],
     name: str,
     first: list[tuple[Any, Any]],
-    stacks: Arrays,
+    arrays: Arrays,
     parts: Arrays,
     semaphores: Any,
 ) -> list[Any]:
-    lying = _lying(stacks)
+    lying = _lying(arrays)
     on_device = [
-        pltpu.with_memory_space_constraint(x, pltpu.HBM)
-        for x in _lying_parts(parts, stacks)
+        pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in _lying(parts, arrays)
     ]
     new = _call(
         kernel,
@@ -140,9 +145,9 @@ def _write(
             (semaphores, _SEMAPHORES),
         ],
         [(jax.typeof(x), _HOST) for x in lying],
-        aliases={len(first) + i: i for i in range(len(stacks))},
+        aliases={len(first) + i: i for i in range(len(arrays))},
     )
-    return [_standing(x, _order(y)) for x, y in zip(new, stacks, strict=True)]
+    return [_standing(x, _order(y)) for x, y in zip(new, arrays, strict=True)]
 
 
 def _call(
@@ -166,8 +171,16 @@ def _call(
     return list(new)
 
 
-def _semaphores_of(stacks: Arrays) -> Any:
-    return pltpu.SemaphoreType.DMA((len(stacks),))
+def _semaphores_of(arrays: Arrays) -> Any:
+    return pltpu.SemaphoreType.DMA((len(arrays),))
+
+
+def _part(ref: Any, start: Any, length: int) -> Any:
+    """So much of the first axis. Where that is an axis of rows, parts are whole tiles:
+    see `needs_kernels`."""
+    if len(ref.shape) == 2 and not isinstance(start, int):
+        start = pl.multiple_of(start, TILE_ROWS)
+    return ref.at[pl.ds(start, length)]
 
 
 #
@@ -175,31 +188,18 @@ def _semaphores_of(stacks: Arrays) -> Any:
 #
 
 
-def _order(stack: Array) -> Axes:
-    order = memory_order(stack.shape, stack.dtype.itemsize)
+def _order(array: Array) -> Axes:
+    order = memory_order(array.shape, array.dtype.itemsize)
     assert order[0] == 0
     return order
 
 
-def _lying(stacks: Arrays) -> Arrays:
-    return [jnp.transpose(x, _order(x)) for x in stacks]
-
-
-def _lying_parts(parts: Arrays, stacks: Arrays) -> Arrays:
-    pairs = zip(parts, stacks, strict=True)
-    return [jnp.transpose(x, _of_part(_order(y))) for x, y in pairs]
-
-
-def _standing_parts(parts: Arrays, stacks: Arrays) -> Arrays:
-    pairs = zip(parts, stacks, strict=True)
-    return [_standing(x, _of_part(_order(y))) for x, y in pairs]
+def _lying(arrays: Arrays, like: Arrays | None = None) -> Arrays:
+    """In the order of these arrays or, of parts of arrays, of those."""
+    pairs = zip(arrays, like or arrays, strict=True)
+    return [jnp.transpose(x, _order(y)) for x, y in pairs]
 
 
 def _standing(x: Array, order: Axes) -> Array:
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return jnp.transpose(x, inverse)
-
-
-def _of_part(order: Axes) -> Axes:
-    """That of one layer."""
-    return tuple([axis - 1 for axis in order[1:]])
