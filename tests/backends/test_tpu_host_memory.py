@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
+from flashquinox._optimizer import together
 
 from ..helpers import slow
 from ..kernels import compiling_for, tpu_devices
@@ -136,3 +137,27 @@ def test_layers_come_and_go_by_kernels(chip):
     assert parts["start_writes"] == parts["finish_writes"]
     results = re.findall(rf"{name}\w+_reads\S* = \((.*)\) custom-call", loop)
     assert len(results) == 2 and "S(1)" not in "".join(results)
+
+
+@pytest.mark.parametrize("chip", [slow(x, unless=x == "v5e") for x in _TOPOLOGIES])
+def test_slices_come_and_go_by_kernels(chip, monkeypatch):
+    """Of a leaf of several portions, while others are updated."""
+    monkeypatch.setattr(together, "PORTION", 2**18)
+    weights = {"leaf": jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16)}
+    optim = fq.lion(1e-3, weight_decay=0.01, backend="tpu")
+    memory, text, on_host = _compile(chip, optim, optim.step, weights, weights)
+    # Three of four portions, with their weights and gradients, each rounded up.
+    size = weights["leaf"].size
+    assert memory.temp_size_in_bytes <= on_host + 4 * size
+    assert not re.search(r"= \(?[su]8\[2048,\S* (copy|copy-start)\(", text)
+    main = text[text.index("ENTRY") :]
+    calls = r"%flashquinox_((?:start|finish)_\w+|lion)\S* = .*custom-call\("
+    events = re.findall(calls, main)
+    assert [events.count(x) for x in ("start_reads", "finish_writes", "lion")] == [
+        4
+    ] * 3
+    # While the second portion is updated, the third arrives and the first leaves.
+    second = [i for i, x in enumerate(events) if x == "lion"][1]
+    begun = [events[:second].count(f"start_{x}") for x in ("reads", "writes")]
+    ended = [events[:second].count(f"finish_{x}") for x in ("reads", "writes")]
+    assert (begun, ended) == ([3, 1], [2, 0])

@@ -10,9 +10,10 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, ScalarLike
+from jaxtyping import Array, ScalarLike
 
 from .. import _compat
 from .._common import memory
@@ -57,8 +58,10 @@ def needs_kernels(array: Array, unit: int) -> bool:
 
 def start_reads(start: ScalarLike, length: int, arrays: Arrays) -> tuple[Arrays, Reads]:
     """Begins to read a part of each array, before anything is written to these."""
-    calls = _calls()
-    *parts, semaphores = calls.start_reads(jnp.int32(start), arrays, length=length)
+    traced, first = _start(start)
+    *parts, semaphores = _calls().start_reads(
+        traced, arrays, first=first, length=length
+    )
     arrays, parts, semaphores = lax.optimization_barrier((arrays, parts, semaphores))
     return arrays, Reads(parts, semaphores)
 
@@ -74,13 +77,19 @@ def start_writes(
 ) -> tuple[Arrays, Writes]:
     """Begins to write a part of each array."""
     (semaphores,) = _calls().make_semaphores(arrays)
-    parts, start = lax.optimization_barrier(parts), jnp.int32(start)
-    arrays = _calls().start_writes(start, arrays, parts, semaphores)
+    parts = lax.optimization_barrier(parts)
+    traced, first = _start(start)
+    arrays = _calls().start_writes(traced, arrays, parts, semaphores, first=first)
     return arrays, Writes(parts, semaphores)
 
 
 def finish_writes(arrays: Arrays, writes: Writes) -> Arrays:
     return _calls().finish_writes(arrays, writes.parts, writes.semaphores)
+
+
+def _start(start: ScalarLike) -> tuple[Arrays, int]:
+    """Where parts begin: a traced number, if it is one."""
+    return ([], start) if isinstance(start, int) else ([jnp.int32(start)], 0)
 
 
 class _Calls(NamedTuple):
@@ -104,10 +113,16 @@ def _calls() -> _Calls:
                 "tpu",
                 getattr(kernels, name),
                 getattr(elsewhere, name),
+                _semaphores_like,
             )
             for name in _Calls._fields
         ]
     )
+
+
+def _semaphores_like(aval: Any) -> Any:
+    numbers = [jnp.int32(0)] * aval.shape[0]
+    return _calls().make_semaphores(numbers)[0]
 
 
 class _Elsewhere:
@@ -115,9 +130,12 @@ class _Elsewhere:
     all is copied at the beginning. Semaphores are `None`."""
 
     def start_reads(
-        self, start: Int32[Array, ""], arrays: Arrays, *, length: int
+        self, start: Arrays, arrays: Arrays, *, first: int, length: int
     ) -> list[Any]:
-        parts = [lax.dynamic_slice_in_dim(x, start, length) for x in arrays]
+        if start:
+            parts = [lax.dynamic_slice_in_dim(x, start[0], length) for x in arrays]
+        else:
+            parts = [lax.slice_in_dim(x, first, first + length) for x in arrays]
         return [*memory.to_device(parts), None]
 
     def finish_reads(self, arrays: Arrays, parts: Arrays, semaphores: Any) -> Arrays:
@@ -129,12 +147,19 @@ class _Elsewhere:
         return [None]
 
     def start_writes(
-        self, start: Int32[Array, ""], arrays: Arrays, parts: Arrays, semaphores: Any
+        self,
+        start: Arrays,
+        arrays: Arrays,
+        parts: Arrays,
+        semaphores: Any,
+        *,
+        first: int,
     ) -> Arrays:
         del semaphores
+        number = start[0] if start else first
         parts = [memory.where(x, y) for x, y in zip(parts, arrays, strict=True)]
         return [
-            lax.dynamic_update_slice_in_dim(x, y, start, 0)
+            lax.dynamic_update_slice_in_dim(x, y, number, 0)
             for x, y in zip(arrays, parts, strict=True)
         ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 import numpy as np
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from .primitives import Primitive
 
@@ -21,6 +21,8 @@ class KernelCall:
     returns it; and where that returns `None`, it is one that only kernels use. Both
     functions return a list, and take what they are called with: pytrees of arrays, and
     static arguments by keyword. It can be called in functions that are traced, alone.
+    Under `vmap`, it is the other operations on all platforms, and `stand_in` makes what
+    only kernels use, from its type.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class KernelCall:
         platform: str,
         kernel: Callable[..., list[Any]],
         elsewhere: Callable[..., list[Any]],
+        stand_in: Callable[[Any], jax.Array],
     ):
-        self._kernel, self._elsewhere = kernel, elsewhere
+        self._kernel, self._elsewhere, self._stand_in = kernel, elsewhere, stand_in
         self._primitive = Primitive(name)
         self._primitive.multiple_results = True
         self._primitive.def_abstract_eval(self._types)
+        batching.primitive_batchers[self._primitive] = self._batch
         mlir.register_lowering(self._primitive, self._lower_elsewhere)
         mlir.register_lowering(self._primitive, self._lower, platform=platform)
 
@@ -64,6 +68,23 @@ class KernelCall:
         _types_of(function, avals)
         return found
 
+    def _batch(
+        self, flat: Sequence[Any], axes: Sequence[Any], **static: Any
+    ) -> tuple[list[Any], list[Any]]:
+        axes = tuple(axes)
+        one = [
+            jax.typeof(x) if axis is None else _without(jax.typeof(x), axis)
+            for x, axis in zip(flat, axes, strict=True)
+        ]
+        missing = self._missing(one, **static)
+        function = partial(_flat, self._elsewhere, **static)
+        # Without others, nothing is mapped.
+        others = iter([] if all(missing) else jax.vmap(function, axes)(*flat))
+        types = self._types(*one, **static)
+        pairs = [*zip(types, missing, strict=True)]
+        new = [self._stand_in(x) if there else next(others) for x, there in pairs]
+        return new, [None if there else 0 for there in missing]
+
     def _lower(self, ctx: Any, *flat: Any, **static: Any) -> Any:
         function = partial(_flat, self._kernel, **static)
         # As kernels have no numbers of 64 bits.
@@ -91,3 +112,9 @@ def _flat(
 def _types_of(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:
     with jax.enable_x64(False):
         return jax.make_jaxpr(function)(*avals).out_avals
+
+
+def _without(aval: Any, axis: int) -> Any:
+    """The type of one member of a batch."""
+    shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
+    return aval.update(shape=shape, sharding=None)

@@ -6,9 +6,11 @@ each other. Large leaves are several portions, small ones share one.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.lax as lax
@@ -18,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .._common import memory
 from .._tile.step import TileState
+from .kernel_copies import KernelCopies
 from .part import Advanced, Part
 from .slices import Slice
 
@@ -51,15 +54,19 @@ def stream(
     done: dict[int, Advanced] = {}
     coming = stream.arrive(0)
     for number, portion in enumerate(portions):
-        here, coming = coming, []
+        here, coming = stream.copies.finish_read(coming), []
         if number + 1 < len(portions):
             # From what was there before this portion leaves.
             coming = stream.arrive(number + 1)
+        here = stream.copies.beside(here)
         new = update([stream.part(*x) for x in zip(portion, here, strict=True)])
+        new = stream.copies.beside(new)
+        stream.copies.finish_write()
         coming = stream.before_leaving(number, coming)
         for piece, advanced in zip(portion, new, strict=True):
             stream.leave(piece, advanced.new)
             done[piece.leaf] = advanced
+    stream.copies.finish_write()
     return {i: x._replace(new=stream.held[i]) for i, x in done.items()}
 
 
@@ -79,6 +86,12 @@ class _Stream:
             self._weights[index] = weight
             new = jnp.zeros_like(weight)
             self.held[index] = dataclasses.replace(self.held[index], weight=new)
+        rows: dict[int, int] = {}
+        for piece in pieces:
+            if piece.slice is not None and of[piece.leaf].sharding is None:
+                start, end = piece.slice.rows
+                rows[piece.leaf] = math.gcd(rows.get(piece.leaf, 0), start, end)
+        self.copies = KernelCopies(self.held, rows)
 
     def arrive(self, number: int) -> list[TileState]:
         """Begins to copy a portion to the device, when there is room for it."""
@@ -86,7 +99,10 @@ class _Stream:
         if number >= _DEPTH:
             indices = [x.leaf for x in (*portion, *self._portions[number - _DEPTH])]
             states = {i: self.held[i] for i in indices}
-            self.held |= _in_order(states, memory.is_on_host)
+            self.held.update(_in_order(states, memory.is_on_host))
+        for piece in portion:
+            if piece.slice is not None:
+                self.copies.start_read(piece.leaf, piece.slice)
         return [memory.to_device(self._read(piece)) for piece in portion]
 
     def part(self, piece: Piece, state: TileState) -> Part:
@@ -120,20 +136,26 @@ class _Stream:
             for x in _beside_weight(state, self.held[piece.leaf])
         ]
         both, coming = _in_order((both, coming), is_copied)
-        self.held |= both
+        self.held.update(both)
         return coming
 
     def leave(self, piece: Piece, new: TileState) -> None:
         """Begins to copy a new state back."""
         old = self.held[piece.leaf]
-        new = memory.where(new, old)
-        if piece.slice is not None:
-            new = piece.slice.write(old, new)
-        self.held[piece.leaf] = new
+        if piece.slice is None:
+            self.held[piece.leaf] = memory.where(new, old)
+            return
+        written = piece.slice.write(old, memory.where(new, old))
+        self.copies.start_write(piece.leaf, piece.slice, new)
+        others = self.copies.others(piece.leaf, written)
+        self.held[piece.leaf] = eqx.combine(others, self.held[piece.leaf])
 
     def _read(self, piece: Piece) -> TileState:
+        """What XLA copies."""
         state = self.held[piece.leaf]
-        return state if piece.slice is None else piece.slice.read(state)
+        if piece.slice is None:
+            return state
+        return self.copies.others(piece.leaf, piece.slice.read(state))
 
 
 def _beside_weight(state: TileState, old: TileState) -> list[Array]:

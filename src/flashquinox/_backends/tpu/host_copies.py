@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
 from ..._storage.tpu_memory import Axes, memory_order, TILE_ROWS
 
@@ -34,21 +34,23 @@ _NUMBER = pl.BlockSpec(memory_space=pltpu.SMEM)
 _SEMAPHORES = pl.BlockSpec(memory_space=pltpu.SEMAPHORE)
 
 
-def start_reads(start: Int32[Array, ""], arrays: Arrays, *, length: int) -> list[Any]:
-    """Begins to read a part of each array: so much of the first axis. Returns what it
-    is read to, and semaphores."""
+def start_reads(start: Arrays, arrays: Arrays, *, first: int, length: int) -> list[Any]:
+    """Begins to read a part of each array: so much of the first axis, from `first` or,
+    if there is one, from the number in `start`. Returns what it is read to, and
+    semaphores."""
     lying, count = _lying(arrays), len(arrays)
 
-    def kernel(start: Any, *refs: Any) -> None:
+    def kernel(*refs: Any) -> None:
+        number, refs = _number(start, first, refs)
         semaphores = refs[2 * count]
         for i in range(count):
-            part = _part(refs[i], start[0], length)
+            part = _part(refs[i], number, length)
             pltpu.make_async_copy(part, refs[count + i], semaphores.at[i]).start()
 
     *parts, semaphores = _call(
         kernel,
         "start_reads",
-        [(start.reshape(1), _NUMBER), *[(x, _HOST) for x in lying]],
+        [*_numbers(start), *[(x, _HOST) for x in lying]],
         [
             *[(pltpu.HBM((length, *x.shape[1:]), x.dtype), _DEVICE) for x in lying],
             (_semaphores_of(arrays), _SEMAPHORES),
@@ -93,19 +95,19 @@ def make_semaphores(arrays: Arrays) -> list[Any]:
 
 
 def start_writes(
-    start: Int32[Array, ""], arrays: Arrays, parts: Arrays, semaphores: Any
+    start: Arrays, arrays: Arrays, parts: Arrays, semaphores: Any, *, first: int
 ) -> list[Any]:
     """Begins to write parts of the arrays. Returns the arrays."""
     count = len(arrays)
 
-    def kernel(start: Any, *refs: Any) -> None:
+    def kernel(*refs: Any) -> None:
+        number, refs = _number(start, first, refs)
         parts, semaphores = refs[count : 2 * count], refs[2 * count]
         for i, array in enumerate(refs[2 * count + 1 :]):
-            place = _part(array, start[0], parts[i].shape[0])
+            place = _part(array, number, parts[i].shape[0])
             pltpu.make_async_copy(parts[i], place, semaphores.at[i]).start()
 
-    number = (start.reshape(1), _NUMBER)
-    return _write(kernel, "start_writes", [number], arrays, parts, semaphores)
+    return _write(kernel, "start_writes", _numbers(start), arrays, parts, semaphores)
 
 
 def finish_writes(arrays: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
@@ -173,6 +175,15 @@ def _call(
 
 def _semaphores_of(arrays: Arrays) -> Any:
     return pltpu.SemaphoreType.DMA((len(arrays),))
+
+
+def _numbers(start: Arrays) -> list[tuple[Any, Any]]:
+    return [(x.reshape(1), _NUMBER) for x in start]
+
+
+def _number(start: Arrays, first: int, refs: Any) -> tuple[Any, Any]:
+    """Where parts begin, and the other references of a kernel."""
+    return (refs[0][0], refs[1:]) if start else (first, refs)
 
 
 def _part(ref: Any, start: Any, length: int) -> Any:
