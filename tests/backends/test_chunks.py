@@ -10,7 +10,7 @@ import pytest
 import flashquinox as fq
 from flashquinox._backends import chunks, xla
 from flashquinox._backends.chunk_plan import Piece, plan_chunks, Window
-from flashquinox._backends.groups import Groups
+from flashquinox._backends.groups import Groups, joined
 from flashquinox._storage.layout import flattened
 
 from ..helpers import tree_identical
@@ -122,6 +122,14 @@ def test_equal_moves_are_one_kernel():
     step = jax.jit(optim.step).lower(params, optim.init(params), params)
     places = set(re.findall(r" slice\(.*slice=\{(.*?)\}", step.compile().as_text()))
     assert len(places) < 10
+
+
+def test_many_parts_are_joined_in_order():
+    parts = [np.full(1 + i % 3, i, np.int32) for i in range(200)]
+    program = jax.jit(joined).lower(parts)
+    operands = re.findall(r"concatenate (.*?) :", program.as_text())
+    assert max(x.count("%") for x in operands) <= 64
+    assert np.array_equal(program.compile()(parts), np.concatenate(parts))
 
 
 def test_a_step_is_in_place():

@@ -16,6 +16,9 @@ from .._storage.layout import Layout
 
 # Of leaves that are stored without groups.
 _SIZE = 32
+# Operands of a concatenation. 2,000 vectors compile in 30 s with one concatenation for
+# each of their arrays, in 16 s with 256 operands, and in 15 s with 64.
+_TOGETHER = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,12 @@ def flat(x: Shaped[Array, "..."]) -> Shaped[Array, " n"]:
 
 
 def joined(parts: Sequence[Shaped[Array, " _"]]) -> Shaped[Array, " n"]:
+    """The parts one after another. XLA's time for many operands grows with their
+    square, so many are joined a few at a time."""
+    while len(parts) > _TOGETHER:
+        some = [parts[i : i + _TOGETHER] for i in range(0, len(parts), _TOGETHER)]
+        # Else XLA makes one operation of all.
+        parts = lax.optimization_barrier([lax.concatenate(x, 0) for x in some])
     return parts[0] if len(parts) == 1 else lax.concatenate(parts, 0)
 
 
