@@ -193,3 +193,14 @@ def test_rules_of_a_user():
         "_Other.transform",
         "'rows'",
     )
+
+
+@pytest.mark.usefixtures("without_typechecker")
+def test_state_of_other_arguments():
+    """The smallest axis decides which moments a leaf has."""
+    model = arrays(_SHAPES, jnp.bfloat16, 0)
+    states = [fq.adafactor(0.1, smallest).init(model) for smallest in (6, 128)]
+    for smallest, state, name in ((128, states[0], "'v'"), (6, states[1], "'v_row'")):
+        step = fq.adafactor(0.1, smallest).step
+        wrong = lambda step=step, state=state: step(model, state, model)
+        assert_raises(ValueError, wrong, name, "['k']", "had other moments")

@@ -179,7 +179,9 @@ def _check_moment(
     if moment is None:
         raise ValueError(
             f"{where()} is missing: when the state was made, this leaf was no "
-            "floating-point array. Make a new state with `init`."
+            "floating-point array, or had other moments, as its shape and arguments "
+            f"decide for some optimizers. Here, its shape is {leaf.value.shape}. Make "
+            "a new state with `init`, or pass the state of this model."
         )
     found = moment.codec if isinstance(moment, QuantMoment) else FullPrecision()
     if found != codec:
