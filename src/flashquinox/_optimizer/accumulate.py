@@ -138,8 +138,10 @@ def accumulate(
         them. With 16 bits, an infinity is NaN there.
     - The state is a pytree like every other: a checkpoint in the middle of an
         accumulation goes on bit for bit.
-    - With `state_memory="pinned_host"` in `optim`, sums are in host memory too. Each
-        call copies them to the device and back.
+    - With `state_memory="pinned_host"` in `optim`, sums are in host memory too, and
+        gradients are added to them: by kernels for GPUs where they are; elsewhere,
+        sums go through the device one after the other. In the last call of `every`, the
+        sums themselves are on the device, as the gradient of the step.
     - Under `vmap`, a step is computed in each call, and kept in the last of `every`.
 
     **Arguments:**

@@ -102,7 +102,8 @@ class AccumulatedStep:
         kept = {i: sums[i] for i in self._cleared_later(old)}
         others = [i for i in range(len(sums)) if i not in kept]
         pick = lambda found: [found[i] for i in others]
-        zeros = _zeros(*[jtu.tree_leaves(pick(x)) for x in (there, sums)], self.is_last)
+        arrays, olds = (jtu.tree_leaves(pick(x)) for x in (there, sums))
+        zeros = _zeros(arrays, olds, self.is_last)
         zeros = jtu.tree_structure(pick(sums)).unflatten(zeros)
         there = dict(zip(others, zeros, strict=True)) | kept
         there = [there[i] for i in range(len(sums))]
