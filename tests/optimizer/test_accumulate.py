@@ -426,6 +426,34 @@ def test_state_in_host_memory(jit, bits, backend):
         assert {x.sharding.memory_kind for x in stored} == {where}
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_host_memory_on_meshes(kind):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    where = NamedSharding(mesh, P("data", None))
+    draw = lambda seed: {
+        "w": jax.device_put(arrays({"w": (256, 128)}, jnp.bfloat16, seed)["w"], where)
+    }
+    found = []
+    with jax.set_mesh(mesh):
+        for kind_of_memory in ("device", "pinned_host"):
+            plain = fq.lion(1e-2, state_memory=kind_of_memory)
+            optim = fq.accumulate(plain, 2, bits=16)
+            start = draw(0)
+            grads = [draw(1), draw(2)]
+            found.append(_steps(optim, start, optim.init(start), grads))
+    assert all(map(np.array_equal, *map(jtu.tree_leaves, found)))
+    codes = found[1][1].sums["w"].codes
+    assert codes.sharding.is_equivalent_to(where.with_memory_kind("pinned_host"), 2)
+
+
+def test_ensembles_in_host_memory_are_an_error():
+    optim = fq.accumulate(fq.lion(1e-2, state_memory="pinned_host"), 2)
+    models = arrays({"w": (3, 256, 128)}, jnp.bfloat16, 0)
+    state = jax.vmap(optim.init)(models)
+    step = lambda: jax.jit(jax.vmap(optim.step))(models, state, models)
+    assert_raises(NotImplementedError, step, "`accumulate(...).step`", "vmap")
+
+
 @pytest.mark.parametrize("bits, size", [(16, 2.0625), (24, 3), (32, 4)])
 def test_bytes(bits, size):
     params = {"w": jnp.zeros((64, 64), jnp.bfloat16)}

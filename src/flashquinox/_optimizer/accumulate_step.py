@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._backends.clear import clear_if
-from .._common import memory
+from .._common import memory, meshes
 from .._model.trees import flatten, Leaf, Rebuild
 from .._storage.quant_moment import StoredMoment
 from .._storage.split import Correction
@@ -61,6 +61,8 @@ class AccumulatedStep:
             not_taken = self._not_taken(old), self.structure
             return self._taken(old) if self.is_last else not_taken
         structure = []
+        if memory.any_on_host(old):
+            self = dataclasses.replace(self, is_last=_refuse_vmap(self.is_last))
 
         def taken(old: Arrays) -> Arrays:
             new, found = self._taken(old)
@@ -135,6 +137,22 @@ class AccumulatedStep:
         return old._replace(weights=[*map(no_update, old.weights)])
 
 
+@jax.custom_batching.custom_vmap
+def _refuse_vmap(is_last: Array) -> Array:
+    """The same. Under `vmap`, an error: JAX would choose between arrays in host memory
+    on the device, which it cannot."""
+    return is_last
+
+
+@_refuse_vmap.def_vmap
+def _(*_: Any) -> Any:
+    raise NotImplementedError(
+        "`accumulate(...).step` and `update` under `vmap` take no state in host memory. "
+        "Put the state on the device with `jax.device_put`, or leave out "
+        f'`state_memory="{memory.HOST_KIND}"`.'
+    )
+
+
 def _zeros(there: list[Array], old: list[Array], is_last: Array) -> list[Array]:
     """Zeros in the place of the arrays of sums. `there` is what has been read of them,
     and is in their place if that is on the device."""
@@ -151,7 +169,10 @@ def _zeros(there: list[Array], old: list[Array], is_last: Array) -> list[Array]:
             zero = jnp.where(is_last, zero, x[(0,) * x.ndim])
         # One array after the other, so that zeros of only one are on the device.
         zero, previous = lax.optimization_barrier((zero, previous))
-        previous = [memory.where(jnp.broadcast_to(zero, y.shape), y)]
+        zeros = jnp.broadcast_to(zero, y.shape)
+        if isinstance(y, jax.core.Tracer):
+            zeros = meshes.as_typed(zeros, jax.typeof(y).sharding)
+        previous = [memory.where(zeros, y)]
         found += previous
     return found
 
