@@ -147,8 +147,8 @@ def _refuse_vmap(is_last: Array) -> Array:
 @_refuse_vmap.def_vmap
 def _(*_: Any) -> Any:
     raise NotImplementedError(
-        "`accumulate(...).step` and `update` under `vmap` take no state in host memory. "
-        "Put the state on the device with `jax.device_put`, or leave out "
+        "`accumulate(...).step`, or `update`, under `vmap` takes no state in host "
+        "memory. Put the state on the device with `jax.device_put`, or leave out "
         f'`state_memory="{memory.HOST_KIND}"`.'
     )
 
