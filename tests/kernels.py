@@ -2,6 +2,7 @@
 
 import contextlib
 import functools as ft
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -30,9 +31,14 @@ _master_weights = eqx.filter_jit(fq.master_weights)
 
 
 # Older interpreters compile a weight and its correction into two programs, in which a
-# product and a sum may be one operation or two. If that leads to roundings in different
-# directions, the two do not belong together: by one unit of the weight.
-_COMPILES_APART = jax.__version_info__ < (0, 11)
+# product and a sum may be one operation or two. So may they in one program that XLA
+# does not optimize: it computes them once for each of its results. If that leads to
+# roundings in different directions, the two do not belong together: by one unit of the
+# weight.
+_NOT_OPTIMIZED = "--xla_backend_optimization_level=0"
+_COMPILES_APART = jax.__version_info__ < (0, 11) or _NOT_OPTIMIZED in os.environ.get(
+    "XLA_FLAGS", ""
+)
 
 
 # Significant ones.
