@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
+from flashquinox._storage.tpu_memory import memory_order
 
 from ..helpers import slow
 from ..kernels import compiling_for, tpu_devices
@@ -108,6 +109,23 @@ def test_leaves_move_no_more_than_they_must(chip, shape):
     assert memory.temp_size_in_bytes <= 2**20
     assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
     assert _count(text, "copy|transpose|copy-start") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", _TOPOLOGIES)
+def test_two_elements_of_16_bits_lie_in_a_word(chip):
+    """Of leaves with an axis of length 2, XLA lays out weights and gradients in another
+    order than arrays of 8 bits, and copies them."""
+    shape = (384, 192, 2, 2)
+    assert memory_order(shape, 1) != memory_order(shape, 2)
+    params = {"leaf": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    compiled, _ = _compile(chip, params)
+    text, size = compiled.as_text() or "", math.prod(shape)
+    assert "tpu_custom_call" in text
+    moved = compiled.cost_analysis()["bytes accessed"] / size
+    # A weight and a gradient in, and a weight out; and v5 moves gradients to VMEM.
+    assert 24 <= moved <= 33
+    assert _count(text, "copy") >= 2
 
 
 def test_small_leaves_share_kernels():
