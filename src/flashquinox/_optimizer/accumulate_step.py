@@ -159,16 +159,14 @@ def _zeros(there: list[Array], old: list[Array], is_last: Array) -> list[Array]:
     found: list[Array] = []
     previous: list[Array] = []
     for x, y in zip(there, old, strict=True):
-        if not memory.is_on_host(y):
-            found.append(jnp.where(is_last, jnp.zeros_like(x), x))
-            continue
-        zero = jnp.zeros((), y.dtype)
-        if x.size > 0 and not memory.is_on_host(x):
+        if not memory.is_on_host(x):
             # XLA knows from this that the array is read before it is written. Without
             # it, it would keep a second one.
-            zero = jnp.where(is_last, zero, x[(0,) * x.ndim])
-        # One array after the other, so that zeros of only one are on the device.
-        zero, previous = lax.optimization_barrier((zero, previous))
+            found.append(memory.where(jnp.where(is_last, jnp.zeros_like(x), x), y))
+            continue
+        # What was not read, one array after the other, so that zeros of only one are on
+        # the device.
+        zero, previous = lax.optimization_barrier((jnp.zeros((), y.dtype), previous))
         zeros = jnp.broadcast_to(zero, y.shape)
         if isinstance(y, jax.core.Tracer):
             zeros = meshes.as_typed(zeros, jax.typeof(y).sharding)
