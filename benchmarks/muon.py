@@ -53,12 +53,16 @@ _MATRICES = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
 _AXES = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
+def _normal(shape: tuple[int, ...]) -> Array:
+    return 0.02 * jax.random.normal(jax.random.key(0), shape)
+
+
 def weights(settings: argparse.Namespace) -> dict[str, Array]:
     """The matrices, in float32."""
     layers, found = settings.layers, {}
     for name, sides in _MATRICES.items():
         shape = tuple(settings.width * side for side in sides)
-        stack = 0.02 * jax.random.normal(jax.random.key(0), (layers, *shape))
+        stack = _normal((layers, *shape))
         if settings.stacked:
             found[name] = stack
         else:
@@ -80,14 +84,13 @@ def sharding(settings: argparse.Namespace) -> NamedSharding | None:
 def products(settings: argparse.Namespace) -> tuple[Callable, Any, list[Any]]:
     """The iteration on a device's share of the stacks, as a step divides them."""
     share = math.ceil(settings.layers / settings.devices)
-    normal = lambda shape: 0.02 * jax.random.normal(jax.random.key(0), shape)
     stacks = {}
     for name, sides in _MATRICES.items():
         shape = tuple(settings.width * x for x in sides)
         most = max(1, together.STACK // math.prod(shape))
         most = share if settings.stacked else most
         stacks[name] = [
-            normal((min(most, share - i), *shape)).astype(jnp.bfloat16)
+            _normal((min(most, share - i), *shape)).astype(jnp.bfloat16)
             for i in range(0, share, most)
         ]
     transform = fq.Muon().transform

@@ -115,17 +115,23 @@ def _options(record: dict[str, Any]) -> set[str]:
     return {x[2:] for x in record["command"].split() if x.startswith("--")}
 
 
-def _gpt2_cells(records: list[dict[str, Any]]) -> Cells:
-    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def _by_cell(
+    records: list[dict[str, Any]],
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The records of each optimizer and contender."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        optimizer = record["recipe"]["optimizer"]
-        key = optimizer, record["contender"]
-        by_cell.setdefault(key, []).append(record)
+        key = record["recipe"]["optimizer"], record["contender"]
+        found.setdefault(key, []).append(record)
+    return found
+
+
+def _gpt2_cells(records: list[dict[str, Any]]) -> Cells:
     cells = []
-    for (optimizer, contender), records in by_cell.items():
-        of = {record["seed"]: record for record in records}
+    for (optimizer, contender), own in _by_cell(records).items():
+        of = {record["seed"]: record for record in own}
         result = lambda name, of=of: {k: x["result"][name] for k, x in of.items()}
-        first = records[0]
+        first = own[0]
         cell = Cell(
             contender,
             first["rate"],
@@ -133,7 +139,7 @@ def _gpt2_cells(records: list[dict[str, Any]]) -> Cells:
             result("validation loss"),
             {seed: np.asarray(record["losses"]) for seed, record in of.items()},
             result("largest update"),
-            records,
+            own,
         )
         cells.append((optimizer, cell))
     return _collected(cells)
@@ -182,26 +188,22 @@ def _finetune_cell(contender: str, of: dict[int, Any]) -> Cell:
 
 def _of_lanes(records: list[dict[str, Any]], name: str) -> Cells:
     """Of records that each have several seeds; those of a cell may be several."""
-    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in records:
-        key = record["recipe"]["optimizer"], record["contender"]
-        by_cell.setdefault(key, []).append(record)
     cells = []
-    for (optimizer, contender), records in by_cell.items():
-        first = records[0]
-        seeds = [seed for record in records for seed in record["seeds"]]
+    for (optimizer, contender), own in _by_cell(records).items():
+        first = own[0]
+        seeds = [seed for record in own for seed in record["seeds"]]
         of = lambda values, seeds=seeds: dict(zip(seeds, values, strict=True))
-        ends = lambda name, records=records: [
-            x for record in records for x in record["result"][name]
+        ends = lambda name, own=own: [
+            x for record in own for x in record["result"][name]
         ]
         cell = Cell(
             contender,
             first["rate"],
             {k: first[k] for k in ("recipe", "task")},
             of(ends(name)),
-            of([x for record in records for x in np.asarray(record["losses"]).T]),
+            of([x for record in own for x in np.asarray(record["losses"]).T]),
             of(ends("largest update")),
-            records,
+            own,
         )
         cells.append((optimizer, cell))
     return _collected(cells)
