@@ -259,7 +259,7 @@ def test_plan_has_every_cell_once_and_no_two_jobs_write_one_file(module, tmp_pat
     assert len(written) == len(set(written))
     assert len({job.name for job in jobs}) == len(jobs)
     gpt2 = [path.stem for path in written if path.parent.name == "gpt2"]
-    seeds = [name for name in gpt2 if "-at-" not in name]
+    seeds = [name for name in gpt2 if "-at-" not in name and "-steps-" not in name]
     for optimizer in plan.OPTIMIZERS:
         for contender, count in zip(plan.CONTENDERS, (5, 5, 3, 3), strict=True):
             cell = f"{optimizer}-{contender}-seed-"
@@ -359,6 +359,22 @@ def test_runs_at_a_given_rate_have_a_table_of_their_own(module, tmp_path):
     assert page.failures(tmp_path) == [
         "GPT-2, Lion: the gap is +1.0000 ± 0.0000 (95 %), not within ± 0.015"
     ]
+
+
+def test_runs_of_another_length_have_a_table_of_their_own(module, tmp_path):
+    page = module("_page")
+    of = {"float32": 5.0, "ours": 5.25}
+    records = [_record(name, seed, x) for name, x in of.items() for seed in range(2)]
+    for name, loss in {"float32": 4.0, "ours": 4.5}.items():
+        for seed in range(2):
+            record = _record(name, seed, loss, options="--steps 8")
+            records.append(record | {"steps": 8})
+    _write(tmp_path / "evidence" / "gpt2", records)
+    found = page.sections(tmp_path)
+    assert list(found) == ["gpt2", "gpt2-8-steps"]
+    assert "| 2 | 5.2500 | +0.2500 ± 0.0000" in found["gpt2"]
+    assert "4.5000" not in found["gpt2"]
+    assert "| 2 | 4.5000 | +0.5000 ± 0.0000" in found["gpt2-8-steps"]
 
 
 def test_what_is_not_separable_is_called_so(module, tmp_path):

@@ -95,6 +95,7 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
     """Of optimizers with runs at a given rate, all contenders at each rate that float32
     has, its own one first."""
     records = _records(folder, "*-seed-*.json")
+    records = [x for x in records if "steps" not in _options(x)]
     given = {x["recipe"]["optimizer"] for x in records if "rate" in _options(x)}
     own = _at_own_rates(records)
     found = []
@@ -107,8 +108,18 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
     return found
 
 
+def gpt2_cells_of_other_lengths(folder: pathlib.Path) -> dict[int, Cells]:
+    """Each contender at its own rate, of each number of steps that was asked for."""
+    by_steps: dict[int, list[dict[str, Any]]] = {}
+    for record in _records(folder, "*-seed-*.json"):
+        if "steps" in _options(record):
+            by_steps.setdefault(record["steps"], []).append(record)
+    cells = {steps: _gpt2_cells(of) for steps, of in sorted(by_steps.items())}
+    return {steps: of for steps, of in cells.items() if of}
+
+
 def _at_own_rates(records: list[dict[str, Any]]) -> Cells:
-    return _gpt2_cells([x for x in records if "rate" not in _options(x)])
+    return _gpt2_cells([x for x in records if not _options(x) & {"rate", "steps"}])
 
 
 def _options(record: dict[str, Any]) -> set[str]:

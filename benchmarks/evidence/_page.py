@@ -14,6 +14,7 @@ from _gaps import (
     gap,
     gpt2_cells,
     gpt2_cells_at_one_rate,
+    gpt2_cells_of_other_lengths,
     image_cells,
     long_cells,
     standard_error,
@@ -51,6 +52,8 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         found["gpt2"] = _gpt2([cells])
     if several := gpt2_cells_at_one_rate(results / "evidence/gpt2"):
         found["gpt2-at-one-rate"] = _gpt2(several)
+    for steps, cells in gpt2_cells_of_other_lengths(results / "evidence/gpt2").items():
+        found[f"gpt2-{steps}-steps"] = _gpt2([cells])
     if rows := _image_rows(results / "evidence/images"):
         found["images"] = _table(_IMAGE_HEADER, rows)
     if rows := _long_rows(results / "evidence/long"):

@@ -7,8 +7,9 @@ float32?
 Batches of 8 windows of 1024 tokens; a warm-up of a tenth, then a cosine to zero at
 the end; gradients are clipped at norm 1. Each contender takes the learning rate, of
 three, that has the lowest validation loss after 300 steps of seed 100. Then come the
-seeds. With --rate, all is at that rate, to tell what the choice did. Contenders are in
-`_recipes.py`; the data are made by `data.py`.
+seeds. With --rate, all is at that rate, to tell what the choice did. With --steps, runs
+are of another length, at the rate that was chosen. Contenders are in `_recipes.py`; the
+data are made by `data.py`.
 
 A file for each run: mean training losses and largest updates of spans of steps,
 validation losses (262,144 tokens that are not trained on), tokens a second, and the
@@ -197,13 +198,16 @@ def run_cell(
     contender: str,
     of: list[int],
     rate: float | None = None,
+    length: str = "",
 ) -> None:
+    """`length`: the end of the cell's name, of runs that are not as long as others."""
     recipe, task = RECIPES[optimizer], runner.task
     cell = f"{optimizer}-{contender}"
     if rate is None:
         rate = choose_rate(runner, folder, optimizer, contender)
     else:
         cell = f"{cell}-at-{rate:g}"
+    cell = f"{cell}{length}"
     for seed in of:
         name = f"{cell}-seed-{seed}"
         if folder.begin(name):
@@ -223,6 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task = SMALL if arguments.small else Task(attention=fastest_attention())
     steps = arguments.steps
+    length = "" if steps is None else f"-{steps}-steps"
     if steps is None and not arguments.small:
         steps = STEPS.get(arguments.optimizer)
     if steps is not None:
@@ -242,6 +247,7 @@ def main() -> None:
         arguments.contender,
         arguments.seeds,
         arguments.rate,
+        length,
     )
 
 
