@@ -723,10 +723,12 @@ def test_float64(name):
             w, state = optim.step(w, state, grads)
         dtypes = {x.dtype for x in jtu.tree_leaves((w, state.moments))}
         assert dtypes == {jnp.dtype(jnp.float64)}
+        # 0.01, or a weight, times 2^-52, times the condition 1 / (1 - 0.999) of Optax's
+        # bias correction. Optax's Adafactor has decay rates in float32: off by 2^-25,
+        # so the root of a mean square by as much, in each of 5 steps of at most 3 %.
+        atol = 5 * 0.03 * 2**-25 if name.startswith("adafactor") else 1e-13
         for key in w:
-            # 0.01, or a weight, times 2^-52, times the condition 1 / (1 - 0.999) of
-            # Optax's bias correction.
-            np.testing.assert_allclose(w[key], exact[key], rtol=1e-12, atol=1e-13)
+            np.testing.assert_allclose(w[key], exact[key], rtol=1e-12, atol=atol)
 
 
 @pytest.mark.product
