@@ -58,9 +58,8 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         found["images"] = _table(_IMAGE_HEADER, rows)
     if rows := _long_rows(results / "evidence/long"):
         found["long"] = _table(_LONG_HEADER, rows)
-    for name in ("finetune", "finetune-reduced"):
-        if rows := _finetune_rows(results / "evidence" / name):
-            found[name] = _table(_FINETUNE_HEADER, rows)
+    if rows := _finetune_rows(results / "evidence/finetune"):
+        found["finetune"] = _table(_FINETUNE_HEADER, rows)
     if rows := _resume_rows(results / "evidence/resume"):
         found["resume"] = _table(_RESUME_HEADER, rows)
     reconstruction = results / "reconstruction-cpu.json"
@@ -80,12 +79,14 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def device_line(record: dict[str, Any]) -> str:
-    versions = record["versions"]
+def device_line(records: list[dict[str, Any]]) -> str:
+    """All devices, and the versions of the first run."""
+    devices = " and ".join(sorted({record["device"] for record in records}))
+    versions = records[0]["versions"]
     names = ", ".join(
         f"{k} {versions[k]}" for k in ("jax", "optax", "flashquinox") if k in versions
     )
-    return f"{record['device']}; {names}"
+    return f"{devices}; {names}"
 
 
 #
@@ -150,6 +151,8 @@ def failures(results: pathlib.Path) -> list[str]:
     kinds: list[tuple[str, Cells, float, int]] = [
         ("GPT-2", gpt2_cells(results / "evidence/gpt2"), MOST_LOSS, 1)
     ]
+    for steps, cells in gpt2_cells_of_other_lengths(results / "evidence/gpt2").items():
+        kinds.append((f"GPT-2, {steps} steps", cells, MOST_LOSS, 1))
     for model, title in MODELS.items():
         cells = image_cells(results / "evidence/images", model)
         kinds.append((title, cells, MOST_POINTS, -1))
@@ -191,8 +194,14 @@ def _gpt2(several: list[Cells]) -> str:
     ]
     rows = [row for cells in several for row in _gap_rows(cells, 4, others)]
     table = _table(header, rows)
-    (first, *_) = next(iter(several[0].values()))[REFERENCE].records
-    return f"{table}\n\n({device_line(first)}.)"
+    records = [
+        record
+        for cells in several
+        for of in cells.values()
+        for cell in of.values()
+        for record in cell.records
+    ]
+    return f"{table}\n\n({device_line(records)}.)"
 
 
 _IMAGE_HEADER = [
