@@ -3,7 +3,7 @@ largest of their group, that return, and that shrink.
 
     python benchmarks/horizon.py
     python benchmarks/horizon.py --rows stops,small --moments learned sqrt/flashquinox
-    python benchmarks/horizon.py --page benchmarks/results/horizon-h100.json
+    python benchmarks/horizon.py --page benchmarks/results/horizon-h200.json
 
 Columns:
 
