@@ -167,3 +167,62 @@ def test_errors(without_typechecker):
     state = optim.init(_arrays(0))
     with pytest.raises(Exception, match="has negative elements"):
         jax.block_until_ready(optim.update(_arrays(1), state, _arrays(0)))
+
+
+def _stored(state):
+    """The paths of what is compressed, in full."""
+    is_moment = lambda x: isinstance(x, fq.QuantMoment)
+    leaves = jtu.tree_leaves_with_path(state.inner_state, is_leaf=is_moment)
+    return {jtu.keystr(path) for path, x in leaves if is_moment(x)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "stored"),
+    [
+        ({}, {"[0].mu['w']", "[0].nu['w']"}),
+        # Before what is known of Optax.
+        ({"nu": "exact"}, {"[0].mu['w']"}),
+        ({"ScaleByAdamState.mu": "exact"}, {"[0].nu['w']"}),
+        ({"ScaleByAdamState": "exact"}, set()),
+        ({"[0].nu['w']": "exact"}, {"[0].mu['w']"}),
+        ({"": "exact"}, set()),
+    ],
+)
+def test_kinds_of_the_caller_come_first(kinds, stored):
+    optim = fq.compress(optax.adam(1e-2), kinds=kinds)
+    assert _stored(optim.init(_arrays(0))) == stored
+
+
+def test_kinds_of_any_container():
+    """Dictionaries by their keys, sequences by paths. Weights that have the name of a
+    field are none."""
+    weights = {"average": jnp.ones((64, 64)), "squares": jnp.ones((64, 64))}
+    make = lambda p: {"average": p, "rest": [p, (None, jax.random.key(0), 3)]}
+    mine = optax.GradientTransformation(make, lambda u, s, p=None: (u, s))
+    kinds = {"average": "signed", "['rest'][0]": "nonnegative"}
+    optim = fq.compress(mine, kinds=kinds)  # pyright: ignore
+    assert len(_stored(optim.init(weights))) == 4
+
+
+def test_a_kind_without_effect_is_an_error():
+    for kinds in ({"muu": "exact"}, {"": "exact", "mu": "signed"}):
+        wrong = lambda kinds=kinds: fq.compress(optax.adam(1e-2), kinds=kinds)
+        call = lambda wrong=wrong: wrong().init(_arrays(0))
+        assert_raises(ValueError, call, "has no effect", repr([*kinds][-1]))
+
+
+def test_values_that_become_negative_late_are_an_error():
+    """A wrong kind need not show at first."""
+    mine = optax.GradientTransformation(
+        lambda p: {"mine": p},
+        lambda u, s, p=None: (u, jtu.tree_map(jnp.subtract, s, {"mine": u})),
+    )
+    optim = fq.compress(mine, kinds={"mine": "nonnegative"})
+    grads = {"w": jnp.full((64, 64), 0.09)}
+    state, update = optim.init({"w": jnp.ones((64, 64))}), jax.jit(optim.update)
+    for _ in range(10):
+        _, state = update(grads, state)
+    with pytest.raises(Exception, match="has negative elements"):
+        for _ in range(3):
+            _, state = update(grads, state)
+        jax.block_until_ready(state)

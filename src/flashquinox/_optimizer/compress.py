@@ -1,8 +1,8 @@
 """Any transformation of Optax with compressed state."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_args, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -25,13 +25,9 @@ from .._storage.layout import Layout
 from .._storage.quant_moment import QuantMoment
 from .._storage.storage import check_storage, Storage
 from .._storage.whole_arrays import encode_array
-from .optax_kinds import KINDS, StateKind
+from .optax_kinds import StateKind
 from .state import OptimizerState
-
-
-# Steps in which values of moments that must not be negative are checked: a moment that
-# has the wrong kind has them from the first one on.
-_CHECKED_STEPS = 4
+from .state_kinds import check_kinds, kinds_of
 
 
 # Whether something is wrong, and what an error says of it.
@@ -74,11 +70,13 @@ def compress(
     **Arguments:**
 
     - `transformation`: any `optax.GradientTransformation`.
-    - `kinds`: how arrays of its state are stored: a dictionary from the name of a
-        field, such as `"mu"`, or of a class and a field, `"ScaleByAdamState.mu"`, to
-        `"signed"`, `"nonnegative"` for averages of squares, or `"exact"` for what must
-        not be rounded. Those of all transformations in `optax` and `optax.contrib` are
-        known: pass those of your own.
+    - `kinds`: how arrays of its state are stored: a dictionary to `"signed"`,
+        `"nonnegative"` for averages of squares, or `"exact"` for what must not be
+        rounded. Its keys are names of fields or of keys of dictionaries, such as
+        `"mu"`, of classes, of a class and a field, `"ScaleByAdamState.mu"`, or paths
+        as errors print them, `"[0].mu"`. What is around others decides, but for paths.
+        The kinds of all transformations in `optax` and `optax.contrib` are known: pass
+        those of your own, or others than these.
     - `storage`: `moments` and `group_size` of a [`flashquinox.Storage`][]: which codecs
         store arrays of either kind.
 
@@ -89,8 +87,8 @@ def compress(
     **Raises:**
 
     `TypeError` or `ValueError` for other arguments; `ValueError` from `init` for an
-    array of an unknown kind. An error from one of the first updates if an array that is
-    `"nonnegative"` has a negative element.
+    array of an unknown kind, and for a name in `kinds` that has no effect. An error
+    from an update if an array that is `"nonnegative"` has a negative element.
     """
     call = "compress"
     if not hasattr(transformation, "init") or not hasattr(transformation, "update"):
@@ -98,18 +96,7 @@ def compress(
             f"`{call}` takes an `optax.GradientTransformation`; got "
             f"{shown(transformation)}."
         )
-    if not isinstance(kinds, Mapping | None):
-        raise TypeError(
-            f"`{call}(kinds=...)` takes a dictionary from the name of a field of the "
-            f"state to its kind, such as {{'mu': 'signed'}}; got {shown(kinds)}."
-        )
-    for name, kind in (kinds or {}).items():
-        if kind not in get_args(StateKind):
-            raise ValueError(
-                f"`{call}(kinds=...)` must be 'signed', 'nonnegative' or 'exact'; got "
-                f"{shown(kind)} for {name!r}."
-            )
-    known: dict[str, StateKind] = {**KINDS, **(kinds or {})}
+    given = check_kinds(call, kinds)
     storage = check_storage(call, storage)
     inner = optax.with_extra_args_support(transformation)
 
@@ -117,7 +104,7 @@ def compress(
         count = jnp.zeros((), jnp.int32)
         state = inner.init(_wide(params))
         _check_not_compressed(call, state)
-        checks, new = _encoded(call, known, storage, state, count)
+        checks, new = _encoded(call, given, storage, state, count)
         return CompressedState(_checked(count, checks), new)
 
     def update(
@@ -130,7 +117,7 @@ def compress(
         updates, new = inner.update(
             _wide(grads), _decoded(state.inner_state), _wide(params), **extra_args
         )
-        checks, new = _encoded(call, known, storage, new, count, state.inner_state)
+        checks, new = _encoded(call, given, storage, new, count, state.inner_state)
         _check_shapes(call, grads, updates)
         count = _checked(jnp.asarray(optax.safe_increment(count)), checks)
         return updates, CompressedState(count, new)
@@ -186,7 +173,7 @@ def _decoded(state: PyTree) -> PyTree:
 
 def _encoded(
     call: str,
-    known: Mapping[str, StateKind],
+    given: Mapping[str, StateKind],
     storage: Storage,
     state: PyTree,
     count: Array,
@@ -198,7 +185,7 @@ def _encoded(
     old: list[Any] = [None] * len(leaves)
     if like is not None:
         old = structure.flatten_up_to(like)
-    kinds = [*_kinds(known, state, (), None)]
+    kinds = kinds_of(call, given, state)
     assert len(kinds) == len(leaves)
     new, checks = [], []
     for number, (x, (path, kind), before) in enumerate(
@@ -222,7 +209,7 @@ def _encoded(
             continue
         moment_kind = "nonnegative" if kind == "nonnegative" else "signed"
         if kind == "nonnegative":
-            checks.append(_is_negative(call, path, x, count))
+            checks.append(_is_negative(call, path, x))
         new.append(_encode(layout, codec, x, Dither.at(count, number, moment_kind)))
     return checks, structure.unflatten(new)
 
@@ -249,8 +236,9 @@ def _storage_of(
         raise ValueError(
             f"`{call}`: nothing is known of the array of the state at "
             f"`{jtu.keystr(path)}`, of shape {x.shape}. Pass its kind by the name of "
-            "its field, `kinds={'name': 'signed'}`: 'nonnegative' for averages of "
-            "squares, 'exact' to leave it as it is."
+            "its field, or by its path: "
+            f"`kinds={{{jtu.keystr(path)!r}: 'signed'}}`; 'nonnegative' is for "
+            "averages of squares, 'exact' leaves it as it is."
         )
     there = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     parts = None
@@ -262,13 +250,11 @@ def _storage_of(
     return layout, codec
 
 
-def _is_negative(call: str, path: tuple[Any, ...], x: Array, count: Array) -> Check:
-    is_early = count < _CHECKED_STEPS
-    wrong = jax.lax.cond(is_early, lambda: jnp.any(x < 0), lambda: jnp.asarray(False))
-    return wrong, (
+def _is_negative(call: str, path: tuple[Any, ...], x: Array) -> Check:
+    return jnp.any(x < 0), (
         f"`{call}`: the array of the state at `{jtu.keystr(path)}` is stored as "
         "'nonnegative', and has negative elements. Pass its kind by the name of its "
-        "field: `kinds={'name': 'signed'}`."
+        f"field, or by its path: `kinds={{{jtu.keystr(path)!r}: 'signed'}}`."
     )
 
 
@@ -281,23 +267,3 @@ def _checked(count: Array, checks: list[Check]) -> Array:
     wrong = jnp.stack(wrong)
     first = jnp.argmax(wrong)
     return eqx.branched_error_if(count, jnp.any(wrong), first, messages)
-
-
-def _kinds(
-    known: Mapping[str, StateKind],
-    node: Any,
-    path: tuple[Any, ...],
-    kind: StateKind | None,
-) -> Iterator[tuple[tuple[Any, ...], StateKind | None]]:
-    """The path and the kind of each leaf of a state, in order."""
-    of_all = kind or known.get(type(node).__name__)
-    below, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    for key, child in below:
-        if not key:
-            # A leaf.
-            yield path, of_all
-            continue
-        found, name = of_all, getattr(key[0], "name", None)
-        if found is None and name is not None:
-            found = known.get(f"{type(node).__name__}.{name}") or known.get(name)
-        yield from _kinds(known, child, (*path, *key), found)
