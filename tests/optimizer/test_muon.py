@@ -16,6 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import flashquinox as fq
+from flashquinox._model.trees import flatten
+from flashquinox._optimizer.dimension_numbers import ByDimensionNumbers
+from flashquinox._optimizer.optimizer import settings_of
 from flashquinox._rules.newton_schulz import named_coefficients, orthogonalized
 from flashquinox.checkpoint import Checkpoints
 
@@ -297,6 +300,40 @@ def test_what_is_a_matrix_by_default():
     }
     matrices = {name for name, is_matrix in found.items() if is_matrix}
     assert matrices == {".blocks.weight", ".last.weight", ".other"}
+
+
+def test_cells_and_names_that_have_part_of_one_of_an_embedding():
+    key = jax.random.key(0)
+    cells = eqx.filter_vmap(lambda k: eqx.nn.LSTMCell(5, 7, key=k))
+    x = jnp.ones((6, 8))
+    weights = {
+        "cell": eqx.nn.GRUCell(5, 7, key=key),
+        "cells": cells(jax.random.split(key)),
+        "multi_head_attention": {"query": x},
+        "pos_ffn": {"up": x},
+        "cls_head": x,
+        "pos_embed": x,
+    }
+    leaves, _ = flatten(weights)
+    choose = ByDimensionNumbers(None)
+    optim = settings_of(fq.muon(1e-2))
+    found = {
+        leaf.name: (x.rule.reduction_axis, x.rule.output_axis)
+        for leaf, x in zip(
+            leaves, choose("muon", weights, leaves, optim.groups), strict=True
+        )
+        if isinstance(x.rule, fq.Muon)
+    }
+    # Inputs, then outputs.
+    cell, other = ((-1,), (-2,)), ((-2,), (-1,))
+    assert found == {
+        "['cell'].weight_ih": cell,
+        "['cell'].weight_hh": cell,
+        "['cells'].weight_ih": cell,
+        "['cells'].weight_hh": cell,
+        "['multi_head_attention']['query']": other,
+        "['pos_ffn']['up']": other,
+    }
 
 
 def test_errors(without_typechecker):

@@ -359,3 +359,30 @@ def test_on_many_devices(kind):
 @pytest.mark.usefixtures("without_typechecker")
 def test_errors(call, error, parts):
     assert_raises(error, call, "`prepare", *parts)
+
+
+#
+# In functions that JAX transforms
+#
+
+
+def test_leaves_that_are_the_same_for_all_members():
+    """Under `vmap`, they are no tracers."""
+    optim, start = _sgd(24), {"shared": jnp.linspace(0.1, 2.3, 7)}
+    inputs = jnp.linspace(1.7, 3.1, 6).reshape(2, 3)
+    make = lambda x: fq.prepare(start | {"own": x}, optim)
+    model, state = jax.vmap(make)(inputs)
+    masters = jax.vmap(fq.master_weights)(model, state)
+    for member in range(2):
+        expected = fq.master_weights(*make(inputs[member]))
+        found = jtu.tree_map(lambda x, member=member: x[member], masters)
+        assert tree_identical(found, expected)
+
+
+def test_arrays_from_outside_of_jit():
+    optim, start = _sgd(24), {"w": jnp.linspace(0.1, 2.3, 7)}
+    model, state = fq.prepare(start, optim)
+    found = jax.jit(lambda: fq.from_master_weights(start, model, state))()
+    assert tree_identical(found, (model, state))
+    average = jax.jit(lambda: fq.ema(0.9).init(model, state))()
+    assert tree_identical(average, fq.ema(0.9).init(model, state))

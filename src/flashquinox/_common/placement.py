@@ -1,6 +1,7 @@
 """Computing with arrays in any sharding, and putting the results where other arrays
 are."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +50,12 @@ def compute_like(
 def no_mesh() -> Any:
     """A context without the mesh that the caller may have set: arrays may be on other
     meshes."""
-    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    try:
+        return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    except ValueError:
+        # In a function that JAX transforms, arrays need not be traced: under `vmap`,
+        # what is the same for all members is not. A mesh cannot be set there.
+        return contextlib.nullcontext()
 
 
 def _free(x: Any) -> Any:

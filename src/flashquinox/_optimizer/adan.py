@@ -47,7 +47,8 @@ def adan(
         taken, from 0.
     - `b1`, `b2`, `b3`: $\beta_1, \beta_2, \beta_3 \in [0, 1)$: the decay rates of the
         averages of gradients, of differences of gradients, and of squares. They are 1
-        less those of the paper.
+        less those of the paper. Differences count by $\beta_2$; in Optax 0.2.8 by
+        $1 - \beta_2$, so that steps are only equal for $\beta_2 = 1/2$.
     - `eps`: $\epsilon \ge 0$: is added to the denominator, outside of the square root.
     - `eps_root`: $\bar\epsilon \ge 0$: is added inside of it.
     - `weight_decay`: $\lambda$, times the learning rate, as in Optax. The paper divides

@@ -29,6 +29,13 @@ _NO_MATRICES = frozenset(
 )
 
 
+# Names of which a part is one of these, and which are of other layers.
+_OF_MATRICES = re.compile("multi_?head(ed)?|pos_ffn|position_wise")
+
+# Layers whose weights have outputs before inputs.
+_OUTPUTS_FIRST = eqx.nn.Linear | eqx.nn.LSTMCell | eqx.nn.GRUCell
+
+
 @dataclasses.dataclass(frozen=True)
 class _Axes:
     """`MuonDimensionNumbers` as a leaf of a tree, counted from the end."""
@@ -111,7 +118,7 @@ def _axes(call: str, leaf: Leaf, found: Any) -> _Axes | None:
 
 def _matrices(call: str, params: PyTree, leaves: list[Leaf]) -> list[_Axes | None]:
     """The axes of what is a matrix by default."""
-    is_layer = lambda x: isinstance(x, eqx.nn.Linear | eqx.nn.Embedding)
+    is_layer = lambda x: isinstance(x, _OUTPUTS_FIRST | eqx.nn.Embedding)
     nodes = jtu.tree_leaves_with_path(params, is_leaf=is_layer)
     layers = {path: type(node) for path, node in nodes if is_layer(node)}
     # Not the vectors of norms and biases, which have two axes if layers are stacked.
@@ -124,8 +131,8 @@ def _matrices(call: str, params: PyTree, leaves: list[Leaf]) -> list[_Axes | Non
         if not candidate or not _NO_MATRICES.isdisjoint(names):
             found.append(None)
         elif layer is not None:
-            # `Linear` has outputs before inputs; others of a stack come first.
-            is_matrix = issubclass(layer, eqx.nn.Linear) and leaf.value.ndim >= 2
+            # Axes of a stack come first.
+            is_matrix = issubclass(layer, _OUTPUTS_FIRST) and leaf.value.ndim >= 2
             found.append(_Axes((-1,), (-2,)) if is_matrix else None)
         else:
             found.append(_Axes((-2,), (-1,)) if leaf.value.ndim == 2 else None)
@@ -135,5 +142,6 @@ def _matrices(call: str, params: PyTree, leaves: list[Leaf]) -> list[_Axes | Non
 def _names(path: tuple[Any, ...]) -> list[str]:
     """All names on a path, and their words, in lower case; the last name comes last."""
     names = [str(getattr(key, "name", getattr(key, "key", ""))).lower() for key in path]
-    words = [word for name in names for word in re.findall("[a-z]+", name)]
+    parts = [_OF_MATRICES.sub("", name) for name in names]
+    words = [word for part in parts for word in re.findall("[a-z]+", part)]
     return words + names

@@ -94,11 +94,12 @@ def muon(
         of `optax.contrib.MuonDimensionNumbers`: the axes of inputs and those of
         outputs, such as `(0, (1, 2))` of (embed, heads, head_dim). All other axes are
         of a stack of matrices: heads, or layers. `None` stands for AdamW. By default,
-        matrices are the weights of `equinox.nn.Linear`, alone or stacked by `vmap`, and
-        all other weights with two axes that [`flashquinox.decay_mask`][] selects,
-        inputs before outputs; but for those of `equinox.nn.Embedding`, and those with a
-        name on their path that is one of embeddings or of the layer that makes logits:
-        `embedding`, `position`, `wte` or `lm_head`, say.
+        matrices are the weights of `equinox.nn.Linear`, `LSTMCell` and `GRUCell`,
+        alone or stacked by `vmap`, and all other weights with two axes that
+        [`flashquinox.decay_mask`][] selects, inputs before outputs; but for those of
+        `equinox.nn.Embedding`, and those with a name on their path that is one of
+        embeddings or of the layer that makes logits: `embedding`, `position`, `wte` or
+        `lm_head`, say.
     - `adam_learning_rate`: that of other weights. `None` is `learning_rate`.
     - `adam_b1`, `adam_b2`, `adam_eps`, `adam_weight_decay`: of other weights, as in
         [`flashquinox.adamw`][].
