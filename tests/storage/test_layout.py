@@ -3,9 +3,12 @@ import math
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
 from flashquinox._storage.codec import Dither
@@ -202,3 +205,20 @@ def test_padding_never_leaks(shape, moments):
         if scales is not None:
             assert scales_alone.shape[axis] == (0 if full == length else 1)
             assert tree_identical(scales_alone, from_full(scales, full // 32))
+
+
+def test_partial_groups_within_parts():
+    """Of a leaf on a mesh whose axes are in the types of arrays, as `jax.make_mesh`
+    makes them: groups that are filled up lie within parts."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    there = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (40, 36)), there)
+    optim, weights = fq.lion(1e-2), {"w": x.astype(jnp.bfloat16)}
+    _, state = jax.jit(optim.step)(weights, optim.init(weights), {"w": x})
+    found = state.moments["mu"]["w"]
+    assert found.layout.run % found.group_size
+    on_one = jtu.tree_map(lambda x: jnp.asarray(np.asarray(x)), found)
+    np.testing.assert_array_equal(found.decode(), on_one.decode())
+    compressed = fq.compress(optax.trace(0.9))
+    _, state = compressed.update({"w": x}, compressed.init({"w": x}))
+    assert state.inner_state.trace["w"].decode().sharding.is_equivalent_to(there, 2)

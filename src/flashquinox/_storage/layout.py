@@ -79,9 +79,11 @@ class Layout:
         element, which change neither its largest nor its smallest element."""
         x = x.reshape(self._with_run(self.run))
         if self._padding > 0:
-            padding = [(0, 0)] * x.ndim
-            padding[self.tile_axis] = (0, self._padding)
-            x = jnp.pad(x, padding, mode="edge")
+            # `jnp.pad` slices the other axes too, which meshes may divide.
+            axis = self.tile_axis % x.ndim
+            last = lax.slice_in_dim(x, self.run - 1, self.run, axis=axis)
+            copies = jnp.broadcast_to(last, self._with_run(self._padding))
+            x = lax.concatenate([x, copies], axis)
         return x.reshape(self._with_run(self.groups, self._group_length))
 
     def untile(self, x: Shaped[Array, "*tile"]) -> Shaped[Array, "*shape"]:
