@@ -77,6 +77,16 @@ def test_github_can_read(path):
         assert "timeout-minutes" in job and job["steps"]
 
 
+# A tag can be moved to other code, which then has the permissions of the job.
+@pytest.mark.parametrize(
+    "path", sorted((_ROOT / ".github/workflows").iterdir()), ids=lambda x: x.name
+)
+def test_actions_are_pinned(path):
+    lines = [x for x in path.read_text(encoding="utf-8").split("\n") if "uses:" in x]
+    pinned = re.compile(r" *(- )?uses: [\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    assert lines and all(map(pinned.fullmatch, lines)), lines
+
+
 # Files outside of the folder of the package are not there where a reader of PyPI is.
 @pytest.mark.parametrize("path", [*_TEXTS[:1], *_TEXTS[1:3]], ids=lambda x: x.name)
 def test_links_are_absolute(path):
