@@ -356,7 +356,7 @@ def test_runs_at_a_given_rate_have_a_table_of_their_own(module, tmp_path):
     assert "| 0.001 | 2 | 5.2500 | +0.2500 ± 0.0000" in found["gpt2-at-one-rate"]
     # And at the rate that ours chose.
     assert "| 0.003 | 2 | 6.0000 | -0.5000 ± 0.0000" in found["gpt2-at-one-rate"]
-    assert page.failures(tmp_path) == [
+    assert module("_goals").failures(tmp_path) == [
         "GPT-2, Lion: the gap is +1.0000 ± 0.0000 (95 %), not within ± 0.015"
     ]
 
@@ -390,7 +390,9 @@ def test_what_is_not_separable_is_called_so(module, tmp_path):
     text = page.sections(tmp_path)["gpt2"].splitlines()
     assert "not separable from noise" in text[3] and "(2.00)" in text[3]
     assert "a difference" in text[4]
-    assert any("largest update is 2.00" in x for x in page.failures(tmp_path))
+    assert any(
+        "largest update is 2.00" in x for x in module("_goals").failures(tmp_path)
+    )
     assert gaps.gpt2_cells_at_one_rate(folder) == []
 
 
@@ -399,4 +401,5 @@ def test_page_shows_the_stored_figures(module):
     text = (_BENCHMARKS.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
     found = module("_page").sections(results)
     assert found
+    found["in-short"] = module("_goals").summary(results)
     assert module("_zoo_page").insert(found, text) == text
