@@ -366,3 +366,25 @@ def test_moments_know_their_bases_in_a_state_that_a_program_returned(trained):
         base = None if moment.relative_to is None else returned.moments["nu"]["w"]
         assert base is _base(moment)
     assert names in ({None, "nu"}, set(), {None}), names
+
+
+def test_a_state_is_a_pytree_that_is_not_changed(trained):
+    _, _, state = trained
+    paths, treedef = jtu.tree_flatten_with_path(state)
+    names = [jtu.keystr(path) for path, _ in paths]
+    assert names[0] == ".steps.count" and names[-1] == ".corrections['w']"
+    assert treedef == jtu.tree_structure(state)
+    # What a copy knows of the structure of a state is not that of the next one.
+    is_moment = lambda x: isinstance(x, fq.QuantMoment)
+    moments = iter(jtu.tree_leaves(state, is_leaf=is_moment))
+    empty = jtu.tree_map(lambda _: 0, state, is_leaf=is_moment)
+    assert empty != state
+    filled = jtu.tree_map(lambda _: next(moments), empty)
+    for copied in (filled, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert copied == state and jtu.tree_structure(copied) == treedef
+        assert repr(copied) == repr(state)
+        for moment in _quant(copied):
+            assert _base(moment) is None or _base(moment) in _quant(copied)
+    for name in ("moments", "steps", "unknown"):
+        with pytest.raises(AttributeError):
+            setattr(state, name, None)

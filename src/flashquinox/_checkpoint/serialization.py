@@ -19,7 +19,8 @@ from .._model.trees import is_array
 from .._optimizer.accumulation_state import AccumulationState
 from .._optimizer.ema import EMAState
 from .._optimizer.state import OptimizerState
-from .._storage.quant_moment import base_name, bases_first, QuantMoment
+from .._storage.moment_bases import base_name, bases_first
+from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import Groups, regroup
 from .earlier import earlier_axes, earlier_codec
 from .manifests import earlier_form, form_of

@@ -1,10 +1,10 @@
 """Plain text: values in messages, and tables."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.core
 import numpy as np
@@ -20,7 +20,7 @@ def shown(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray) and value.ndim > 0:
         shape = ",".join(map(str, value.shape))
         return f"an array {value.dtype}[{shape}]"
-    if isinstance(value, eqx.Module):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return f"an object of the class {type(value).__name__}"
     if callable(value) and not isinstance(value, type):
         return function_name(value)

@@ -13,7 +13,7 @@ from .._model.trees import dotted_name, flatten, match, Model, State
 from .._optimizer.master_weights import from_master_weights
 from .._optimizer.state import StepCount
 from .._optimizer.states import only
-from .._storage.quant_moment import bases_first
+from .._storage.moment_bases import bases_first
 from .optax_counts import as_count
 from .torch_arrays import Convert, master_weight, stored_moment
 from .torch_parameters import (

@@ -16,7 +16,8 @@ from .._optimizer.call_checks import check_has_values
 from .._optimizer.state import OptimizerState, StepCount
 from .._optimizer.states import bases, find
 from .._storage import moment_values
-from .._storage.quant_moment import bases_first, StoredMoment
+from .._storage.moment_bases import bases_first
+from .._storage.quant_moment import StoredMoment
 from .optax_counts import (
     as_count,
     CALL_COUNTERS,

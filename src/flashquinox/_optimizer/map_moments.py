@@ -9,8 +9,9 @@ from jaxtyping import PyTree
 
 from .._common.text import shown
 from .._model.trees import flatten, Leaf, match, without_masked
+from .._storage.moment_bases import bases_first
 from .._storage.moment_values import _numbers, _stored
-from .._storage.quant_moment import bases_first, StoredMoment
+from .._storage.quant_moment import StoredMoment
 from .call_checks import check_has_values
 from .state_checks import check_has_state
 from .states import bases, find

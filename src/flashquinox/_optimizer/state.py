@@ -1,13 +1,18 @@
 """The state of an optimizer."""
 
+import dataclasses
+import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.tree_util as jtu
 from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
 from .._model.variables import without_variables
 from .._sharding.record import Shardings
-from .._storage.quant_moment import StoredMoment, with_bases
+from .._storage.moment_bases import Bases
+from .._storage.quant_moment import StoredMoment
 
 
 class StepCount(NamedTuple):
@@ -17,7 +22,50 @@ class StepCount(NamedTuple):
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-class OptimizerState(eqx.Module):
+class _Form:
+    """What a state is beside its arrays. All states that a program returns share the
+    object of its trace, so that comparing two ends at once.
+
+    `bases` is no part of it: what was found of the structure of such states."""
+
+    __slots__ = ("bases", "shardings")
+
+    def __init__(self, shardings: Shardings):
+        self.shardings = shardings
+        self.bases = Bases()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Form) and self.shardings == other.shardings
+
+    def __hash__(self) -> int:
+        return hash(self.shardings)
+
+    def __repr__(self) -> str:
+        return f"shardings={self.shardings!r}"
+
+    def __reduce__(self) -> tuple[type, tuple[Shardings]]:
+        return _Form, (self.shardings,)
+
+
+class _Stored:
+    """What a state holds, in the slots that JAX takes apart and puts together."""
+
+    __slots__ = ("__weakref__", "_form", "_trees")
+
+    _trees: tuple[Any, Any, Any, Any]
+    _form: _Form
+
+    steps = property(lambda self: self._trees[0])
+    # Outside of the state, moments know what they are relative to in it.
+    moments = property(lambda self: self._form.bases.known(self._trees[1]))
+    corrections = property(lambda self: self._trees[2])
+    checksums = property(lambda self: self._trees[3])
+    shardings = property(lambda self: self._form.shardings)
+
+
+# No `eqx.Module`, for the reason that `QuantMoment` is none.
+@dataclasses.dataclass(init=False, eq=False, repr=False)
+class OptimizerState(_Stored):
     """What an optimizer keeps between steps. Fields other than `steps` hold trees of
     the structure of the model, with `None` for leaves that are not trained.
 
@@ -31,18 +79,28 @@ class OptimizerState(eqx.Module):
         `None`.
     """
 
-    steps: StepCount
-    moments: dict[str, PyTree[StoredMoment | None]]
-    corrections: PyTree[Integer[Array, "..."] | None]
+    __slots__ = ()
+
+    # Fields without a default, whose properties are those of `_Stored`.
+    steps: StepCount = dataclasses.field()
+    moments: dict[str, PyTree[StoredMoment | None]] = dataclasses.field()
+    corrections: PyTree[Integer[Array, "..."] | None] = dataclasses.field()
     # The shardings of the weights when the state was made. Static, so that they are no
     # part of a checkpoint.
-    shardings: Shardings = eqx.field(static=True, default=())
-    checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None
+    shardings: Shardings = dataclasses.field(metadata={"static": True})
+    checksums: PyTree[UInt32[Array, "*ensemble"] | None] = dataclasses.field()
 
-    def __setstate__(self, fields: dict[str, Any]) -> None:
-        """Of a copy, or of a state that was pickled."""
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+    def __init__(
+        self,
+        steps: StepCount,
+        moments: dict[str, PyTree[StoredMoment | None]],
+        corrections: PyTree[Integer[Array, "..."] | None],
+        shardings: Shardings = (),
+        checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None,
+    ):
+        self._form = _Form(shardings)
+        moments = self._form.bases.known(moments)
+        self._trees = steps, moments, corrections, checksums
 
     @property
     def count(self) -> Int32[Array, "*ensemble"]:
@@ -53,22 +111,38 @@ class OptimizerState(eqx.Module):
     def stored_moments(self) -> dict[str, PyTree[StoredMoment | None]]:
         """`moments`, as they are stored: they need not know what they are relative
         to."""
-        return vars(self)["moments"]
+        return self._trees[1]
+
+    def __eq__(self, other: object) -> Any:
+        return eqx.tree_equal(self, other)
+
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Of a copy, or of a state that was pickled."""
+        self.__init__(**fields)
 
 
-class _Moments:
-    """The field `moments` of a state: what is read from it knows what it is relative
-    to. So does what outside of programs JAX puts into it, and takes out in its own way:
-    in programs, this would be done each time that a state is put together."""
-
-    def __get__(self, state: OptimizerState | None, owner: Any = None) -> Any:
-        fields = {} if state is None else state.__dict__
-        if "moments" not in fields:
-            raise AttributeError("moments")
-        return with_bases(fields["moments"])
-
-    def __set__(self, state: OptimizerState, moments: Any) -> None:
-        vars(state)["moments"] = with_bases(moments, traced=False)
+_KEYS = tuple(map(jtu.GetAttrKey, ("steps", "moments", "corrections", "checksums")))
+# Takes a state apart without a frame of Python.
+_flatten = operator.attrgetter("_trees", "_form")
 
 
-OptimizerState.moments = _Moments()  # pyright: ignore[reportAttributeAccessIssue]
+def _flatten_with_keys(state: OptimizerState) -> tuple[tuple[Any, ...], _Form]:
+    trees, form = _flatten(state)
+    return tuple(zip(_KEYS, trees, strict=True)), form
+
+
+def _unflatten(form: _Form, trees: Iterable[Any]) -> OptimizerState:
+    state = object.__new__(OptimizerState)
+    steps, moments, corrections, checksums = trees
+    state._trees = steps, form.bases.known(moments), corrections, checksums
+    state._form = form
+    return state
+
+
+jtu.register_pytree_with_keys(OptimizerState, _flatten_with_keys, _unflatten, _flatten)

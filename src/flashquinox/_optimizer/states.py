@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 from .._model.trained import is_trainable, with_state
 from .._model.trees import flatten, Leaf, match, path_name, with_values
 from .._model.variables import has_variables
-from .._storage.quant_moment import base_name, StoredMoment
+from .._storage.moment_bases import base_name
+from .._storage.quant_moment import StoredMoment
 from .call_checks import check_has_values
 from .state import OptimizerState
 from .state_checks import (

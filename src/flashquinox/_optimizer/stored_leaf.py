@@ -85,13 +85,5 @@ class StoredLeaf(NamedTuple):
             _, parameter = learned.get(name, (None, None))
             if parameter is not None:
                 parameter = memory.where(parameter, old.parameter)
-            moments[name] = QuantMoment(
-                codes=codes,
-                scales=scales,
-                axes=old.axes,
-                group_size=old.group_size,
-                codec=old.codec,
-                parameter=parameter,
-                relative_to=old.relative_to,
-            )
+            moments[name] = old.with_arrays(codes, scales, parameter)
         return moments

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec
-from .quant_moment import base_of, QuantMoment, StoredMoment, with_base
+from .moment_bases import with_base
+from .quant_moment import base_of, QuantMoment, StoredMoment
 from .regroup import encode_nearest, Groups
 from .relative_moment import over_root, times_root
 

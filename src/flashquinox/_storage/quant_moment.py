@@ -1,11 +1,9 @@
 import dataclasses
-import operator
 from collections.abc import Iterable
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -24,22 +22,40 @@ from .whole_arrays import decode_array
 _STATIC = {"static": True}
 
 
-class _OfState:
-    """Of a moment that was taken from a state: what it is relative to there. In a slot,
-    which is no part of the tree: that would hold the other moment twice."""
+class MomentForm(NamedTuple):
+    """What a moment is beside its arrays. All moments that a program returns share the
+    objects of its trace, so that comparing two ends at once."""
 
-    __slots__ = ("base",)
+    axes: tuple[int, ...]
+    group_size: int
+    codec: AbstractMomentCodec
+    relative_to: str | None
+
+
+class _Stored:
+    """What a moment holds, in the slots that JAX takes apart and puts together, and in
+    `base`: of one that was taken from a state, what it is relative to there. That is no
+    part of the tree, which would hold the other moment twice."""
+
+    __slots__ = ("__weakref__", "_arrays", "_form", "base")
 
     base: Any
+    _arrays: tuple[Any, Any, Any]
+    _form: MomentForm
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+    codes = property(lambda self: self._arrays[0])
+    scales = property(lambda self: self._arrays[1])
+    parameter = property(lambda self: self._arrays[2])
+    axes = property(attrgetter("_form.axes"))
+    group_size = property(attrgetter("_form.group_size"))
+    codec = property(attrgetter("_form.codec"))
+    relative_to = property(attrgetter("_form.relative_to"))
 
 
-# No `eqx.Module`: JAX takes each moment apart and puts it together again in every call
-# of a compiled step, for which modules take three times as long.
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QuantMoment(_OfState):
+# No `eqx.Module`, and its own slots: JAX takes each moment apart and puts it together
+# again in every call of a compiled step. Modules take four times as long.
+@dataclasses.dataclass(init=False, eq=False, repr=False)
+class QuantMoment(_Stored):
     """A moment in codes, one for each element, and scales, one for each group.
 
     `codes` has the shape of the weight. A group is `group_size` elements along `axes`:
@@ -55,13 +71,38 @@ class QuantMoment(_OfState):
     is stored (see [`flashquinox.Moment`][]), or `None`.
     """
 
-    codes: Int[Array, "*shape"] | UInt[Array, "*shape"]
-    scales: Shaped[Array, "*groups"]
+    __slots__ = ()
+
+    # Fields without a default, whose properties are those of `_Stored`.
+    codes: Int[Array, "*shape"] | UInt[Array, "*shape"] = dataclasses.field()
+    scales: Shaped[Array, "*groups"] = dataclasses.field()
     axes: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     group_size: int = dataclasses.field(metadata=_STATIC)
     codec: AbstractMomentCodec = dataclasses.field(metadata=_STATIC)
-    parameter: Float32[Array, "*ensemble"] | None = None
-    relative_to: str | None = dataclasses.field(default=None, metadata=_STATIC)
+    parameter: Float32[Array, "*ensemble"] | None = dataclasses.field()
+    relative_to: str | None = dataclasses.field(metadata=_STATIC)
+
+    def __init__(
+        self,
+        codes: Int[Array, "*shape"] | UInt[Array, "*shape"],
+        scales: Shaped[Array, "*groups"],
+        axes: tuple[int, ...],
+        group_size: int,
+        codec: AbstractMomentCodec,
+        parameter: Float32[Array, "*ensemble"] | None = None,
+        relative_to: str | None = None,
+    ):
+        self._arrays = codes, scales, parameter
+        self._form = MomentForm(axes, group_size, codec, relative_to)
+
+    def with_arrays(
+        self,
+        codes: Int[Array, "*shape"] | UInt[Array, "*shape"],
+        scales: Shaped[Array, "*groups"],
+        parameter: Float32[Array, "*ensemble"] | None,
+    ) -> "QuantMoment":
+        """A moment of this form."""
+        return _unflatten(self._form, (codes, scales, parameter))
 
     @property
     def layout(self) -> Layout:
@@ -162,68 +203,36 @@ class QuantMoment(_OfState):
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+        return fields | ({"base": self.base} if hasattr(self, "base") else {})
 
-_ARRAYS = ("codes", "scales", "parameter")
-# Axes, group size, codec, name of the base.
-_Static = tuple[tuple[int, ...], int, AbstractMomentCodec, str | None]
-
-
-def _flatten(moment: QuantMoment) -> tuple[tuple[Any, ...], _Static]:
-    static = moment.axes, moment.group_size, moment.codec, moment.relative_to
-    return (moment.codes, moment.scales, moment.parameter), static
-
-
-def _flatten_with_keys(moment: QuantMoment) -> tuple[tuple[Any, ...], _Static]:
-    arrays, static = _flatten(moment)
-    return tuple(zip(map(jtu.GetAttrKey, _ARRAYS), arrays, strict=True)), static
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """Of a copy, or of a moment that was pickled."""
+        self._arrays = fields["codes"], fields["scales"], fields["parameter"]
+        self._form = MomentForm(*[fields[name] for name in MomentForm._fields])
+        if "base" in fields:
+            self.base = fields["base"]
 
 
-def _unflatten(static: _Static, arrays: Iterable[Any]) -> QuantMoment:
+_KEYS = tuple(map(jtu.GetAttrKey, ("codes", "scales", "parameter")))
+# Takes a moment apart without a frame of Python.
+_flatten = attrgetter("_arrays", "_form")
+
+
+def _flatten_with_keys(moment: QuantMoment) -> tuple[tuple[Any, ...], MomentForm]:
+    arrays, form = _flatten(moment)
+    return tuple(zip(_KEYS, arrays, strict=True)), form
+
+
+def _unflatten(form: MomentForm, arrays: Iterable[Any]) -> QuantMoment:
     moment = object.__new__(QuantMoment)
-    fields = vars(moment)
-    fields["codes"], fields["scales"], fields["parameter"] = arrays
-    fields["axes"], fields["group_size"], fields["codec"], fields["relative_to"] = (
-        static
-    )
+    moment._arrays = tuple(arrays)
+    moment._form = form
     return moment
 
 
 jtu.register_pytree_with_keys(QuantMoment, _flatten_with_keys, _unflatten, _flatten)
-
-
-def with_bases(moments: Any, *, traced: bool = True) -> Any:
-    """The same moments of a state, which know the others that they are relative to.
-    Without `traced`, only moments of arrays that are there."""
-    if not isinstance(moments, dict):
-        return moments
-    flat: dict[str, list[Any]] = {}
-    for name, tree in moments.items():
-        flat[name] = leaves = jtu.tree_leaves(tree, is_leaf=_is_moment)
-        if not traced and leaves and not _is_there(leaves[0]):
-            return moments
-
-    for name, leaves in flat.items():
-        # Trees of something else than moments have no bases.
-        bases = {name: x for name, x in flat.items() if len(x) == len(leaves)}
-        new = [
-            with_base(x, bases[x.relative_to][i])
-            if isinstance(x, QuantMoment) and x.relative_to in bases
-            else x
-            for i, x in enumerate(leaves)
-        ]
-        if not all(map(operator.is_, leaves, new)):
-            treedef = jtu.tree_structure(moments[name], is_leaf=_is_moment)
-            moments = moments | {name: treedef.unflatten(new)}
-    return moments
-
-
-def _is_moment(x: Any) -> bool:
-    return isinstance(x, QuantMoment)
-
-
-def _is_there(moment: Any) -> bool:
-    x = moment.codes if _is_moment(moment) else moment
-    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
 
 
 def base_of(
@@ -238,30 +247,6 @@ def base_of(
             f"`state.moments`, or pass the other one: `base={moment.relative_to}`."
         )
     return base
-
-
-def with_base(moment: QuantMoment, base: Any) -> QuantMoment:
-    """A moment that knows what it is relative to."""
-    held = getattr(moment, "base", None)
-    if held is base:
-        return moment
-    if held is not None:
-        # It is in several states, with several bases.
-        moment = jtu.tree_map(lambda x: x, moment)
-    object.__setattr__(moment, "base", base)
-    return moment
-
-
-def base_name(moments: Any) -> str | None:
-    """The name of the moment that a tree of moments is relative to, if it is."""
-    leaves = jtu.tree_leaves(moments, is_leaf=_is_moment)
-    names = [getattr(x, "relative_to", None) for x in leaves]
-    return next((name for name in names if name is not None), None)
-
-
-def bases_first(moments: dict[str, Any]) -> list[str]:
-    """The names of the moments of a state, before those of moments relative to them."""
-    return sorted(moments, key=lambda name: base_name(moments[name]) is not None)
 
 
 StoredMoment = QuantMoment | Float[Array, "..."]
