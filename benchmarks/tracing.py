@@ -1,7 +1,8 @@
-"""How long does JAX take to trace and to lower a step, beside Optax?
+"""How long does JAX take to trace, lower and compile a step, beside Optax?
 
     python benchmarks/tracing.py
     python benchmarks/tracing.py --models gpt2,ddpm --backends auto,xla --repeats 3
+    python benchmarks/tracing.py --compile --backends auto
 
 A program is traced and lowered once for each of its shapes, before it is compiled. For
 each model and backend:
@@ -13,12 +14,15 @@ each model and backend:
 - ratio: of "first", to Optax's;
 - both: the same of "first" and "lower" together. Kernels are traced when a program is
   lowered;
+- compile, all: with `--compile`, seconds to compile the step for this CPU, with weights
+    and state donated; and the ratio of all three together;
 - calls: how many functions of this library Python calls in the first trace and its
   lowering;
 - frames: how many of them are on the stack when the tile function is called first, as
     the program is lowered.
 
-Seconds are of CPU time, of which tracing needs one core.
+Seconds are of CPU time, of all threads together: tracing and lowering have one, LLVM
+several.
 
 Steps are of AdamW: ours on bfloat16 weights, Optax's on float32 weights. No device is
 needed: programs of "gpu" and "tpu" are traced and lowered for an H100 and a v5e, by
@@ -27,6 +31,7 @@ the default backend of these devices. "auto" and "xla" are for a CPU.
 
 import argparse
 import contextlib
+import itertools
 import os
 import pathlib
 import statistics
@@ -114,7 +119,11 @@ def clear_caches() -> None:
 
 
 def seconds(
-    step: Callable[..., Any], arguments: tuple[Any, ...], backend: str, repeats: int
+    step: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    backend: str,
+    repeats: int,
+    with_compile: bool,
 ) -> dict[str, float]:
     """The medians."""
     rows = []
@@ -124,17 +133,21 @@ def seconds(
             times = [time.process_time()]
             # Programs of their own: `jax.jit` of one function would be one.
             programs = [
-                jax.jit(lambda *args: step(*args)).trace(*arguments)
+                jax.jit(lambda *args: step(*args), donate_argnums=(0, 1)).trace(
+                    *arguments
+                )
                 for _ in range(2)
                 if times.append(time.process_time()) is None
             ]
             times.append(time.process_time())
-            programs[0].lower(lowering_platforms=(platform,))
+            lowered = programs[0].lower(lowering_platforms=(platform,))
             times.append(time.process_time())
-        _, start, middle, end, lowered = times
-        rows.append((middle - start, end - middle, lowered - end))
-    first, again, lower = map(statistics.median, zip(*rows, strict=True))
-    return {"first": first, "again": again, "lower": lower}
+            if with_compile and platform == "cpu":
+                lowered.compile()
+                times.append(time.process_time())
+        rows.append([end - start for start, end in itertools.pairwise(times[1:])])
+    medians = map(statistics.median, zip(*rows, strict=True))
+    return dict(zip(("first", "again", "lower", "compile"), medians, strict=False))
 
 
 def own_calls(
@@ -167,6 +180,14 @@ def own_calls(
     return {"calls": calls, "frames": frames}
 
 
+def _ratio(row: dict[str, Any], reference: dict[str, Any], *keys: str) -> float:
+    return sum(row[key] for key in keys) / sum(reference[key] for key in keys)
+
+
+def _cell(row: dict[str, Any], key: str, digits: int) -> str:
+    return f"{row[key]:.{digits}f}" if key in row else ""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     for name, known, default in (
@@ -182,6 +203,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=positive_integer, default=5, help="(default: 5)"
     )
+    parser.add_argument("--compile", action="store_true", help="compile for this CPU")
     parser.add_json()
     return parser.parse_args()
 
@@ -193,7 +215,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in there.items()))
     print(
         f"{'model':>15}{'leaves':>8}  {'':8}{'first':>8}{'again':>8}{'lower':>8}"
-        f"{'ratio':>7}{'both':>7}{'calls':>8}{'frames':>8}"
+        f"{'ratio':>7}{'both':>7}{'compile':>8}{'all':>7}{'calls':>8}{'frames':>8}"
     )
     rows = []
     for model in arguments.models:
@@ -207,19 +229,23 @@ def main() -> None:
                 "leaves": len(shapes),
                 "parameters": count(shapes),
                 "backend": backend,
-                **seconds(step, operands, backend, arguments.repeats),
+                **seconds(
+                    step, operands, backend, arguments.repeats, arguments.compile
+                ),
             }
             reference = reference or row
-            together = lambda row: row["first"] + row["lower"]
-            row["ratio"] = row["first"] / reference["first"]
-            row["both"] = together(row) / together(reference)
+            row["ratio"] = _ratio(row, reference, "first")
+            row["both"] = _ratio(row, reference, "first", "lower")
+            if "compile" in row:
+                row["all"] = _ratio(row, reference, "first", "lower", "compile")
             if backend != "optax":
                 row |= own_calls(step, operands, backend)
             rows.append(row)
             print(
                 f"{model:>15}{len(shapes):8}  {backend:8}{row['first']:8.3f}"
                 f"{row['again']:8.3f}{row['lower']:8.3f}{row['ratio']:7.2f}"
-                f"{row['both']:7.2f}{row.get('calls', ''):>8}"
+                f"{row['both']:7.2f}{_cell(row, 'compile', 3):>8}"
+                f"{_cell(row, 'all', 2):>7}{row.get('calls', ''):>8}"
                 f"{row.get('frames', ''):>8}",
                 flush=True,
             )
