@@ -29,6 +29,7 @@ TITLES = {
     "bfloat16": "bfloat16 weights",
     "ours-32": "flashquinox, 32 bits",
     "ours-nearest": "flashquinox, weights to nearest",
+    "ours-16-bit-momentum": "flashquinox, momentum in 16 bits",
     "exact-moments": "24-bit weights, float32 moments",
     "flashoptim-v": "the paper's second moments alone",
 }

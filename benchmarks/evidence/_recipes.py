@@ -30,6 +30,9 @@ CONTENDERS: dict[str, fq.Storage | None] = {
     "bfloat16": BFLOAT16,
     "ours-32": fq.Storage(master_weight_bits=32),
     "ours-nearest": fq.Storage(dither_weights=False),
+    "ours-16-bit-momentum": fq.Storage(
+        moments=fq.MomentCodecs(fq.TaperedCodec(), fq.FittedLogCodec())
+    ),
     # To find causes: weights alone; the paper's second moments beside exact first ones.
     "exact-moments": fq.Storage(moments="float32", dither_weights=False),
     "flashoptim-v": fq.Storage(

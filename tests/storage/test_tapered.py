@@ -1,4 +1,6 @@
-"""Codes of 16 bits for sums."""
+"""Codes of 16 bits for sums and first moments."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import flashquinox as fq
 from flashquinox._storage.layout import flattened, Layout
 from flashquinox._storage.tapered_read import TaperedReader
 
-from ..helpers import float64
+from ..helpers import float64, slow
+from ..kernels import arrays, run
 
 
 _codec = fq.TaperedCodec()
@@ -105,3 +108,38 @@ def test_is_read_as_bfloat16(layout):
     assert np.array_equal(
         reader.decode(codes, scales, -1, jnp.float32), wide, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("backend", ["gpu", slow("tpu")])
+@pytest.mark.parametrize("make", [fq.sgd, slow(fq.adamw)])
+def test_kernels_store_momenta_so(backend, make):
+    """As plain XLA does."""
+    codecs = fq.MomentCodecs(_codec, fq.FittedLogCodec())
+    options = {"storage": fq.Storage(moments=codecs)}
+    if make is fq.sgd:
+        options["momentum"] = 0.9
+    shapes = {"leaf": (64, 128)}
+    params, *grads = (arrays(shapes, jnp.bfloat16, seed) for seed in range(4))
+    run(backend, partial(make, 0.1, **options), params, grads)
+
+
+def test_a_momentum_that_stops_decays():
+    """To nothing, and before that by what float32's adds up to."""
+    codecs = fq.MomentCodecs(_codec, fq.FittedLogCodec())
+    storage = fq.Storage(master_weight_bits=32, moments=codecs)
+    optim = fq.sgd(1.0, momentum=0.9, storage=storage)
+    w = jnp.zeros((32, 128), jnp.bfloat16)
+    grad = jnp.full_like(w, 1e-3).at[:, 0].set(1.0)
+    state = optim.init(w)
+    w, state = jax.jit(optim.step)(w, state, grad)
+    # One of the first group of a row goes on, and keeps its scale.
+    grad = grad.at[:, 1:].set(0.0)
+
+    def step(carry, _):
+        return optim.step(*carry, grad), None
+
+    (w, state), _ = jax.jit(lambda x: jax.lax.scan(step, x, None, 400))((w, state))
+    moved = float64(fq.master_weights(w, state))[:, 1:]
+    # Each step rounds to 10 bits and more, evenly around what it rounds.
+    np.testing.assert_allclose(moved, -float(grad.dtype.type(1e-3)) / 0.1, rtol=2.0**-6)
+    assert not np.any(np.asarray(state.moments["trace"].codes)[:, 1:32])

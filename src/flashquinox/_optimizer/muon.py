@@ -103,7 +103,9 @@ def muon(
     - `adam_learning_rate`: that of other weights. `None` is `learning_rate`.
     - `adam_b1`, `adam_b2`, `adam_eps`, `adam_weight_decay`: of other weights, as in
         [`flashquinox.adamw`][].
-    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].
+    - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][]. The
+        iteration raises what 8 bits round: with a [`flashquinox.TaperedCodec`][] for
+        the momentum, in one byte per parameter more, updates are those in float32.
     - `options`: what all optimizers take: how steps are executed, such as what a NaN
         does and where the state lives. See [`flashquinox.Options`][].
 

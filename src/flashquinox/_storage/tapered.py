@@ -10,9 +10,10 @@ from .scales import bits_of, float_of
 
 
 class TaperedCodec(AbstractMomentCodec):
-    r"""For sums: codes of 16 bits whose precision tapers off from the largest element
-    of a group to the smallest. It stores the sums of [`flashquinox.accumulate`][] with
-    `bits=16`, in 2.0625 bytes per parameter.
+    r"""Codes of 16 bits whose precision tapers off from the largest element of a group
+    to the smallest. It stores the sums of [`flashquinox.accumulate`][] with `bits=16`,
+    in 2.0625 bytes per parameter, and any first moment for which 8 bits are too few:
+    that of [`flashquinox.muon`][], say.
 
     With $2^e$ the power of two above the largest magnitude of the group, a number is
     kept in
