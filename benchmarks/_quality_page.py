@@ -1,4 +1,4 @@
-"""The tables on the page "How it works", of the figures of `benchmarks/quality.py`."""
+"""The tables on the page "Numerics", of the figures of `benchmarks/quality.py`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

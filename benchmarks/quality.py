@@ -23,7 +23,7 @@ Seeds run side by side under `vmap`, and on all devices, among which they are di
 with few, any machine will do. --codecs chooses among "float32 moments", "flashoptim"
 and "default".
 
---page prints the tables of the page "How it works", of figures that --json has written.
+--page prints the tables of the page "Numerics", of figures that --json has written.
 
 Weights (--weights): a closed loop with the default codec, of bfloat16 weights with a
 24-bit master weight, and of such without a correction that are rounded to nearest or by
