@@ -30,7 +30,10 @@ Rows (--rows):
 - long: 100,000 steps of AdamW with gradients over three decades in each group, and of
   SGD with small elements;
 - returns: elements that get gradients again after 1,000 steps without, and elements
-  whose gradients shrink to a thousandth.
+  whose gradients shrink to a thousandth;
+- decays: 100,000 steps of weight decay, of a learning rate times weight decay from 1e-5
+  to 3e-8, also with master weights of 24 bits: how much weights decay, over what they
+  should.
 
 A star marks what misses the bound of its line; brackets hold the smallest and the
 largest of elements or seeds. The error of the next update and the largest update of a
@@ -57,6 +60,7 @@ from _command_line import (
     write_json,
 )
 from _elements import Contender
+from _horizon_decay import decays
 from _horizon_figures import Figure, Setup
 from _horizon_groups import returns, small, stops
 from _horizon_long import long
@@ -68,7 +72,7 @@ import flashquinox as fq
 
 
 ROWS: dict[str, Callable[[Setup], Iterator[Figure]]] = {
-    row.__name__: row for row in (stops, pruned, vanished, small, long, returns)
+    row.__name__: row for row in (stops, pruned, vanished, small, long, returns, decays)
 }
 
 

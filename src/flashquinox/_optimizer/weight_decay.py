@@ -53,25 +53,23 @@ class WeightDecay(eqx.Module):
     def scalar(
         self, rate: ScalarLike, learning_rate: Scalar, dtype: DTypeLike
     ) -> Scalar | None:
-        r"""The number by which a step applies weight decay, in the dtype `dtype`: the
-        factor on the weight if it is decoupled, $\lambda$ if it is L2 regularization,
-        `None` if the rate is the constant 0.
+        r"""What a step multiplies the weight by, to subtract the product from the
+        weight, or with L2 regularization to add it to the gradient; in the dtype
+        `dtype`. `None` if the rate is the constant 0.
 
         `rate` and `learning_rate` are the values of this step.
         """
         if is_zero(self.rate):
             return None
         decay = jnp.asarray(rate, dtype)
-        if not self.is_decoupled:
+        if self.form in ("l2", "unscaled"):
             return decay
-        if self.form == "unscaled":
-            return 1 - decay
         if self.peak_learning_rate is None:
-            return 1 - learning_rate * decay
+            return learning_rate * decay
         peak = jnp.asarray(self.peak_learning_rate, dtype)
         # A traced peak of 0 cannot be refused. It counts as 1, as does the peak of a
         # constant learning rate of 0.
-        return 1 - learning_rate / jnp.where(peak == 0, 1, peak) * decay
+        return learning_rate / jnp.where(peak == 0, 1, peak) * decay
 
 
 def l2(weight_decay: ScalarOrSchedule, mask: Mask | None) -> WeightDecay:

@@ -27,7 +27,7 @@ class StepStructure(eqx.Module):
     codecs: tuple[AbstractMomentCodec, ...] = eqx.field(static=True)
     # Likewise, the name of the moment to the root of which it is stored relative.
     bases: tuple[str | None, ...] = eqx.field(static=True)
-    # Decoupled decay scales the weight; otherwise it is L2 regularization.
+    # Decoupled decay changes the weight; L2 regularization, the gradient.
     decoupled: bool = eqx.field(static=True)
     # Give the difference that an Optax caller adds to the weight, not the new weight.
     as_update: bool = eqx.field(static=True)
@@ -93,8 +93,8 @@ class StepScalars(eqx.Module):
     """What of a step is the same for all elements of a leaf: computed once."""
 
     rule: dict[str, Scalar]
-    # Of decoupled decay, the factor on the weight; of L2 regularization, the
-    # coefficient. None for a leaf without decay.
+    # The share of the weight that decoupled decay subtracts from it, or that L2
+    # regularization adds to the gradient. None for a leaf without decay.
     decay: Scalar | None
     # Of this step, from 0.
     count: Scalar

@@ -197,14 +197,15 @@ def move(
     grad = numbers_of(grad)
     wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
     wide_grad = wide_grad.astype(master.dtype)
-    shrunk = master
-    if scalars.decay is not None:
-        if structure.decoupled:
-            shrunk = scalars.decay * master
-        else:
-            wide_grad = wide_grad + scalars.decay * master
+    decay = None if scalars.decay is None else scalars.decay * master
+    if decay is not None and not structure.decoupled:
+        wide_grad = wide_grad + decay
     update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
-    return (update if structure.as_direction else shrunk + update), moments
+    if decay is not None and structure.decoupled:
+        # A factor of 1 - x on the weight would be rounded to multiples of 2^-24: for x
+        # of 1e-6, in each step to the same side by 1.3 % of x.
+        update = update - decay
+    return (update if structure.as_direction else master + update), moments
 
 
 def _difference(
