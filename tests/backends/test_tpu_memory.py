@@ -100,9 +100,10 @@ def test_leaves_move_no_more_than_they_must(chip, shape):
     text = compiled.as_text() or ""
     assert "tpu_custom_call" in text
     # The gradient; and weight, correction, codes and scales twice. Besides that, there
-    # are some numbers, of which each moves as much as a tile has.
-    moved = compiled.cost_analysis()["bytes accessed"]
-    assert moved <= 12 * size + 8 * scales + 2**16
+    # are up to 70 numbers, for each of which the compiler counts 512 bytes: of the
+    # smallest leaf here, that is 1 byte per parameter.
+    moved = compiled.cost_analysis()["bytes accessed"] - 70 * 512
+    assert moved <= 12 * size + 8 * scales + 2**15
     if scales <= size / 16:
         assert moved <= 12.6 * size
     memory = compiled.memory_analysis()
