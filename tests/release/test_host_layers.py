@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
 from flashquinox._optimizer import state_memory
-from flashquinox._release.host_layers import first_gradient
+from flashquinox._release.host_layers import first_gradient, halves, second_half
 
 from ..helpers import slow
 from .test_release import _batch, _loss, _model
@@ -113,6 +113,46 @@ def test_first_gradient(jit):
     last = lambda weights, x: (call(weights, x)[0] * weights[0][None], None)
     assert first_gradient(last, weights, x) == 0
     assert first_gradient(lambda w, x: (x + w[0], None), {0: x}, x) == 0
+
+
+def test_halves():
+    """Each array is in one half, and they differ by one array at most."""
+    sizes = {5: [7, 100, 3], 2: [60, 30], 9: [1]}
+    stacks = {i: [jnp.zeros(n, jnp.int8) for n in own] for i, own in sizes.items()}
+    are_second = second_half(stacks)
+    first, second = halves(stacks, are_second)
+    shapes = lambda tree: jtu.tree_map(jnp.shape, tree)
+    assert shapes(eqx.combine(first, second)) == shapes(stacks)
+    held = [sum(x.nbytes for x in jtu.tree_leaves(half)) for half in (first, second)]
+    assert held == [101, 100]
+    part = halves({2: stacks[2]}, are_second)
+    assert [len(jtu.tree_leaves(half)) for half in part] == [0, 2]
+
+
+def test_copies_go_both_ways():
+    """While a layer is computed, some arrays of host memory are read and others are
+    written; after its first gradient, the other way around."""
+    optim, model = fq.lion(1e-2, state_memory=AWAY), _model(without=["bias"])
+    state = optim.init(model)
+    release = lambda *args: fq.release_step(optim, _loss, *args)[:2]
+    jaxpr = jax.make_jaxpr(release)(model, state, _batch()).jaxpr
+    loop = [x for x in jaxpr.eqns if x.primitive.name == "scan"][-1]
+    operations = loop.params["jaxpr"].jaxpr.eqns
+    names = [x.primitive.name for x in operations]
+    # The loss has one block, whose gradients are one operation.
+    end = max(i for i, name in enumerate(names) if name == "remat2")
+    host = jax.memory.Space.Host
+    copies = {}
+    for part, some in enumerate((operations[:end], operations[end:])):
+        for operation in some:
+            if "dynamic" in str(operation.params.get("name")):
+                array = operation.invars[0]
+                if array.aval.memory_space == host:
+                    kind = "update" in operation.params["name"]
+                    copies.setdefault((part, kind), []).append(array.aval.str_short())
+    reads, writes = ([copies[part, kind] for part in (0, 1)] for kind in (False, True))
+    assert sorted(reads[0]) == sorted(writes[1])
+    assert sorted(reads[1]) == sorted(writes[0])
 
 
 def test_ensembles_are_refused():

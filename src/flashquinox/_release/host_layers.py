@@ -1,14 +1,17 @@
 """Layers of a state in host memory, on their way while others are computed.
 
-The backward pass takes one layer after the other, from the last to the first:
+The backward pass takes one layer after the other, from the last to the first. The
+arrays of a state are two halves, as equal in bytes as may be:
 
-- while this layer is computed again, what the one before it has become is written to
-  host memory,
-- from its first gradient on, its state is read while the others are computed,
+- while this layer is computed again, the first half of what the one before it has
+  become is written to host memory, and the second half of this layer's state is read;
+- from its first gradient on, while the others are computed, the second half of that is
+  written, and the first half of this is read;
 - it is updated on the device, and waits there to be written beside the next layer.
 
-Nothing is read before what was to be written is: both are slices of one array, and XLA
-would otherwise copy all of it, as it cannot tell that they are apart.
+So both directions of the bus are in use at the same time, but no array is read and
+written at once: both are slices of it, and XLA would otherwise copy all of it, as it
+cannot tell that they are apart.
 
 On GPUs, XLA leaves slices to the engines that copy, on streams of their own, where it
 knows their offsets in advance: these are affine in the counter of the loop that is a
@@ -19,7 +22,7 @@ XLA also records what it can into CUDA graphs, which take one thing after the ot
 copies by engines are no exception. No graph has a copy that XLA knows to be one between
 memories, and none has the beginning of a copy without its end. So beside each batch of
 copies, a few bytes go from one memory to the other: the counts of steps, which updates
-need, arrive when the first gradient is computed, and go back while the state is read.
+need, arrive when the first gradient is computed, and have gone back before the update.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,6 +73,26 @@ def where_they_are(new: T, old: PyTree) -> tuple[T, T]:
     return here, away
 
 
+def second_half(stacks: dict[int, T]) -> dict[int, T]:
+    """Which of these arrays are the second half of them, in bytes: a tree of booleans.
+    The largest come first, each to the half that has less."""
+    arrays, structure = jtu.tree_flatten(stacks)
+    held, found = [0, 0], [False] * len(arrays)
+    for i in sorted(range(len(arrays)), key=lambda i: -arrays[i].nbytes):
+        found[i] = held[1] < held[0]
+        held[found[i]] += arrays[i].nbytes
+    return structure.unflatten(found)
+
+
+def halves(
+    tree: dict[int, T], are_second: dict[int, Any]
+) -> tuple[dict[int, T], dict[int, T]]:
+    """Stacks, or a layer of them, as two trees, with `None` in place of the arrays of
+    the other half."""
+    second, one = eqx.partition(tree, {i: are_second[i] for i in tree})
+    return one, second
+
+
 def before(read: T, leaving: U) -> tuple[T, U]:
     """What is read on the device, and what is written to host memory after that. XLA
     may put both copies on one stream, where a short one would wait for long ones."""
@@ -78,11 +101,11 @@ def before(read: T, leaving: U) -> tuple[T, U]:
     return lax.optimization_barrier((read, leaving))
 
 
-def after(grad: Array, away: T, counts: C) -> tuple[Array, T, C]:
-    """The first gradient of a layer, states in host memory that are not read before it
-    is computed, and counts that have arrived from there by then."""
+def after(grad: Array, moved: T, counts: C) -> tuple[Array, T, C]:
+    """The first gradient of a layer, what has been moved when it is computed, and
+    counts that have arrived from host memory by then."""
     grad, counts = lax.optimization_barrier((grad, counts))
-    return lax.optimization_barrier((grad, away, memory.to_device(counts)))
+    return lax.optimization_barrier((grad, moved, memory.to_device(counts)))
 
 
 def first_gradient(

@@ -28,7 +28,9 @@ from .host_layers import (
     after,
     before,
     first_gradient,
+    halves,
     refuse_vmap,
+    second_half,
     split,
     where_they_are,
 )
@@ -236,6 +238,7 @@ def release_step(
         for i, stack in stacks.items()
     }
     flown, away = kernel_layers.split(away, by_kernels)
+    are_second = second_half(away)
 
     def backward(
         layer: Array,
@@ -252,17 +255,25 @@ def release_step(
         of_layer, leaving = before(read(layer, here), leaving)
         flying, leaving = kernel_layers.split(leaving, by_kernels)
         crossing, of_layer = kernel_layers.depart(flown, flying, layer, of_layer)
-        away = write(away, leaving, layer + 1)
+        away_1, away_2 = halves(away, are_second)
+        leaving_1, leaving_2 = halves(leaving, are_second)
+        away_1 = write(away_1, leaving_1, layer + 1)
+        arrived_2 = read_layer(away_2, layer)
         block, weights, x = open_layer(of_layer)
         _, pull, _ = jax.vjp(block, weights, x, has_aux=True)
         grads, x_bar = pull(x_bar)
         grads, counted = materialized(grads), step
         if first is not None:
-            grads[first], away, counts = after(grads[first], away, counts)
+            moved = away_1, away_2, leaving_2, arrived_2
+            grads[first], moved, counts = after(grads[first], moved, counts)
+            away_1, away_2, leaving_2, arrived_2 = moved
             counted, counts = step.with_counts(counts), memory.to_host(counts)
-        arrived = lax.optimization_barrier(read_layer(away, layer))
+        away_2 = write(away_2, leaving_2, layer + 1)
+        moved = read_layer(away_1, layer), away_2, counts
+        arrived_1, away_2, counts = lax.optimization_barrier(moved)
+        away = eqx.combine(away_1, away_2)
         flown, landed, grads = kernel_layers.land(crossing, flown, grads)
-        arrived = eqx.combine(arrived, landed)
+        arrived = eqx.combine(arrived_1, arrived_2, landed)
         clip = step.clip(grads, divided, max_norm)
         finite = step.all_finite(grads, divided, clip)
         if clip is not None:
