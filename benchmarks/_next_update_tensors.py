@@ -81,6 +81,20 @@ def _groups_of_16(moment, dither):
     return (codes * scale).reshape(moment.shape)
 
 
+def _quarters(moment, dither):
+    """A power of two for 32 elements, in 4 bits, and 3 bits for each 8 of them: how many
+    eighths of a factor of two their scale is less."""
+    most = jnp.max(jnp.abs(moment.reshape(-1, 4, GROUP // 4)), axis=-1, keepdims=True)
+    octaves = jnp.log2(jnp.maximum(most / 126.99, 2.0**-60))
+    highest = jnp.ceil(jnp.max(octaves, axis=1, keepdims=True) - 1e-4)
+    # Directions are less than 8.
+    highest = jnp.clip(highest, -19, -4)
+    less = jnp.clip(jnp.floor(8 * (highest - octaves) + 1e-4), 0, 7)
+    scale = jnp.exp2(highest - less / 8)
+    codes = jnp.round(moment.reshape(-1, 4, GROUP // 4) / scale + dither.code - 0.5)
+    return (codes * scale).reshape(moment.shape)
+
+
 def _two_pieces(knee: float, ratio: float) -> Rounding:
     """Steps that are `ratio` times as long above this part of the largest element."""
     inner = round(126 * knee * ratio / (1 - knee + knee * ratio))
@@ -183,12 +197,14 @@ def ways() -> dict[str, Way]:
         "r: two pieces, 1 and 2": Way(first=_two_pieces(0.5, 2.0)),
         "r: groups of 16": Way(first=_groups_of_16),
         "r: zero point": Way(first=_of_zero_point(4, 32)),
+        "r: scales of 8": Way(first=_quarters),
         "v: thresholds in pairs": Way(of_second=_even_pairs),
         "v: finer steps": Way(second=_finer_steps),
     }
     found["the three that help"] = Way(
         _of_zero_point(4, 32), _finer_steps, _alternating_pairs
     )
+    found["scales of 8, v finer"] = Way(_quarters, _finer_steps, _alternating_pairs)
     found["these, v exact"] = found["the three that help"]._replace(second=_exact)
     return found
 
