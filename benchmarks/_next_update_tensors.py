@@ -82,8 +82,8 @@ def _groups_of_16(moment, dither):
 
 
 def _quarters(moment, dither):
-    """A power of two for 32 elements, in 4 bits, and 3 bits for each 8 of them: how many
-    eighths of a factor of two their scale is less."""
+    """A power of two for 32 elements, in 4 bits; and in 3 bits for each 8 of them, how
+    many eighths of a factor of two their scale is less."""
     most = jnp.max(jnp.abs(moment.reshape(-1, 4, GROUP // 4)), axis=-1, keepdims=True)
     octaves = jnp.log2(jnp.maximum(most / 126.99, 2.0**-60))
     highest = jnp.ceil(jnp.max(octaves, axis=1, keepdims=True) - 1e-4)
