@@ -43,15 +43,8 @@ class FourBits(fq.AbstractMomentCodec):
         return (self.kind,)
 
     @property
-    def flattened(self):
-        return False
-
-    @property
     def dtypes(self):
         return jnp.int8 if self._signed else jnp.uint8, jnp.bfloat16
-
-    def prepare(self, moment):
-        return (moment,)
 
     def statistics(self, prepared):
         (moment,) = prepared

@@ -138,10 +138,10 @@ class AbstractMomentCodec(eqx.Module):
         both. Asked when an optimizer is built, and when numbers are stored by hand."""
 
     @property
-    @abc.abstractmethod
     def flattened(self) -> bool:
         """Whether groups run through the flattened leaf instead of along one axis.
-        Asked when a state is made."""
+        Asked when a state is made. `False`, unless a codec says otherwise."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -153,11 +153,11 @@ class AbstractMomentCodec(eqx.Module):
         `None` stores a moment as it is. That is [`flashquinox.FullPrecision`][]'s.
         """
 
-    @abc.abstractmethod
     def prepare(
         self, moment: Float[Array, "*tile"]
     ) -> tuple[Float[Array, "*tile"], ...]:
         """Is called once for the elements of each new moment, before `statistics`.
+        Unless a codec has its own, it returns the moment alone.
 
         **Arguments:**
 
@@ -168,6 +168,7 @@ class AbstractMomentCodec(eqx.Module):
         The arrays that `statistics` and `quantize` share: at least one, each of the
         shape and the dtype of `moment`.
         """
+        return (moment,)
 
     @abc.abstractmethod
     def statistics(

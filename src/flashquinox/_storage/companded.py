@@ -63,10 +63,6 @@ class CompandedCodec(AbstractLearnedCodec):
         return (self.kind,)
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def initial(self) -> float | None:
         curve = self.curve
         return curve.initial if isinstance(curve, RationalCurve) else None

@@ -59,17 +59,8 @@ class FittedLogCodec(AbstractMomentCodec):
         return ("nonnegative",)
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
         return jnp.uint8, jnp.uint16
-
-    def prepare(
-        self, moment: Float[Array, "*tile"]
-    ) -> tuple[Float[Array, "*tile"], ...]:
-        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]

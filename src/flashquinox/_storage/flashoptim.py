@@ -54,11 +54,6 @@ class FlashOptimCodec(AbstractMomentCodec):
     def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
         return self._code_dtype, jnp.float16
 
-    def prepare(
-        self, moment: Float[Array, "*tile"]
-    ) -> tuple[Float[Array, "*tile"], ...]:
-        return (moment,)
-
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]
     ) -> tuple[tuple[Reduction, Float[Array, "*tile"]], ...]:

@@ -13,17 +13,8 @@ class FullPrecision(AbstractMomentCodec):
         return ("signed", "nonnegative")
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def dtypes(self) -> None:
         return None
-
-    def prepare(
-        self, moment: Float[Array, "*tile"]
-    ) -> tuple[Float[Array, "*tile"], ...]:
-        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]

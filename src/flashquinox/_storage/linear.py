@@ -41,10 +41,6 @@ class LinearCodec(AbstractMomentCodec):
         return ("signed",)
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
         return jnp.int8, jnp.int16
 

@@ -51,10 +51,6 @@ class SoftsignCodec(AbstractMomentCodec):
         return ("signed",)
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
         return jnp.int8, jnp.uint16
 

@@ -49,17 +49,8 @@ class TaperedCodec(AbstractMomentCodec):
         return ("signed",)
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
         return jnp.int16, jnp.int16
-
-    def prepare(
-        self, moment: Float[Array, "*tile"]
-    ) -> tuple[Float[Array, "*tile"], ...]:
-        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]

@@ -19,17 +19,8 @@ class TaperedReader(AbstractMomentCodec):
         return ("signed",)
 
     @property
-    def flattened(self) -> bool:
-        return False
-
-    @property
     def dtypes(self) -> tuple[DTypeLike, DTypeLike]:
         return _CODEC.dtypes
-
-    def prepare(
-        self, moment: Float[Array, "*tile"]
-    ) -> tuple[Float[Array, "*tile"], ...]:
-        return (moment,)
 
     def statistics(
         self, prepared: tuple[Float[Array, "*tile"], ...]
