@@ -101,7 +101,9 @@ def release_step(
         dictionary, `optax.partition(optim, labels).init(model)`.
     - `batch`, `key`: passed to `loss`.
     - `max_norm`: the gradient of each part is scaled down to at most this Euclidean
-        norm over all its leaves, in float32. `None` is no clipping.
+        norm over all its leaves, in float32. `None` is no clipping. In `optim.step`,
+        the norm is that of all gradients, so that weights whose gradients are a small
+        share of it move less there: by the ratio of the two norms.
 
     The parts that `max_norm` and `skip_nonfinite` act on are the weights that only the
     epilogue reads, each layer, and all other weights. With `skip_nonfinite`, a part
