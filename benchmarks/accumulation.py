@@ -183,10 +183,10 @@ def sums(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def decoded(state: fq.AccumulationState) -> Any:
-    """The sum of a model that is one array."""
+    """The sum of a model that is one array, of which 2^-16 is stored."""
     if isinstance(state.sums, fq.QuantMoment):
-        return state.sums.decode()
-    return fq.ECCWeight(state.sums, state.corrections).decode()
+        return 2**16 * state.sums.decode()
+    return 2**16 * fq.ECCWeight(state.sums, state.corrections).decode()
 
 
 def print_sums(row: dict[str, Any]) -> None:

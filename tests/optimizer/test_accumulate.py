@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
+from flashquinox._optimizer.accumulation_state import SUM_UNIT
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
 from ..helpers import assert_raises, float64, slow, tree_identical
@@ -92,6 +93,24 @@ def _assert_close(model, state, expected, expected_state):
         assert np.allclose(found[name], expected[name], rtol=2.0**-14, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [16, 24, 32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_gradients(bits, dtype):
+    """Sums do not overflow where the mean does not, as in `optax.MultiSteps`, and not
+    between gradients of both signs either, where its differences do."""
+    largest = jnp.asarray(3e38, dtype)
+    model = {"w": jnp.zeros((64, 64), dtype)}
+    optim = fq.accumulate(fq.sgd(0.5, storage=_FLOAT32), 4, bits=bits)
+    signs = jnp.where(jnp.arange(64) < 32, 1, -1).astype(dtype)
+    grads = [{"w": jnp.full((64, 64), largest * sign)} for sign in (1, 1, signs, 1)]
+    model, state = _steps(optim, model, optim.init(model), grads)
+    mean = float(largest) * np.where(np.arange(64) < 32, 1, 0.5)
+    # A bfloat16 has 8 bits, and sums of 16 bits have 12 or more.
+    found = float64(model["w"])
+    assert np.allclose(found, -0.5 * mean[None], rtol=2.0**-7)
+    assert int(state.count) == 1
+
+
 def _nearest_mean(grads):
     """The bfloat16 that stands for the sum, over the number of gradients."""
 
@@ -107,8 +126,8 @@ def _decoded(state, name):
     """A sum in float32."""
     total = state.sums[name]
     if isinstance(total, fq.QuantMoment):
-        return total.decode()
-    return fq.ECCWeight(total, state.corrections[name]).decode()
+        return total.decode() / SUM_UNIT
+    return fq.ECCWeight(total, state.corrections[name]).decode() / SUM_UNIT
 
 
 def _sums(optim, grads):

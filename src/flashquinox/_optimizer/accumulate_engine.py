@@ -22,6 +22,7 @@ from .accumulation_state import (
     check_accumulation_state,
     check_sum,
     initial_accumulation,
+    SUM_UNIT,
 )
 from .argument_checks import check_max_norm
 from .call_checks import (
@@ -114,7 +115,7 @@ class AccumulateEngine(eqx.Module):
             dtypes=dtypes,
             structure=structure,
             max_norm=max_norm,
-            divisor=mini_step if self.mean else None,
+            divisor=SUM_UNIT * (mini_step.astype(jnp.float32) if self.mean else 1),
             is_last=is_last,
         )
         at = partial(_arrays_at, call, leaves=leaves, numbers=dtypes)

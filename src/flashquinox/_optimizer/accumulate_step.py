@@ -51,7 +51,7 @@ class AccumulatedStep:
     dtypes: dict[int, Any]
     structure: Any
     max_norm: ScalarLike | None
-    divisor: ScalarLike | None
+    divisor: ScalarLike
     is_last: Array
 
     def take_if_last(self, old: Arrays) -> tuple[Arrays, Any]:

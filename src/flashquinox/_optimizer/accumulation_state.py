@@ -33,6 +33,12 @@ from .weight_decay import l2
 SumBits: TypeAlias = Literal[16, 24, 32]
 
 
+# What gradients are multiplied by before they are added: up to 2^16 of them then have a
+# mean wherever each is finite. A power of two, so that only numbers below 2^-102 are
+# stored in fewer bits.
+SUM_UNIT = 2.0**-16
+
+
 class _Wide(AbstractChoice):
     """Sums of float64 weights are float64, whatever others are."""
 
@@ -63,16 +69,17 @@ def _storage(bits: SumBits) -> Storage:
 
 
 class AccumulationState(eqx.Module):
-    """What an optimizer of [`flashquinox.accumulate`][] keeps between calls. `sums` and
-    `corrections` are trees of the structure of the model, with `None` for leaves that
-    are not trained.
+    r"""What an optimizer of [`flashquinox.accumulate`][] keeps between calls. `sums`
+    and `corrections` are trees of the structure of the model, with `None` for leaves
+    that are not trained.
 
     - `mini_step`: how many gradients the sums hold: 0 after a step.
     - `rounding_count`: which threshold the next sums are rounded by.
-    - `sums`: the sum of the gradients since the last step, for each weight. With
-        `bits=24`, bfloat16; with `bits=16`, a `QuantMoment` by a
-        [`flashquinox.TaperedCodec`][], or float32 for vectors of fewer than 4096
-        elements; with `bits=32`, float32. Those of float64 weights are float64.
+    - `sums`: $2^{-16}$ times the sum of the gradients since the last step, for each
+        weight, so that up to $2^{16}$ large gradients do not overflow. With `bits=24`,
+        bfloat16; with `bits=16`, a `QuantMoment` by a [`flashquinox.TaperedCodec`][],
+        or float32 for vectors of fewer than 4096 elements; with `bits=32`, float32.
+        Those of float64 weights are float64.
     - `corrections`: with `bits=24`, the `int8` that extends each sum: see
         [`flashquinox.ECCWeight`][]. Otherwise `None` for all weights.
     - `inner_state`: the state of the optimizer.
@@ -103,7 +110,7 @@ def adding_settings(call: str, settings: Settings, bits: Any) -> Settings:
     return dataclasses.replace(
         settings,
         call=call,
-        groups=(Group(Added() if bits == 24 else Summed(), 1.0, l2(0.0, None)),),
+        groups=(Group(Added() if bits == 24 else Summed(), SUM_UNIT, l2(0.0, None)),),
         choice=None if bits == 24 else _Wide(),
         storage=_storage(int(bits)),  # pyright: ignore[reportArgumentType]
         verify_weights=None,
