@@ -261,7 +261,8 @@ def train(
             if first > settings.steps:
                 done += f" Nothing is left to do of {settings.steps}: see --steps."
             say(console, done)
-        say(console, f"Trains {described(model, settings)} on {mesh.size} devices.")
+        devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
+        say(console, f"Trains {described(model, settings)} on {devices}.")
         before = float(evaluate(model, validation))
         with reports(settings, first, console) as report:
             for step in range(first, settings.steps + 1):
