@@ -132,12 +132,12 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     # 95 % interval 0.0034 wide each way, which tells 0.0102 from 0.015.
     for contender in both:
         yield gpt2("muon", contender, 3, 9)
-    # The ten deviate by 0.0127 around 0.0066: with eight more, the interval is 0.0063
+    # The ten deviate by 0.0127 around 0.0066: with five more, the interval is 0.0070
     # wide each way, and ends below 0.015 if the mean stays.
     for contender in both:
-        yield gpt2("muon", contender, 10, 17)
+        yield gpt2("muon", contender, 10, 14)
     # The 8 bits of a momentum are what makes the largest update larger.
-    yield gpt2("muon", "ours-16-bit-momentum", 0, 4)
+    yield gpt2("muon", "ours-16-bit-momentum", 0, 2)
     yield gpt2("adamw", others[1], 0, 2)
     # With the paper's codec, AdamW was better than in float32.
     yield at_rate("adamw", "flashoptim-v", "0.0003")
