@@ -44,6 +44,11 @@ _MODELS = {
         "['absmax']",
         "['qweight']",
     ),
+    "short names": (
+        {"q": jnp.ones((64, 16), jnp.float8_e4m3fn), "s": _SCALES},
+        "['s']",
+        "['q']",
+    ),
     "a tuple": ([(_CODES, _SCALES)], "[0][1]", "[0][0]"),
     "trees": (
         {"codes": {"a": _CODES}, "scales": {"a": _SCALES}},
@@ -140,6 +145,7 @@ def test_scales_without_their_codes():
         # More scales than codes would be no codes.
         {"scale": jnp.ones(64), "index": jnp.arange(8)},
         (jnp.arange(64), jnp.ones(32)),
+        {"index": jnp.arange(128), "z": jnp.ones(64)},
         {"weight": _W, "scale": jnp.ones(64)},
     ],
 )

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 import flashquinox as fq
 from flashquinox import exchange
 
-from ..helpers import tree_identical, weights
+from ..helpers import assert_raises, tree_identical, weights
 
 
 _names = ("matrix", "bias")
@@ -230,3 +230,57 @@ def test_what_cannot_be_told_is_an_error(function):
     other = optax.chain(optim).init(weights("matrix"))
     with pytest.raises(ValueError, match=r"`state\[0\].corrections` has nothing at"):
         function(params, other)
+
+
+#
+# Models that are cast after their state was made
+#
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weights_of_another_dtype_than_their_corrections(mixed):
+    """An int8 beside a bfloat16 and one beside a float16 do not mean the same."""
+    optim, start = fq.sgd(1e-2), weights("matrix", "bias", dtype=jnp.float32)
+    model, state = fq.prepare(start, optim)
+    if mixed:
+        model = model | {"bias": model["bias"].astype(jnp.float16)}
+        state = optim.init(model)
+    model, state = optim.step(model, state, model)
+    masters = fq.master_weights(model, state)
+    cast = model | {"matrix": model["matrix"].astype(jnp.float16)}
+    rest = masters | {"matrix": None}
+    average = fq.ema(0.9)
+    for call in (
+        lambda: optim.step(cast, state, cast),
+        lambda: jax.jit(optim.update)(cast, state, cast),
+        lambda: fq.master_weights(cast, state),
+        lambda: average.init(cast, state),
+        lambda: average.update(average.init(model, state), cast, state),
+        lambda: fq.widen_corrections(cast, state),
+        lambda: fq.from_master_weights(rest, cast, state),
+    ):
+        assert_raises(ValueError, call, "['matrix']", "float16", "bfloat16", "masters")
+    if not mixed:
+        cast = fq.cast(model, jnp.float16)
+    cast, state = fq.from_master_weights(masters, cast, state)
+    found = fq.master_weights(cast, state)
+    for name, master in masters.items():
+        # 19 significant bits in place of 16.
+        assert jnp.array_equal(found[name], master), name
+    cast, state = optim.step(cast, state, cast)
+    fq.master_weights(cast, state)
+
+
+def test_states_without_a_record_of_dtypes():
+    """As those that earlier versions pickled."""
+    optim, model = fq.sgd(1e-2), weights("matrix")
+    state = optim.init(model)
+    fields = {k: v for k, v in vars(state).items() if k != "weight_dtypes"}
+    old = object.__new__(fq.OptimizerState)
+    old.__setstate__(fields)
+    loop = lambda carry, _: (optim.step(*carry, model), None)
+    found, _ = jax.lax.scan(loop, (model, old), length=2)
+    expected, _ = jax.lax.scan(loop, (model, state), length=2)
+    assert tree_identical(found[0], expected[0])
+    _, again = fq.from_master_weights(fq.master_weights(*found), *found)
+    assert jtu.tree_structure(again) == jtu.tree_structure(old)

@@ -13,6 +13,8 @@ from .trees import is_array, Leaf
 
 # Names as of Qwix, AQT, bitsandbytes, GPTQ and AWQ, and parts of such names.
 _SCALES = re.compile(r"scale|zero|absmax|amax")
+# Other things have these names, too, next to integers of more than 8 bits.
+_SHORT_SCALES = re.compile(r"(^|_)(s|z|zp)$")
 _CODES = re.compile(r"code|qvalue|quant|qweight|packed|int[48]")
 _CODE_DTYPES = ("float8", "float4", "int", "uint")
 
@@ -112,7 +114,10 @@ def _belong_together(key: Any, scale: Any, code: Any) -> bool:
     if code is not None and not scale.size < code.size:
         return False
     if isinstance(key, str):
-        return _SCALES.search(key.lower()) is not None
+        names = [_SCALES]
+        if code is not None and code.dtype.itemsize == 1:
+            names.append(_SHORT_SCALES)
+        return any(name.search(key.lower()) for name in names)
     # An entry of a tuple: codes and scales have as many axes, and tiles share a scale.
     if code is None or code.dtype.itemsize > 1 or scale.ndim != code.ndim:
         return False

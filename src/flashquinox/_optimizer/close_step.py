@@ -48,6 +48,7 @@ def close_step(
         corrections=step.rebuild.state(corrections),
         shardings=record.record(step.leaves, step.shardings, step.recorded),
         checksums=_new_checksums(step, as_update=updates_of is not None),
+        weight_dtypes=step.weight_dtypes,
     )
 
 

@@ -27,6 +27,7 @@ from .leaf_checks import check_correction_has_effect
 from .passes import axes_of, check_has_axes
 from .settings import Settings
 from .state import OptimizerState, StepCount
+from .weight_dtypes import record_dtypes
 
 
 def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
@@ -77,6 +78,7 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         corrections=rebuild.state(corrections),
         shardings=record.record(leaves, shardings, ()),
         checksums=_checksums(settings, leaves, corrections, rebuild),
+        weight_dtypes=record_dtypes(leaves, corrections),
     )
 
 

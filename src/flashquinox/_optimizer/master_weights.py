@@ -13,7 +13,7 @@ from .._common import memory
 from .._common.dtypes import compute_dtype
 from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
-from .._model.trees import Leaf, match, Model, State
+from .._model.trees import flatten, Leaf, match, Model, State
 from .._storage.split import Correction, decode_stored, encode_weight
 from .call_checks import check_not_state
 from .checksums import checksums
@@ -100,8 +100,9 @@ def from_master_weights(
     """
     call = "from_master_weights"
     check_not_state(call, float32_model)
-    opened = open_states(call, model, state)
-    masters = match(call, "float32_model", float32_model, opened.leaves)
+    leaves, _ = flatten(model)
+    masters = match(call, "float32_model", float32_model, leaves)
+    opened = open_states(call, model, state, replaced=masters)
     for leaf, master in zip(opened.leaves, masters, strict=True):
         if is_trainable(leaf.value) and master is not None:
             check_master_weight(call, leaf, master)

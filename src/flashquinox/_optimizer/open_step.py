@@ -17,6 +17,7 @@ from .state import OptimizerState
 from .state_checks import check_not_ensemble, check_state
 from .step_in_progress import StepInProgress
 from .stored_leaf import StoredLeaf
+from .weight_dtypes import check_weight_dtypes
 
 
 def open_step(
@@ -37,6 +38,7 @@ def open_step(
         for name, tree in state.stored_moments.items()
     }
     corrections = of_state("state.corrections", state.corrections)
+    check_weight_dtypes(call, leaves, corrections, state.weight_dtypes)
     checksums = of_state("state.checksums", state.checksums)
     trained = with_state(leaves, moments, corrections)
     shardings, unknown = settings.resolve_shardings(
@@ -71,6 +73,7 @@ def open_step(
         # XLA cannot divide a kernel, nor a loop over chunks.
         way="divisible" if unknown else settings.backend,
         recorded=state.shardings,
+        weight_dtypes=state.weight_dtypes,
         count=count,
         old_count=old_count,
         moments=names,

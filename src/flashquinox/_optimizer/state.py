@@ -13,6 +13,7 @@ from .._model.variables import without_variables
 from .._sharding.record import Shardings
 from .._storage.moment_bases import Bases
 from .._storage.quant_moment import StoredMoment
+from .weight_dtypes import WeightDtypes
 
 
 class StepCount(NamedTuple):
@@ -28,23 +29,27 @@ class _Form:
 
     `bases` is no part of it: what was found of the structure of such states."""
 
-    __slots__ = ("bases", "shardings")
+    __slots__ = ("bases", "shardings", "weight_dtypes")
 
-    def __init__(self, shardings: Shardings):
+    def __init__(self, shardings: Shardings, weight_dtypes: WeightDtypes):
         self.shardings = shardings
+        self.weight_dtypes = weight_dtypes
         self.bases = Bases()
 
+    def _static(self) -> tuple[Shardings, WeightDtypes]:
+        return self.shardings, self.weight_dtypes
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Form) and self.shardings == other.shardings
+        return isinstance(other, _Form) and self._static() == other._static()
 
     def __hash__(self) -> int:
-        return hash(self.shardings)
+        return hash(self._static())
 
     def __repr__(self) -> str:
-        return f"shardings={self.shardings!r}"
+        return f"shardings={self.shardings!r}, weight_dtypes={self.weight_dtypes!r}"
 
-    def __reduce__(self) -> tuple[type, tuple[Shardings]]:
-        return _Form, (self.shardings,)
+    def __reduce__(self) -> tuple[type, tuple[Shardings, WeightDtypes]]:
+        return _Form, self._static()
 
 
 class _Stored:
@@ -61,6 +66,7 @@ class _Stored:
     corrections = property(lambda self: self._trees[2])
     checksums = property(lambda self: self._trees[3])
     shardings = property(lambda self: self._form.shardings)
+    weight_dtypes = property(lambda self: self._form.weight_dtypes)
 
 
 # No `eqx.Module`, for the reason that `QuantMoment` is none.
@@ -89,6 +95,8 @@ class OptimizerState(_Stored):
     # part of a checkpoint.
     shardings: Shardings = dataclasses.field(metadata={"static": True})
     checksums: PyTree[UInt32[Array, "*ensemble"] | None] = dataclasses.field()
+    # What the corrections were made for.
+    weight_dtypes: WeightDtypes = dataclasses.field(metadata={"static": True})
 
     def __init__(
         self,
@@ -97,8 +105,9 @@ class OptimizerState(_Stored):
         corrections: PyTree[Integer[Array, "..."] | None],
         shardings: Shardings = (),
         checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None,
+        weight_dtypes: WeightDtypes = (),
     ):
-        self._form = _Form(shardings)
+        self._form = _Form(shardings, weight_dtypes)
         moments = self._form.bases.known(moments)
         self._trees = steps, moments, corrections, checksums
 

@@ -2,7 +2,7 @@
 wrappers, such as those of `optax.chain` and `optax.partition`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from .state_checks import (
     check_has_state,
     check_not_in_two_states,
 )
+from .weight_dtypes import check_weight_dtypes, record_dtypes
 
 
 class Found(NamedTuple):
@@ -98,7 +99,7 @@ class OpenedStates:
     ) -> PyTree:
         """The tree that held the states, with new corrections for all leaves, and new
         checksums for the leaves of these numbers where states have checksums."""
-        states = []
+        states, numbers = [], range(len(self.leaves))
         for number, state in enumerate(self.states):
             mine = [i for i, owner in enumerate(self.owners) if owner == number]
             edits = {i: new[i] for i in mine}
@@ -108,6 +109,9 @@ class OpenedStates:
                     state,
                     corrections=self._edited(state.corrections, edits),
                     checksums=self._edited(state.checksums, sums),
+                    # Of a state that knows none, the structure stays as it is.
+                    weight_dtypes=state.weight_dtypes
+                    and record_dtypes(self.leaves, [edits.get(i) for i in numbers]),
                 )
             )
         return self.replace(states)
@@ -119,9 +123,12 @@ class OpenedStates:
         )
 
 
-def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
+def open_states(
+    call: str, model: PyTree, state: PyTree, replaced: Sequence[Any] | None = None
+) -> OpenedStates:
     """Finds the optimizer states inside a state, and their arrays for each leaf of the
-    model.
+    model. `replaced`: for each leaf, what replaces its weight and its correction, or
+    `None`.
 
     **Raises:**
 
@@ -155,6 +162,7 @@ def open_states(call: str, model: PyTree, state: PyTree) -> OpenedStates:
             check_not_in_two_states(call, leaves[index], owners[index])
             owners[index], corrections[index] = number, own[index]
             checksums[index] = sums[index]
+        check_weight_dtypes(call, leaves, own, one.weight_dtypes, replaced)
     for leaf, correction in zip(leaves, corrections, strict=True):
         if is_trainable(leaf.value):
             check_correction(call, leaf, correction)

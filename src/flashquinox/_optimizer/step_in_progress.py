@@ -26,6 +26,7 @@ from .passes import all_passes, layers_are_apart, Passes
 from .settings import Rates, Settings
 from .state_checks import check_checksum, check_correction, check_moments, check_width
 from .stored_leaf import Learned, StoredLeaf
+from .weight_dtypes import WeightDtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StepInProgress:
     - `decayed`: whether weight decay applies to a leaf.
     - `shardings`: how a leaf is divided among devices, if it is.
     - `recorded`: what the state remembers of that.
+    - `weight_dtypes`: what it remembers of the dtypes of weights.
     - `count`: the number of steps before this one. `old_count` is that of the state,
         which may be in host memory.
     - `moments`: the names of all moments of the state.
@@ -55,6 +57,7 @@ class StepInProgress:
     shardings: list[NamedSharding | None]
     way: Way
     recorded: record.Shardings
+    weight_dtypes: WeightDtypes
     count: Int32[Array, ""]
     old_count: Int32[Array | np.ndarray, ""]
     moments: tuple[str, ...]

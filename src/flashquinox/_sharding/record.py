@@ -23,7 +23,7 @@ def record(
     if are_traced(leaves) and old:
         return old
     if not leaves:
-        return _OfNothing()
+        return OfNothing()
     return tuple(
         (
             leaf.unwrapped,
@@ -37,8 +37,8 @@ def record(
     )
 
 
-class _OfNothing(tuple[Any, ...]):
-    """The record of a state without weights. It is equal to every record, because
+class OfNothing(tuple[Any, ...]):
+    """A record of a state without weights. It is equal to every record, because
     `optax.tree.map_params` makes such a state, and compares its structure with that of
     any other."""
 
