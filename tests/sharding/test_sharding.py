@@ -616,10 +616,11 @@ def test_by_hand():
         assert found[0]["matrix"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ["lamb", "max_norm", "copies", "elementwise"])
-def test_by_hand_of_whole_weights(name):
+def test_by_hand_of_whole_weights(name, check_vma):
     """In a `shard_map` of the caller's, norms would be those of parts. Copies of whole
-    weights are no parts."""
+    weights are no parts. Without types that say so, the state knows."""
     mesh, names = _mesh("auto"), ("matrix",)
     optim = fq.lamb(1e-2) if name in ("lamb", "copies") else _optim
     kwargs = {"max_norm": 1.0} if name == "max_norm" else {}
@@ -634,6 +635,7 @@ def test_by_hand_of_whole_weights(name):
         mesh=mesh,
         in_specs=(*specs, spec),
         out_specs=specs,
+        check_vma=check_vma,
     )
     trace = lambda: jax.eval_shape(step, model, state, grads)
     if name in ("copies", "elementwise"):

@@ -129,6 +129,11 @@ def axis_names(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
+def spec_axes(spec: PartitionSpec) -> frozenset[str]:
+    """All mesh axes that a spec names."""
+    return frozenset(name for entry in spec for name in axis_names(entry))
+
+
 def mesh_text(mesh: Mesh | AbstractMesh) -> str:
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return f"({sizes})"

@@ -10,6 +10,7 @@ from .._common import meshes
 from .._compat import varying_axes
 from .._model.trees import Leaf
 from .._sharding import state_specs
+from .._sharding.record import Shardings
 from .._storage.quant_moment import QuantMoment, StoredMoment
 from .._storage.split import Correction
 
@@ -32,15 +33,26 @@ def warn_of_unknown_division(call: str, unknown: list[Leaf]) -> None:
     )
 
 
-def warn_of_parts(call: str, leaves: list[Leaf], what: str) -> None:
+def warn_of_parts(
+    call: str, leaves: list[Leaf], what: str, recorded: Shardings
+) -> None:
     """Warns of what is computed of whole weights, where a `shard_map` of the caller's
-    leaves a part of them to each device."""
-    divided = [leaf for leaf in leaves if varying_axes(leaf.value)]
+    leaves a part of them to each device. The types of arrays say so, but with
+    `check_vma=False`; then, what the state recorded."""
+    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    if not manual:
+        return
+    there = {
+        path: manual & meshes.spec_axes(sharding.spec) for path, sharding in recorded
+    }
+    found = [
+        (leaf, varying_axes(leaf.value) | there.get(leaf.unwrapped, frozenset()))
+        for leaf in leaves
+    ]
+    divided = [leaf for leaf, axes in found if axes]
     if not divided:
         return
-    axes = ", ".join(
-        sorted(frozenset().union(*[varying_axes(x.value) for x in divided]))
-    )
+    axes = ", ".join(sorted(frozenset().union(*[axes for _, axes in found])))
     others = f" and {len(divided) - 1} more" if len(divided) > 1 else ""
     warnings.warn(
         f"`{call}`: in a `shard_map`, the weight at `{divided[0].name}`{others} "

@@ -60,7 +60,7 @@ class StepEngine(eqx.Module):
         step = step.verified()
         if max_norm is not None:
             of = [step.leaves[index] for index in arrived]
-            warn_of_parts(call, of, "`max_norm` is for the norm")
+            warn_of_parts(call, of, "`max_norm` is for the norm", state.shardings)
         there = [step.shardings[index] for index in arrived]
         clip = clipping([*arrived.values()], there, max_norm, divisor)
         as_update = method == "update"

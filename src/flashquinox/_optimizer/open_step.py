@@ -53,6 +53,7 @@ def open_step(
         call,
         [leaves[i] for i in numbers if passes[i].between is not None],
         "This rule takes norms, means or products",
+        state.shardings,
     )
     stored = {}
     for i in numbers:

@@ -138,7 +138,9 @@ class GroupedStep:
         there = [shardings[number] for number in grads]
         if max_norm is not None:
             of = [self.leaves[number] for number in grads]
-            warn_of_parts("release_step", of, "`max_norm` is for the norm")
+            recorded = tuple(x for group in self.groups for x in group.recorded)
+            what = "`max_norm` is for the norm"
+            warn_of_parts("release_step", of, what, recorded)
         return clipping([*grads.values()], there, max_norm)
 
     def all_finite(
