@@ -106,7 +106,9 @@ def update_in_chunks(
         (case,), _ = cases_of(leaves, plan)
         assert isinstance(case.moves, SharedCase)
         own = tuple([state[i] for i in case.leaves])
-        chunk = case.moves.load_all(tuple([flat_grads[i] for i in case.leaves]), own)
+        # Arrays that are there are joined without a kernel.
+        of_grads, own = _boundary((tuple([flat_grads[i] for i in case.leaves]), own))
+        chunk = case.moves.load_all(of_grads, own)
         updated = _boundary(update(_boundary(chunk)))
         new = dict(zip(case.leaves, case.moves.store(None, updated, own), strict=True))
     else:

@@ -75,7 +75,11 @@ class Groups:
         if missing == 0:
             return [x]
         if not self.is_grouped:
-            return [x, jnp.asarray(np.zeros(missing, x.dtype))]
+            fill = np.zeros(missing, x.dtype)
+            # Of equal numbers, XLA would make them anew in each kernel, where arrays
+            # that are there are joined without one.
+            fill[-1] = 1
+            return [x, jnp.asarray(fill)]
         return [x, lax.broadcast_in_dim(x[-1:], (missing,), (0,))]
 
     def put(
