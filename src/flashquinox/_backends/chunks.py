@@ -107,7 +107,8 @@ def update_in_chunks(
         assert isinstance(case.moves, SharedCase)
         own = tuple([state[i] for i in case.leaves])
         # Arrays that are there are joined without a kernel.
-        of_grads, own = _boundary((tuple([flat_grads[i] for i in case.leaves]), own))
+        of_grads = tuple([flat_grads[i] for i in case.leaves])
+        of_grads, own = lax.optimization_barrier((of_grads, own))
         chunk = case.moves.load_all(of_grads, own)
         updated = _boundary(update(_boundary(chunk)))
         new = dict(zip(case.leaves, case.moves.store(None, updated, own), strict=True))
