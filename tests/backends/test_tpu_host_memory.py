@@ -161,3 +161,14 @@ def test_slices_come_and_go_by_kernels(chip, monkeypatch):
     begun = [events[:second].count(f"start_{x}") for x in ("reads", "writes")]
     ended = [events[:second].count(f"finish_{x}") for x in ("reads", "writes")]
     assert (begun, ended) == ([3, 1], [2, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 24])
+def test_sums_are_cleared_where_they_are_read(bits):
+    """In the last call of an accumulation, the device has the sums as gradients, of 2
+    bytes per parameter, and beside them portions, but no second copy of the sums."""
+    weights = [jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)] * 32
+    optim = fq.accumulate(fq.adamw(1e-3, backend="tpu"), 4, bits=bits)
+    memory, _, _ = _compile("v6e", optim, optim.step, weights, weights)
+    assert memory.temp_size_in_bytes <= 3.2 * 32 * 2**22

@@ -98,8 +98,12 @@ class AccumulatedStep:
         new, _ = flatten(model)
         weights = [new[i].value for i in self.dtypes]
         inner, structure = jtu.tree_flatten(state)
-        # The sums are read by then, so that zeros can be in their place.
-        weights, there = lax.optimization_barrier((weights, there))
+        # A sum is read by then, so that zeros can be in its place: each as soon as its
+        # own weight is known.
+        pairs = [
+            lax.optimization_barrier(pair) for pair in zip(weights, there, strict=True)
+        ]
+        weights, there = [x for x, _ in pairs], [x for _, x in pairs]
         # Those that kernels clear are left as they are.
         kept = {i: sums[i] for i in self._cleared_later(old)}
         others = [i for i in range(len(sums)) if i not in kept]
