@@ -302,12 +302,33 @@ def test_what_is_a_matrix_by_default():
     assert matrices == {".blocks.weight", ".last.weight", ".other"}
 
 
+@jtu.register_pytree_node_class
+class _Box:
+    """As of named arrays: one that names no fields."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class _TokenEmbedding(eqx.Module):
+    table: _Box
+    project: eqx.nn.Linear
+
+
 def test_cells_and_names_that_have_part_of_one_of_an_embedding():
     key = jax.random.key(0)
     cells = eqx.filter_vmap(lambda k: eqx.nn.LSTMCell(5, 7, key=k))
     x = jnp.ones((6, 8))
     weights = {
         "cell": eqx.nn.GRUCell(5, 7, key=key),
+        "tokens": _TokenEmbedding(_Box(x), eqx.nn.Linear(6, 8, key=key)),
         "cells": cells(jax.random.split(key)),
         "multi_head_attention": {"query": x},
         "pos_ffn": {"up": x},
@@ -330,6 +351,7 @@ def test_cells_and_names_that_have_part_of_one_of_an_embedding():
         "['cell'].weight_ih": cell,
         "['cell'].weight_hh": cell,
         "['cells'].weight_ih": cell,
+        "['tokens'].project.weight": cell,
         "['cells'].weight_hh": cell,
         "['multi_head_attention']['query']": other,
         "['pos_ffn']['up']": other,

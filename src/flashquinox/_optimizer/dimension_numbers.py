@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -31,6 +31,9 @@ _NO_MATRICES = frozenset(
 
 # Names of which a part is one of these, and which are of other layers.
 _OF_MATRICES = re.compile("multi_?head(ed)?|pos_ffn|position_wise")
+
+# Names of the classes of layers that are embeddings end so, in Equinox and Haliax.
+_EMBEDDINGS = ("Embed", "Embedding")
 
 # Layers whose weights have outputs before inputs.
 _OUTPUTS_FIRST = eqx.nn.Linear | eqx.nn.LSTMCell | eqx.nn.GRUCell
@@ -118,25 +121,39 @@ def _axes(call: str, leaf: Leaf, found: Any) -> _Axes | None:
 
 def _matrices(call: str, params: PyTree, leaves: list[Leaf]) -> list[_Axes | None]:
     """The axes of what is a matrix by default."""
-    is_layer = lambda x: isinstance(x, _OUTPUTS_FIRST | eqx.nn.Embedding)
-    nodes = jtu.tree_leaves_with_path(params, is_leaf=is_layer)
-    layers = {path: type(node) for path, node in nodes if is_layer(node)}
+    layers = dict(_classes(params, ()))
     # Not the vectors of norms and biases, which have two axes if layers are stacked.
     is_candidate = decayed(call, decay_mask(), params, leaves)
     found: list[_Axes | None] = []
     for leaf, candidate in zip(leaves, is_candidate, strict=True):
         path = leaf.path
-        layer = layers.get(path[:-1])
+        owner = path
+        # A box of one array, as Haliax has, names no fields.
+        while owner and isinstance(owner[-1], jtu.FlattenedIndexKey):
+            owner = owner[:-1]
+        layer = layers.get(owner[:-1], object)
         names = _names(path)
         if not candidate or not _NO_MATRICES.isdisjoint(names):
             found.append(None)
-        elif layer is not None:
+        elif layer.__name__.endswith(_EMBEDDINGS):
+            found.append(None)
+        elif issubclass(layer, _OUTPUTS_FIRST):
             # Axes of a stack come first.
-            is_matrix = issubclass(layer, _OUTPUTS_FIRST) and leaf.value.ndim >= 2
-            found.append(_Axes((-1,), (-2,)) if is_matrix else None)
+            found.append(_Axes((-1,), (-2,)) if leaf.value.ndim >= 2 else None)
         else:
             found.append(_Axes((-2,), (-1,)) if leaf.value.ndim == 2 else None)
     return found
+
+
+def _classes(
+    node: Any, path: tuple[Any, ...]
+) -> Iterator[tuple[tuple[Any, ...], type]]:
+    """The classes of all nodes, by their paths."""
+    below, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if [key for key, _ in below] != [()]:
+        yield path, type(node)
+        for key, child in below:
+            yield from _classes(child, (*path, *key))
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

@@ -97,9 +97,9 @@ def muon(
         matrices are the weights of `equinox.nn.Linear`, `LSTMCell` and `GRUCell`,
         alone or stacked by `vmap`, and all other weights with two axes that
         [`flashquinox.decay_mask`][] selects, inputs before outputs; but for those of
-        `equinox.nn.Embedding`, and those with a name on their path that is one of
-        embeddings or of the layer that makes logits: `embedding`, `position`, `wte` or
-        `lm_head`, say.
+        `equinox.nn.Embedding`, and of all classes whose names end in `Embedding` or
+        `Embed`; and for those with a name on their path that is one of embeddings or of
+        the layer that makes logits: `embedding`, `position`, `wte` or `lm_head`, say.
     - `adam_learning_rate`: that of other weights. `None` is `learning_rate`.
     - `adam_b1`, `adam_b2`, `adam_eps`, `adam_weight_decay`: of other weights, as in
         [`flashquinox.adamw`][].
