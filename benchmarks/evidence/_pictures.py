@@ -30,6 +30,12 @@ _STYLES: dict[str, dict[str, Any]] = {
         "lw": 2.0,
         "label": "bfloat16 weights",
     },
+    "ours-16-bit-momentum": {
+        "color": "#2b6cb0",
+        "ls": "-.",
+        "lw": 1.5,
+        "label": "flashquinox, momentum in 16 bits",
+    },
 }
 
 
@@ -101,10 +107,15 @@ def _grid(plt: Any, rows: list[tuple[str, Cells, bool]]) -> Any:
         line[0].set_ylabel(label)
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(OPTIMIZERS[name])
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    columns = 4 if len(names) > 1 else 2
+    # Of each contender one line, in whichever panel it is.
+    lines = {
+        label: handle
+        for axes in grid[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    columns = len(lines) if len(names) > 1 else 2
     place = "outside upper center"
-    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False)
+    figure.legend(lines.values(), lines, loc=place, ncols=columns, frameon=False)
     return figure
 
 
