@@ -61,15 +61,16 @@ class AccumulatedStep:
             not_taken = self._not_taken(old), self.structure
             return self._taken(old) if self.is_last else not_taken
         structure = []
-        if memory.any_on_host(old):
-            self = dataclasses.replace(self, is_last=_refuse_vmap(self.is_last))
 
         def taken(old: Arrays) -> Arrays:
             new, found = self._taken(old)
             structure.append(found)
             return new
 
-        new = lax.cond(self.is_last, taken, self._not_taken, old)
+        is_last = self.is_last
+        if memory.any_on_host(old):
+            is_last = _refuse_vmap(is_last)
+        new = lax.cond(is_last, taken, self._not_taken, old)
         return self._cleared(new, self._cleared_later(old)), structure[0]
 
     def model(self, weights: list[Array]) -> PyTree:

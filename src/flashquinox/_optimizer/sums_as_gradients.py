@@ -57,10 +57,7 @@ class SumReader:
         read = self._in_place(model, in_place)
         there, grads = [], []
         for i, (total, correction) in sums.items():
-            is_coded, is_away = (
-                isinstance(total, QuantMoment),
-                memory.any_on_host(total),
-            )
+            is_coded = isinstance(total, QuantMoment)
             if i in read:
                 total = read[i]
                 grad = total.codes
@@ -68,7 +65,7 @@ class SumReader:
                 # Of bfloat16 gradients, the correction is not looked at.
                 total = grad = memory.to_device(total)
             else:
-                if is_away:
+                if memory.any_on_host(total):
                     # One sum after the other, so that only one is on the device beside
                     # its gradient.
                     (total, correction), grads[-1:] = lax.optimization_barrier(
