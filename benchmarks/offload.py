@@ -12,8 +12,8 @@ Parts, each in a process of its own:
 - `8B`, `8B-4x4096`: Llama-3.1-8B's shapes with gradient release, on one window of
   2048 tokens and on four of 4096: peak of device memory, seconds a step, losses.
   `8B-device`, `8B-4x4096-device`: the same with the state on the device.
-- `30B`: 60 layers of width 6656, on 1024 tokens. It needs 96 GB of host memory, and
-  `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=104`, which this program sets.
+- `30B`: 60 layers of width 6656, on 1024 tokens. It needs 113 GB of host memory, and
+  `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=96`, which this program sets.
 
 Random weights and tokens; the same batch in every step.
 
@@ -37,7 +37,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # JAX takes three quarters of the device's memory at most, unless it is told otherwise.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "104")
+os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "96")
 
 import jax
 import jax.numpy as jnp
