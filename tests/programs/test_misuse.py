@@ -1147,11 +1147,11 @@ CALLS = {
         lambda: jax.jit(_optim.step)(_mlp, _mlp_state, _mlp_grads),
         Elsewhere(TypeError, "Error interpreting argument to"),
     ),
-    # Corrections do not say of which narrow dtype they are; `verify_weights=True`
-    # notices.
     "weights cast from bfloat16 to float16": (
-        lambda: _optim.step(fq.cast(_model, jnp.float16), _state, _grads)[0]["w"].dtype,
-        _works(lambda dtype: dtype == jnp.float16),
+        lambda: _optim.step(fq.cast(_model, jnp.float16), _state, _grads),
+        _value_error(
+            _step_call, "float16", "that of a bfloat16 weight", "Cast the model back"
+        ),
     ),
     # Wrappers.
     # In one step, nothing tells; `verify_weights=True` notices it in the next.
