@@ -199,8 +199,13 @@ def test_small_leaves_of_one_shape(name, shape):
     run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
-def test_a_long_vector():
-    _assert_odd_shape("lion", (40_050,))
+@pytest.mark.parametrize(
+    "shape",
+    [(40_050,), slow((1, 40_050)), slow((40_050, 1)), slow((1, 40_050, 1))],
+)
+def test_a_long_vector(shape):
+    """One that is a row or a column lies in memory in another way."""
+    _assert_odd_shape("lion", shape)
 
 
 def test_several_chunks_in_a_block(monkeypatch):

@@ -106,7 +106,7 @@ def choose_block(
     room = chip.block_bytes // (2 * element * 9 // 8)
     shape, size = view.elements.lengths, view.group_size
     if view.kind == "vector":
-        return vector_block(shape, size, room)
+        return vector_block(view, room)
     if view.kind == "planes":
         return planes_block(shape, size, room)
     groups = groups_of_chunk(structure)

@@ -1,6 +1,6 @@
-"""Blocks of arrays with one axis: in memory, elements that follow one another lie along
-the lanes, and so do groups. Some hundred more instructions for each piece exchange
-lanes: of vectors, there are few."""
+"""Blocks of vectors, and of matrices with one row: in memory, elements that follow one
+another lie along the lanes, and so do groups. Some hundred more instructions for each
+piece exchange lanes: of vectors, there are few."""
 
 import dataclasses
 from typing import Any
@@ -13,14 +13,18 @@ from jaxtyping import Array, Bool, Int32, Shaped
 from ..._storage.codec import Reduction
 from ..._storage.tpu_memory import LANES, SUBLANES
 from .block import AbstractChunk, AbstractGridBlock, evenly
+from .view import View
 
 
 @dataclasses.dataclass(frozen=True)
 class VectorBlock(AbstractGridBlock):
-    """A block of `(elements,)`. A piece is as many elements as have a row of scales, in
-    rows of 128 lanes: so it has as many rows as a group has elements."""
+    """A block of `(elements,)` or `(1, elements)`. A piece is as many elements as have
+    a row of scales, in rows of 128 lanes: so it has as many rows as a group has
+    elements."""
 
     shape: tuple[int, ...]
+    # Of all scales: (groups,) or (1, groups), whichever the elements have.
+    scale_shape: tuple[int, ...]
     length: int
     # The pieces of a chunk.
     height: int
@@ -28,18 +32,18 @@ class VectorBlock(AbstractGridBlock):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        return (pl.cdiv(self.shape[0], self.length),)
+        return (*self.shape[:-1], pl.cdiv(self.shape[-1], self.length))
 
     @property
     def elements(self) -> tuple[int, ...]:
-        return (self.length,)
+        return (*self.shape[:-1], self.length)
 
     @property
     def scales(self) -> tuple[int, ...]:
-        return (self.length // self.group_size,)
+        return (*self.scale_shape[:-1], self.length // self.group_size)
 
     def scales_at(self, *index: Any) -> tuple[Any, ...]:
-        return index
+        return _last_of(self.scale_shape, index[-1])
 
     @property
     def chunks(self) -> int:
@@ -58,7 +62,7 @@ class VectorBlock(AbstractGridBlock):
         return self.pieces, LANES
 
     def at(self, index: Any, block_index: tuple[Any, ...]) -> "_VectorChunk":
-        return _VectorChunk(self, index, block_index)
+        return _VectorChunk(self, index, block_index[-1])
 
     def constants_of(self, piece: int) -> Any:
         return pl.ds(piece, 1)
@@ -89,27 +93,33 @@ class VectorBlock(AbstractGridBlock):
 class _VectorChunk(AbstractChunk):
     block: VectorBlock
     index: Any
-    block_index: tuple[Any, ...]
+    block_index: Any
 
     @property
     def scales(self) -> tuple[Any, ...]:
         size = self.block.pieces * LANES
-        return (pl.ds(pl.multiple_of(self.index * size, size), size),)
+        scales = pl.ds(pl.multiple_of(self.index * size, size), size)
+        return _last_of(self.block.scale_shape, scales)
 
     def elements(self, piece: int) -> tuple[Any, ...]:
-        return (pl.ds(self._start(piece), self.block.group_size * LANES),)
+        elements = pl.ds(self._start(piece), self.block.group_size * LANES)
+        return _last_of(self.block.shape, elements)
 
     def present(self, piece: int) -> Bool[Array, "rows lanes"] | None:
-        block, (length,) = self.block, self.block.shape
+        block, length = self.block, self.block.shape[-1]
         if length % block.group_size == 0:
             return None
-        (first,) = self.block_index
-        first = first * block.elements[0] + self._start(piece)
+        first = self.block_index * block.length + self._start(piece)
         return first + place_in_piece(block.group_size) < length
 
     def _start(self, piece: int) -> Any:
         size = self.block.group_size * LANES
         return pl.multiple_of((self.index * self.block.pieces + piece) * size, size)
+
+
+def _last_of(shape: tuple[int, ...], index: Any) -> tuple[Any, ...]:
+    """An index of the last axis, with those of axes of length 1 before it."""
+    return (*[0 for _ in shape[:-1]], index)
 
 
 def place_in_piece(group_size: int) -> Int32[Array, "rows lanes"]:
@@ -156,9 +166,10 @@ def _lanes(
     return jnp.take_along_axis(x, lanes, axis=1)
 
 
-def vector_block(shape: tuple[int, ...], group_size: int, room: int) -> VectorBlock:
+def vector_block(view: View, room: int) -> VectorBlock:
     """As many whole chunks as there is room for, evenly divided."""
-    pieces = SUBLANES
+    shape, scale_shape = view.elements.lengths, view.scales.lengths
+    pieces, group_size = SUBLANES, view.group_size
     chunk = pieces * group_size * LANES
-    chunks = evenly(1, pl.cdiv(shape[0], chunk), room // chunk)
-    return VectorBlock(shape, chunks * chunk, pieces, group_size)
+    chunks = evenly(1, pl.cdiv(shape[-1], chunk), room // chunk)
+    return VectorBlock(shape, scale_shape, chunks * chunk, pieces, group_size)

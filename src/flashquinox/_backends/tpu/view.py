@@ -122,15 +122,14 @@ def _of_vector(layout: Layout, old: TileState) -> View | None:
         return None
     if layout.run != math.prod(shape):
         return None
-    elements = _as_row(shape, shape)
-    scales = _as_row(layout.scale_shape, shape)
+    elements = _as_row(shape)
+    scales = _as_row(layout.scale_shape)
     return View(layout, "vector", elements, scales)
 
 
-def _as_row(shape: tuple[int, ...], leaf: tuple[int, ...]) -> ArrayView:
-    """A vector, or a matrix with one row: they are not the same in memory. A long row
-    is copied into a vector."""
-    if len(shape) < 2 or math.prod(leaf) >= LARGE:
+def _as_row(shape: tuple[int, ...]) -> ArrayView:
+    """A vector, or a matrix with one row: they are not the same in memory."""
+    if len(shape) < 2:
         return ArrayView(shape, (tuple(range(len(shape))),))
     columns = max(range(len(shape)), key=lambda axis: (shape[axis], axis))
     others = tuple([axis for axis in range(len(shape)) if axis != columns])
