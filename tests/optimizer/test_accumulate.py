@@ -410,7 +410,8 @@ def test_is_in_place_on_tpus(bits):
         program = jax.jit(optim.step, donate_argnums=(0, 1)).lower(*shapes)
         memory = program.compile().memory_analysis()
     size = sum(x.size for x in params.values())
-    assert memory.temp_size_in_bytes <= 0.1 * size
+    # No array of any leaf, of which the smallest are corrections.
+    assert memory.temp_size_in_bytes < params["w0"].size
     assert memory.alias_size_in_bytes >= (5.125 + bits / 8) * size
 
 
