@@ -13,7 +13,7 @@ from flashquinox._backends.chunk_plan import Piece, plan_chunks, Window
 from flashquinox._backends.groups import Groups, joined
 from flashquinox._storage.layout import flattened
 
-from ..helpers import tree_identical
+from ..helpers import slow, tree_identical
 from ..kernels import arrays, assert_same
 
 
@@ -68,9 +68,13 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize(
     "make, dtype",
     [
-        (fq.adamw, jnp.bfloat16),
-        (lambda *x, **k: fq.lion(*x, skip_nonfinite=True, **k), jnp.float16),
-        (
+        pytest.param(fq.adamw, jnp.bfloat16, id="adamw"),
+        slow(
+            lambda *x, **k: fq.lion(*x, skip_nonfinite=True, **k),
+            jnp.float16,
+            id="lion",
+        ),
+        slow(
             lambda *x, **k: fq.sgdw(
                 *x,
                 momentum=0.9,
@@ -78,13 +82,14 @@ def small_chunks(monkeypatch):
                 **k,
             ),
             jnp.bfloat16,
+            id="sgdw",
         ),
-        (
+        pytest.param(
             lambda *x, **k: fq.adamw(*x, storage=fq.Storage(moments="float32"), **k),
             jnp.float32,
+            id="float32",
         ),
     ],
-    ids=["adamw", "lion", "sgdw", "float32"],
 )
 def test_chunks_are_whole_leaves(monkeypatch, make, dtype):
     params = arrays(_SHAPES, dtype, 0)

@@ -214,7 +214,7 @@ def test_schedules_count_steps():
     assert way == [(-1, 0, 1), (-1, 1, 1), (-1, 2, 1), (-1.5, 0, 2), (-1.5, 1, 2)]
 
 
-@pytest.mark.parametrize("method", ["step", "update"])
+@pytest.mark.parametrize("method", ["step", slow("update")])
 def test_nonfinite_gradients_do_not_count(method):
     start = _arrays(0)
     good = [_arrays(1), _arrays(2)]
@@ -335,7 +335,7 @@ def test_goes_on_from_a_checkpoint(tmp_path):
         assert tree_identical(_steps(optim, *found, grads[6:]), expected)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_meshes(kind):
     """Each device adds its own part, and nothing is sent."""
     optim = fq.accumulate(fq.adamw(1e-2, skip_nonfinite=False), 2)
@@ -373,7 +373,7 @@ def test_models_of_an_ensemble():
         assert tree_identical(own((found, state)), expected)
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [1, slow(4)])
 def test_is_in_place(every):
     """Neither an addition nor a step has a second copy of anything: the temporaries are
     those of a step alone, but for a chunk of the addition."""
@@ -417,7 +417,12 @@ def test_is_in_place_on_tpus(bits):
 
 @pytest.mark.parametrize(
     "jit, bits, backend",
-    [(True, 24, "auto"), (False, 24, "auto"), (True, 16, "gpu"), (True, 24, "gpu")],
+    [
+        (True, 24, "auto"),
+        (False, 24, "auto"),
+        (True, 16, "gpu"),
+        slow(True, 24, "gpu"),
+    ],
 )
 def test_state_in_host_memory(jit, bits, backend):
     """Sums are where the state is, and what is computed is the same. Kernels for GPUs
@@ -446,7 +451,7 @@ def test_state_in_host_memory(jit, bits, backend):
         assert {x.sharding.memory_kind for x in stored} == {where}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_host_memory_on_meshes(kind):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
     where = NamedSharding(mesh, P("data", None))

@@ -207,6 +207,7 @@ def _flops(compiled) -> float:
     return (found[0] if isinstance(found, list) else found)["flops"]
 
 
+@pytest.mark.slow
 def test_axes_that_divide_nothing_share_the_work():
     """Also where a stack has fewer matrices than there are devices."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
