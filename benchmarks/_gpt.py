@@ -7,7 +7,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
+import optax.contrib
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 
@@ -138,6 +140,15 @@ class StackedGPT(eqx.Module):
         step = lambda x, layer: (eqx.combine(layer, static)(x), None)
         x, _ = jax.lax.scan(step, x, layers)
         return jax.vmap(self.norm)(x) @ self.embedding.T
+
+
+def matrices_of_layers(
+    weights: PyTree,
+) -> PyTree[optax.contrib.MuonDimensionNumbers | None]:
+    """For Muon, the axes of the matrices of a `StackedGPT`, whose layers come first;
+    `None` for what else there is."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    return jtu.tree_map(lambda x: axes if x.ndim == 3 else None, weights)
 
 
 class Sizes(Protocol):

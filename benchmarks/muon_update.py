@@ -34,7 +34,15 @@ import numpy as np
 import optax
 import optax.contrib
 from _command_line import Parser, positive_integer, run_main, versions, write_json
-from _gpt import Attention, float32_weights, load_text, loss, sample
+from _gpt import (
+    Attention,
+    float32_weights,
+    load_text,
+    loss,
+    matrices_of_layers,
+    sample,
+)
+from _storages import MOMENTUM_16_BITS
 from jaxtyping import Array, PyTree
 
 import flashquinox as fq
@@ -50,39 +58,26 @@ class Task:
 
 
 BATCH, RATE, WARM_UP, FIRST = 8, 3e-3, 100, 10
-_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-
-
-def _matrices(weights: PyTree) -> PyTree:
-    """The stacks of matrices, whose axes are those of layers, outputs and inputs."""
-    return jtu.tree_map(lambda x: _AXES if x.ndim == 3 else None, weights)
-
-
 _OPTIONS: dict[str, Any] = {"consistent_rms": 0.2, "weight_decay": 0.0}
 
 
-def _ours(**storage: Any) -> fq.Optimizer:
-    return fq.muon(
-        1.0,
-        weight_dimension_numbers=_matrices,
-        storage=fq.Storage(**storage),
-        **_OPTIONS,
-    )
+def _ours(storage: fq.Storage) -> fq.Optimizer:
+    numbers = {"weight_dimension_numbers": matrices_of_layers}
+    return fq.muon(1.0, storage=storage, **numbers, **_OPTIONS)
 
 
 def _optax(rate: Any, **options: Any) -> optax.GradientTransformation:
-    numbers = {"muon_weight_dimension_numbers": _matrices}
+    numbers = {"muon_weight_dimension_numbers": matrices_of_layers}
     return optax.contrib.muon(rate, **numbers, **_OPTIONS, **options)
 
 
 def _contenders() -> dict[str, tuple[float, Any]]:
     """Bytes per parameter of a matrix, and the optimizer."""
-    sixteen = fq.MomentCodecs(fq.TaperedCodec(), fq.FittedLogCodec())
     return {
-        "float32": (7.0, _ours(moments="float32")),
-        "16 bits": (5.0625, _ours(moments=sixteen)),
-        "8 bits": (4.0625, _ours()),
-        "the paper's": (4.0625, _ours(moments="flashoptim")),
+        "float32": (7.0, _ours(fq.Storage(moments="float32"))),
+        "16 bits": (5.0625, _ours(MOMENTUM_16_BITS)),
+        "8 bits": (4.0625, _ours(fq.Storage())),
+        "the paper's": (4.0625, _ours(fq.Storage(moments="flashoptim"))),
         "Optax, bfloat16": (6.0, _optax(1.0, mu_dtype=jnp.bfloat16)),
     }
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 import optax.contrib
-from _storages import BFLOAT16, PAPER
+from _gpt import matrices_of_layers
+from _storages import BFLOAT16, MOMENTUM_16_BITS, PAPER
 from jaxtyping import PyTree, Scalar
 
 import flashquinox as fq
@@ -30,9 +31,7 @@ CONTENDERS: dict[str, fq.Storage | None] = {
     "bfloat16": BFLOAT16,
     "ours-32": fq.Storage(master_weight_bits=32),
     "ours-nearest": fq.Storage(dither_weights=False),
-    "ours-16-bit-momentum": fq.Storage(
-        moments=fq.MomentCodecs(fq.TaperedCodec(), fq.FittedLogCodec())
-    ),
+    "ours-16-bit-momentum": MOMENTUM_16_BITS,
     # To find causes: weights alone; the paper's second moments beside exact first ones.
     "exact-moments": fq.Storage(moments="float32", dither_weights=False),
     "flashoptim-v": fq.Storage(
@@ -93,9 +92,9 @@ class Recipe:
             "adam_b2": self.b2,
         }
         if storage is not None:
-            numbers = {"weight_dimension_numbers": _matrices}
+            numbers = {"weight_dimension_numbers": matrices_of_layers}
             return fq.muon(schedule, storage=storage, **numbers, **shared)
-        numbers = {"muon_weight_dimension_numbers": _matrices}
+        numbers = {"muon_weight_dimension_numbers": matrices_of_layers}
         return self._clipped([optax.contrib.muon(schedule, **numbers, **shared)])
 
     def _clipped(
@@ -104,13 +103,6 @@ class Recipe:
         if self.max_norm is not None:
             parts = [optax.clip_by_global_norm(self.max_norm), *parts]
         return optax.chain(*parts)
-
-
-def _matrices(weights: PyTree) -> PyTree[optax.contrib.MuonDimensionNumbers | None]:
-    """The axes of the matrices of a `StackedGPT`, whose layers come first; `None` for
-    what else there is."""
-    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-    return jtu.tree_map(lambda x: axes if x.ndim == 3 else None, weights)
 
 
 def recipes(
