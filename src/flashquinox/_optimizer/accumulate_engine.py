@@ -161,7 +161,7 @@ class AccumulateEngine(eqx.Module):
             ),
             grads,
         )
-        sums = model if are_weights else added.stored_moments["sum"]
+        sums = model if are_weights else added.moments["sum"]
         return sums, added.corrections, added.count
 
     def _every(self, state: AccumulationState) -> ScalarLike:

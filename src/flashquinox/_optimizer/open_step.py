@@ -35,7 +35,7 @@ def open_step(
     of_state = partial(match, call, leaves=leaves, rebuild=rebuild)
     moments = {
         name: of_state(f"state.moments[{name!r}]", tree)
-        for name, tree in state.stored_moments.items()
+        for name, tree in state.moments.items()
     }
     corrections = of_state("state.corrections", state.corrections)
     check_weight_dtypes(call, leaves, corrections, state.weight_dtypes)

@@ -61,8 +61,8 @@ class _Stored:
     _form: _Form
 
     steps = property(lambda self: self._trees[0])
-    # Outside of the state, moments know what they are relative to in it.
-    moments = property(lambda self: self._form.bases.known(self._trees[1]))
+    # They know what they are relative to in this state.
+    moments = property(lambda self: self._trees[1])
     corrections = property(lambda self: self._trees[2])
     checksums = property(lambda self: self._trees[3])
     shardings = property(lambda self: self._form.shardings)
@@ -115,12 +115,6 @@ class OptimizerState(_Stored):
     def count(self) -> Int32[Array, "*ensemble"]:
         """The number of steps taken."""
         return without_variables(self.steps.count)
-
-    @property
-    def stored_moments(self) -> dict[str, PyTree[StoredMoment | None]]:
-        """`moments`, as they are stored: they need not know what they are relative
-        to."""
-        return self._trees[1]
 
     def __eq__(self, other: object) -> Any:
         return eqx.tree_equal(self, other)

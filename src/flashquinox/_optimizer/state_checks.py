@@ -33,10 +33,10 @@ def check_state(call: str, state: Any, moments: Sequence[str]) -> None:
             "`update`."
         )
     check_count_dtype(call, state)
-    if set(state.stored_moments) != set(moments):
+    if set(state.moments) != set(moments):
         raise ValueError(
             f"`{call}`: this is the state of another optimizer: it has the moments "
-            f"{sorted(state.stored_moments)}, where this one keeps {sorted(moments)}. "
+            f"{sorted(state.moments)}, where this one keeps {sorted(moments)}. "
             "Make a new state with `init`."
         )
 

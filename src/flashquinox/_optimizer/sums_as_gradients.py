@@ -123,5 +123,5 @@ class SumReader:
             ),
             self.rebuild.state(grads),
         )
-        read = match(self.call, "state.sums", state.stored_moments["sum"], self.leaves)
+        read = match(self.call, "state.sums", state.moments["sum"], self.leaves)
         return {i: dataclasses.replace(read[i], codec=x.codec) for i, x in sums.items()}
