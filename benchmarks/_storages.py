@@ -1,7 +1,33 @@
 """Ways to store weights and moments that several benchmarks have. Weights of others are
 rounded to nearest."""
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
 import flashquinox as fq
+
+
+class NeverZero(fq.FlashOptimCodec):
+    """The paper's second moments, of which none is stored as zero: what is below half a
+    code is stored as one."""
+
+    def quantize(
+        self,
+        prepared: tuple[Float[Array, "*tile"], ...],
+        encode_constants: tuple[Shaped[Array, "..."], ...],
+    ) -> Shaped[Array, "*tile"]:
+        codes = super().quantize(prepared, encode_constants)
+        return jnp.maximum(codes, jnp.ones_like(codes))
+
+
+def second_moments_alone(codec: fq.AbstractMomentCodec) -> fq.Storage:
+    """Second moments in a codec, beside exact first ones."""
+    return fq.Storage(
+        dither_weights=False,
+        moments=fq.MomentCodecs(
+            fq.FullPrecision(), codec, relative=None, smallest_vector=0
+        ),
+    )
 
 
 # The paper's codec of moments, and its 24 bits of weights.

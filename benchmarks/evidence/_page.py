@@ -32,6 +32,7 @@ TITLES = {
     "ours-16-bit-momentum": "flashquinox, momentum in 16 bits",
     "exact-moments": "24-bit weights, float32 moments",
     "flashoptim-v": "the paper's second moments alone",
+    "flashoptim-v-above-zero": "the same, none stored as zero",
 }
 # What there is none of: an en dash.
 _NONE = "\u2013"

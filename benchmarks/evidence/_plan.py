@@ -141,6 +141,10 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     yield gpt2("adamw", others[1], 0, 2)
     # With the paper's codec, AdamW was better than in float32.
     yield at_rate("adamw", "flashoptim-v", "0.0003")
+    # Is it by what is stored as zero? And is it so at a rate between the two best?
+    yield at_rate("adamw", "flashoptim-v-above-zero", "0.0003")
+    for contender in CONTENDERS[:3]:
+        yield at_rate("adamw", contender, "0.0005")
     weights = ("ours", "float32", "ours-32", "bfloat16")
     for optimizer, contender in itertools.product(("adamw", "lion"), weights):
         yield finetune(optimizer, contender)

@@ -15,7 +15,13 @@ import jax.tree_util as jtu
 import optax
 import optax.contrib
 from _gpt import matrices_of_layers
-from _storages import BFLOAT16, MOMENTUM_16_BITS, PAPER
+from _storages import (
+    BFLOAT16,
+    MOMENTUM_16_BITS,
+    NeverZero,
+    PAPER,
+    second_moments_alone,
+)
 from jaxtyping import PyTree, Scalar
 
 import flashquinox as fq
@@ -34,15 +40,8 @@ CONTENDERS: dict[str, fq.Storage | None] = {
     "ours-16-bit-momentum": MOMENTUM_16_BITS,
     # To find causes: weights alone; the paper's second moments beside exact first ones.
     "exact-moments": fq.Storage(moments="float32", dither_weights=False),
-    "flashoptim-v": fq.Storage(
-        dither_weights=False,
-        moments=fq.MomentCodecs(
-            fq.FullPrecision(),
-            fq.MomentCodecs.named("flashoptim").nonnegative,
-            relative=None,
-            smallest_vector=0,
-        ),
-    ),
+    "flashoptim-v": second_moments_alone(fq.FlashOptimCodec("nonnegative")),
+    "flashoptim-v-above-zero": second_moments_alone(NeverZero("nonnegative")),
 }
 
 
