@@ -4,6 +4,7 @@ the beginning."""
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 
-# Ctrl-C is looked for between steps, and the step that it came in is saved.
+# Ctrl-C is looked for between steps, and the step that it came in is saved. As an
+# exception it could come in the middle of anything, even where Python drops it: in a
+# callback of the garbage collector, say.
 interrupted = threading.Event()
 imported = threading.Event()
 
@@ -40,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong arguments are one line, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        wrong(message)
+        wrong(f"{message} (see --help)")
 
 
 def wrong(message: str) -> NoReturn:
@@ -70,6 +73,31 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
+def check_folder(option: str, folder: Path) -> None:
+    """Makes the folder if need be, and tries whether it takes files: what is written
+    there at the end would else be an error only then."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_takes_files(folder)
+    except OSError as error:
+        wrong(f"argument {option}: cannot write to {folder}: {error.strerror}")
+
+
+def check_file(option: str, path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _check_takes_files(path.parent)
+    except OSError as error:
+        wrong(f"argument {option}: cannot write {path}: {error.strerror}")
+
+
+def _check_takes_files(folder: Path) -> None:
+    trial = folder / f".{os.getpid()}.tmp"
+    trial.touch()
+    trial.unlink()
+
+
 @contextlib.contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """A temporary file to write. It becomes `path` when all is written, and is removed
@@ -82,12 +110,19 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def saved(step: int, folder: Path) -> str:
+    """What a program says that was interrupted."""
+    return f"Step {step} is saved in {folder}. The same command goes on from it."
+
+
 def run(main: Callable[[], None], when_interrupted: str) -> None:
+    """Runs it, and says in one line that it was interrupted, and what is left: the text
+    of its own `KeyboardInterrupt`, or the one here."""
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"Interrupted. {when_interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"Interrupted. {str(interrupt) or when_interrupted}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read has seen enough. Python would flush again when it ends.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _program import (
+    check_folder,
     complete_or_absent,
     imported,
     interrupted,
@@ -26,6 +27,7 @@ from _program import (
     Parser,
     positive_number,
     run,
+    saved,
     whole_number,
     wrong,
 )
@@ -232,7 +234,8 @@ def train(
             record.seconds.append(time.perf_counter() - began)
             bar.update(start, completed=step, loss=record.losses[-1])
             every = max(1, settings.steps // 4)
-            if not console.is_terminal and (step == first or step % every == 0):
+            shown = step in (first, settings.steps) or step % every == 0
+            if shown and not console.is_terminal:
                 line = f"step {step} of {settings.steps}: loss {record.losses[-1]:.3f}"
                 say(console, f"{name}: {line}")
             stop = interrupted.is_set()
@@ -240,7 +243,7 @@ def train(
                 record.write()
                 checkpoints.save(step, trained, state)
             if stop:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(saved(step, folder))
         after = float(evaluate(trained, frozen, validation))
     # The first step of a start compiles.
     tokens = settings.batch_size * settings.length
@@ -314,12 +317,14 @@ def train_all(settings: Settings, console: Console) -> list[Result]:
         wrong(f"argument --length: takes at most {longest}; got {settings.length}")
     if interrupted.is_set():
         raise KeyboardInterrupt
+    count = len(settings.methods)
+    runs = "one run" if count == 1 else f"each of {count} runs"
     say(
         console,
         f"Fine-tunes {settings.model.name}, {sum(x.size for x in weights(model)):,} "
         f"parameters, on {len(texts[0]):,} tokens: {settings.steps} steps of "
-        f"{settings.batch_size} windows of {settings.length} tokens, in each of "
-        f"{len(settings.methods)} runs. The first step of a run compiles.",
+        f"{settings.batch_size} windows of {settings.length} tokens, in "
+        f"{runs}. The first step of a run compiles.",
     )
     bar = Progress(
         TextColumn("{task.description}"),
@@ -481,10 +486,7 @@ def parse_arguments() -> Settings:
     settings = Settings(**options)
     if not settings.model.is_file():
         wrong(f"argument --model: there is no file {settings.model}")
-    try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        wrong(f"argument --output: cannot make {settings.output}: {error.strerror}")
+    check_folder("--output", settings.output)
     return settings
 
 
@@ -499,7 +501,9 @@ def main() -> None:
     say(
         console,
         f"Losses are of {VALIDATION_WINDOWS} windows of addresses that were not "
-        "trained on, in nats a token.",
+        "trained on, in nats a token. Tokens a second are those of the median step; "
+        "where other programs run, expect them to differ by "
+        "tens of percent from run to run.",
     )
     figures, picture = (settings.output / f"results.{x}" for x in ("json", "png"))
     write_json(settings, results, figures)
@@ -513,6 +517,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        run(main, "The same command goes on.")
+        run(
+            main,
+            "The same command goes on from the latest checkpoint, if there is one.",
+        )
     except OSError as error:
         sys.exit(f"finetune.py: error: {error}")

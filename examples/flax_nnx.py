@@ -10,7 +10,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from _program import imported, interrupted, listen, Parser, run, whole_number, wrong
+from _program import (
+    check_folder,
+    imported,
+    interrupted,
+    listen,
+    Parser,
+    run,
+    saved,
+    whole_number,
+    wrong,
+)
 
 
 if __name__ == "__main__":
@@ -28,8 +38,7 @@ try:
     import flashquinox as fq
     from flashquinox.checkpoint import CheckpointError, Checkpoints
 except ImportError as error:
-    packages = "flax flashquinox[checkpoint,examples]"
-    sys.exit(f'{error}. To install it: pip install "{packages}"')
+    sys.exit(f'{error}. To install it: pip install "flashquinox[checkpoint,examples]"')
 imported.set()
 
 
@@ -110,10 +119,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"where to save them ({folder})",
     )
     settings = parser.parse_args()
-    try:
-        settings.checkpoints.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        wrong(f"--checkpoints: {settings.checkpoints}: {error.strerror}")
+    check_folder("--checkpoints", settings.checkpoints)
     return settings
 
 
@@ -134,13 +140,13 @@ def train(
             print(f"Trains to step {settings.steps}, on 100 of 4,000 digits in each.")
         for step, rows in batches(first, settings.steps):
             loss = train_step(model, optimizer, images[rows], labels[rows])
-            if step == first or step % 20 == 0:
+            if step in (first, settings.steps) or step % 20 == 0:
                 print(f"step {step} of {settings.steps}: loss {loss:.3f}", flush=True)
             stop = interrupted.is_set()
             if stop or step == settings.steps:
                 checkpoints.save(step, model, optimizer)
             if stop and step < settings.steps:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(saved(step, settings.checkpoints))
     return model, optimizer
 
 
@@ -150,7 +156,7 @@ def main() -> None:
     try:
         model, optimizer = train(settings, images, labels)
     except CheckpointError as error:
-        wrong(str(error))
+        wrong(f"{error} Or pass another folder: --checkpoints.")
     model.eval()
     correct = accuracy(model, images[4000:], labels[4000:])
     weights = nnx.state(model, nnx.Param)
@@ -170,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "The same command goes on.")
+    run(main, "The same command goes on from the latest checkpoint, if there is one.")

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _program import (
+    check_file,
+    check_folder,
     imported,
     interrupted,
     listen,
     Parser,
     positive_number,
     run,
+    saved,
     whole_number,
     wrong,
 )
@@ -274,7 +277,7 @@ def train(
                 if stop or step % settings.save_every == 0 or step == settings.steps:
                     checkpoints.save(step, model, state)
                 if stop and step < settings.steps:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(saved(step, settings.checkpoints))
         after = float(evaluate(model, validation))
     return Result(
         step=int(state.count),
@@ -325,7 +328,8 @@ def reports(
     def report(step: int, loss: float) -> None:
         bar.update(task, completed=step, loss=loss)
         every = max(1, settings.steps // 10)
-        if not console.is_terminal and (step == first or step % every == 0):
+        shown = step in (first, settings.steps) or step % every == 0
+        if shown and not console.is_terminal:
             say(console, f"step {step} of {settings.steps}: loss {loss:.3f}")
 
     with bar:
@@ -364,30 +368,36 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = partial(parser.add_argument, type=whole_number(1))
+    add = partial(parser.add_argument, type=whole_number(1), metavar="N")
     add("--steps", default=300, help="in all, with those before a checkpoint (300)")
     add("--batch-size", default=32, help="windows of text in a step (32)")
     add("--length", default=128, help="bytes in a window (128)")
     add("--width", default=128, help="of the model (128)")
     add("--layers", default=4, help="of the model (4)")
     add("--heads", default=4, help="of the model (4)")
-    add("--learning-rate", type=positive_number, default=3e-3, help="its peak (3e-3)")
+    add(
+        "--learning-rate",
+        type=positive_number,
+        default=3e-3,
+        metavar="RATE",
+        help="its peak (3e-3)",
+    )
     add("--seed", type=whole_number(0), default=0, help="of weights and batches (0)")
     add("--save-every", default=100, help="steps between two checkpoints (100)")
     add(
         "--checkpoints",
         type=Path,
         default=Path("fsdp-checkpoints"),
-        help="a directory for them (fsdp-checkpoints)",
+        metavar="FOLDER",
+        help="where to save them (fsdp-checkpoints)",
     )
-    add("--json", type=Path, help="also write the result to this file")
+    add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     add("--fake-devices", help="use so many devices that are parts of the CPU")
     several = parser.add_argument_group("several processes, each with these three")
-    several.add_argument("--coordinator", help="host:port of the first process")
-    several.add_argument("--processes", type=whole_number(1), help="how many there are")
-    several.add_argument(
-        "--process", type=whole_number(0), help="which one this is, from 0"
-    )
+    add = partial(several.add_argument, metavar="N")
+    add("--coordinator", metavar="HOST:PORT", help="of the first process")
+    add("--processes", type=whole_number(1), help="how many there are")
+    add("--process", type=whole_number(0), help="which one this is, from 0")
     settings = parser.parse_args()
     if settings.width % (2 * settings.heads) != 0:
         parser.error(f"--width: takes a multiple of 2 x {settings.heads} heads")
@@ -400,10 +410,7 @@ def parse_arguments() -> argparse.Namespace:
             f"{settings.process}"
         )
     if settings.json is not None:
-        if not settings.json.parent.is_dir():
-            parser.error(f"--json: there is no directory {settings.json.parent}")
-        if settings.json.is_dir():
-            parser.error(f"--json: {settings.json} is a directory, not a file")
+        check_file("--json", settings.json)
     return settings
 
 
@@ -429,19 +436,14 @@ def main() -> None:
             f"--batch-size: takes a multiple of the {mesh.size} devices; got "
             f"{settings.batch_size}"
         )
-    try:
-        settings.checkpoints.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        wrong(f"--checkpoints: {settings.checkpoints}: {error.strerror}")
-    if not os.access(settings.checkpoints, os.W_OK):
-        wrong(f"--checkpoints: {settings.checkpoints} cannot be written to")
+    check_folder("--checkpoints", settings.checkpoints)
     # One of several processes speaks.
     console = Console(quiet=jax.process_index() != 0)
     try:
         with jax.set_mesh(mesh):
             result = train(settings, train_text, validation_text, mesh, console)
     except CheckpointError as error:
-        sys.exit(f"fsdp.py: error: {error}")
+        wrong(f"{error} Or pass another folder: --checkpoints.")
     show(result, console)
     where = f"The checkpoint of step {result.step} is in {settings.checkpoints}."
     say(console, f"{where} With more --steps, the same command goes on from it.")
@@ -454,4 +456,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "The same command goes on.")
+    run(main, "The same command goes on from the latest checkpoint, if there is one.")

@@ -11,38 +11,29 @@ import dataclasses
 import itertools
 import json
 import math
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from _program import complete_or_absent, positive_number, run, whole_number
-
-
-# Ctrl-C is looked for between steps. As an exception it could come in the middle of
-# anything, even where Python drops it: in a callback of the garbage collector, say.
-interrupted = threading.Event()
-
-
-def on_interrupt(signum, frame):
-    del signum, frame
-    interrupted.set()
-    # The second Ctrl-C does not wait.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def stop_if_interrupted() -> None:
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+from _program import (
+    check_folder,
+    complete_or_absent,
+    imported,
+    interrupted,
+    listen,
+    Parser,
+    positive_number,
+    run,
+    whole_number,
+)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
+    listen()
 
 try:
     import equinox as eqx
@@ -64,6 +55,12 @@ try:
     import flashquinox as fq
 except ImportError as error:
     sys.exit(f'{error}. To install it: pip install "flashquinox[examples]"')
+imported.set()
+
+
+def stop_if_interrupted() -> None:
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 #
@@ -385,11 +382,11 @@ def make_table(results: list[Result]) -> Table:
     table.add_column("storage", no_wrap=True)
     for header in (
         "test\naccuracy",
-        "train\nloss",
+        "train\nloss\n(nats)",
         "bytes per\nparameter",
-        "largest\nmatrix",
-        "check-\npoint",
-        "median\nstep",
+        "of the\nlargest\nmatrix",
+        "check-\npoint\n(MB)",
+        "median\nstep\n(ms)",
     ):
         table.add_column(header, justify="right", no_wrap=True)
     for result in results:
@@ -400,8 +397,8 @@ def make_table(results: list[Result]) -> Table:
             f"{result.train_loss:.4f}",
             f"{result.bytes_per_parameter:.3f}",
             f"{result.bytes_per_parameter_of_largest_matrix:.4f}",
-            f"{result.checkpoint_bytes / 1e6:.2f} MB",
-            f"{result.step_milliseconds:.1f} ms",
+            f"{result.checkpoint_bytes / 1e6:.2f}",
+            f"{result.step_milliseconds:.1f}",
             end_section=result.storage == STORAGES[-1],
         )
     return table
@@ -511,11 +508,6 @@ def draw_bytes(axes: Axes, settings: Settings, results: list[Result]) -> None:
 #
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def optimizer_names(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
@@ -592,12 +584,7 @@ def parse_arguments() -> Settings:
             f"argument --batch-size: {settings.batch_size} is more than the "
             f"{settings.train_size} training images"
         )
-    try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(
-            f"argument --output: cannot make {settings.output}: {error.strerror}"
-        )
+    check_folder("--output", settings.output)
     return settings
 
 
