@@ -59,7 +59,7 @@ try:
     import flashquinox as fq
     from flashquinox.checkpoint import CheckpointError, Checkpoints
 except ImportError as error:
-    sys.exit(f'{error}. To install it: pip install "flashquinox[checkpoint,examples]"')
+    sys.exit(f'{error}. To install it: pip install "flashquinox[examples]"')
 imported.set()
 
 

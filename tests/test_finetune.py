@@ -173,7 +173,7 @@ def test_interrupted(folder, run_in_folder):
         (["--model=nowhere.gguf"], "there is no file nowhere.gguf"),
         (["--model=sotu.py"], "sotu.py is no GGUF file"),
         (["--model=other.gguf"], "has a model of the architecture 'mamba'"),
-        (["--model=tiny.gguf", "--output=sotu.py/x"], "--output: cannot write to sotu.py"),
+        (["--model=tiny.gguf", "--output=sotu.py/x"], "cannot write to sotu.py/x"),
         (["--model=tiny.gguf", "--length=1000000"], "--length: takes at most"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
