@@ -95,7 +95,7 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
     """Of optimizers with runs at a given rate, all contenders at each rate that float32
     has, its own one first."""
     records = _records(folder, "*-seed-*.json")
-    records = [x for x in records if "steps" not in _options(x)]
+    records = [x for x in records if not _options(x) & {"steps", "b2"}]
     given = {x["recipe"]["optimizer"] for x in records if "rate" in _options(x)}
     own = _at_own_rates(records)
     found = []
@@ -118,8 +118,20 @@ def gpt2_cells_of_other_lengths(folder: pathlib.Path) -> dict[int, Cells]:
     return {steps: of for steps, of in cells.items() if of}
 
 
+def gpt2_cells_of_other_b2(folder: pathlib.Path) -> dict[float, Cells]:
+    """All contenders at one rate, with each b2 that was asked for."""
+    by_b2: dict[float, list[dict[str, Any]]] = {}
+    for record in _records(folder, "*-seed-*.json"):
+        if "b2" in _options(record):
+            by_b2.setdefault(record["recipe"]["b2"], []).append(record)
+    cells = {b2: _gpt2_cells(of) for b2, of in sorted(by_b2.items())}
+    return {b2: of for b2, of in cells.items() if of}
+
+
 def _at_own_rates(records: list[dict[str, Any]]) -> Cells:
-    return _gpt2_cells([x for x in records if not _options(x) & {"rate", "steps"}])
+    return _gpt2_cells(
+        [x for x in records if not _options(x) & {"rate", "steps", "b2"}]
+    )
 
 
 def _options(record: dict[str, Any]) -> set[str]:

@@ -10,6 +10,7 @@ from _gaps import (
     finetune_cells,
     gap,
     gpt2_cells,
+    gpt2_cells_of_other_b2,
     gpt2_cells_of_other_lengths,
     image_cells,
     long_cells,
@@ -41,6 +42,8 @@ def _kinds(results: pathlib.Path) -> list[_Kind]:
     gpt2 = [("GPT-2", gpt2_cells(results / "gpt2"))]
     for steps, cells in gpt2_cells_of_other_lengths(results / "gpt2").items():
         gpt2.append((f"GPT-2, {steps} steps", cells))
+    for b2, cells in gpt2_cells_of_other_b2(results / "gpt2").items():
+        gpt2.append((f"GPT-2, \u03b2\u2082 = {b2:g}", cells))
     kinds = [_Kind(title, "nats", cells, 4, MOST_LOSS, 1) for title, cells in gpt2]
     for model, title in MODELS.items():
         cells = image_cells(results / "images", model)

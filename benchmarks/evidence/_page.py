@@ -14,6 +14,7 @@ from _gaps import (
     gap,
     gpt2_cells,
     gpt2_cells_at_one_rate,
+    gpt2_cells_of_other_b2,
     gpt2_cells_of_other_lengths,
     image_cells,
     long_cells,
@@ -37,7 +38,11 @@ TITLES = {
 # What there is none of: an en dash.
 _NONE = "\u2013"
 OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD, momentum", "muon": "Muon"}
-MODELS = {"vit": "ViT", "resnet": "ResNet-18"}
+MODELS = {
+    "vit": "ViT",
+    "resnet": "ResNet-18",
+    "clipped-resnet": "ResNet-18, clipped",
+}
 CASES = {
     "change": "change of data",
     "pruned": "half of the weights pruned",
@@ -54,6 +59,8 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         found["gpt2-at-one-rate"] = _gpt2(several)
     for steps, cells in gpt2_cells_of_other_lengths(results / "evidence/gpt2").items():
         found[f"gpt2-{steps}-steps"] = _gpt2([cells])
+    for b2, cells in gpt2_cells_of_other_b2(results / "evidence/gpt2").items():
+        found[f"gpt2-b2-{b2:g}"] = _gpt2([cells])
     if rows := _image_rows(results / "evidence/images"):
         found["images"] = table(_IMAGE_HEADER, rows)
     if rows := _long_rows(results / "evidence/long"):

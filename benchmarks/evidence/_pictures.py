@@ -75,8 +75,11 @@ def _curves(results: pathlib.Path) -> Callable[[Any], Any] | None:
     rows: list[tuple[str, Cells, bool]] = []
     if gpt2:
         rows += [("GPT-2: loss, nats", gpt2, False), ("GPT-2: gap, nats", gpt2, True)]
-    for model, title in MODELS.items():
-        if cells := image_cells(results / "evidence/images", model):
+    for model in ("vit", "resnet"):
+        folder, title = results / "evidence/images", MODELS[model]
+        # Of an optimizer that has both, the runs with clipped gradients.
+        clipped = image_cells(folder, f"clipped-{model}")
+        if cells := image_cells(folder, model) | clipped:
             rows.append((f"{title}: gap, nats", cells, True))
     return (lambda plt: _grid(plt, rows)) if rows else None
 

@@ -7,9 +7,9 @@ float32?
 Batches of 8 windows of 1024 tokens; a warm-up of a tenth, then a cosine to zero at
 the end; gradients are clipped at norm 1. Each contender takes the learning rate, of
 three, that has the lowest validation loss after 300 steps of seed 100. Then come the
-seeds. With --rate, all is at that rate, to tell what the choice did. With --steps, runs
-are of another length, at the rate that was chosen. Contenders are in `_recipes.py`; the
-data are made by `data.py`.
+seeds. With --rate, all is at that rate, to tell what the choice did; with --b2, Adam
+has another one. With --steps, runs are of another length, at the rate that was chosen.
+Contenders are in `_recipes.py`; the data are made by `data.py`.
 
 A file for each run: mean training losses and largest updates of spans of steps,
 validation losses (262,144 tokens that are not trained on), tokens a second, and the
@@ -198,6 +198,7 @@ def run_cell(
     contender: str,
     of: list[int],
     rate: float | None = None,
+    b2: float | None = None,
     length: str = "",
 ) -> None:
     """`length`: the end of the cell's name, of runs that are not as long as others."""
@@ -207,6 +208,9 @@ def run_cell(
         rate = choose_rate(runner, folder, optimizer, contender)
     else:
         cell = f"{cell}-at-{rate:g}"
+    if b2 is not None:
+        recipe = dataclasses.replace(recipe, b2=b2)
+        cell = f"{cell}-b2-{b2:g}"
     cell = f"{cell}{length}"
     for seed in of:
         name = f"{cell}-seed-{seed}"
@@ -222,6 +226,7 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="(default: 0-2)")
     parser.add_argument("--rate", type=positive, help="nothing is chosen")
+    parser.add_argument("--b2", type=positive, help="of Adam (0.95)")
     parser.add_argument("--steps", type=positive_integer, help="(800; of Muon 1000)")
     parser.add_argument("--small", action="store_true", help="to try this on a CPU")
     arguments = parser.parse_args()
@@ -247,6 +252,7 @@ def main() -> None:
         arguments.contender,
         arguments.seeds,
         arguments.rate,
+        arguments.b2,
         length,
     )
 

@@ -11,7 +11,8 @@ without augmentation. Then come six seeds, or those of --seeds, side by side und
 Warm-up of an epoch, then a cosine to zero. Contenders are in `_recipes.py`, models in
 `_vision.py`.
 
-Each cell has two files: of the choice, and of the seeds. --small is for a CPU.
+Each cell has two files: of the choice, and of the seeds. With --max-norm, their names
+begin with "clipped". --small is for a CPU.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _command_line import Parser, run_main
+from _command_line import Parser, positive, run_main
 from _recipes import CONTENDERS, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
 from _vision import ResNet, ViT
@@ -194,11 +195,14 @@ def run_cell(
     optimizer: str,
     contender: str,
     of: list[int] = SEEDS,
+    max_norm: float | None = None,
 ) -> None:
-    recipe = RECIPES[optimizer]
+    recipe = dataclasses.replace(RECIPES[optimizer], max_norm=max_norm)
     make = lambda: Runner(task, recipe, contender)
     runner = None
     cell = f"{task.model}-{optimizer}-{contender}"
+    if max_norm is not None:
+        cell = f"clipped-{cell}"
     known: dict[str, Any] = {"contender": contender}
     share = task.tuning_epochs / task.epochs
     if folder.begin(name := f"{cell}-rates", share):
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=RECIPES, required=True)
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
     parser.add_argument("--seeds", type=parse_seeds, default=SEEDS, help="(0-5)")
+    parser.add_argument("--max-norm", type=positive, help="clips gradients")
     parser.add_argument("--small", action="store_true", help="to try this on a CPU")
     arguments = parser.parse_args()
     task = (SMALL if arguments.small else TASKS)[arguments.model]
@@ -248,6 +253,7 @@ def main() -> None:
         arguments.optimizer,
         arguments.contender,
         arguments.seeds,
+        arguments.max_norm,
     )
 
 
