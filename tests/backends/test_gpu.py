@@ -430,17 +430,38 @@ def test_a_kernel_has_no_more_leaves_than_arguments():
     assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 2
 
 
-@pytest.fixture(scope="module")
-def program():
+def _program(**shapes):
     """What a kernel is compiled from, of leaves with groups."""
     programs, compiled = [], nvrtc.compiled
-    params = _shapes(jnp.bfloat16, first=(70, 64), second=(37, 48))
+    params = _shapes(jnp.bfloat16, **shapes)
     with pytest.MonkeyPatch.context() as patch:
         record = lambda source: programs.append(source) or compiled(source)
         patch.setattr(nvrtc, "compiled", record)
         _kernels(fq.adamw(1e-3), params)
     (program,) = programs
     return program
+
+
+@pytest.fixture(scope="module")
+def program():
+    return _program(first=(70, 64), second=(37, 48))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ["shapes", "has_parts"],
+    [
+        ({"first": (70, 64), "second": (37, 128)}, False),
+        ({"first": (71, 64), "second": (37, 40)}, True),
+        ({"first": (70, 64), "second": (5001,)}, True),
+    ],
+    ids=["whole", "rows", "end"],
+)
+def test_only_kernels_with_partial_groups_have_code_for_them(shapes, has_parts):
+    """It is half of a program, and compiles as long."""
+    program = _program(**shapes)
+    for name in ("load_part", "store_part"):
+        assert (f"{name}<N>(" in program) == has_parts
 
 
 @needs_compiler

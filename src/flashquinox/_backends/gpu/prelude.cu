@@ -139,43 +139,49 @@ struct Word<2> { using type = unsigned short; };
 template <>
 struct Word<1> { using type = unsigned char; };
 
-// The elements of a group that one thread has: `N` of them, of which `count` exist.
-// Of those that do not, it has copies of the last one of the group: these change neither
-// its largest nor its smallest element. They lie `stride` apart; where that is 1, as
-// many as `Aligned` start at a multiple of their size.
+// The elements of a group that one thread has: `N` of them, which lie `stride` apart.
+// Where that is 1, as many as `Aligned` start at a multiple of their size; elsewhere,
+// that is 1.
+template <int Aligned, class T>
+struct Words {
+  static constexpr int bytes = Aligned * sizeof(T) < 16 ? Aligned * sizeof(T) : 16;
+  static constexpr int each = bytes / sizeof(T);
+  using type = typename Word<bytes>::type;
+};
+
 template <int N, int Aligned, class T>
-DEVICE void load(T (&x)[N], const T* from, int count, long long stride) {
-  constexpr int bytes = Aligned * sizeof(T) < 16 ? Aligned * sizeof(T) : 16;
-  if (stride == 1 && count >= N) {
-    using W = typename Word<bytes>::type;
-    constexpr int each = bytes / sizeof(T);
+DEVICE void load(T (&x)[N], const T* from, long long stride) {
+  using W = Words<Aligned, T>;
 #pragma unroll
-    for (int i = 0; i < N / each; ++i) {
-      W word = ((const W*)from)[i];
-      memcpy(x + i * each, &word, bytes);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = from[(i < count ? i : count - 1) * stride];
+  for (int i = 0; i < N; i += W::each) {
+    const auto word = *(const typename W::type*)(from + i * stride);
+    memcpy(x + i, &word, W::bytes);
   }
 }
 
 template <int N, int Aligned, class T>
-DEVICE void store(T (&x)[N], T* to, int count, long long stride) {
-  constexpr int bytes = Aligned * sizeof(T) < 16 ? Aligned * sizeof(T) : 16;
-  if (stride == 1 && count >= N) {
-    using W = typename Word<bytes>::type;
-    constexpr int each = bytes / sizeof(T);
+DEVICE void store(T (&x)[N], T* to, long long stride) {
+  using W = Words<Aligned, T>;
 #pragma unroll
-    for (int i = 0; i < N / each; ++i) {
-      W word;
-      memcpy(&word, x + i * each, bytes);
-      ((W*)to)[i] = word;
-    }
-  } else {
+  for (int i = 0; i < N; i += W::each) {
+    typename W::type word;
+    memcpy(&word, x + i, W::bytes);
+    *(typename W::type*)(to + i * stride) = word;
+  }
+}
+
+// The same where only `count` of them exist. In place of the others are copies of the
+// last one of the group: these change neither its largest nor its smallest element.
+template <int N, class T>
+DEVICE void load_part(T (&x)[N], const T* from, int count, long long stride) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < count) to[i * stride] = x[i];
-    }
+  for (int i = 0; i < N; ++i) x[i] = from[(i < count ? i : count - 1) * stride];
+}
+
+template <int N, class T>
+DEVICE void store_part(T (&x)[N], T* to, int count, long long stride) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < count) to[i * stride] = x[i];
   }
 }

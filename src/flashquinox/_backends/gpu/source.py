@@ -189,18 +189,25 @@ class Kernel(NamedTuple):
         yield "const unsigned group = is_there ? thread / LANES : groups - 1;"
         if self._is_consecutive:
             yield "const long long start = (long long)group * GROUP_SIZE, stride = 1;"
-            yield "const long long left = size - start;"
+            if self._has_partial:
+                yield "const long long left = size - start;"
         else:
             yield "const unsigned column = group % columns, row = group / columns;"
             yield "const unsigned of_run = row % groups_of_run * GROUP_SIZE;"
             yield "const long long stride = columns;"
             yield "const long long first_row = (long long)(row / groups_of_run) * run;"
             yield "const long long start = (first_row + of_run) * stride + column;"
-            yield "const unsigned left = run - of_run;"
-        yield "// Of its elements, this thread has N, of which `count` exist."
+            if self._has_partial:
+                yield "const unsigned left = run - of_run;"
+        yield "// Of its elements, this thread has N" + (
+            ", of which `count` exist." if self._has_partial else "."
+        )
         yield "const int first = thread % LANES * N;"
-        yield "const int count = (left < GROUP_SIZE ? (int)left : GROUP_SIZE) - first;"
+        if self._has_partial:
+            yield "const int here = left < GROUP_SIZE ? (int)left : GROUP_SIZE;"
+            yield "const int count = here - first;"
         yield "const long long at = start + first * stride;"
+        arrays = []
         types = zip(
             self.translation.input_types, self.translation.is_scale, strict=True
         )
@@ -211,7 +218,8 @@ class Kernel(NamedTuple):
                 yield f"const {kind} x{i} = p{i}[group];"
             else:
                 yield f"{kind} x{i}[N];"
-                yield f"load<N, ALIGNED>(x{i}, p{i} + at, count, stride);"
+                arrays.append((f"x{i}", i))
+        yield from self._moved("load", arrays)
         scalars = zip(self.translation.scalar_types, self.scalars, strict=True)
         for i, (kind, text) in enumerate(scalars):
             yield f"const {kind} s{i} = {text};"
@@ -221,11 +229,33 @@ class Kernel(NamedTuple):
 
     def _stores(self) -> Iterator[str]:
         yield "if (!is_there) return;"
-        for i, (_, is_scale) in enumerate(self._outputs):
+        arrays = []
+        for i, (_, is_scale) in enumerate(self._outputs, start=1):
             if is_scale:
-                yield f"if (first == 0) p{i + 1}[group] = y{i};"
+                yield f"if (first == 0) p{i}[group] = y{i - 1};"
             else:
-                yield f"store<N, ALIGNED>(y{i}, p{i + 1} + at, count, stride);"
+                arrays.append((f"y{i - 1}", i))
+        yield from self._moved("store", arrays)
+
+    def _moved(self, function: str, arrays: Sequence[tuple[str, int]]) -> Iterator[str]:
+        """Loads or stores, of elements of a thread in arrays with these numbers. What
+        is in no kernel is not compiled, which takes long."""
+        whole = [f"{function}<N, ALIGNED>({x}, p{i} + at, stride);" for x, i in arrays]
+        if not self._has_partial:
+            yield from whole
+            return
+        yield "if (count >= N) {"
+        yield from _indented(whole)
+        yield "} else {"
+        yield from _indented(
+            f"{function}_part<N>({x}, p{i} + at, count, stride);" for x, i in arrays
+        )
+        yield "}"
+
+    @property
+    def _has_partial(self) -> bool:
+        """Whether a thread may have fewer elements than others."""
+        return not self.threads.are_full(self.views)
 
     @property
     def _outputs(self) -> list[tuple[str, bool]]:

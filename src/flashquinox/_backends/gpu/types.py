@@ -1,5 +1,6 @@
 """Types and numbers of CUDA C++: those of dtypes, literals, and conversions."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ _TYPES = {
 _NARROW = {"bfloat16", "float16"}
 
 
+# A program asks a thousand times, and NumPy takes microseconds for a name.
+@functools.cache
 def type_of(dtype: Any) -> str:
     """The type of variables of a dtype."""
     name = jnp.dtype(dtype).name
@@ -63,10 +66,12 @@ def literal(x: Any) -> str:
     return narrowed(text, number.dtype)
 
 
+@functools.cache
 def is_narrow(dtype: Any) -> bool:
     return jnp.dtype(dtype).name in _NARROW
 
 
+@functools.cache
 def is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 

@@ -84,6 +84,11 @@ class Threads:
         """Of a thread."""
         return -(-self.group_size // self.lanes)
 
+    def are_full(self, views: Sequence[View]) -> bool:
+        """Whether each thread has as many elements as all others."""
+        is_divisible = self.lanes * self.elements == self.group_size
+        return is_divisible and all([view.run % self.group_size == 0 for view in views])
+
     def aligned(self, views: Sequence[View], are_parts: bool) -> int:
         """As many elements of a thread that are consecutive start at a multiple of
         their number: a power of two. `are_parts`: of arrays with one leaf after the
