@@ -33,7 +33,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from flashquinox.checkpoint import Checkpoints
-from flashquinox.exchange import from_optax, load_safetensors, save_safetensors, to_optax
+from flashquinox.exchange import from_optax, load_safetensors
+from flashquinox.exchange import save_safetensors, to_optax
 from jax.sharding import NamedSharding, PartitionSpec
 from typing import Unpack
 
@@ -46,7 +47,8 @@ loss = lambda model, batch, *key: jnp.mean(jax.vmap(model)(batch) ** 2)
 
 
 def advance(model, state):
-    return model, eqx.tree_at(lambda s: s.steps.count, state, replace_fn=lambda x: x + 1)
+    count = lambda state: state.steps.count
+    return model, eqx.tree_at(count, state, replace_fn=lambda x: x + 1)
 """
 _MASTERS = """
 class Model(eqx.Module):
