@@ -3,6 +3,7 @@
     python benchmarks/tracing.py
     python benchmarks/tracing.py --models gpt2,ddpm --backends auto,xla --repeats 3
     python benchmarks/tracing.py --compile --backends auto
+    python benchmarks/tracing.py --first --models 16384,cnn
 
 A program is traced and lowered once for each of its shapes, before it is compiled. For
 each model and backend:
@@ -24,6 +25,14 @@ each model and backend:
 Seconds are of CPU time, of all threads together: tracing and lowering have one, LLVM
 several.
 
+With `--first`, each step is the first one of a process, and made for the device that is
+there, also a GPU. Seconds are of wall time, the medians of so many processes:
+
+- trace, lower, compile: NVIDIA's compiler makes PTX of kernels when a step is lowered;
+- run: its first call, in which the driver makes of PTX what the GPU executes, and one
+  step;
+- lower and compile, all: their ratios to Optax's.
+
 Steps are of AdamW: ours on bfloat16 weights, Optax's on float32 weights. No device is
 needed: programs of "gpu" and "tpu" are traced and lowered for an H100 and a v5e, by
 the default backend of these devices. "auto" and "xla" are for a CPU.
@@ -42,8 +51,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+from _adamw_steps import optax_step, ours
 from _command_line import (
     Parser,
     positive_integer,
@@ -52,7 +60,7 @@ from _command_line import (
     versions,
     write_json,
 )
-from _models import count, Shapes
+from _models import count
 from _zoo import ZOO
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -84,32 +92,6 @@ def device_of(backend: str) -> Iterator[str]:
     kind = AbstractDevice(*_DEVICES[backend])
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         yield kind.platform
-
-
-def ours(
-    backend: Backend, shapes: Shapes
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The step, and the shapes of its arguments."""
-    params = structs(shapes, jnp.bfloat16)
-    # Groups are as the backend wants them where its device is.
-    state = jax.eval_shape(fq.adamw(1e-3, backend=backend).init, params)
-    optim = fq.adamw(1e-3, backend="xla" if backend == "xla" else "auto")
-    return optim.step, (params, state, params)
-
-
-def optax_step(shapes: Shapes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    params = structs(shapes, jnp.float32)
-    optim = optax.adamw(1e-3)
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = optim.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step, (params, jax.eval_shape(optim.init, params), params)
-
-
-def structs(shapes: Shapes, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(x, dtype) for x in shapes.values()]
 
 
 def clear_caches() -> None:
@@ -204,15 +186,31 @@ def parse_arguments() -> argparse.Namespace:
         "--repeats", type=positive_integer, default=5, help="(default: 5)"
     )
     parser.add_argument("--compile", action="store_true", help="compile for this CPU")
+    parser.add_argument("--first", action="store_true", help="first steps of processes")
     parser.add_json()
     return parser.parse_args()
 
 
+def measure_first_steps(arguments: argparse.Namespace, there: dict[str, str]) -> None:
+    import _first_step
+
+    print(_first_step.HEADER)
+    rows = []
+    for model in arguments.models:
+        for row in _first_step.rows_of(model, arguments.repeats):
+            rows.append(row)
+            print(_first_step.line(row), flush=True)
+    write_json(arguments.json, versions=there, repeats=arguments.repeats, rows=rows)
+
+
 def main() -> None:
     arguments = parse_arguments()
-    jax.config.update("jax_platforms", "cpu")
     there = versions("jax", "jaxlib", "optax", "equinox", "flashquinox")
     print(", ".join(f"{k} {v}" for k, v in there.items()))
+    if arguments.first:
+        measure_first_steps(arguments, there)
+        return
+    jax.config.update("jax_platforms", "cpu")
     print(
         f"{'model':>15}{'leaves':>8}  {'':8}{'first':>8}{'again':>8}{'lower':>8}"
         f"{'ratio':>7}{'both':>7}{'compile':>8}{'all':>7}{'calls':>8}{'frames':>8}"
