@@ -294,8 +294,13 @@ def test_threads(group_size, rows):
         aligned = threads.aligned([view], members > 1)
         assert group_size % aligned == 0 and threads.elements % aligned == 0
         assert members == 1 or view.size % aligned == 0
+    # Of a whole group, in each of its threads.
+    left = [group_size - i * threads.elements for i in range(threads.lanes)]
+    assert threads.are_full([view]) == (min(left) >= threads.elements)
+    longer = View(rows, group_size + 1, 1, group_size)
+    assert threads.are_full([view, longer]) == (group_size == 1)
     # Each run begins where the one before it ends.
-    assert threads.aligned([View(rows, group_size + 1, 1, group_size)], False) == 1
+    assert threads.aligned([longer], False) == 1
 
 
 def _to_host(x):
