@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -40,10 +41,18 @@ def write_json(path: pathlib.Path | None, **record: Any) -> None:
 
 
 def store_json(path: pathlib.Path, record: dict[str, Any]) -> None:
-    program = f"benchmarks/{pathlib.Path(sys.argv[0]).name}"
-    record = {"command": " ".join([program, *sys.argv[1:]])} | record
+    record = {"command": command()} | record
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def command() -> str:
+    """What was called, from the root of the repository. Of absolute paths it has the
+    names alone: their folders are those of one machine."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    path = pathlib.Path(sys.argv[0]).resolve()
+    program = path.relative_to(root).as_posix() if root in path.parents else path.name
+    return " ".join([program, *(re.sub(r"(^|=)/.*/", r"\1", x) for x in sys.argv[1:])])
 
 
 def run_main(main: Callable[[], None]) -> None:

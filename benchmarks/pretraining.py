@@ -57,6 +57,7 @@ import jax.tree_util as jtu
 import optax
 import optax.contrib
 from _command_line import (
+    command,
     in_few_words,
     Parser,
     positive,
@@ -320,9 +321,7 @@ class Record:
         if path is None:
             return
         record = {
-            "command": " ".join(
-                ["benchmarks/pretraining.py", *map(_name, sys.argv[1:])]
-            ),
+            "command": command(),
             "versions": self.versions,
             "task": self.task,
             "summary": summarize(self, interval),
@@ -333,11 +332,6 @@ class Record:
         new = path.with_name(f"{path.name}.new")
         new.write_text(json.dumps(record, indent=1) + "\n")
         new.replace(path)
-
-
-def _name(argument: str) -> str:
-    """Of a path, the name alone: folders are those of one machine."""
-    return argument.rpartition("/")[2]
 
 
 def summarize(record: Record, interval: float) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import jax
-from _command_line import versions
+from _command_line import command, versions
 
 import flashquinox as fq
 
@@ -76,12 +76,6 @@ class Folder:
         new.write_text(json.dumps(whole, indent=1) + "\n")
         new.replace(file)
         print(f"{name}: {_short(record)}, {seconds:.1f} s", flush=True)
-
-
-def command() -> str:
-    """Of paths, the names alone: folders are those of one machine."""
-    program = f"benchmarks/evidence/{pathlib.Path(sys.argv[0]).name}"
-    return " ".join([program, *(x.rpartition("/")[2] for x in sys.argv[1:])])
 
 
 def _short(record: dict[str, Any]) -> str:
