@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox import _compat as compat
-from flashquinox._backends.gpu import BACKEND as GPU, nvrtc
+from flashquinox._backends.gpu import BACKEND as GPU, control_flow, nvrtc, translation
 from flashquinox._backends.gpu.view import Threads, View
 from flashquinox._storage import moment_codecs
 from flashquinox._storage.layout import Layout, layout_of
@@ -409,6 +409,28 @@ def test_lowers_for_cuda(case):
 
 @needs_compiler
 @pytest.mark.product
+@parametrize_cases(
+    lambda case: case.name == "adamw" or case.storage == _ours,
+    quick=_LOWERED[:1].__contains__,
+)
+def test_rules_and_codecs_of_this_library_have_no_loops(case, monkeypatch):
+    """JAX would write them out, whatever their length."""
+    seen, translate = [], translation._translate
+    record = lambda *args: seen.append(args) or translate(*args)
+    monkeypatch.setattr(translation, "_translate", record)
+    params = _shapes(case.storage.dtype, matrix=(66, 64))
+    _kernels(case.optimizer(1e-3, backend="gpu"), params)
+    structures = [args[0] for args in seen]
+    assert structures and all(map(translation._has_no_loops, structures))
+    monkeypatch.setattr(translation, "_has_no_loops", lambda structure: False)
+    for name in ("scan", "while"):
+        monkeypatch.delitem(control_flow.RULES, name)
+    for args in seen:
+        translate.__wrapped__(*args)
+
+
+@needs_compiler
+@pytest.mark.product
 @pytest.mark.parametrize("moments", ["log", "learned"])
 def test_curves_lower_for_cuda(moments):
     params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))
@@ -500,12 +522,32 @@ class Odd(fq.AbstractRule):
         return scalars["step"] * jax.lax.bessel_i0e(trace), {"trace": trace}
 
 
+class Long(fq.AbstractRule):
+    """With a loop that is too long to be written out."""
+
+    @property
+    def moments(self):
+        return {"trace": fq.Moment("signed")}
+
+    def scalars(self, count, learning_rate):
+        return {"step": -learning_rate}
+
+    def update(self, grad, weight, moments, scalars):
+        trace = 0.5 * moments["trace"] + grad
+        root = jax.lax.fori_loop(0, 10**6, lambda i, x: x - 0.1 * (x - trace), trace)
+        return scalars["step"] * root, {"trace": trace}
+
+
 @needs_compiler
-def test_rules_that_kernels_lack_take_plain_xla():
+@pytest.mark.parametrize(
+    ["rule", "reason"], [(Odd(), "`bessel_i0e`"), (Long(), "`scan` of 1000000 turns")]
+)
+def test_rules_that_kernels_lack_take_plain_xla(rule, reason):
     """With one warning, which says why."""
     params = _shapes(jnp.bfloat16, first=(70, 64), second=(64, 64))
-    with pytest.warns(UserWarning, match="rule Odd, .* `bessel_i0e`") as caught:
-        assert _kernels(fq.optimizer(Odd(), 1e-2, backend="gpu"), params) == 0
+    match = f"rule {type(rule).__name__}, .* {reason}"
+    with pytest.warns(UserWarning, match=match) as caught:
+        assert _kernels(fq.optimizer(rule, 1e-2, backend="gpu"), params) == 0
     assert len(caught) == 1
 
 
