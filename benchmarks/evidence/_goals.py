@@ -77,7 +77,8 @@ def summary(results: pathlib.Path) -> str:
             mean, interval, _ = gap_cells(ours, reference, kind.digits)
             goal, within = "\u2013", "\u2013"
             if kind.most is not None:
-                goal = f"± {kind.most}"
+                # In a narrow column, a line does not break between them.
+                goal = f"±\u00a0{kind.most}"
                 within = "yes" if _is_within(ours, reference, kind.most) else "**no**"
             seeds = len(ours.results.keys() & reference.results.keys())
             rows.append(
