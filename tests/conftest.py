@@ -89,7 +89,8 @@ def pytest_addoption(parser):
         choices=["first", "second"],
         help="CI runs one part on each of two Pythons. The first: all tests, but half "
         "of the cases of those that are marked as `product`. The second: one case of "
-        "each test, or one for each kernel; of those products, one of the other half.",
+        "each test, or one for each kernel; of those products, one of the other half; "
+        "and none of what is marked as `once`.",
     )
 
 
@@ -100,12 +101,14 @@ def pytest_collection_modifyitems(config, items):
     if part is None:
         return
     groups = collections.defaultdict(list)
+    left_out = set()
     for item in items:
-        if hasattr(item, "callspec"):
+        if part == "second" and item.get_closest_marker("once") is not None:
+            left_out.add(item)
+        elif hasattr(item, "callspec"):
             # Each kernel in both parts.
             kernel = item.callspec.params.get("backend")
             groups[item.nodeid.split("[")[0], kernel].append(item)
-    left_out = set()
     for group in groups.values():
         is_product = group[0].get_closest_marker("product") is not None
         first, second = _halves(group) if is_product else (group, group)

@@ -107,6 +107,7 @@ def test_chunks_are_whole_leaves(monkeypatch, make, dtype):
     assert_same(in_chunks, take_two_steps(), params, old, grads)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_chunks")
 def test_models_of_an_ensemble():
     params = arrays({"long": (2, 90, 64), "short": (2, 40)}, jnp.bfloat16, 0)

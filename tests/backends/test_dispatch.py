@@ -70,6 +70,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.once
 def test_a_backend_is_one_file_and_one_line(tmp_path):
     """In a copy of the library."""
     copy = tmp_path / "flashquinox"
@@ -131,6 +132,7 @@ def test_equal_leaves_are_traced_once(backend):
         assert len(traced) == 1
 
 
+@pytest.mark.once
 def test_what_was_traced_is_of_one_device(monkeypatch):
     """And of a process whose kernels are there."""
     optim = fq.lion(1e-2, backend="tpu")

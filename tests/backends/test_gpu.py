@@ -114,6 +114,7 @@ def test_other_groups(name, group_size):
     run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
+@pytest.mark.once
 def test_nonfinite_steps_are_skipped():
     shapes = {name: _SHAPES[name] for name in ("matrix", "vector")}
     good, bad, again = (arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3))
@@ -308,6 +309,7 @@ def _to_host(x):
     return jax.device_put(x, there) if x.size > 500 else x
 
 
+@pytest.mark.once
 @needs_compiler
 def test_state_in_host_memory():
     """Kernels take whole leaves there. Layers of stacks come and go."""

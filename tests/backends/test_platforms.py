@@ -95,6 +95,7 @@ for make in (fq.adamw, fq.lion):
 """
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not has_compiler, reason="needs NVRTC")
 def test_kernels_for_gpus_need_nothing_of_pallas():
     """And warn of nothing, also where warnings are errors."""

@@ -180,7 +180,7 @@ def test_groups_in_memory(name, kind):
     run("tpu", make, params, grads)
 
 
-@pytest.mark.product
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["lion", slow("adamw")])
 def test_vectors(name):
     grads = [arrays(_VECTORS, jnp.bfloat16, seed) for seed in (1, 2)]
@@ -199,6 +199,7 @@ def test_small_leaves_of_one_shape(name, shape):
     run("tpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "shape",
     [(40_050,), slow((1, 40_050)), slow((40_050, 1)), slow((1, 40_050, 1))],
@@ -208,6 +209,7 @@ def test_a_long_vector(shape):
     _assert_odd_shape("lion", shape)
 
 
+@pytest.mark.once
 def test_several_chunks_in_a_block(monkeypatch):
     """Along both axes, of few groups each: three times two, of which the last are not
     full. Of many matrices, for it to be worth it."""
@@ -332,6 +334,7 @@ def test_damage_shows():
     assert np.isnan(np.asarray(new["leaf"], np.float32))[20, 4]
 
 
+@pytest.mark.once
 def test_ensembles():
     run_ensemble("tpu", {"leaf": (2, 32, 128)})
 
@@ -643,6 +646,7 @@ def _assert_compiles_without_temporaries(params) -> None:
 #
 
 
+@pytest.mark.once
 def test_unrolled_layers_release_their_gradients():
     """XLA updates each as soon as its gradient is there."""
     width, layers = 2048, 3

@@ -492,6 +492,7 @@ def _assert_nearest(found, stored):
     assert not np.array_equal(np.asarray(found.codes), np.asarray(stored.codes))
 
 
+@pytest.mark.once
 def test_other_groups_of_an_ensemble(tmp_path):
     model = jnp.stack([_model()["layers"][0]] * 2)
     states = {}
@@ -1066,6 +1067,7 @@ def test_import_is_lazy():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
+@pytest.mark.once
 def test_meshes(tmp_path):
     _run("meshes", tmp_path, devices=8)
 
@@ -1186,6 +1188,7 @@ def meshes(directory):
         assert_like(found, (there[0], like_there), expected)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("times", [2, slow(8)])
 def test_kill(times, tmp_path):
     rng = random.Random(0)
@@ -1226,6 +1229,7 @@ def save_until_killed(directory):
 _STEPS, _PERIOD, _KILLED = 12, 3, 8
 
 
+@pytest.mark.once
 def test_two_processes(tmp_path):
     for dies in (True, False):
         with socket.socket() as probe:

@@ -445,6 +445,7 @@ def _leaves(tree, path=()):
 _HOSTILE = [None, True, -1, 7, 10**30, 1.5, "x", [], [None], [10**30], {}, {"x": {}}]
 
 
+@pytest.mark.once
 def test_hostile_manifests(copy):
     # Of every field, with the digest that belongs to it.
     path = copy / "2" / "flashquinox" / "metadata"

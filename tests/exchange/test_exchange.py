@@ -1104,6 +1104,7 @@ def test_errors_of_files(tmp_path, monkeypatch):
             call()
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("without_typechecker")
 def test_errors_of_optax():
     params = _arrays(_mlp())

@@ -88,6 +88,7 @@ def test_sums_and_averages(capsys):
     assert [x / 7e9 for x in bytes_of.values()] == [0, 3, 2.0625, 3]
 
 
+@pytest.mark.once
 def test_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "flashquinox", "plna"], capture_output=True, text=True

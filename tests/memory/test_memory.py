@@ -303,6 +303,7 @@ def test_is_what_a_step_on_tpus_takes():
     assert plan.step.total == pytest.approx(found, rel=0.01)
 
 
+@pytest.mark.once
 def test_is_what_a_step_with_gradient_release_takes():
     """To 1% of what there is at rest; the gradients are what is needed at least, beside
     the temporaries of plain XLA, which an ordinary step has for all layers."""
@@ -869,6 +870,7 @@ def test_interrupted(capsys, monkeypatch):
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
+@pytest.mark.once
 def test_as_a_command():
     """Takes no accelerator; and ends in silence when nobody reads on."""
     environment = {k: x for k, x in os.environ.items() if k != "JAX_PLATFORMS"}

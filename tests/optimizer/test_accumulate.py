@@ -214,6 +214,7 @@ def test_schedules_count_steps():
     assert way == [(-1, 0, 1), (-1, 1, 1), (-1, 2, 1), (-1.5, 0, 2), (-1.5, 1, 2)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["step", slow("update")])
 def test_nonfinite_gradients_do_not_count(method):
     start = _arrays(0)
@@ -278,6 +279,7 @@ def test_update():
     _assert_close(model, state, expected, of_plain)
 
 
+@pytest.mark.once
 def test_leaves_without_gradients():
     """What is no floating-point array, and what is frozen, has no sum. A leaf without a
     gradient keeps what it has."""
@@ -318,6 +320,7 @@ def test_outside_of_jit():
     assert tree_identical(found, _steps(optim, start, optim.init(start), grads))
 
 
+@pytest.mark.once
 def test_goes_on_from_a_checkpoint(tmp_path):
     optim = fq.accumulate(fq.adamw(1e-2), 4)
     start, grads = _arrays(0), [_arrays(1 + i) for i in range(8)]
@@ -360,6 +363,7 @@ def test_meshes(kind):
     assert all(map(same, jtu.tree_leaves(found), jtu.tree_leaves(expected)))
 
 
+@pytest.mark.once
 def test_models_of_an_ensemble():
     optim = fq.accumulate(fq.adamw(1e-2), 2)
     models = arrays({"w": (3, 32, 64)}, jnp.bfloat16, 0)
@@ -415,11 +419,12 @@ def test_is_in_place_on_tpus(bits):
     assert memory.alias_size_in_bytes >= (5.125 + bits / 8) * size
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "jit, bits, backend",
     [
         (True, 24, "auto"),
-        (False, 24, "auto"),
+        slow(False, 24, "auto"),
         (True, 16, "gpu"),
         slow(True, 24, "gpu"),
     ],
@@ -451,6 +456,7 @@ def test_state_in_host_memory(jit, bits, backend):
         assert {x.sharding.memory_kind for x in stored} == {where}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_host_memory_on_meshes(kind):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])

@@ -65,6 +65,7 @@ def test_state_has_vectors():
     assert plan.step.moments == means + 4096
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_divided_among_devices(axis_type):
     """Means are of whole rows and columns; each device holds those of its part."""
@@ -99,6 +100,7 @@ def test_divided_among_devices(axis_type):
         assert f" {operation}" not in text
 
 
+@pytest.mark.once
 def test_steps_that_are_skipped_change_nothing():
     model, grads = (arrays(_SHAPES, jnp.bfloat16, seed) for seed in (0, 1))
     optim = fq.adafactor(0.1, 6, skip_nonfinite=True)
@@ -108,6 +110,7 @@ def test_steps_that_are_skipped_change_nothing():
     assert tree_identical(step(*before, grads), before)
 
 
+@pytest.mark.once
 def test_gradient_release():
     """Scales and clipping are of all layers together, so that they wait."""
     shapes = {"in": (32, 48), "blocks": (3, 48, 48)}

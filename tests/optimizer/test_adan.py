@@ -59,6 +59,7 @@ def test_exact_moments_are_never_compressed(storage):
             assert isinstance(state.moments[moment][name], fq.QuantMoment)
 
 
+@pytest.mark.once
 def test_divided_among_devices():
     mesh = jax.make_mesh((8,), ("data",))
     there = {"w": NamedSharding(mesh, P("data")), "b": NamedSharding(mesh, P("data"))}
@@ -78,6 +79,7 @@ def test_divided_among_devices():
     assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
 
+@pytest.mark.once
 def test_resumes_bit_for_bit(tmp_path):
     optim, model = _optimizer(), arrays({"w": (64, 64), "b": (64,)}, jnp.bfloat16, 0)
     step, state = jax.jit(optim.step), optim.init(model)

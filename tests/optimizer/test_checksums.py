@@ -190,6 +190,7 @@ def test_every_bit_and_every_place_counts(dtype):
         assert len({int(y) for y in checksums(small)}) == 2
 
 
+@pytest.mark.once
 def test_our_edits_are_no_error():
     optim = optax.chain(fq.sgd(1e-3, verify_weights="error"))
     names = ("bfloat16", "frozen")

@@ -107,6 +107,7 @@ def test_resumes_bit_for_bit(tmp_path):
     )
 
 
+@pytest.mark.once
 def test_divided_like_the_weights():
     """Also where parts hold no whole groups, of 32 elements."""
     mesh = jax.make_mesh((4,), ("data",))
@@ -134,6 +135,7 @@ def test_every_array_of_the_state_is_mapped():
     assert jtu.tree_structure(doubled) == jtu.tree_structure(state)
 
 
+@pytest.mark.once
 def test_errors(without_typechecker):
     del without_typechecker
     assert_raises(TypeError, lambda: fq.compress(1e-2), "GradientTransformation")  # pyright: ignore

@@ -131,6 +131,7 @@ def test_only_steps_count(kind):
     assert tree_identical(found[2], expected[2])
 
 
+@pytest.mark.once
 def test_model_for_evaluation():
     """What is not trained is that of the model."""
     mlp = eqx.nn.MLP(8, 4, 16, 2, key=jax.random.key(0))
@@ -184,7 +185,8 @@ def test_states_of_wrappers():
     assert tree_identical(ema.master_weights(average, model), expected)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.once
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_meshes(kind):
     optim, ema = fq.adamw(1e-2), fq.ema(0.99)
     grads = [_arrays(1 + i) for i in range(2)]
@@ -211,6 +213,7 @@ def test_meshes(kind):
     assert all(map(same, jtu.tree_leaves(found), jtu.tree_leaves(expected)))
 
 
+@pytest.mark.once
 def test_state_in_host_memory():
     """The average is where the state is."""
     start = arrays({"w": (128, 256), "v": (40,)}, jnp.bfloat16, 0)
@@ -244,6 +247,7 @@ def test_goes_on_from_a_checkpoint(tmp_path):
     assert tree_identical(found, _train(optim, ema, grads))
 
 
+@pytest.mark.once
 def test_models_of_an_ensemble():
     optim, ema = fq.adamw(1e-2), fq.ema(0.9)
     models = arrays({"w": (3, 32, 64)}, jnp.bfloat16, 0)

@@ -170,6 +170,7 @@ def _deviations(rule: str, group_size: int, moments: Any = "flashquinox") -> lis
     return found
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rule", list(_RULES))
 def test_elements_train(rule):
     assert _deviations(rule, 32) == []

@@ -126,6 +126,7 @@ def _steps(optim, model, grads, method="step"):
     return model, state
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_divided_among_devices(axis_type):
     """Each device has whole matrices, and its share of the work; matrices go there and
@@ -163,6 +164,7 @@ def test_divided_among_devices(axis_type):
     assert work[1] <= 1.05 * work[0] / 4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("spec", "collectives"),
     [
@@ -241,6 +243,7 @@ def test_matrices_without_elements():
     assert not np.array_equal(new["w"], model["w"])
 
 
+@pytest.mark.once
 def test_update_is_a_step():
     model, grads = _tree(0, jnp.bfloat16), _tree(1, jnp.bfloat16)
     optim = _make(
@@ -260,6 +263,7 @@ def _assert_masters_agree(found, expected):
         np.testing.assert_allclose(float64(x), float64(y), rtol=2.0**-15, atol=2.0**-15)
 
 
+@pytest.mark.once
 def test_resumes_bit_for_bit(tmp_path):
     optim, model = _make(1e-2), _tree(0, jnp.bfloat16)
     step = jax.jit(optim.step)

@@ -22,7 +22,7 @@ from flashquinox._common import memory
 from flashquinox._optimizer import state_memory
 from flashquinox.checkpoint import Checkpoints
 
-from ..helpers import tree_identical
+from ..helpers import slow, tree_identical
 
 
 AWAY = "pinned_host"
@@ -51,6 +51,7 @@ def _is_away(tree):
     return AWAY in _kinds(tree)
 
 
+@pytest.mark.once
 def test_exchange():
     """The state of Optax that both make is the same, and so is what both make of it.
     What `like` has in host memory stays there."""
@@ -68,6 +69,7 @@ def test_exchange():
     assert _is_away(states[1][1]) and not _is_away(states[0][1])
 
 
+@pytest.mark.once
 def test_restored_on_other_devices(tmp_path):
     """From four devices to two, to one, and to the device's own memory."""
     optim = _THERE()
@@ -166,7 +168,7 @@ def test_made_inside_of_transformations():
     )
 
 
-@pytest.mark.parametrize("wrapper", ["chain", "inject_hyperparams"])
+@pytest.mark.parametrize("wrapper", ["chain", slow("inject_hyperparams")])
 def test_placed_by_the_user(wrapper):
     """Through Optax's wrappers, as on the device: bit for bit."""
     if wrapper == "chain":

@@ -198,6 +198,7 @@ assert type(from_bytes(state, to_bytes(state))) is fq.OptimizerState
 """
 
 
+@pytest.mark.once
 def test_flax_may_come_later():
     subprocess.run([sys.executable, "-c", _ORDERS], check=True)
 

@@ -12,7 +12,7 @@ from flax import nnx
 import flashquinox as fq
 import flashquinox.checkpoint as fq_checkpoint
 
-from ..helpers import tree_identical
+from ..helpers import slow, tree_identical
 
 
 _x = jax.random.normal(jax.random.key(0), (8, 16))
@@ -108,7 +108,11 @@ _inject = optax.inject_hyperparams(fq.lion, hyperparam_dtype=jnp.float32)
             jnp.float32,
             nnx.Param,
         ),
-        (optax.MultiSteps(_inject(learning_rate=1e-2), 2), jnp.bfloat16, nnx.Param),
+        slow(
+            optax.MultiSteps(_inject(learning_rate=1e-2), 2),
+            jnp.bfloat16,
+            nnx.Param,
+        ),
         (fq.accumulate(fq.adamw(1e-2), 2), jnp.bfloat16, nnx.Param),
     ],
     ids=["adamw", "learned", "subset", "chain", "multi-steps", "accumulate"],
@@ -178,6 +182,7 @@ def test_cached_partial():
     assert _traces.count(_lion) == 1
 
 
+@pytest.mark.once
 def test_an_ensemble():
     @nnx.vmap
     def make(keys):
@@ -246,6 +251,7 @@ def test_without_an_nnx_optimizer():
     assert jtu.tree_structure(stepped) == jtu.tree_structure(bare)
 
 
+@pytest.mark.once
 def test_whole_modules_in_place_of_their_weights(tied):
     # What has no gradient, such as running averages, is in the module.
     model, _ = tied

@@ -11,7 +11,7 @@ import pytest
 import flashquinox as fq
 from flashquinox.checkpoint import Checkpoints
 
-from ..helpers import assert_raises, tree_identical, weights
+from ..helpers import assert_raises, slow, tree_identical, weights
 
 
 def _model(dtype=jnp.bfloat16):
@@ -30,7 +30,7 @@ def _grads(model):
     return {name: model[name] if _spec[name] else None for name in model}
 
 
-@pytest.mark.parametrize("make", [fq.adamw, fq.lion, fq.sgd])
+@pytest.mark.parametrize("make", [slow(fq.adamw), fq.lion, fq.sgd])
 def test_state_of_the_trained_part(make, without_typechecker):
     model, optim = _model(), make(1e-2)
     trained, _ = eqx.partition(model, _spec)

@@ -138,6 +138,7 @@ def trained():
     return optim, narrow, new, state, losses, expected
 
 
+@pytest.mark.once
 def test_trains_as_with_optax(trained):
     _, narrow, new, _, losses, expected = trained
     learned = expected[0] - expected[-1]
@@ -148,6 +149,7 @@ def test_trains_as_with_optax(trained):
     assert np.array_equal(new.counts, narrow.counts)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["part", slow("whole")])
 def test_updates_are_steps(trained, way):
     """As programs of Optax take them: of what is trained, or of everything."""

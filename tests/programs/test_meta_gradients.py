@@ -133,6 +133,7 @@ def test_central_differences():
             assert abs(float(x) / float(numeric) - 1) <= 1e-4
 
 
+@pytest.mark.once
 def test_forwards_and_eagerly_and_at_a_rate_of_zero():
     make, reference = _PAIRS["adamw"]
     params, grads = _start(), _start(seed=1)

@@ -21,6 +21,7 @@ _OURS = {"adam": fq.adam, "sgd": fq.sgd}
 _OPTAX = {"adam": optax.adam, "sgd": optax.sgd}
 
 
+@pytest.mark.once
 def test_numpyro():
     """Variational inference of a mean: its optimizer has no arguments but gradients and
     state, to which the parameters belong."""

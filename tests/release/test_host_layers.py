@@ -78,6 +78,7 @@ def test_same_bits(layers, odd, options, max_norm):
     _assert_same(*_train(make, model, _batch(), keys, max_norm=max_norm))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("types", ["Explicit", slow("Auto")])
 def test_on_many_devices(types):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType[types],))

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 _AWAY = "pinned_host"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "layers, max_norm, optimizer",
     [(2, None, fq.lion), slow(1, 0.1, fq.lion), slow(3, 0.1, fq.adamw)],

@@ -279,6 +279,7 @@ def _train_both_on_many(types: str) -> list[str]:
     return _differences(release, ordinary)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_kernels(backend, plain_processor):
     """Interpreted."""
@@ -302,6 +303,7 @@ def _step_of_kernels(backend: str) -> list[str]:
 #
 
 
+@pytest.mark.once
 def test_skip_nonfinite(plain_processor):
     assert plain_processor.submit(_steps_that_are_not_finite).result() == ([], [])
     assert plain_processor.submit(_step_that_learns).result() == []
@@ -363,6 +365,7 @@ def _step_that_learns() -> list[str]:
     return []
 
 
+@pytest.mark.once
 def test_max_norm():
     """Of each part, and of no other: what only the epilogue reads, the layers, and the
     rest."""
@@ -405,6 +408,7 @@ def test_max_norm():
     jtu.tree_map(check, clipped, grads, factors)
 
 
+@pytest.mark.once
 def test_max_norm_of_gradients_of_any_size():
     """Also where their squares are infinite in float32, or zero."""
     optim = fq.sgd(
@@ -436,6 +440,7 @@ def test_max_norm_of_gradients_of_any_size():
             assert norm / float(most) == pytest.approx(1, rel=1e-3), exponent
 
 
+@pytest.mark.once
 def test_clipping_hides_nothing_that_is_not_finite():
     optim = fq.lion(1e-2, skip_nonfinite=True)
     model = _model(without=_VECTORS)
@@ -484,6 +489,7 @@ def _ordinary_groups(optim, model, state, batch):
     return eqx.combine(new, rest), state._replace(inner_states=inner), value
 
 
+@pytest.mark.once
 def test_groups(plain_processor):
     assert plain_processor.submit(_train_groups).result() == []
 

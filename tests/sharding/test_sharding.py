@@ -476,6 +476,7 @@ def test_states_of_other_divisions():
     _assert_equal(jax.device_put(here, where), there)
 
 
+@pytest.mark.once
 def test_filter_shard_after_init():
     """Model and state go to every device together, as in Equinox's example of data
     parallelism."""

@@ -523,6 +523,7 @@ def test_steps_learn():
     assert _parameters(state) == learned
 
 
+@pytest.mark.once
 def test_a_parameter_belongs_to_its_codes():
     """In the step that changes it, old codes are decoded by the old one. A step that is
     skipped learns nothing."""
@@ -542,6 +543,7 @@ def test_a_parameter_belongs_to_its_codes():
         assert_code_of(after, exact, 2.0**-22 * np.abs(exact), base)
 
 
+@pytest.mark.once
 def test_sharded_learning():
     """All devices find the same parameter, by one collective, and only in the steps
     that learn."""
@@ -569,6 +571,7 @@ def test_sharded_learning():
     assert " conditional(" in text
 
 
+@pytest.mark.once
 def test_ensembles_learn_for_themselves():
     shapes = {"w": (2, 32, 64)}
     params = arrays(shapes, jnp.bfloat16, 0)
@@ -593,6 +596,7 @@ def test_ensembles_learn_for_themselves():
         np.testing.assert_allclose(found[i], expected, rtol=2**-12)
 
 
+@pytest.mark.once
 def test_checkpoints_keep_parameters(tmp_path):
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
     optim = fq.adamw(1e-2, storage=fq.Storage(moments="learned"))
@@ -624,6 +628,7 @@ def test_checkpoints_keep_parameters(tmp_path):
     assert_code_of(moment, exact)
 
 
+@pytest.mark.once
 def test_optax_and_scans():
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)
     optim = optax.chain(

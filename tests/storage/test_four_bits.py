@@ -110,6 +110,7 @@ def test_codes_are_rounded_once(kind, axis):
     assert np.max(np.abs(y - exact)) > 0.5 / codes
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_kernels_are_plain_xla(backend):
     make = lambda backend: _optimizer(backend=backend)
@@ -145,6 +146,7 @@ def test_divided_among_devices():
         assert np.array_equal(np.asarray(x), np.asarray(y))
 
 
+@pytest.mark.once
 def test_checkpoints_exchange_and_moments_by_hand(tmp_path):
     optim = _optimizer()
     model = arrays(_SHAPES, jnp.bfloat16, 0)

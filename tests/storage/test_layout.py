@@ -37,6 +37,7 @@ def _layout_arguments(draw) -> tuple:
 _layouts = _layout_arguments()
 
 
+@pytest.mark.once
 @given(_layouts)
 def test_tiles(arguments):
     layout = Layout(*arguments)
@@ -207,6 +208,7 @@ def test_padding_never_leaks(shape, moments):
             assert tree_identical(scales_alone, from_full(scales, full // 32))
 
 
+@pytest.mark.once
 def test_partial_groups_within_parts():
     """Of a leaf on a mesh whose axes are in the types of arrays, as `jax.make_mesh`
     makes them: groups that are filled up lie within parts."""
