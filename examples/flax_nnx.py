@@ -156,7 +156,10 @@ def main() -> None:
     try:
         model, optimizer = train(settings, images, labels)
     except CheckpointError as error:
-        wrong(f"{error} Or pass another folder: --checkpoints.")
+        wrong(
+            f"argument --checkpoints: cannot go on from {settings.checkpoints}. Pass "
+            f"the arguments that it was begun with, or another folder. ({error})"
+        )
     model.eval()
     correct = accuracy(model, images[4000:], labels[4000:])
     weights = nnx.state(model, nnx.Param)

@@ -443,7 +443,10 @@ def main() -> None:
         with jax.set_mesh(mesh):
             result = train(settings, train_text, validation_text, mesh, console)
     except CheckpointError as error:
-        wrong(f"{error} Or pass another folder: --checkpoints.")
+        wrong(
+            f"argument --checkpoints: cannot go on from {settings.checkpoints}. Pass "
+            f"the arguments that it was begun with, or another folder. ({error})"
+        )
     show(result, console)
     where = f"The checkpoint of step {result.step} is in {settings.checkpoints}."
     say(console, f"{where} With more --steps, the same command goes on from it.")
