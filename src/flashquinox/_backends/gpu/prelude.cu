@@ -139,9 +139,8 @@ struct Word<2> { using type = unsigned short; };
 template <>
 struct Word<1> { using type = unsigned char; };
 
-// The elements of a group that one thread has: `N` of them, which lie `stride` apart.
-// Where that is 1, as many as `Aligned` start at a multiple of their size; elsewhere,
-// that is 1.
+// What is loaded at once, of elements that lie one after the other: of `Aligned` of
+// them, which start at a multiple of their size, but at most 16 bytes.
 template <int Aligned, class T>
 struct Words {
   static constexpr int bytes = Aligned * sizeof(T) < 16 ? Aligned * sizeof(T) : 16;
@@ -149,6 +148,8 @@ struct Words {
   using type = typename Word<bytes>::type;
 };
 
+// The elements of a group that one thread has: `N` of them, which lie `stride` apart.
+// `Aligned` is 1 if `stride` is not.
 template <int N, int Aligned, class T>
 DEVICE void load(T (&x)[N], const T* from, long long stride) {
   using W = Words<Aligned, T>;

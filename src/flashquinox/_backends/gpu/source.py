@@ -238,8 +238,8 @@ class Kernel(NamedTuple):
         yield from self._moved("store", arrays)
 
     def _moved(self, function: str, arrays: Sequence[tuple[str, int]]) -> Iterator[str]:
-        """Loads or stores, of elements of a thread in arrays with these numbers. What
-        is in no kernel is not compiled, which takes long."""
+        """Loads or stores, of elements of a thread in arrays with these numbers. Code
+        that no thread runs is left out: to compile it takes as long."""
         whole = [f"{function}<N, ALIGNED>({x}, p{i} + at, stride);" for x, i in arrays]
         if not self._has_partial:
             yield from whole
