@@ -225,6 +225,18 @@ def test_commands_and_files_that_pages_name_exist():
     assert found > 40
 
 
+@pytest.mark.parametrize("section", ["tutorials", "how-to"])
+def test_index_names_every_page_of_its_section(section):
+    titles = {"tutorials": "Tutorials", "how-to": "How-to"}
+    text = (_ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = re.search(rf"\n  - {titles[section]}:\n((?:   .*\n)+)", text)
+    index = _ROOT / "docs" / section / "index.md"
+    links = re.findall(r"\]\(([\w./-]+\.md)", index.read_text(encoding="utf-8"))
+    named = {(index.parent / x).resolve() for x in links}
+    pages = {_ROOT / "docs" / x for x in re.findall(r"[\w/-]+\.md", nav[1])}
+    assert len(pages) > 5 and pages - {index} <= named
+
+
 def test_first_page_is_that_of_the_repository():
     (shown,) = _programs("docs/index.md")
     assert _programs("README.md")[0].source.startswith(shown.source)
