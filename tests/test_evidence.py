@@ -95,6 +95,7 @@ def test_optimizers_differ_in_their_storage_alone(module, program, optimizer):
     np.testing.assert_allclose(largest, as_large, rtol=1e-3, atol=2.0**-20 / rate)
 
 
+@pytest.mark.once
 def test_matrices_of_muon_are_those_of_linear_layers(module):
     """Of both libraries; what is no matrix is trained by Adam."""
     gpt2 = module("gpt2")
@@ -224,6 +225,7 @@ def test_queue_begins_what_fits_in_order_and_in_time(module, tmp_path, capsys):
     assert not queue.running
 
 
+@pytest.mark.once
 def test_fine_tuning_begins_alike_and_is_not_run_again(module, tmp_path, monkeypatch):
     """The held-out loss before the first step is that of the master weights."""
     finetune = module("finetune")

@@ -186,6 +186,7 @@ def test_mnist_wrong_arguments_of_a_process(tmp_path):
     assert_wrong(run(tmp_path, "mnist.py", "--epochs=0"), "takes a whole number from 1")
 
 
+@pytest.mark.once
 @needs_ctrl_c
 def test_mnist_interrupted(tmp_path):
     # Digits that take less to load, whatever is trained.
@@ -230,6 +231,7 @@ for devices, arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     # The same in half of the time to compile; checkpoints on other meshes are tested
     # with them.
@@ -322,6 +324,7 @@ def test_fsdp_wrong_arguments(tmp_path, run_here, arguments, complaint):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.once
 def test_fsdp_wrong_arguments_of_a_process(tmp_path):
     done = run(tmp_path, "fsdp.py", "--fake-devices=3")
     assert_wrong(done, "takes a multiple of the 3 devices")
@@ -344,6 +347,7 @@ def _with_modules(folder):
     return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
+@pytest.mark.once
 @needs_ctrl_c
 @pytest.mark.parametrize("count", [slow(1), 2])
 def test_fsdp_interrupted(tmp_path, count):
@@ -405,6 +409,7 @@ for number, steps in enumerate(starts, 1):
 """
 
 
+@pytest.mark.once
 def test_flax_nnx(tmp_path):
     program = ["-c", _STARTS, str(EXAMPLES / "flax_nnx.py"), "4", "6", "3", "9"]
     done = subprocess.run(

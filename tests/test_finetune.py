@@ -82,6 +82,7 @@ for arguments in json.loads(starts):
 """
 
 
+@pytest.mark.once
 def test_trains_and_resumes(folder):
     arguments = [*_SMALL, "--learning-rate=0.01"]
     starts = [
@@ -139,6 +140,7 @@ def test_trains_and_resumes(folder):
     assert lora["weight_bytes"] == base + 2 * (tokens * width + norms + adapters)
 
 
+@pytest.mark.once
 @needs_ctrl_c
 def test_interrupted(folder, run_in_folder):
     arguments = (*_SMALL, "--methods=lora", "--steps=1000000", "--save-every=5")

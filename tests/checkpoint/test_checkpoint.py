@@ -1001,6 +1001,7 @@ def _assert_stored_as_now(checkpoints, moments, stored, like):
     assert_code_of(after, exact)
 
 
+@pytest.mark.once
 def test_groups_of_before(tmp_path):
     """Written by version 0.2 after three steps, with its moments as numbers beside it,
     when groups ran along one axis, which needed not be the last."""

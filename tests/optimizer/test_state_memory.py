@@ -18,7 +18,7 @@ from flashquinox._optimizer.slices import slices_of
 from flashquinox._storage.layout import Layout
 from flashquinox.checkpoint import Checkpoints
 
-from ..helpers import assert_raises, tree_identical
+from ..helpers import assert_raises, slow, tree_identical
 
 
 AWAY = "pinned_host"
@@ -83,13 +83,10 @@ def _check_same(name, steps=2):
 @pytest.mark.parametrize(
     "name",
     [
-        "adamw",
-        "muon",
+        # AdamW too.
         "verified",
-        *[
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("lion", "sgd", "learned")
-        ],
+        "muon",
+        *[slow(name) for name in ("adamw", "lion", "sgd", "learned")],
     ],
 )
 def test_same_bits(name, monkeypatch):
@@ -98,6 +95,7 @@ def test_same_bits(name, monkeypatch):
     _check_same(name)
 
 
+@pytest.mark.once
 def test_same_bits_in_one_portion():
     here, away, one, other = _check_same("adamw", 1)
     grads = _weights(50)
@@ -111,6 +109,7 @@ def test_same_bits_in_one_portion():
     assert _kinds(found[1]) == _kinds(state)
 
 
+@pytest.mark.once
 def test_slices_of_updates(monkeypatch):
     """`update` leaves the weights alone, also where it takes slices."""
     monkeypatch.setattr(together, "PORTION", 2**10)
@@ -121,6 +120,7 @@ def test_slices_of_updates(monkeypatch):
     assert tree_identical(expected, found)
 
 
+@pytest.mark.once
 def test_whole_state_by_device_put():
     """What a user puts in host memory works there, whatever the option."""
     optim, weights, grads = _MAKE["verified"](), _weights(), _weights(1)
@@ -143,6 +143,7 @@ def test_learned_parameters_by_device_put():
     assert tree_identical(expected, found)
 
 
+@pytest.mark.once
 def test_ensemble():
     optim = _MAKE["adamw"]()
     weights = jtu.tree_map(lambda *x: jnp.stack(x), _weights(), _weights(1))
@@ -152,7 +153,8 @@ def test_ensemble():
     assert tree_identical(step(weights, state, weights), step(weights, away, weights))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.once
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_mesh(kind, monkeypatch):
     """Each device has its own part of the state in its host's memory."""
     monkeypatch.setattr(together, "PORTION", 2**10)
@@ -189,7 +191,8 @@ def _layered():
     return model, loss, jnp.arange(16)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.once
+@pytest.mark.parametrize("name", [slow("adamw"), "muon"])
 def test_release(name):
     model, loss, batch = _layered()
     found = []
@@ -209,6 +212,7 @@ def test_release(name):
 #
 
 
+@pytest.mark.once
 def test_prepare_and_functions_of_states(tmp_path):
     model = jtu.tree_map(lambda x: x.astype(jnp.float32) * 1.001, _weights())
     here, away = _MAKE["adamw"](), _MAKE["adamw"](state_memory=AWAY)
