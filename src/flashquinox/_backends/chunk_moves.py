@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.lax as lax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Shaped
 
 from .._tile.step import map_arrays, TileState
 from .chunk_plan import Piece
@@ -17,10 +16,8 @@ from .groups import Groups, hidden, joined, part_of, put
 
 
 class Chunk(NamedTuple):
-    """Groups of whichever leaves, in arrays of one axis. `leaf` tells the number of the
-    leaf of each group."""
+    """Groups of whichever leaves, in arrays of one axis."""
 
-    leaf: Int32[Array, " groups"]
     grad: Shaped[Array, " elements"]
     old: TileState
 
@@ -33,6 +30,8 @@ class Turn(NamedTuple):
     leaf: Any
     element: Any
     group: Any
+    # How many of the window's first groups were updated in the turn before.
+    done: Any
 
 
 # What a case has of each of its leaves.
@@ -47,17 +46,13 @@ class WindowCase:
     groups: int
     size: int
 
-    def load(self, turn: Turn, grads: Grads, states: States, before: Chunk) -> Chunk:
-        del before
+    def load(self, turn: Turn, grads: Grads, states: States) -> Chunk:
+
         (grad,), (state,) = grads, states
 
         elements = partial(part_of, start=turn.element, length=self.groups * self.size)
         groups = partial(part_of, start=turn.group, length=self.groups)
-        return Chunk(
-            jnp.broadcast_to(turn.leaf, (self.groups,)),
-            elements(grad),
-            map_arrays(elements, groups, state),
-        )
+        return Chunk(elements(grad), map_arrays(elements, groups, state))
 
     def store(self, turn: Turn, new: TileState, states: States) -> States:
         elements = lambda x, part: put(x, turn.element, part)
@@ -67,43 +62,52 @@ class WindowCase:
 
 @dataclasses.dataclass(frozen=True)
 class SharedCase:
-    """A chunk of several leaves: pieces of them, whose `leaf` is the place among
-    `leaves`. The rest of the chunk is as it was before."""
+    """A chunk of several leaves: so many groups, of pieces of them whose `leaf` is the
+    place among `leaves`. There may be room for more."""
 
     leaves: tuple[Groups, ...]
     pieces: tuple[Piece, ...]
     # The numbers of these leaves among all.
     numbers: tuple[int, ...]
+    groups: int
 
-    def load(self, turn: Turn, grads: Grads, states: States, before: Chunk) -> Chunk:
+    def load(self, turn: Turn, grads: Grads, states: States) -> Chunk:
         del turn
-        loaded = self.load_all(grads, states)
-        start = lambda x, part: put(x, 0, part)
-        return jtu.tree_map(start, before, loaded)
+        return self.load_all(grads, states)
 
     def load_all(self, grads: Grads, states: States) -> Chunk:
-        """The chunk, if there is nothing else in it: all groups, one after another."""
+        room = self.groups - sum([piece.number for piece in self.pieces])
+
+        def filled(parts: list[Array], missing: int) -> Array:
+            if missing:
+                parts.append(lax.full((missing,), 0, parts[0].dtype))
+            return joined(parts)
 
         def elements(*arrays: Array) -> Array:
             each = zip(self.pieces, arrays, strict=True)
             parts = [self.leaves[p.leaf].parts(x, p.start, p.number) for p, x in each]
-            return joined([x for part in parts for x in part])
+            return filled(
+                [x for part in parts for x in part], room * self.leaves[0].size
+            )
 
         def groups(*arrays: Array) -> Array:
             each = zip(self.pieces, arrays, strict=True)
-            return joined(
-                [lax.slice_in_dim(x, p.start, p.start + p.number) for p, x in each]
-            )
+            parts = [lax.slice_in_dim(x, p.start, p.start + p.number) for p, x in each]
+            return filled(parts, room)
 
-        leaf = np.repeat(
-            np.asarray([self.numbers[piece.leaf] for piece in self.pieces], np.int32),
-            [piece.number for piece in self.pieces],
-        )
         return Chunk(
-            jnp.asarray(leaf),
             elements(*[grads[piece.leaf] for piece in self.pieces]),
             map_arrays(elements, groups, *[states[p.leaf] for p in self.pieces]),
         )
+
+    @property
+    def leaf_of_groups(self) -> np.ndarray:
+        """For each group, the number of its leaf."""
+        found = np.zeros(self.groups, np.int32)
+        each = [self.numbers[piece.leaf] for piece in self.pieces]
+        own = np.repeat(each, [piece.number for piece in self.pieces])
+        found[: own.size] = own
+        return found
 
     def store(self, turn: Turn | None, new: TileState, states: States) -> States:
         del turn

@@ -1,22 +1,19 @@
 """What the turns of the loop over chunks do."""
 
-import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from .._tile.step import TileState
 from .chunk_moves import Chunk, SharedCase, Turn, WindowCase
 from .chunk_plan import Plan
-from .groups import Groups
+from .groups import Groups, hidden
 
 
 class Case(NamedTuple):
@@ -26,116 +23,158 @@ class Case(NamedTuple):
     moves: WindowCase | SharedCase
 
 
-class Batch(NamedTuple):
-    """The cases of one `switch`, each with the places of its leaves among those of the
-    batch. Equal batches are traced once."""
-
-    places: tuple[tuple[int, ...], ...]
-    moves: tuple[WindowCase | SharedCase, ...]
+# Cases of one `switch`, all of whose leaves are operands of each of them.
+_LOADS = 8
 
 
 def cases_of(leaves: tuple[Groups, ...], plan: Plan) -> tuple[list[Case], Turn]:
-    """The cases, and all turns, with one more at the end that has no case. Leaves of
-    one length follow one another, so that more batches are equal."""
+    """The cases, and all turns. Leaves of one length follow one another, so that more
+    batches are equal."""
     size = leaves[0].size
     cases: list[Case] = []
     turns: list[Turn] = []
+    end = 0
     for leaf, start in sorted(plan.windows, key=lambda x: leaves[x.leaf].number):
         if not cases or cases[-1].leaves != (leaf,):
             cases.append(Case((leaf,), WindowCase(plan.size, size)))
-        turns.append(Turn(len(cases) - 1, leaf, start * size, start))
+            end = start
+        done, end = end - start, start + plan.size
+        turns.append(Turn(len(cases) - 1, leaf, start * size, start, done))
     for pieces in plan.shared:
-        turns.append(Turn(len(cases), 0, 0, 0))
+        turns.append(Turn(len(cases), 0, 0, 0, 0))
         these = tuple(dict.fromkeys([piece.leaf for piece in pieces]))
         own = tuple([piece._replace(leaf=these.index(piece.leaf)) for piece in pieces])
-        moves = SharedCase(tuple([leaves[leaf] for leaf in these]), own, these)
-        cases.append(Case(these, moves))
-    turns.append(Turn(len(cases), 0, 0, 0))
+        own_leaves = tuple([leaves[leaf] for leaf in these])
+        cases.append(Case(these, SharedCase(own_leaves, own, these, plan.size)))
     columns = np.asarray(turns, np.int32).T
     return cases, Turn(*[np.ascontiguousarray(column) for column in columns])
 
 
-def together(batch: list[Case]) -> tuple[list[int], Batch]:
-    """The leaves of a batch, and what it is whichever leaves these are."""
-    these = list(dict.fromkeys([leaf for case in batch for leaf in case.leaves]))
-    places = tuple([tuple(map(these.index, case.leaves)) for case in batch])
-    return these, Batch(places, tuple([case.moves for case in batch]))
-
-
 def look_up(table: Turn, i: Int32[Array, ""]) -> Turn:
-    look = lambda x: lax.dynamic_slice(x, (i,), (1,), allow_negative_indices=False)
-    return jtu.tree_map(lambda x: look(jnp.asarray(x)).reshape(()), table)
+    """The turn of this number."""
+    columns = jnp.asarray(np.stack(table, axis=1))
+    row = lax.dynamic_slice_in_dim(
+        columns, _unknown(i), 1, allow_negative_indices=False
+    )
+    return Turn(*[row[0, k] for k in range(len(table))])
 
 
-def from_case(turn: Turn, first: int) -> Turn:
-    """The turn, whose case is counted from this one on."""
-    return turn._replace(case=turn.case - first)
+def leaf_of_groups(cases: list[Case], turn: Turn) -> Int32[Array, "..."]:
+    """The number of the leaf of each group of a chunk; of a window, one for all."""
+    rows = [x.moves.leaf_of_groups for x in cases if isinstance(x.moves, SharedCase)]
+    if not rows:
+        return turn.leaf
+    windows = len(cases) - len(rows)
+    row = jnp.maximum(turn.case - windows, 0)
+    (shared,) = lax.dynamic_slice_in_dim(jnp.asarray(np.stack(rows)), row, 1)
+    return jnp.where(turn.case < windows, turn.leaf, shared)
 
 
-# Of equal batches, these are traced once.
-@partial(jax.jit, static_argnums=0)
-def load_batch(
-    batch: Batch,
+def buffers(
+    cases: list[Case], grads: dict[int, Array], state: dict[int, TileState]
+) -> Chunk:
+    """The arrays that turns load chunks into."""
+    leaves, moves = cases[0]
+    own_grads = tuple([grads[leaf] for leaf in leaves])
+    own_state = tuple([state[leaf] for leaf in leaves])
+    if isinstance(moves, WindowCase):
+        # What is compiled for the turns makes them too.
+        element, group = hidden((0, 0))
+        return moves.load(Turn(0, 0, element, group, 0), own_grads, own_state)
+    shapes = jax.eval_shape(moves.load_all, own_grads, own_state)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def load(
+    cases: list[Case],
+    turn: Turn,
+    grads: dict[int, Array],
+    state: dict[int, TileState],
+    chunk: Chunk,
+) -> Chunk:
+    """The chunk of a turn, in place of the one before."""
+    firsts = range(0, len(cases), _LOADS)
+    for first, hidden_first in zip(firsts, hidden(firsts), strict=True):
+        some = cases[first : first + _LOADS]
+        these = list(dict.fromkeys([leaf for case in some for leaf in case.leaves]))
+        places = tuple([tuple(map(these.index, case.leaves)) for case in some])
+        chunk = _load(
+            tuple(zip(places, [case.moves for case in some], strict=True)),
+            len(some) == len(cases),
+            turn._replace(case=turn.case - hidden_first),
+            tuple([grads[leaf] for leaf in these]),
+            tuple([state[leaf] for leaf in these]),
+            chunk,
+        )
+    return chunk
+
+
+def store(
+    cases: list[Case], turn: Turn, new: TileState, state: dict[int, TileState]
+) -> dict[int, TileState]:
+    """The state with what a turn has computed."""
+    numbers = hidden(range(len(cases)))
+    for case, number in zip(cases, numbers, strict=True):
+        taken = None if len(cases) == 1 else turn.case == number
+        own = tuple([state[leaf] for leaf in case.leaves])
+        stored = _store(case.moves, taken, turn, new, own)
+        state = state | dict(zip(case.leaves, stored, strict=True))
+    return state
+
+
+# What is alike for other leaves is traced once.
+@partial(jax.jit, static_argnums=(0, 1))
+def _load(
+    cases: tuple[tuple[tuple[int, ...], WindowCase | SharedCase], ...],
+    all_cases: bool,
     turn: Turn,
     grads: tuple[Array, ...],
     states: tuple[TileState, ...],
     chunk: Chunk,
 ) -> Chunk:
+    """By one of these cases, each with the places of its leaves among these; the chunk
+    that came, if it is none of them."""
+
     def load(
         places: tuple[int, ...], moves: WindowCase | SharedCase, *operands: Any
     ) -> Chunk:
-        turn, grads, states, chunk = operands
+        turn, grads, states, _ = operands
         own = lambda every: tuple([every[place] for place in places])
-        return moves.load(turn, own(grads), own(states), chunk)
+        return moves.load(turn, own(grads), own(states))
 
-    loads = [partial(load, *x) for x in zip(*batch, strict=True)]
-    return _choose(turn.case, loads, turn, grads, states, chunk)
+    loads = [partial(load, *case) for case in cases]
+    operands = turn, grads, states, chunk
+    if all_cases and len(cases) == 1:
+        return loads[0](*operands)
+    if all_cases:
+        return lax.switch(turn.case, loads, *operands)
+    nothing = lambda *x: x[-1]
+    return lax.switch(turn.case + 1, [nothing, *loads, nothing], *operands)
 
 
 @partial(jax.jit, static_argnums=0)
-def store_batch(
-    batch: Batch, turn: Turn, new: TileState, states: tuple[TileState, ...]
+def _store(
+    moves: WindowCase | SharedCase,
+    taken: Bool[Array, ""] | None,
+    turn: Turn,
+    new: TileState,
+    states: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
-    def store(
-        places: tuple[int, ...], moves: WindowCase | SharedCase, *operands: Any
-    ) -> tuple[TileState, ...]:
-        turn, new, states = operands
-        stored = moves.store(turn, new, tuple([states[place] for place in places]))
-        every = dict(enumerate(states)) | dict(zip(places, stored, strict=True))
-        return tuple(every.values())
-
-    stores = [partial(store, *x) for x in zip(*batch, strict=True)]
-    return _choose(turn.case, stores, turn, new, states)
-
-
-def _choose(number: Int32[Array, ""], cases: list[Callable], *operands: Any) -> Any:
-    """What the case of this number returns; without one, the last operand, which XLA
-    does not copy."""
-    nothing = lambda *x: x[-1]
-    return lax.switch(number + 1, [nothing, *cases, nothing], *operands)
-
-
-def after(i: Int32[Array, ""], end: int, arrays: Any) -> Int32[Array, ""]:
-    """`i`, at most `end`, of which XLA cannot tell that it does not depend on these
-    arrays: what depends on it is done after all that makes them.
-
-    A sort also keeps a loop from being compiled into one function for one thread, which
-    would take minutes.
-    """
-    return _smallest(i, np.int32(end), tuple(jtu.tree_leaves(arrays)))
+    if taken is None:
+        return moves.store(turn, new, states)
+    # Without a case, the last operand: XLA does not copy it.
+    return lax.cond(taken, moves.store, lambda *x: x[-1], turn, new, states)
 
 
 @custom_vmap
-def _smallest(
-    i: Int32[Array, ""], end: Int32[Array, ""], arrays: tuple[Array, ...]
-) -> Int32[Array, ""]:
-    first = [x.reshape(-1)[0] == 0 for x in arrays]
-    above = end + functools.reduce(jnp.logical_or, first).astype(jnp.int32)
-    return lax.sort(jnp.stack([i, above]))[0]
+def _unknown(i: Int32[Array, ""]) -> Int32[Array, ""]:
+    """`i`, by a sort: that keeps a loop from being compiled into one function for one
+    thread, which would take minutes."""
+    return lax.sort(jnp.stack([i, np.int32(2**31 - 1)]))[0]
 
 
-@_smallest.def_vmap
-def _smallest_of_all(axis_size: int, is_batched: Any, *args: Any) -> tuple[Array, bool]:
+@_unknown.def_vmap
+def _unknown_of_all(axis_size: int, is_batched: Any, i: Array) -> tuple[Array, bool]:
     # The same for all, or a choice between cases would take all of them.
     del axis_size, is_batched
-    return _smallest(*args), False
+    return _unknown(i), False

@@ -5,8 +5,8 @@ each leaf anew. So a loop brings one chunk of some leaf after another into the s
 arrays, which stay in the caches, and a program has one step: that of a chunk.
 
 A window of a long leaf is a chunk; the last one is moved back to be as long as the
-others. What it shares with the window before is updated twice, from the same old state:
-a chunk is loaded before the one in front of it is stored. Shorter leaves share chunks.
+others. What it shares with the window before, which is updated by then, is left as it
+is. Shorter leaves share chunks.
 """
 
 import dataclasses
@@ -18,22 +18,14 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int32, Shaped
 
 from .._tile.step import LeafScalars, map_arrays, StepScalars, StepStructure, TileState
 from .._tile.tile import update_tile
+from .boundary import boundary
 from .chunk_moves import Chunk, SharedCase
 from .chunk_plan import Plan, plan_chunks
-from .chunk_turns import (
-    after,
-    cases_of,
-    from_case,
-    load_batch,
-    look_up,
-    store_batch,
-    together,
-)
+from .chunk_turns import buffers, cases_of, leaf_of_groups, load, look_up, store
 from .groups import flat, Groups, joined
 
 
@@ -47,9 +39,6 @@ _Leaves: TypeAlias = dict[int, TileState]
 # XLA of JAX 0.10 copies the state in each turn of a loop: a step of 14 million
 # parameters took 6 times as long as with whole leaves (`benchmarks/cpu.py`).
 _LOOPS_COPY = jax.__version_info__ < (0, 11)
-
-# Cases of one `switch`, all of whose leaves go through each of them.
-_CASES = 4
 
 
 def takes(leaf: Groups) -> bool:
@@ -94,7 +83,7 @@ def update_in_chunks(
     size = leaves[0].size
     numbers = tuple([(leaf.number, leaf.whole) for leaf in leaves])
     plan = plan_chunks(numbers, _chunk_groups(leaves))
-    update = partial(_update_chunk, structure, size, scalars, of_leaves)
+    update = partial(_update_chunk, structure, size, of_leaves)
     # Once, and not in each turn.
     in_order = lambda leaf, x: flat(x) if leaf.in_order else x
     flat_grads = dict(enumerate(map(in_order, leaves, grads)))
@@ -110,10 +99,11 @@ def update_in_chunks(
         of_grads = tuple([flat_grads[i] for i in case.leaves])
         of_grads, own = lax.optimization_barrier((of_grads, own))
         chunk = case.moves.load_all(of_grads, own)
-        updated = _boundary(update(_boundary(chunk)))
+        of_groups = jnp.asarray(case.moves.leaf_of_groups)
+        updated = boundary(update(scalars, of_groups, boundary(chunk)))
         new = dict(zip(case.leaves, case.moves.store(None, updated, own), strict=True))
     else:
-        new = _loop(leaves, plan, update, flat_grads, state)
+        new = _loop(leaves, plan, update, scalars, flat_grads, state)
     return jtu.tree_map(
         lambda x, like: x if x.shape == like.shape else lax.reshape(x, like.shape),
         tuple(new[i] for i in range(len(old))),
@@ -124,81 +114,69 @@ def update_in_chunks(
 def _loop(
     leaves: tuple[Groups, ...],
     plan: Plan,
-    update: Callable[[Chunk], TileState],
+    update: Callable[..., TileState],
+    scalars: StepScalars,
     grads: dict[int, Array],
     old: _Leaves,
 ) -> _Leaves:
     cases, table = cases_of(leaves, plan)
-    batches = [cases[i : i + _CASES] for i in range(0, len(cases), _CASES)]
-    end = len(table.case) - 1
+    # All elements but those of the last window of a leaf may have been updated before.
+    overlaps = bool(table.done.any())
 
-    def load(i: Int32[Array, ""], state: _Leaves, chunk: Chunk) -> Chunk:
-        turn = look_up(table, i)
-        for k, batch in enumerate(batches):
-            these, same = together(batch)
-            own = from_case(turn, k * _CASES)
-            of_grads, of_state = ([every[j] for j in these] for every in (grads, state))
-            chunk = load_batch(same, own, tuple(of_grads), tuple(of_state), chunk)
-        return chunk
-
-    def store(i: Int32[Array, ""], new: TileState, state: _Leaves) -> _Leaves:
-        turn = look_up(table, i)
-        for k, batch in enumerate(batches):
-            these, same = together(batch)
-            own = from_case(turn, k * _CASES)
-            stored = store_batch(same, own, new, tuple([state[j] for j in these]))
-            state = state | dict(zip(these, stored, strict=True))
-        return state
+    # Else XLA makes other kernels of a leaf's first window than of the next ones.
+    grads, old = lax.optimization_barrier((grads, old))
 
     def turn(i: Int32[Array, ""], carry: tuple[_Leaves, Chunk]) -> Any:
         state, chunk = carry
-        new = _boundary(update(chunk))
-        # In this order, in which XLA copies neither the chunk nor the state.
-        chunk = load(after(i + 1, end, new), state, chunk)
-        return store(after(i, end, chunk), new, state), chunk
+        now = look_up(table, i)
+        chunk = boundary(load(cases, now, grads, state, chunk))
+        # Not the same in all turns, for all that XLA knows: it would compile each
+        # operation on them by itself, to be done before the loop.
+        own_scalars, _ = lax.optimization_barrier((scalars, i))
+        done = now.done if overlaps else None
+        new = boundary(update(own_scalars, leaf_of_groups(cases, now), chunk, done))
+        return store(cases, now, new, state), chunk
 
-    size = leaves[0].size
-    # Loaded in the first turn, or left as it is and not used.
-    nothing = Chunk(
-        jnp.zeros(plan.size, jnp.int32),
-        jnp.zeros(plan.size * size, grads[0].dtype),
-        map_arrays(
-            lambda x: jnp.zeros(plan.size * size, x.dtype),
-            lambda x: jnp.zeros(plan.size, x.dtype),
-            old[0],
-        ),
-    )
-    first = cases[0]
-    turn_0 = look_up(table, after(jnp.int32(0), end, old[0]))
-    chunk = first.moves.load(
-        turn_0,
-        tuple([grads[j] for j in first.leaves]),
-        tuple([old[j] for j in first.leaves]),
-        nothing,
-    )
-    state, _ = lax.fori_loop(0, end, turn, (old, _boundary(chunk)))
+    carry = old, buffers(cases, grads, old)
+    state, _ = lax.fori_loop(0, len(table.case), turn, carry)
     return state
 
 
 def _update_chunk(
     structure: StepStructure,
     size: int,
-    scalars: StepScalars,
     of_leaves: tuple[LeafScalars, ...],
+    scalars: StepScalars,
+    leaf_of_groups: Int32[Array, "..."],
     chunk: Chunk,
+    done: Int32[Array, ""] | None = None,
 ) -> TileState:
     # Each group is a tile, with the scalars of its own leaf.
     leaf, axis = of_leaves[0], None
     if len(of_leaves) > 1 and jtu.tree_leaves(leaf):
-        axis = 0
+        axis = 0 if leaf_of_groups.ndim else None
         leaf = jtu.tree_map(
-            lambda *x: _stacked(x).at[chunk.leaf].get(mode="promise_in_bounds"),
+            lambda *x: _stacked(x).at[leaf_of_groups].get(mode="promise_in_bounds"),
             *of_leaves,
         )
     tile = lambda x: x.reshape(-1, size)
     update = jax.vmap(partial(_update_group, structure), (None, axis, 0, 0))
     new = update(scalars, leaf, tile(chunk.grad), chunk.old.map(tile))
+    if done is not None:
+        new = _except_first(done, new, chunk.old.map(tile))
     return new.map(jnp.ravel)
+
+
+def _except_first(
+    number: Int32[Array, ""], new: TileState, old: TileState
+) -> TileState:
+    """The new state, but for so many groups that were updated before."""
+
+    def choose(new: Array, old: Array) -> Array:
+        groups = lax.broadcasted_iota(jnp.int32, new.shape, 0)
+        return jnp.where(groups < number, old, new)
+
+    return jtu.tree_map(choose, new, old)
 
 
 def _stacked(numbers: Sequence[Array]) -> Shaped[Array, " n"]:
@@ -215,25 +193,4 @@ def _update_group(
     old: TileState,
 ) -> TileState:
     scalars = dataclasses.replace(scalars, leaf=leaf)
-    return update_tile(structure, scalars, -1, grad, old, boundary=_boundary)
-
-
-def _boundary(values: Any) -> Any:
-    # One by one: together, all would have the axis of groups.
-    return jtu.tree_map(_stored, values)
-
-
-@custom_vmap
-def _stored(x: Array) -> Array:
-    """The same array, which XLA fuses with nothing: it is stored."""
-    return lax.optimization_barrier(x)
-
-
-@_stored.def_vmap
-def _stored_of_groups(
-    axis_size: int, is_batched: list[bool], x: Array
-) -> tuple[Array, bool]:
-    # In arrays of one axis, loops over which are compiled to faster code, and sooner.
-    del axis_size
-    (batched,) = is_batched
-    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape), batched
+    return update_tile(structure, scalars, -1, grad, old, boundary=boundary)

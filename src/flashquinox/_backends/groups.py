@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.lax as lax
@@ -110,7 +110,7 @@ def joined(parts: Sequence[Shaped[Array, " _"]]) -> Shaped[Array, " n"]:
     return parts[0] if len(parts) == 1 else lax.concatenate(parts, 0)
 
 
-def hidden(numbers: Sequence[int]) -> list[Array]:
+def hidden(numbers: Iterable[int]) -> list[Array]:
     """These numbers, which XLA does not know. Moves from and to different places are
     then one kernel, which it compiles once."""
     return lax.optimization_barrier([jnp.int32(number) for number in numbers])
@@ -126,8 +126,8 @@ def put(
     x: Shaped[Array, " n"], start: int | Array, part: Shaped[Array, " part"]
 ) -> Shaped[Array, " n"]:
     """The array with a part of it replaced, from one element on."""
-    if part.size == x.size:
-        return part
     # Of its own, and not what computes the part as well: it is compiled in no time.
     part = lax.optimization_barrier(part)
+    if part.size == x.size:
+        return part
     return lax.dynamic_update_slice(x, part, (start,), allow_negative_indices=False)

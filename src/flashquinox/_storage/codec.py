@@ -281,11 +281,12 @@ class AbstractMomentCodec(eqx.Module):
         if self.dtypes is None:
             boundary = no_boundary
         prepared = boundary(self.prepare(moment))
-        statistics = [
-            reduction(boundary(x), axis=axis)
-            for reduction, x in self.statistics(prepared)
-        ]
-        statistics = boundary(tuple(statistics))
+        statistics = tuple(
+            [
+                boundary(reduction(boundary(x), axis=axis))
+                for reduction, x in self.statistics(prepared)
+            ]
+        )
         scales, constants = boundary(self.fit(statistics, factor, dither))
         return self.quantize(prepared, _broadcastable(constants, axis)), scales
 

@@ -56,10 +56,12 @@ def update_tile(
         )
         for name, codec in codecs.items()
     }
+    threshold = scalars.weight_threshold if structure.dither_weights else None
+    threshold, dithers = boundary((threshold, scalars.dithers(structure)))
     weight, correction, moments = advance(
         structure,
         scalars,
-        scalars.weight_threshold if structure.dither_weights else None,
+        threshold,
         grad,
         old.weight,
         old.correction,
@@ -67,7 +69,7 @@ def update_tile(
         keep_unmoved,
         boundary,
     )
-    codes, scales, dithers = {}, {}, scalars.dithers(structure)
+    codes, scales = {}, {}
     for name, codec in new_codecs.items():
         codes[name], scales[name] = codec.encode(
             moments[name], axis, dithers[name], factors[name][1], boundary
