@@ -43,12 +43,16 @@ def test_order_is_the_compilers(topology):
         ((48, 4096, 16), 2, "matrices", True),
         ((768, 80, 3), 1, "matrices", True),
         ((4096, 8, 128), 0, "planes", True),
-        # Codes and weights lie in different orders.
-        ((4096, 2, 128), 0, "matrices", False),
+        # Weights lie like the scales, and codes do not.
+        ((4096, 2, 128), 0, "pairs", True),
+        ((384, 192, 2, 2), 1, "pairs", True),
+        # Scales lie like the codes, and weights do not.
+        ((2, 2, 33, 128), 2, "rows", False),
         # Columns are made the rows.
         ((256, 256), 1, "rows", False),
     ],
 )
 def test_groups(shape, axis, kind, in_place):
     found = groups_in_memory(shape, axis, 32)
-    assert (found.kind, found.in_place) == (kind, in_place)
+    assert ("pairs" if found.pairs else found.kind, found.in_place) == (kind, in_place)
+    assert not found.pairs or found.kind == "matrices"

@@ -74,11 +74,16 @@ class GroupsInMemory:
 
     It is "matrices" where there are few groups in each matrix, so that XLA does not lay
     out the scales like the leaf, or where the rows fill no tile.
+
+    Two matrices may be *pairs*: numbers of 16 bits and more then lie like the scales,
+    `(..., rows, ..., matrices, columns)`, as an axis of length 2 fills the tiles of
+    these, but not of bytes.
     """
 
     kind: Literal["rows", "matrices", "planes"]
     elements: tuple[Axes, ...]
     scales: tuple[Axes, ...]
+    pairs: bool
     # Whether XLA lays out all arrays like this. Otherwise it copies those that it does
     # not.
     in_place: bool
@@ -117,12 +122,18 @@ def groups_in_memory(
         elements = (*elements, *[()][len(matrices) :], (rows,), (columns,))
         scales = [(axis,) for axis in sorted([*others, rows])]
         scales = (*scales, matrices, (columns,))
+    pairs = (
+        kind == "matrices"
+        and math.prod([shape[i] for i in scales[-2]]) == 2
+        and not _lies_like(shape, elements, _WEIGHT)
+        and _lies_like(shape, scales, _WEIGHT)
+    )
     in_place = (
         _lies_like(shape, elements, _CODE)
-        and _lies_like(shape, elements, _WEIGHT)
+        and (pairs or _lies_like(shape, elements, _WEIGHT))
         and _lies_like(tuple(scale_shape), scales, _SCALE)
     )
-    return GroupsInMemory(kind, elements, scales, in_place)
+    return GroupsInMemory(kind, elements, scales, pairs, in_place)
 
 
 def _lies_like(shape: tuple[int, ...], view: tuple[Axes, ...], itemsize: int) -> bool:

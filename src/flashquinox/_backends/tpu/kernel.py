@@ -17,7 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, PyTree, Shaped
 
-from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from ..._tile.step import (
+    LeafScalars,
+    StepScalars,
+    StepStructure,
+    TileState,
+)
 from ..._tile.tile import no_update
 from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack, with_leaf
@@ -25,6 +30,7 @@ from .block import AbstractGridBlock
 from .chip import Chip
 from .chunk import ChunkStep
 from .matrices import matrices_block
+from .pairs import PairsRef
 from .planes import planes_block
 from .rows import rows_block
 from .scratch import scratch_shapes
@@ -45,7 +51,7 @@ def update_leaf(
     # A leaf is a batch, and `scalars` are its own.
     del leaves
     (view,), (grad,), (state,) = views, grads, old
-    grad, state = view.elements.of(grad), view.of(state)
+    grad, state = view.of_elements(grad), view.of(state)
     # The kernel's own pipeline copies operands into VMEM. XLA would copy small ones
     # there first: they would move twice.
     kind = jax.ShapeDtypeStruct if structure.in_loop else pltpu.HBM
@@ -63,12 +69,14 @@ def update_leaf(
     packed = [x.reshape(1, -1) for x in (*packed, *own)]
     arrays, treedef = jtu.tree_flatten(state)
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    of_elements, of_state = _block_specs(block, state)
+    of_grad, of_state = _block_specs(view, block, grad, state)
     new = pl.pallas_call(
-        partial(_kernel, structure, arithmetic, block, unpack, own_structure, treedef),
+        partial(
+            _kernel, structure, arithmetic, view, block, unpack, own_structure, treedef
+        ),
         out_shape=[kind(x.shape, x.dtype) for x in arrays],
         grid=block.grid,
-        in_specs=[*[in_scalars for _ in packed], of_elements, *of_state],
+        in_specs=[*[in_scalars for _ in packed], of_grad, *of_state],
         out_specs=of_state,
         scratch_shapes=scratch_shapes(structure, block),
         input_output_aliases={len(packed) + 1 + i: i for i in range(len(arrays))},
@@ -123,14 +131,20 @@ def groups_of_chunk(structure: StepStructure) -> int:
     return 32 if len(structure.codecs) <= 1 else 16
 
 
-def _block_specs(block: AbstractGridBlock, state: TileState) -> tuple[Any, list[Any]]:
-    """How arrays with an entry for each element are cut into blocks, and how each array
-    of the state is."""
-    of_elements = pl.BlockSpec(block.elements, lambda *index: index)
+def _block_specs(
+    view: View, block: AbstractGridBlock, grad: Array, state: TileState
+) -> tuple[Any, list[Any]]:
+    """How the gradient is cut into blocks, and how each array of the state is."""
+
+    def of_elements(x: Array) -> Any:
+        if view.view_of(x.dtype) is view.elements:
+            return pl.BlockSpec(block.elements, lambda *index: index)
+        return pl.BlockSpec(block.scales_at(*block.elements), block.scales_at)
+
     of_scales = pl.BlockSpec(block.scales, block.scales_at)
     elements = (state.weight, state.correction, state.codes)
-    return of_elements, [
-        *[of_elements for _ in jtu.tree_leaves(elements)],
+    return of_elements(grad), [
+        *[of_elements(x) for x in jtu.tree_leaves(elements)],
         *[of_scales for _ in jtu.tree_leaves(state.scales)],
     ]
 
@@ -149,6 +163,7 @@ def cost_of(grads: PyTree[Array], old: PyTree[Array]) -> pl.CostEstimate:
 def _kernel(
     structure: StepStructure,
     arithmetic: Arithmetic,
+    view: View,
     block: AbstractGridBlock,
     unpack: Callable[..., Any],
     own_structure: Any,
@@ -159,9 +174,11 @@ def _kernel(
 ) -> None:
     count = own_structure.num_leaves
     own, (grad, *state, constants, extremes, prepared) = refs[:count], refs[count:]
+    count = len(state) // 2
+    grad = _seen(view, block, grad)
     old, new = [
-        jtu.tree_unflatten(treedef, x)
-        for x in (state[: len(state) // 2], state[len(state) // 2 :])
+        _state_seen(view, block, jtu.tree_unflatten(treedef, refs))
+        for refs in (state[:count], state[count:])
     ]
     shared = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
     own = own_structure.unflatten([x[0, 0] for x in own])
@@ -184,6 +201,21 @@ def _kernel(
     else:
         pl.when(scalars.take)(step)
         pl.when(jnp.logical_not(scalars.take))(partial(_stay, structure, old, new))
+
+
+def _seen(view: View, block: AbstractGridBlock, ref: Any) -> Any:
+    """A reference by indices of the view's elements."""
+    if view.view_of(ref.dtype) is view.elements:
+        return ref
+    axes = range(len(view.elements.axes))
+    return PairsRef(ref, block.scales_at(*axes))
+
+
+def _state_seen(view: View, block: AbstractGridBlock, state: TileState) -> TileState:
+    refs, treedef = jtu.tree_flatten(state)
+    elements = len(refs) - len(jtu.tree_leaves(state.scales))
+    seen = [_seen(view, block, ref) for ref in refs[:elements]]
+    return treedef.unflatten([*seen, *refs[elements:]])
 
 
 def _stay(structure: StepStructure, old: TileState, new: TileState) -> None:

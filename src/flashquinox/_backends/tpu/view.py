@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -60,16 +60,29 @@ class View:
     kind: Kind
     elements: ArrayView
     scales: ArrayView
+    # Of elements of 16 bits and more, where these lie in another order: in that of the
+    # scales.
+    wide: ArrayView | None = None
 
     @property
     def group_size(self) -> int:
         return self.layout.group_size
 
     def of(self, x: TileState) -> TileState:
-        return map_arrays(self.elements.of, self.scales.of, x)
+        return map_arrays(self.of_elements, self.scales.of, x)
+
+    def of_elements(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return self.view_of(x.dtype).of(x)
 
     def restore(self, x: TileState) -> TileState:
-        return map_arrays(self.elements.restore, self.scales.restore, x)
+        restore = lambda array: self.view_of(array.dtype).restore(array)
+        return map_arrays(restore, self.scales.restore, x)
+
+    def view_of(self, dtype: Any) -> ArrayView:
+        """Of elements of a dtype."""
+        if self.wide is not None and jnp.dtype(dtype).itemsize > 1:
+            return self.wide
+        return self.elements
 
 
 def view_of(
@@ -108,6 +121,10 @@ def view_of(
             found.kind,
             ArrayView(shape, found.elements),
             ArrayView(layout.scale_shape, found.scales),
+            # Small leaves move little.
+            ArrayView(shape, found.scales)
+            if found.pairs and math.prod(shape) >= LARGE
+            else None,
         )
     return None
 
