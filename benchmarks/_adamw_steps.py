@@ -13,13 +13,14 @@ from flashquinox._backends.dispatch import Backend
 
 
 def ours(
-    backend: Backend, shapes: Shapes
+    backend: Backend, shapes: Shapes, is_asked: bool = False
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The step, and the shapes of its arguments."""
+    """The step, and the shapes of its arguments. `is_asked`: by this backend, also
+    where JAX's default device is another."""
     params = _structs(shapes, jnp.bfloat16)
     # Groups are as the backend wants them where its device is.
     state = jax.eval_shape(fq.adamw(1e-3, backend=backend).init, params)
-    optim = fq.adamw(1e-3, backend="xla" if backend == "xla" else "auto")
+    optim = fq.adamw(1e-3, backend=backend if is_asked or backend == "xla" else "auto")
     return optim.step, (params, state, params)
 
 

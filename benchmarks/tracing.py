@@ -4,6 +4,7 @@
     python benchmarks/tracing.py --models gpt2,ddpm --backends auto,xla --repeats 3
     python benchmarks/tracing.py --compile --backends auto
     python benchmarks/tracing.py --first --models 16384,cnn
+    python benchmarks/tracing.py --first --absent-h100
 
 A program is traced and lowered once for each of its shapes, before it is compiled. For
 each model and backend:
@@ -32,6 +33,9 @@ there, also a GPU. Seconds are of wall time, the medians of so many processes:
 - run: its first call, in which the driver makes of PTX what the GPU executes, and one
   step;
 - lower and compile, all: their ratios to Optax's.
+
+With `--absent-h100`, it is compiled for an H100 where there is none, which needs JAX's
+plugin for CUDA, and not run. Seconds are of CPU time, of all threads together.
 
 Steps are of AdamW: ours on bfloat16 weights, Optax's on float32 weights. No device is
 needed: programs of "gpu" and "tpu" are traced and lowered for an H100 and a v5e, by
@@ -187,6 +191,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="compile for this CPU")
     parser.add_argument("--first", action="store_true", help="first steps of processes")
+    parser.add_argument(
+        "--absent-h100", action="store_true", help="with --first, for an H100"
+    )
     parser.add_json()
     return parser.parse_args()
 
@@ -197,7 +204,8 @@ def measure_first_steps(arguments: argparse.Namespace, there: dict[str, str]) ->
     print(_first_step.HEADER)
     rows = []
     for model in arguments.models:
-        for row in _first_step.rows_of(model, arguments.repeats):
+        found = _first_step.rows_of(model, arguments.repeats, arguments.absent_h100)
+        for row in found:
             rows.append(row)
             print(_first_step.line(row), flush=True)
     write_json(arguments.json, versions=there, repeats=arguments.repeats, rows=rows)
