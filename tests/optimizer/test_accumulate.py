@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import flashquinox as fq
+from flashquinox._optimizer import state_memory, together
 from flashquinox._optimizer.accumulation_state import SUM_UNIT
 from flashquinox.checkpoint import CheckpointError, Checkpoints
 
@@ -456,6 +457,38 @@ def test_state_in_host_memory(jit, bits, backend):
         assert {x.sharding.memory_kind for x in stored} == {where}
 
 
+@pytest.mark.parametrize(
+    "make, dtype, bits",
+    [
+        (fq.lion, jnp.bfloat16, 16),
+        slow(fq.adamw, jnp.float16, 24),
+        slow(fq.muon, jnp.bfloat16, 24),
+        slow(fq.adafactor, jnp.float32, 16),
+    ],
+)
+def test_sums_arrive_slice_by_slice(make, dtype, bits, monkeypatch):
+    """As gradients of a step whose leaves are several portions, whatever it asks of all
+    of them. A sum that is not read is not lost."""
+    monkeypatch.setattr(together, "PORTION", 2**12)
+    monkeypatch.setattr(state_memory, "_SMALL", 2**8)
+    # Groups of sums lie along other axes than those of the state.
+    shapes = {"w": (96, 96), "odd": (3, 7, 65), "none": (0, 3)}
+    start = arrays(shapes, dtype, 0)
+    grads = [arrays(shapes, dtype, 1 + i) for i in range(4)]
+    grads[1]["w"] = grads[1]["w"].at[3, 4].set(jnp.nan)
+    grads[3]["odd"] = None
+
+    def train(where):
+        plain = make(1e-2, state_memory=where, skip_nonfinite=True)
+        optim = fq.accumulate(plain, 2, bits=bits)
+        state = optim.init(start)
+        return _steps(optim, start, state, grads, max_norm=0.5)
+
+    found, expected = train("pinned_host"), train("device")
+    assert int(found[1].count) == 1 and int(found[1].mini_step) == 1
+    assert tree_identical(found, expected)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_host_memory_on_meshes(kind):
@@ -467,11 +500,12 @@ def test_host_memory_on_meshes(kind):
     found = []
     with jax.set_mesh(mesh):
         for kind_of_memory in ("device", "pinned_host"):
-            plain = fq.lion(1e-2, state_memory=kind_of_memory)
+            # Sums are read before the step as well.
+            plain = fq.lion(1e-2, state_memory=kind_of_memory, skip_nonfinite=True)
             optim = fq.accumulate(plain, 2, bits=16)
             start = draw(0)
             grads = [draw(1), draw(2)]
-            found.append(_steps(optim, start, optim.init(start), grads))
+            found.append(_steps(optim, start, optim.init(start), grads, max_norm=1.0))
     assert all(map(np.array_equal, *map(jtu.tree_leaves, found)))
     codes = found[1][1].sums["w"].codes
     assert codes.sharding.is_equivalent_to(where.with_memory_kind("pinned_host"), 2)

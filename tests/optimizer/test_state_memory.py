@@ -294,22 +294,24 @@ def test_memory_that_is_left(monkeypatch):
     [
         ((100, 64), (-1,)),
         ((100, 64), (-2,)),
-        ((64, 10, 8), (-3,)),
+        ((200, 10, 8), (-3,)),
         ((5000,), (-1,)),
         ((100, 6), (-2, -1)),
-        ((70, 3, 10), (-3, -2, -1)),
+        ((210, 3, 10), (-3, -2, -1)),
     ],
 )
 def test_slices(shape, axes):
-    """Each row and each scale is in one slice, and slices have whole groups."""
-    layout = Layout(shape, axes, 32)
-    slices = slices_of(shape, layout, None, math.prod(shape) // 3)
-    assert slices is not None and len(slices) > 1
-    for of, length in (("rows", shape[0]), ("of_scales", layout.scale_shape[0])):
-        spans = [getattr(x, of) for x in slices]
-        assert [x.start for x in spans] == [0, *[x.end for x in spans[:-1]]]
-        assert spans[-1].end == length
-    for x in slices:
-        part = layout.of_shape((x.rows.end - x.rows.start, *shape[1:]))
-        assert part.scale_shape[0] == x.of_scales.end - x.of_scales.start
-    assert slices_of(shape, layout, None, math.prod(shape)) is None
+    """Each row and each scale is in one slice, and slices have whole groups of each
+    layout."""
+    layouts = Layout(shape, axes, 32), Layout(shape, (-len(shape),), 48)
+    found = slices_of(shape, layouts, None, math.prod(shape) // 2)
+    assert found is not None and len(found) > 1
+    for layout, slices in zip(layouts, zip(*found, strict=True), strict=True):
+        for of, length in (("rows", shape[0]), ("of_scales", layout.scale_shape[0])):
+            spans = [getattr(x, of) for x in slices]
+            assert [x.start for x in spans] == [0, *[x.end for x in spans[:-1]]]
+            assert spans[-1].end == length
+        for x in slices:
+            part = layout.of_shape((x.rows.end - x.rows.start, *shape[1:]))
+            assert part.scale_shape[0] == x.of_scales.end - x.of_scales.start
+    assert slices_of(shape, layouts, None, math.prod(shape)) is None

@@ -41,6 +41,15 @@ def needs_kernels(array: Array, unit: int) -> bool:
     """Whether kernels copy parts of an array in host memory, in programs for the device
     that is traced for. Where parts begin and how long they are is a multiple of `unit`.
     See `tpu/host_copies.py`."""
+    if not (array.dtype.itemsize == 1 and _can_be_operand(array)):
+        return False
+    order = memory_order(array.shape, array.dtype.itemsize)
+    return order[0] == 0 and (array.ndim > 2 or unit % TILE_ROWS == 0)
+
+
+def _can_be_operand(array: Array) -> bool:
+    """Whether kernels take an array in host memory as it is, in programs for the device
+    that is traced for."""
     if not (
         isinstance(array, jax.core.Tracer)
         and memory.is_on_host(array)
@@ -48,12 +57,29 @@ def needs_kernels(array: Array, unit: int) -> bool:
         # Kernels of earlier versions take no arrays in host memory.
         and jax.__version_info__ >= (0, 11)
         and array.ndim > 1
-        and array.dtype.itemsize == 1
     ):
         return False
-    order = memory_order(array.shape, array.dtype.itemsize)
-    is_whole = array.ndim > 2 or unit % TILE_ROWS == 0
-    return order[0] == 0 and array.shape[order[-2]] % TILE_ROWS == 0 and is_whole
+    rows = array.shape[memory_order(array.shape, array.dtype.itemsize)[-2]]
+    return rows % (TILE_ROWS // array.dtype.itemsize) == 0
+
+
+def in_order(away: Arrays, here: Arrays) -> Arrays:
+    """The same arrays, some in host memory and some on the device. What uses one of
+    them waits for all of them.
+
+    XLA for TPUs ignores barriers between copies, and would begin as many of them early
+    as there is free memory for. It does not know what a kernel does with them.
+    """
+    if not any([isinstance(x, jax.core.Tracer) for x in away]):
+        # Without `jit`, everything is in order.
+        return away + here
+    found = lax.optimization_barrier(away + here)
+    tied = [i for i, x in enumerate(found) if _can_be_operand(x)]
+    if not tied:
+        return found
+    for i, x in zip(tied, _calls().tie([found[i] for i in tied]), strict=True):
+        found[i] = x
+    return found
 
 
 def start_reads(start: ScalarLike, length: int, arrays: Arrays) -> tuple[Arrays, Reads]:
@@ -98,6 +124,7 @@ class _Calls(NamedTuple):
     make_semaphores: _compat.KernelCall
     start_writes: _compat.KernelCall
     finish_writes: _compat.KernelCall
+    tie: _compat.KernelCall
 
 
 @functools.cache
@@ -128,6 +155,9 @@ def _semaphores_like(aval: Any) -> Any:
 class _Elsewhere:
     """The same in programs that are traced for a TPU and compiled for another platform:
     all is copied at the beginning. Semaphores are `None`."""
+
+    def tie(self, arrays: Arrays) -> Arrays:
+        return arrays
 
     def start_reads(
         self, start: Arrays, arrays: Arrays, *, first: int, length: int

@@ -12,13 +12,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, ScalarLike
 
 from .._backends.clear import clear_if
-from .._common import memory, meshes
+from .._common import memory
 from .._model.trees import flatten, Leaf, Rebuild
 from .._storage.quant_moment import StoredMoment
 from .._storage.split import Correction
 from .._tile.tile import no_update
 from .engine import StepEngine
-from .sums_as_gradients import SumReader
+from .sums_as_gradients import Sum, SumReader
 
 
 class Arrays(NamedTuple):
@@ -80,61 +80,69 @@ class AccumulatedStep:
         return self.rebuild(_replaced(values, self.dtypes, weights))
 
     def _taken(self, old: Arrays) -> tuple[Arrays, Any]:
-        sums = list(zip(old.sums, old.corrections, strict=True))
+        sums = self._sums(old)
         values = _replaced([x.value for x in self.leaves], self.dtypes, old.weights)
         model = self.rebuild(values)
+        # Those that kernels clear are left as they are.
+        stored = self.reader.stored(sums, self._cleared_later(old))
         there, grads = self.reader.read(
-            model, dict(zip(self.dtypes, sums, strict=True))
+            model, {i: x for i, x in sums.items() if i not in stored}
         )
         nothing = [None for _ in self.leaves]
-        model, state = self.engine.advance(
+        model, state, totals = self.engine.advance_by_sums(
             self.method,
             model,
             self.structure.unflatten(old.inner),
-            self.rebuild.state(_replaced(nothing, self.dtypes, grads)),
+            self.rebuild.state(_replaced(nothing, grads, [*grads.values()])),
             self.max_norm,
             self.divisor,
-            may_be_bits=True,
+            {self.leaves[i].unwrapped: x for i, x in stored.items()},
         )
         new, _ = flatten(model)
-        weights = [new[i].value for i in self.dtypes]
+        weights = {i: new[i].value for i in self.dtypes}
         inner, structure = jtu.tree_flatten(state)
-        # A sum is read by then, so that zeros can be in its place: each as soon as its
-        # own weight is known.
-        pairs = [
-            lax.optimization_barrier(pair) for pair in zip(weights, there, strict=True)
-        ]
-        weights, there = [x for x, _ in pairs], [x for _, x in pairs]
-        # Those that kernels clear are left as they are.
-        kept = {i: sums[i] for i in self._cleared_later(old)}
-        others = [i for i in range(len(sums)) if i not in kept]
-        pick = lambda found: [found[i] for i in others]
-        arrays, olds = (jtu.tree_leaves(pick(x)) for x in (there, sums))
-        zeros = _zeros(arrays, olds, self.is_last)
-        zeros = jtu.tree_structure(pick(sums)).unflatten(zeros)
-        there = dict(zip(others, zeros, strict=True)) | kept
-        there = [there[i] for i in range(len(sums))]
-        return Arrays(
-            weights, inner, [x for x, _ in there], [x for _, x in there]
+        for i, x in stored.items():
+            arrays = totals.get(self.leaves[i].unwrapped)
+            if arrays is not None and not x.is_kept:
+                sums[i] = x.sum_of(sums[i][0], arrays)
+        for i, x in there.items():
+            # A sum is read by then, so that zeros can be in its place: each as soon as
+            # its own weight is known.
+            weights[i], x = lax.optimization_barrier((weights[i], x))
+            sums[i] = jtu.tree_map(self._zeros, x)
+        return self._with_sums(
+            Arrays([*weights.values()], inner, [], []), sums
         ), structure
+
+    def _zeros(self, x: Array) -> Array:
+        """Zeros in the place of an array of a sum. XLA knows from the condition that it
+        is read before it is written. Without it, it would keep a second one."""
+        return jnp.where(self.is_last, jnp.zeros_like(x), x)
+
+    def _sums(self, arrays: Arrays) -> dict[int, Sum]:
+        pairs = zip(arrays.sums, arrays.corrections, strict=True)
+        return dict(zip(self.dtypes, pairs, strict=True))
+
+    def _with_sums(self, arrays: Arrays, sums: dict[int, Sum]) -> Arrays:
+        pairs = [sums[i] for i in self.dtypes]
+        return arrays._replace(
+            sums=[x for x, _ in pairs], corrections=[x for _, x in pairs]
+        )
 
     def _cleared_later(self, old: Arrays) -> list[int]:
         """The sums that are cleared after the branches."""
         if not isinstance(self.is_last, jax.core.Tracer):
             return []
-        sums = list(zip(old.sums, old.corrections, strict=True))
-        return self.reader.by_kernels(sums)
+        return self.reader.by_kernels(self._sums(old))
 
     def _cleared(self, new: Arrays, numbers: list[int]) -> Arrays:
         """The same with zeros in the place of these sums, if the step was taken."""
         if not numbers:
             return new
-        sums, corrections = list(new.sums), list(new.corrections)
-        arrays, of_sums = jtu.tree_flatten([(sums[i], corrections[i]) for i in numbers])
-        cleared = of_sums.unflatten(clear_if(self.is_last, arrays, new.weights[0]))
-        for i, (total, correction) in zip(numbers, cleared, strict=True):
-            sums[i], corrections[i] = total, correction
-        return new._replace(sums=sums, corrections=corrections)
+        sums = self._sums(new)
+        arrays, structure = jtu.tree_flatten([sums[i] for i in numbers])
+        cleared = structure.unflatten(clear_if(self.is_last, arrays, new.weights[0]))
+        return self._with_sums(new, sums | dict(zip(numbers, cleared, strict=True)))
 
     def _not_taken(self, old: Arrays) -> Arrays:
         if self.method == "step":
@@ -156,28 +164,6 @@ def _(*_: Any) -> Any:
         "memory. Put the state on the device with `jax.device_put`, or leave out "
         f'`state_memory="{memory.HOST_KIND}"`.'
     )
-
-
-def _zeros(there: list[Array], old: list[Array], is_last: Array) -> list[Array]:
-    """Zeros in the place of the arrays of sums. `there` is what has been read of them,
-    and is in their place if that is on the device."""
-    found: list[Array] = []
-    previous: list[Array] = []
-    for x, y in zip(there, old, strict=True):
-        if not memory.is_on_host(x):
-            # XLA knows from this that the array is read before it is written. Without
-            # it, it would keep a second one.
-            found.append(memory.where(jnp.where(is_last, jnp.zeros_like(x), x), y))
-            continue
-        # What was not read, one array after the other, so that zeros of only one are on
-        # the device.
-        zero, previous = lax.optimization_barrier((jnp.zeros((), y.dtype), previous))
-        zeros = jnp.broadcast_to(zero, y.shape)
-        if isinstance(y, jax.core.Tracer):
-            zeros = meshes.as_typed(zeros, jax.typeof(y).sharding)
-        previous = [memory.where(zeros, y)]
-        found += previous
-    return found
 
 
 def _replaced(values: list[Any], numbers: Iterable[int], new: list[Any]) -> list[Any]:

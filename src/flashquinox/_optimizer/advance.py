@@ -18,12 +18,13 @@ from .._storage.layout import flattened
 from .._storage.split import decode_weight
 from .._tile.clipping import Clipping, scaled
 from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from .._tile.stored_gradient import StoredGradient
 from . import derivatives
 from .directions import between, direction_dtype
 from .part import Advanced, Part
 from .passes import Pass
 from .stored_leaf import Learned
-from .streaming import stream
+from .streaming import Stream
 from .together import batches, portions
 
 
@@ -48,7 +49,7 @@ class Advance:
 
     def all(self, of: Sequence[Part]) -> list[Advanced]:
         """One step of these leaves."""
-        if memory.any_on_host([x.old for x in of]):
+        if memory.any_on_host([(x.old, x.grad) for x in of]):
             return self._with_streamed(of)
         passes = [self.step.passes[x.number] for x in of]
         if all([x.between is None for x in passes]):
@@ -57,22 +58,23 @@ class Advance:
 
     def _with_streamed(self, of: Sequence[Part]) -> list[Advanced]:
         """One step of leaves, some of which may be in host memory. Those that are
-        streamed through the device come last, as their copies can begin before."""
-        away = [i for i, x in enumerate(of) if self._is_streamed(x)]
+        streamed through the device, and those whose gradients are, come last, as their
+        copies can begin before."""
+        away = [
+            i
+            for i, x in enumerate(of)
+            if self.step.is_streamed(x) or isinstance(x.grad, StoredGradient)
+        ]
         here = [i for i in range(len(of)) if i not in set(away)]
         done = dict(zip(here, self._here([of[i] for i in here]), strict=True))
         if away:
             # Arrays that arrive need not be in the large memory of a device.
             advance = dataclasses.replace(self, in_loop=True)
-            there = portions(self.step, of, away)
-            done |= stream(of, there, advance._here, self.as_update)
+            portions_there = portions(self.step, of, away)
+            streamed = [self.step.is_streamed(x) for x in of]
+            stream = Stream(of, portions_there, streamed, self.as_update)
+            done |= stream.update(advance._here)
         return [done[i] for i in range(len(of))]
-
-    def _is_streamed(self, x: Part) -> bool:
-        """Whether a leaf is in host memory, and kernels do not take it there."""
-        if not memory.any_on_host(x.old):
-            return False
-        return not self.step.is_taken_there(x.number)
 
     def _here(self, of: Sequence[Part]) -> list[Advanced]:
         """One step of leaves whose state need not be streamed."""

@@ -14,21 +14,27 @@ from .._common.dtypes import compute_dtype, largest_gradient, numbers_of
 from .._model.trees import Leaf
 from .._sharding import reductions
 from .._tile.clipping import Clipping, division
+from .._tile.stored_gradient import Gradient, StoredGradient
 from .settings import Rates
 
 
 def as_typed(
-    grads: Sequence[Array], shardings: Sequence[NamedSharding | None]
-) -> list[Array]:
-    """Gradients with the shardings of their leaves, where these are part of types."""
+    grads: Sequence[Gradient], shardings: Sequence[NamedSharding | None]
+) -> list[Gradient]:
+    """Gradients with the shardings of their leaves, where these are part of types. Sums
+    that they are stored in have them."""
     return [
-        grad if sharding is None else meshes.as_typed(grad, sharding)
+        grad if isinstance(grad, StoredGradient) else meshes.as_typed(grad, sharding)
         for grad, sharding in zip(grads, shardings, strict=True)
     ]
 
 
+def _numbers_of(grad: Gradient) -> Gradient:
+    return grad if isinstance(grad, StoredGradient) else numbers_of(grad)
+
+
 def clipping(
-    grads: list[Array],
+    grads: Sequence[Gradient],
     shardings: list[NamedSharding | None],
     max_norm: ScalarLike | None,
     divisor: ScalarLike | None = None,
@@ -37,7 +43,7 @@ def clipping(
     norm."""
     if not grads or (max_norm is None and divisor is None):
         return None
-    grads = [*map(numbers_of, grads)]
+    grads = [*map(_numbers_of, grads)]
     if max_norm is None:
         dtypes = [compute_dtype(grad.dtype) for grad in grads]
         return division(divisor, jnp.result_type(*dtypes))  # pyright: ignore
@@ -47,7 +53,7 @@ def clipping(
 
 def all_finite(
     leaves: Sequence[Leaf],
-    grads: list[Array],
+    grads: Sequence[Gradient],
     shardings: list[NamedSharding | None],
     clip: Clipping | None,
     rates: Sequence[Rates],
@@ -63,7 +69,7 @@ def all_finite(
     if clip is not None and clip.norm is not None:
         finite = clip.norm.is_finite & (clip.norm.largest <= min(limits))
     else:
-        arrived = as_typed([*map(numbers_of, grads)], shardings)
+        arrived = as_typed([*map(_numbers_of, grads)], shardings)
         finite = reductions.all_within(arrived, limits, shardings)
     for rate in itertools.chain(*rates):
         if isinstance(rate, jax.Array):

@@ -13,7 +13,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._backends import host_copies
-from .._tile.step import TileState
 from .slices import Slice
 
 
@@ -25,7 +24,7 @@ class KernelCopies:
     leaves, by their numbers, which methods replace. Of leaves with slices, `units` says
     what where these begin and how long they are is a multiple of."""
 
-    def __init__(self, held: dict[int, TileState], units: Mapping[int, int]):
+    def __init__(self, held: dict[int, T], units: Mapping[int, int]):
         self._held = held
         self._masks: dict[int, PyTree] = {}
         for leaf, unit in units.items():
@@ -36,7 +35,7 @@ class KernelCopies:
         self._reads: tuple[int, host_copies.Reads] | None = None
         self._writes: tuple[int, host_copies.Writes] | None = None
 
-    def others(self, leaf: int, tree: TileState) -> TileState:
+    def others(self, leaf: int, tree: T) -> T:
         """What XLA copies, with `None` in place of the rest."""
         if leaf not in self._masks:
             return tree
@@ -50,7 +49,7 @@ class KernelCopies:
             self._reads = leaf, reads
             self._hold(leaf, arrays)
 
-    def finish_read(self, others: list[TileState]) -> list[TileState]:
+    def finish_read(self, others: list[T]) -> list[T]:
         """The portion that was begun last, of which `others` is what XLA has copied."""
         if self._reads is None:
             return others
@@ -61,7 +60,7 @@ class KernelCopies:
         (rest,) = others
         return [eqx.combine(self._structure(leaf).unflatten(parts), rest)]
 
-    def start_write(self, leaf: int, part: Slice, new: TileState) -> None:
+    def start_write(self, leaf: int, part: Slice, new: PyTree) -> None:
         if leaf in self._masks:
             parts = jtu.tree_leaves(eqx.partition(new, self._masks[leaf])[0])
             arrays = self._arrays(leaf)

@@ -1,9 +1,8 @@
 """What a step updates at a time, and what comes of it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import NamedSharding
-from jaxtyping import Array
 
 from .._tile.step import TileState
 from .stored_leaf import Learned
@@ -15,11 +14,16 @@ class Part(NamedTuple):
 
     number: int
     old: TileState
-    grad: Array
+    # On the device, where a pass is taken.
+    grad: Any
     sharding: NamedSharding | None
     parameters: Learned
 
 
 class Advanced(NamedTuple):
+    """What a leaf is after a step. `total` are the arrays of the sum that its gradient
+    was stored in, if it was."""
+
     new: TileState
     parameters: Learned
+    total: TileState | None = None

@@ -1,7 +1,7 @@
 """Slices of a leaf along its first axis, each of whole groups."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.lax as lax
@@ -57,37 +57,51 @@ def elements_on_device(shape: tuple[int, ...], sharding: NamedSharding | None) -
 
 def slices_of(
     shape: tuple[int, ...],
-    layout: Layout | None,
+    layouts: Sequence[Layout | None],
     sharding: NamedSharding | None,
     elements: int,
-) -> list[Slice] | None:
-    """A leaf in slices of about so many elements on each device. `None` for one that
-    has no more, and where no slices have whole groups on every device. `layout` is
-    `None` for a leaf without groups."""
+) -> list[tuple[Slice, ...]] | None:
+    """A leaf in slices of about so many elements on each device, each once for every
+    layout, in which states of the leaf have their groups. `None` for a leaf that has no
+    more elements, and where no slices have whole groups on every device. A layout is
+    `None` for a state without groups."""
     if not shape:
         return None
     size = elements_on_device(shape, sharding)
     is_divided = sharding is not None and meshes.divisions(sharding)[:1] > (1,)
     if size <= elements or is_divided:
         return None
-    inner, unit, in_run = 1, _ROWS if len(shape) == 2 else 1, False
-    if layout is not None and layout.axes[0] == -len(shape):
-        # Groups run along the first axis, and those after it.
-        inner, in_run = layout.run // shape[0], True
-        whole = layout.group_size // math.gcd(layout.group_size, inner)
-        unit = math.lcm(unit, whole)
-    row = size // shape[0]
-    rows = max(1, elements // row)
+    unit = _ROWS if len(shape) == 2 else 1
+    for layout in layouts:
+        if layout is not None and _is_along_rows(layout, shape):
+            whole = layout.group_size // math.gcd(layout.group_size, _inner(layout))
+            unit = math.lcm(unit, whole)
+    rows = max(1, elements // (size // shape[0]))
     rows = max(unit, rows // unit * unit)
     if rows >= shape[0]:
         return None
-    found = []
-    for start in range(0, shape[0], rows):
-        span = Span(start, min(start + rows, shape[0]))
-        groups = span
-        if in_run:
-            assert layout is not None
-            size = layout.group_size
-            groups = Span(start * inner // size, -(-span.end * inner // size))
-        found.append(Slice(span, groups))
-    return found
+    spans = [
+        Span(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)
+    ]
+    return [
+        tuple([Slice(span, _of_scales(layout, shape, span)) for layout in layouts])
+        for span in spans
+    ]
+
+
+def _is_along_rows(layout: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether groups run along the first axis, and those after it."""
+    return layout.axes[0] == -len(shape)
+
+
+def _inner(layout: Layout) -> int:
+    """The elements of a run in each row."""
+    return layout.run // layout.shape[0]
+
+
+def _of_scales(layout: Layout | None, shape: tuple[int, ...], rows: Span) -> Span:
+    """The rows of scales that belong to rows of a leaf."""
+    if layout is None or not _is_along_rows(layout, shape):
+        return rows
+    inner, size = _inner(layout), layout.group_size
+    return Span(rows.start * inner // size, -(-rows.end * inner // size))

@@ -1,6 +1,7 @@
 """A step in progress."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from .._sharding.state_specs import holds_whole_groups
 from .._storage.layout import Layout
 from .._tile.clipping import Clipping
 from .._tile.step import TileState
+from .._tile.stored_gradient import Gradient
 from .advance import Advance
 from .checksums import verified
 from .device_checks import check_state_is_with_weight, warn_of_divided_groups
@@ -47,6 +49,7 @@ class StepInProgress:
     - `stored`: what the state had, for each leaf that is trained.
     - `passes`: those of each leaf that is trained, with what is the same for leaves.
     - `new`, `learned`: what leaves that have been updated are now.
+    - `totals`: what the sums are now that gradients of leaves are stored in.
     """
 
     call: str
@@ -67,6 +70,7 @@ class StepInProgress:
     passes: dict[int, Passes]
     new: dict[int, TileState] = dataclasses.field(default_factory=dict)
     learned: dict[int, Learned] = dataclasses.field(default_factory=dict)
+    totals: dict[int, TileState] = dataclasses.field(default_factory=dict)
 
     def check(self, index: int) -> None:
         """Checks that a leaf that is trained and its state go together."""
@@ -131,7 +135,7 @@ class StepInProgress:
 
     def update(
         self,
-        grads: dict[int, Array],
+        grads: Mapping[int, Gradient],
         clip: Clipping | None,
         as_update: bool = False,
     ) -> Bool[Array, ""] | None:
@@ -151,7 +155,9 @@ class StepInProgress:
         ]
         advance = Advance(self, all_finite, clip, learn=True, as_update=as_update)
         for index, new in zip(grads, advance.all(of), strict=True):
-            self.new[index], self.learned[index] = new
+            self.new[index], self.learned[index], total = new
+            if total is not None:
+                self.totals[index] = total
         return all_finite
 
     def learn(
@@ -183,15 +189,20 @@ class StepInProgress:
         arrived = as_typed(grads, shardings)
         each = zip(numbers, old, arrived, shardings, learned, strict=True)
         advance = Advance(self, all_finite, clip, learn=False, in_loop=True)
-        return [new for new, _ in advance.all([Part(*x) for x in each])]
+        return [x.new for x in advance.all([Part(*x) for x in each])]
 
-    def is_taken_there(self, index: int) -> bool:
-        """Whether the step of a leaf is one that kernels take in host memory: of whole
-        groups, in one pass, in codes that stay what they are."""
+    def is_streamed(self, x: Part) -> bool:
+        """Whether the state of a leaf is in host memory, and kernels do not take it
+        there: they take steps of whole groups, in one pass, in codes that stay what
+        they are."""
+        if not memory.any_on_host(x.old):
+            return False
+        index = x.number
         stored, sharding = self.stored[index], self.shardings[index]
         is_whole = sharding is None or holds_whole_groups(self.layout(index), sharding)
         is_plain = is_whole and self.passes[index].between is None
-        return is_plain and not stored.not_learned and reads_host_memory(self.way)
+        is_plain = is_plain and not stored.not_learned
+        return not (is_plain and reads_host_memory(self.way))
 
     def layers_are_apart(self, index: int) -> bool:
         """See [`flashquinox._optimizer.passes.layers_are_apart`][]."""
@@ -200,7 +211,7 @@ class StepInProgress:
     def all_finite(
         self,
         numbers: list[int],
-        grads: list[Array],
+        grads: Sequence[Gradient],
         shardings: list[NamedSharding | None],
         clip: Clipping | None,
     ) -> Bool[Array, ""] | None:

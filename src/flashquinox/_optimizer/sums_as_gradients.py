@@ -1,9 +1,9 @@
 """Sums of gradients as gradients."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, TypeAlias
 
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
@@ -15,6 +15,7 @@ from .._sharding import record
 from .._storage.quant_moment import QuantMoment
 from .._storage.split import decode_weight
 from .._storage.tapered_read import TaperedReader
+from .._tile.stored_gradient import StoredGradient
 from .accumulation_state import reading_settings
 from .engine import StepEngine
 from .settings import Settings
@@ -28,8 +29,8 @@ Sum: TypeAlias = tuple[Any, Any]
 @dataclasses.dataclass(frozen=True)
 class SumReader:
     """Makes gradients of sums. Where these are bfloat16, they are the ones nearest to
-    the sums, and in the memory of the sums. Those of sums in 16 bits are the bits of
-    such numbers.
+    the sums. On the device, they are in the memory of the sums, and those of sums in 16
+    bits are the bits of such numbers.
 
     - `adding`: the settings of the optimizer that adds.
     - `leaves`, `rebuild`: the model.
@@ -45,45 +46,43 @@ class SumReader:
 
     def read(
         self, model: PyTree, sums: dict[int, Sum]
-    ) -> tuple[list[Sum], list[Array]]:
-        """What is on the device afterwards of what was read of these sums, in their
-        place if they are there too; and the gradients. `model` has the weights as they
-        are now."""
+    ) -> tuple[dict[int, Sum], dict[int, Array]]:
+        """What has been read of these sums, which are on the device, in their place;
+        and the gradients. `model` has the weights as they are now."""
         in_place = {
-            i: memory.to_device(x)
+            i: x
             for i, (x, _) in sums.items()
             if isinstance(x, QuantMoment) and self.dtypes[i] == jnp.bfloat16
         }
         read = self._in_place(model, in_place)
-        there, grads = [], []
+        there: dict[int, Sum] = {}
+        grads: dict[int, Array] = {}
         for i, (total, correction) in sums.items():
-            is_coded = isinstance(total, QuantMoment)
+            there[i] = read.get(i, total), correction
             if i in read:
-                total = read[i]
-                grad = total.codes
-            elif not is_coded and total.dtype == self.dtypes[i]:
+                grads[i] = read[i].codes
+            elif isinstance(total, QuantMoment):
+                grads[i] = total.decode_stored()
+            elif total.dtype == self.dtypes[i]:
                 # Of bfloat16 gradients, the correction is not looked at.
-                total = grad = memory.to_device(total)
+                grads[i] = total
             else:
-                if memory.any_on_host(total):
-                    # One sum after the other, so that only one is on the device beside
-                    # its gradient.
-                    (total, correction), grads[-1:] = lax.optimization_barrier(
-                        ((total, correction), grads[-1:])
-                    )
-                total, correction = memory.to_device((total, correction))
-                grad = (
-                    total.decode_stored()
-                    if is_coded
-                    else decode_weight(total, correction)
-                )
-            there.append((total, correction))
-            grads.append(grad)
+                grads[i] = decode_weight(total, correction)
         return there, grads
 
-    def by_kernels(self, sums: list[Sum]) -> list[int]:
-        """Which of these sums, of the leaves that have gradients, are in host memory
-        where kernels take them."""
+    def stored(
+        self, sums: dict[int, Sum], kept: Collection[int]
+    ) -> dict[int, StoredGradient]:
+        """Those of these sums that are in host memory, as gradients. `kept` are those
+        that stay as they are."""
+        return {
+            i: StoredGradient.of(total, correction, self.dtypes[i], i in kept)
+            for i, (total, correction) in sums.items()
+            if memory.any_on_host((total, correction))
+        }
+
+    def by_kernels(self, sums: dict[int, Sum]) -> list[int]:
+        """Which of these sums are in host memory where kernels take them."""
         trained = [i in self.dtypes for i in range(len(self.leaves))]
         found, unknown = self.adding.resolve_shardings(
             self.call, self.leaves, trained, self.shardings
@@ -91,8 +90,8 @@ class SumReader:
         if unknown or not reads_host_memory(self.adding.backend):
             return []
         return [
-            place
-            for place, (i, x) in enumerate(zip(self.dtypes, sums, strict=True))
+            i
+            for i, x in sums.items()
             if found[i] is None and all(memory.are_on_host(jtu.tree_leaves(x)))
         ]
 

@@ -8,6 +8,8 @@ from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
 from .._rules.rule import rule_structure
 from .._rules.whole_leaf import AbstractMatrixRule
+from .._storage.layout import Layout
+from .._tile.stored_gradient import StoredGradient
 from .part import Part
 from .slices import elements_on_device, slices_of
 from .streaming import Piece, PORTION, Portion
@@ -53,24 +55,24 @@ def portions(
 ) -> list[Portion]:
     """Which of these leaves, or slices of them, are on the device together. Rules
     that need whole leaves get them, in the batches of leaves on the device, so that
-    their products are the same; and so do codecs that learn."""
+    their products are the same; and so do codecs that learn, and kernels that take
+    states where they are."""
     found: list[Portion] = []
     room, whole = 0, []
     for i in numbers:
-        number, old, grad, sharding, parameters = of[i]
+        number, _, grad, sharding, parameters = of[i]
         if step.passes[number].between is not None:
             whole.append(i)
             continue
-        shape, slices = grad.shape, None
-        size = elements_on_device(shape, sharding)
-        if not parameters:
-            is_grouped = any([x is not None for x in old.scales.values()])
-            layout = step.stored[number].layout(shape) if is_grouped else None
-            slices = slices_of(shape, layout, sharding, PORTION)
+        slices = None
+        if not parameters and step.is_streamed(of[i]):
+            layouts = _layouts(step, of[i])
+            slices = slices_of(grad.shape, layouts, sharding, PORTION)
         if slices is not None:
             found += [[Piece(i, x)] for x in slices]
             room = 0
             continue
+        size = elements_on_device(grad.shape, sharding)
         if size > room:
             found.append([])
             room = PORTION
@@ -79,3 +81,13 @@ def portions(
     return found + [
         [Piece(i, None) for i in batch] for batch in batches(step, of, whole)
     ]
+
+
+def _layouts(step: "StepInProgress", x: Part) -> list[Layout | None]:
+    """The groups of the state of a leaf, and those of the sum that its gradient is
+    stored in, if it is."""
+    is_grouped = any([x is not None for x in x.old.scales.values()])
+    of_state = step.stored[x.number].layout(x.grad.shape) if is_grouped else None
+    if not isinstance(x.grad, StoredGradient):
+        return [of_state]
+    return [of_state, x.grad.layout]

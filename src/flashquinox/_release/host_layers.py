@@ -25,8 +25,8 @@ copies, a few bytes go from one memory to the other: the counts of steps, which 
 need, arrive when the first gradient is computed, and have gone back before the update.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -35,14 +35,128 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .. import _compat
+from .._backends.host_copies import needs_kernels
 from .._common import memory
+from .._tile.step import TileState
+from . import kernel_layers
+from .stacks import read_layer
 
 
 T = TypeVar("T")
 U = TypeVar("U")
 C = TypeVar("C")
+# The states of stacks, or of layers of them, with `None` in place of arrays in another
+# memory.
+Stacks: TypeAlias = dict[int, TileState]
 # The gradient of an addend is there before the forward part is computed.
 _SUMS = ("add", "add_any", "sub")
+
+
+class Moving(NamedTuple):
+    """What a turn of the backward pass has of the state in host memory.
+
+    - `stacks`: those that XLA copies.
+    - `flown`: those that kernels copy.
+    - `leaving`: what is still to be written of the layer after this one.
+    - `counts`: those of steps, in host memory.
+    """
+
+    stacks: Stacks
+    flown: Stacks
+    leaving: Stacks
+    counts: list[Array]
+
+
+class Departed(NamedTuple):
+    """Copies of one turn that have begun. `parts` is what is still to be written of the
+    second half."""
+
+    stacks: tuple[Stacks, Stacks]
+    parts: Stacks
+    arrived: Stacks
+    crossing: kernel_layers.Crossing
+    moving: Moving
+
+
+class HostLayers:
+    """The copies of the backward pass.
+
+    - `stacks`: the states of all stacks.
+    - `write`: a function of stacks, layers of some of them, and a number: the stacks in
+        which these are the layers of that number.
+    - `divided`: the numbers of the stacks that are divided among devices.
+    - `first`: gives the number of the weight whose gradient is computed first.
+    """
+
+    def __init__(
+        self,
+        stacks: Stacks,
+        write: Callable[[Stacks, Stacks, Any], Stacks],
+        divided: Collection[int],
+        first: Callable[[Stacks], int],
+    ):
+        self._all, self._write = stacks, write
+        self.here, away = _split(stacks)
+        self.is_empty = not jtu.tree_leaves(away)
+        self._first = None if self.is_empty else first(self.here)
+        # Kernels copy no parts of arrays that are divided.
+        self._by_kernels = {
+            i: jtu.tree_map(lambda x, i=i: i not in divided and needs_kernels(x, 1), x)
+            for i, x in stacks.items()
+        }
+        self._flown, self._away = kernel_layers.split(away, self._by_kernels)
+        self._are_second = second_half(self._away)
+
+    def before_all(self, counts: list[Array]) -> Moving:
+        """Before the last layer, with which the backward pass begins."""
+        nothing: Stacks = self._away if self.is_empty else {}
+        return Moving(self._away, self._flown, nothing, counts)
+
+    def depart(self, moving: Moving, layer: Array, read: T) -> tuple[Departed, T]:
+        """Begins the copies of a turn. `read` is what it takes of its layer from the
+        device."""
+        read, leaving = _before(read, moving.leaving)
+        flying, leaving = kernel_layers.split(leaving, self._by_kernels)
+        crossing, read = kernel_layers.depart(moving.flown, flying, layer, read)
+        one, two = halves(moving.stacks, self._are_second)
+        leaving_1, leaving_2 = halves(leaving, self._are_second)
+        one = self._write(one, leaving_1, layer + 1)
+        arrived = read_layer(two, layer)
+        return Departed((one, two), leaving_2, arrived, crossing, moving), read
+
+    def land(
+        self, departed: Departed, layer: Array, grads: dict[int, Array]
+    ) -> tuple[Moving, Stacks, dict[int, Array], list[Array]]:
+        """Ends the copies of a turn: what is moving after it, the state of this layer,
+        its gradients, and the counts of steps on the device."""
+        (one, two), leaving_2, arrived_2, crossing, moving = departed
+        counts = arrived_counts = moving.counts
+        if self._first is not None:
+            moved = one, two, leaving_2, arrived_2
+            grads[self._first], moved, arrived_counts = _after(
+                grads[self._first], moved, counts
+            )
+            one, two, leaving_2, arrived_2 = moved
+            counts = memory.to_host(arrived_counts)
+        two = self._write(two, leaving_2, layer + 1)
+        moved = read_layer(one, layer), two, counts
+        arrived_1, two, counts = lax.optimization_barrier(moved)
+        stacks = eqx.combine(one, two)
+        flown, landed, grads = kernel_layers.land(crossing, moving.flown, grads)
+        arrived = eqx.combine(arrived_1, arrived_2, landed)
+        return Moving(stacks, flown, {}, counts), arrived, grads, arrived_counts
+
+    def leave(self, new: Stacks) -> tuple[Stacks, Stacks]:
+        """What of the new state of a layer stays on the device, and what leaves."""
+        old = {i: self._all[i] for i in new}
+        leaves, stays = eqx.partition(new, jtu.tree_map(memory.is_on_host, old))
+        return stays, leaves
+
+    def after_all(self, here: Stacks, moving: Moving) -> Stacks:
+        """All stacks, once the first layer is written too."""
+        flying, leaving = kernel_layers.split(moving.leaving, self._by_kernels)
+        flown = kernel_layers.write_last(moving.flown, flying)
+        return eqx.combine(here, self._write(moving.stacks, leaving, 0), flown)
 
 
 @jax.custom_batching.custom_vmap
@@ -60,16 +174,10 @@ def _(*_: Any) -> Any:
     )
 
 
-def split(tree: T) -> tuple[T, T]:
+def _split(tree: T) -> tuple[T, T]:
     """A tree as two, with `None` in place of the others: the arrays on the device, and
     those in host memory."""
     away, here = eqx.partition(tree, memory.is_on_host)
-    return here, away
-
-
-def where_they_are(new: T, old: PyTree) -> tuple[T, T]:
-    """New arrays as two trees, by the memories of the old ones."""
-    away, here = eqx.partition(new, jtu.tree_map(memory.is_on_host, old))
     return here, away
 
 
@@ -93,7 +201,7 @@ def halves(
     return one, second
 
 
-def before(read: T, leaving: U) -> tuple[T, U]:
+def _before(read: T, leaving: U) -> tuple[T, U]:
     """What is read on the device, and what is written to host memory after that. XLA
     may put both copies on one stream, where a short one would wait for long ones."""
     if not jtu.tree_leaves(leaving):
@@ -101,7 +209,7 @@ def before(read: T, leaving: U) -> tuple[T, U]:
     return lax.optimization_barrier((read, leaving))
 
 
-def after(grad: Array, moved: T, counts: C) -> tuple[Array, T, C]:
+def _after(grad: Array, moved: T, counts: C) -> tuple[Array, T, C]:
     """The first gradient of a layer, what has been moved when it is computed, and
     counts that have arrived from host memory by then."""
     grad, counts = lax.optimization_barrier((grad, counts))

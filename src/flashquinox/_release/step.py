@@ -2,7 +2,7 @@
 gradients of only one layer exist at a time."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,28 +12,15 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Key, PyTree, ScalarLike
 
 from .. import _compat
-from .._backends.host_copies import needs_kernels
-from .._common import memory
 from .._common.batches import batches_by_size
 from .._common.dtypes import compute_dtype
 from .._model.trees import Model, State
 from .._optimizer.argument_checks import check_max_norm
 from .._optimizer.optimizer import Optimizer
 from .._tile.clipping import Clipping, scaled
-from .._tile.step import TileState
-from . import kernel_layers
 from .checks import check_layered_loss, check_layers_are_whole
 from .groups import check_optimizers, open_groups
-from .host_layers import (
-    after,
-    before,
-    first_gradient,
-    halves,
-    refuse_vmap,
-    second_half,
-    split,
-    where_they_are,
-)
+from .host_layers import first_gradient, HostLayers, Moving, refuse_vmap, Stacks
 from .layered import LayeredLoss, open_layers
 from .stacks import (
     by_layer,
@@ -199,7 +186,7 @@ def release_step(
 
     learned = step.learn(list(stacks), is_finite)
 
-    def write(stacks: _Stacks, parts: _Stacks, layer: Any) -> _Stacks:
+    def write(stacks: Stacks, parts: Stacks, layer: Any) -> Stacks:
         """Stacks in which these leaves have these parts as a layer."""
         new = {i: write_layer(stacks[i], part, layer) for i, part in parts.items()}
         placed = {
@@ -210,7 +197,7 @@ def release_step(
 
     inputs = waiting, static, layered.keys.of_blocks, kept
 
-    def read(layer: ScalarLike, here: _Stacks) -> PyTree:
+    def read(layer: ScalarLike, here: Stacks) -> PyTree:
         """What the backward pass takes of one layer, but for its state."""
         of_layer = jtu.tree_map(
             lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), inputs
@@ -227,62 +214,28 @@ def release_step(
 
         return block, weights | waiting, x
 
-    here, away = split(stacks)
-    is_away = bool(jtu.tree_leaves(away))
-    first = first_gradient(*open_layer(read(0, here))) if is_away else None
-    counts = step.counts_for_copies() if is_away else []
-    value = refuse_vmap(value) if is_away else value
-    # Those of parts of arrays are no kernels.
-    by_kernels = {
-        i: jtu.tree_map(
-            lambda x, i=i: divided[i] is None and needs_kernels(x, 1), stack
-        )
-        for i, stack in stacks.items()
-    }
-    flown, away = kernel_layers.split(away, by_kernels)
-    are_second = second_half(away)
+    first = lambda here: first_gradient(*open_layer(read(0, here)))
+    divided_stacks = [i for i in stacks if divided[i] is not None]
+    away = HostLayers(stacks, write, divided_stacks, first)
+    if not away.is_empty:
+        value = refuse_vmap(value)
 
-    def backward(
-        layer: Array,
-        here: _Stacks,
-        away: _Stacks,
-        flown: _Stacks,
-        leaving: _Stacks,
-        counts: list[Array],
-        x_bar: PyTree,
-    ) -> Any:
-        """One layer. Of stacks on the device, in host memory, and there for kernels to
-        copy, `leaving` is what is still to be written of the layer after this one. For
-        that, and for `counts`, see `host_layers.py`."""
-        of_layer, leaving = before(read(layer, here), leaving)
-        flying, leaving = kernel_layers.split(leaving, by_kernels)
-        crossing, of_layer = kernel_layers.depart(flown, flying, layer, of_layer)
-        away_1, away_2 = halves(away, are_second)
-        leaving_1, leaving_2 = halves(leaving, are_second)
-        away_1 = write(away_1, leaving_1, layer + 1)
-        arrived_2 = read_layer(away_2, layer)
+    def backward(layer: Array, here: Stacks, moving: Moving, x_bar: PyTree) -> Any:
+        """One layer. `here` are stacks on the device."""
+        departed, of_layer = away.depart(moving, layer, read(layer, here))
         block, weights, x = open_layer(of_layer)
         _, pull, _ = jax.vjp(block, weights, x, has_aux=True)
         grads, x_bar = pull(x_bar)
-        grads, counted = materialized(grads), step
-        if first is not None:
-            moved = away_1, away_2, leaving_2, arrived_2
-            grads[first], moved, counts = after(grads[first], moved, counts)
-            away_1, away_2, leaving_2, arrived_2 = moved
-            counted, counts = step.with_counts(counts), memory.to_host(counts)
-        away_2 = write(away_2, leaving_2, layer + 1)
-        moved = read_layer(away_1, layer), away_2, counts
-        arrived_1, away_2, counts = lax.optimization_barrier(moved)
-        away = eqx.combine(away_1, away_2)
-        flown, landed, grads = kernel_layers.land(crossing, flown, grads)
-        arrived = eqx.combine(arrived_1, arrived_2, landed)
+        grads = materialized(grads)
+        moving, arrived, grads, counts = away.land(departed, layer, grads)
+        counted = step.with_counts(counts)
         clip = step.clip(grads, divided, max_norm)
         finite = step.all_finite(grads, divided, clip)
         if clip is not None:
             # They are used after the loop, and each layer has its own factor of
             # clipping.
             grads |= {i: _scaled(grads[i], clip) for i in waiting}
-        left: _Stacks = {}
+        left: Stacks = {}
         for numbers in groups:
             # A barrier between batches: otherwise XLA may decode the whole layer at
             # once, and hold its state twice.
@@ -292,20 +245,20 @@ def release_step(
                 read_layer(some, layer), {i: arrived[i] for i in numbers}
             )
             new = counted.update_parts(some, divided, grads, learned, finite, clip)
-            stays, leaves = where_they_are(new, {i: stacks[i] for i in numbers})
+            stays, leaves = away.leave(new)
             here, left = write(here, stays, layer), left | leaves
-        carry = here, away, flown, left, counts, x_bar
+        carry = here, moving._replace(leaving=left), x_bar
         return carry, ({i: grads[i] for i in waiting}, finite)
 
-    carry = here, away, flown, {} if is_away else away, counts, x_bar
-    (here, away, flown, leaving, _, x_bar), (grads_waiting, finite) = (
-        from_last_to_first(
-            lambda layer, carry: backward(layer, *carry), carry, layered.layers, is_away
-        )
+    counts = [] if away.is_empty else step.counts_for_copies()
+    carry = away.here, away.before_all(counts), x_bar
+    (here, moving, x_bar), (grads_waiting, finite) = from_last_to_first(
+        lambda layer, carry: backward(layer, *carry),
+        carry,
+        layered.layers,
+        not away.is_empty,
     )
-    flying, leaving = kernel_layers.split(leaving, by_kernels)
-    flown = kernel_layers.write_last(flown, flying)
-    stacks = eqx.combine(here, write(away, leaving, 0), flown)
+    stacks = away.after_all(here, moving)
     for index, stack in stacks.items():
         stack = place_stack(stack, layouts[index], step.sharding(index))
         step.write(index, whole_stack(stack, layouts[index]), learned[index])
@@ -319,11 +272,6 @@ def release_step(
     step.update(grads, max_norm)
     step.update(grads_waiting, None)
     return *step.close(), value
-
-
-# The states of stacks, or of layers of them, with `None` in place of arrays in another
-# memory.
-_Stacks: TypeAlias = dict[int, TileState]
 
 
 def _split(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -125,6 +125,19 @@ def finish_writes(arrays: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
     return _write(kernel, "finish_writes", [], arrays, parts, semaphores)
 
 
+def tie(arrays: Arrays) -> list[Any]:
+    """The same arrays, all of them once each is computed."""
+    lying = [jnp.transpose(x, _order(x)) for x in arrays]
+    new = _call(
+        lambda *_: None,
+        "tie",
+        [(x, _HOST) for x in lying],
+        [(jax.typeof(x), _HOST) for x in lying],
+        aliases={i: i for i in range(len(arrays))},
+    )
+    return [_standing(x, _order(y)) for x, y in zip(new, arrays, strict=True)]
+
+
 def _write(
     kernel: Callable[..., None],
     name: str,
@@ -200,9 +213,7 @@ def _part(ref: Any, start: Any, length: int) -> Any:
 
 
 def _order(array: Array) -> Axes:
-    order = memory_order(array.shape, array.dtype.itemsize)
-    assert order[0] == 0
-    return order
+    return memory_order(array.shape, array.dtype.itemsize)
 
 
 def _lying(arrays: Arrays, like: Arrays | None = None) -> Arrays:
