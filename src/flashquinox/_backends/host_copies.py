@@ -63,23 +63,20 @@ def _can_be_operand(array: Array) -> bool:
     return rows % (TILE_ROWS // array.dtype.itemsize) == 0
 
 
-def in_order(away: Arrays, here: Arrays) -> Arrays:
-    """The same arrays, some in host memory and some on the device. What uses one of
-    them waits for all of them.
+def in_order(arrays: Arrays) -> Arrays:
+    """The same arrays in host memory. What uses one of them waits for all of them.
 
     XLA for TPUs ignores barriers between copies, and would begin as many of them early
-    as there is free memory for. It does not know what a kernel does with them.
+    as there is free memory for. It does not know what a kernel does with them. But an
+    array that a kernel returns is none that XLA writes slices of: the compiler ends.
     """
-    if not any([isinstance(x, jax.core.Tracer) for x in away]):
-        # Without `jit`, everything is in order.
-        return away + here
-    found = lax.optimization_barrier(away + here)
-    tied = [i for i, x in enumerate(found) if _can_be_operand(x)]
-    if not tied:
-        return found
-    for i, x in zip(tied, _calls().tie([found[i] for i in tied]), strict=True):
-        found[i] = x
-    return found
+    taken = [i for i, x in enumerate(arrays) if _can_be_operand(x)]
+    if not taken:
+        return arrays
+    new = list(arrays)
+    for i, x in zip(taken, _calls().tie([arrays[i] for i in taken]), strict=True):
+        new[i] = x
+    return new
 
 
 def start_reads(start: ScalarLike, length: int, arrays: Arrays) -> tuple[Arrays, Reads]:

@@ -9,7 +9,7 @@ A gradient in host memory is a sum of gradients: zeros leave in its place.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -70,7 +70,8 @@ class Stream:
         self._held = {piece.leaf: self._before(piece.leaf) for piece in pieces}
         # What weights are read from, if not from what is written to.
         self._weights: dict[int, Array] = {}
-        for index in {piece.leaf for piece in pieces if piece.slices and as_update}:
+        self._sliced = {piece.leaf for piece in pieces if piece.slices}
+        for index in self._sliced if as_update else ():
             state, *total = self._held[index]
             self._weights[index] = state.weight
             new = dataclasses.replace(state, weight=jnp.zeros_like(state.weight))
@@ -126,11 +127,18 @@ class Stream:
             before = [x.leaf for x in self._portions[number - _DEPTH]]
             held = {i: self._held[i] for i in [x.leaf for x in portion] + before}
             left = [self._held[i][0].weight for i in before if not self._streamed[i]]
-            self._held.update(_in_order(held, left))
+            held = _in_order(held, lambda x: memory.is_on_host(x) or _is_any(x, left))
+            by_xla = [self._copied_by_xla(i, x) for i, x in held.items()]
+            self._held.update(_by_kernel(held, jtu.tree_leaves(by_xla)))
         for piece in portion:
             if piece.slices is not None:
                 self._copies.start_read(piece.leaf, piece.slices[0])
         return [memory.to_device(self._read(piece)) for piece in portion]
+
+    def _copied_by_xla(self, leaf: int, held: Held) -> Held | None:
+        """Of a leaf that is several portions, what XLA copies. What is read of that is
+        behind what was written before."""
+        return self._copies.others(leaf, held) if leaf in self._sliced else None
 
     def _part(self, piece: Piece, here: Held) -> Part:
         """A piece as a part of the step. Its weight is read now."""
@@ -168,7 +176,8 @@ class Stream:
             for piece, held in zip(self._portions[number + 1], coming, strict=True)
             for x in _beside_weight(held, self._held[piece.leaf])
         ]
-        both, coming = _in_order((both, coming), copied)
+        is_chosen = lambda x: memory.is_on_host(x) or _is_any(x, copied)
+        both, coming = _in_order((both, coming), is_chosen)
         self._held.update(both)
         return coming
 
@@ -188,7 +197,7 @@ class Stream:
             ]
             self._copies.start_write(leaf, slices[0], parts)
             others = self._copies.others(leaf, (*written, *old[len(written) :]))
-            self._held[leaf] = eqx.combine(others, old)
+            self._held[leaf] = eqx.combine(others, self._held[leaf])
             return
         if self._streamed[leaf]:
             state = memory.where(new, state)
@@ -222,16 +231,36 @@ def _beside_weight(here: Held, old: Held) -> list[Array]:
     """What has arrived of a leaf: all but a weight that is on the device."""
     state, *total = here
     weight = state.weight if memory.is_on_host(old[0].weight) else None
-    return jtu.tree_leaves((dataclasses.replace(state, weight=weight), total))
+    return jtu.tree_leaves((weight, state.correction, state.codes, state.scales, total))
 
 
-def _in_order(tree: Tree, others: Collection[Array] = ()) -> Tree:
-    """The same tree. What uses one of its arrays in host memory, or one of these
-    others, waits for all of them."""
+def _in_order(tree: Tree, is_chosen: Callable[[Array], bool]) -> Tree:
+    """The same tree. What uses one of the chosen arrays of it waits for all of them."""
     leaves, structure = jtu.tree_flatten(tree)
-    away = [i for i, x in enumerate(leaves) if memory.is_on_host(x)]
-    here = [i for i, x in enumerate(leaves) if any(x is y for y in others)]
-    tied = host_copies.in_order([leaves[i] for i in away], [leaves[i] for i in here])
-    for i, x in zip(away + here, tied, strict=True):
+    chosen = [i for i, x in enumerate(leaves) if is_chosen(x)]
+    # Without `jit`, everything is in order.
+    if any([isinstance(leaves[i], jax.core.Tracer) for i in chosen]):
+        tied = lax.optimization_barrier([leaves[i] for i in chosen])
+        for i, x in zip(chosen, tied, strict=True):
+            leaves[i] = x
+    return structure.unflatten(leaves)
+
+
+def _by_kernel(tree: Tree, others: list[Array]) -> Tree:
+    """The same tree, in which what uses one of the arrays in host memory, but for these
+    others, waits for all of them, where XLA ignores barriers."""
+    leaves, structure = jtu.tree_flatten(tree)
+    chosen = [
+        i
+        for i, x in enumerate(leaves)
+        if memory.is_on_host(x) and not _is_any(x, others)
+    ]
+    for i, x in zip(
+        chosen, host_copies.in_order([leaves[i] for i in chosen]), strict=True
+    ):
         leaves[i] = x
     return structure.unflatten(leaves)
+
+
+def _is_any(x: Array, arrays: list[Array]) -> bool:
+    return any([x is y for y in arrays])
