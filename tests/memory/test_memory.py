@@ -721,7 +721,9 @@ def test_plan(capsys, tmp_path, monkeypatch):
         assert figure in output
     # The sources of a release have none.
     if _DOCS.exists():
-        assert f"```text\n{output}```\n" in _DOCS.read_text(encoding="utf-8")
+        assert f'```text title="Output"\n{output}```\n' in _DOCS.read_text(
+            encoding="utf-8"
+        )
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
