@@ -63,18 +63,24 @@ def _can_be_operand(array: Array) -> bool:
     return rows % (TILE_ROWS // array.dtype.itemsize) == 0
 
 
-def in_order(arrays: Arrays) -> Arrays:
-    """The same arrays in host memory. What uses one of them waits for all of them.
+def in_order(arrays: Arrays, after: Arrays) -> Arrays:
+    """The same arrays in host memory. What uses one of them waits for all of them, and
+    for these others, on the device.
 
     XLA for TPUs ignores barriers between copies, and would begin as many of them early
     as there is free memory for. It does not know what a kernel does with them. But an
-    array that a kernel returns is none that XLA writes slices of: the compiler ends.
+    array that a kernel returns must be none that XLA writes slices of, or its compiler
+    ends.
     """
     taken = [i for i, x in enumerate(arrays) if _can_be_operand(x)]
     if not taken:
         return arrays
     new = list(arrays)
-    for i, x in zip(taken, _calls().tie([arrays[i] for i in taken]), strict=True):
+    # Few bytes of each stand for it.
+    after = [x.reshape(-1)[:1].astype(jnp.float32) for x in after]
+    for i, x in zip(
+        taken, _calls().tie([arrays[i] for i in taken], after), strict=True
+    ):
         new[i] = x
     return new
 
@@ -153,7 +159,8 @@ class _Elsewhere:
     """The same in programs that are traced for a TPU and compiled for another platform:
     all is copied at the beginning. Semaphores are `None`."""
 
-    def tie(self, arrays: Arrays) -> Arrays:
+    def tie(self, arrays: Arrays, after: Arrays) -> Arrays:
+        del after
         return arrays
 
     def start_reads(

@@ -41,6 +41,11 @@ class KernelCopies:
             return tree
         return eqx.partition(tree, self._masks[leaf])[1]
 
+    def own(self, leaf: int, tree: T) -> T:
+        """What kernels copy, with `None` in place of the rest."""
+        mask = self._masks.get(leaf, False)
+        return eqx.partition(tree, mask)[0]
+
     def start_read(self, leaf: int, part: Slice) -> None:
         if leaf in self._masks:
             start, end = part.rows

@@ -70,8 +70,7 @@ class Stream:
         self._held = {piece.leaf: self._before(piece.leaf) for piece in pieces}
         # What weights are read from, if not from what is written to.
         self._weights: dict[int, Array] = {}
-        self._sliced = {piece.leaf for piece in pieces if piece.slices}
-        for index in self._sliced if as_update else ():
+        for index in {piece.leaf for piece in pieces if piece.slices and as_update}:
             state, *total = self._held[index]
             self._weights[index] = state.weight
             new = dataclasses.replace(state, weight=jnp.zeros_like(state.weight))
@@ -82,6 +81,8 @@ class Stream:
                 start, end = piece.slices[0].rows
                 rows[piece.leaf] = math.gcd(rows.get(piece.leaf, 0), start, end)
         self._copies = KernelCopies(self._held, rows)
+        # For each portion, an array of each piece that its step has computed.
+        self._updated: list[list[Array]] = []
 
     def update(
         self, take: Callable[[list[Part]], list[Advanced]]
@@ -99,6 +100,7 @@ class Stream:
             new = self._copies.beside(new)
             self._copies.finish_write()
             coming = self._before_leaving(number, coming)
+            self._updated.append([jtu.tree_leaves(x.new)[0] for x in new])
             for piece, advanced, old in zip(portion, new, here, strict=True):
                 self._leave(piece, advanced.new, old)
                 done[piece.leaf] = advanced
@@ -128,17 +130,31 @@ class Stream:
             held = {i: self._held[i] for i in [x.leaf for x in portion] + before}
             left = [self._held[i][0].weight for i in before if not self._streamed[i]]
             held = _in_order(held, lambda x: memory.is_on_host(x) or _is_any(x, left))
-            by_xla = [self._copied_by_xla(i, x) for i, x in held.items()]
-            self._held.update(_by_kernel(held, jtu.tree_leaves(by_xla)))
+            self._held.update(held)
+            self._wait_by_kernel(portion, number - _DEPTH)
         for piece in portion:
             if piece.slices is not None:
                 self._copies.start_read(piece.leaf, piece.slices[0])
         return [memory.to_device(self._read(piece)) for piece in portion]
 
-    def _copied_by_xla(self, leaf: int, held: Held) -> Held | None:
-        """Of a leaf that is several portions, what XLA copies. What is read of that is
-        behind what was written before."""
-        return self._copies.others(leaf, held) if leaf in self._sliced else None
+    def _wait_by_kernel(self, coming: Portion, before: int) -> None:
+        """Has what is read of a portion wait for another one to have left, where XLA
+        ignores barriers. Later slices of a leaf are behind the earlier ones anyway, in
+        the same arrays."""
+        held: dict[int, Held] = {}
+        for piece in (*coming, *self._portions[before]):
+            leaf, of_leaf = piece.leaf, self._held[piece.leaf]
+            if piece.slices is None:
+                held[leaf] = of_leaf
+            elif piece in coming and piece.slices[0].rows.start == 0:
+                held[leaf] = self._copies.own(leaf, of_leaf)
+        arrays, structure = jtu.tree_flatten(held)
+        away = [i for i, x in enumerate(arrays) if memory.is_on_host(x)]
+        tied = host_copies.in_order([arrays[i] for i in away], self._updated[before])
+        for i, x in zip(away, tied, strict=True):
+            arrays[i] = x
+        for leaf, new in structure.unflatten(arrays).items():
+            self._held[leaf] = eqx.combine(new, self._held[leaf])
 
     def _part(self, piece: Piece, here: Held) -> Part:
         """A piece as a part of the step. Its weight is read now."""
@@ -243,22 +259,6 @@ def _in_order(tree: Tree, is_chosen: Callable[[Array], bool]) -> Tree:
         tied = lax.optimization_barrier([leaves[i] for i in chosen])
         for i, x in zip(chosen, tied, strict=True):
             leaves[i] = x
-    return structure.unflatten(leaves)
-
-
-def _by_kernel(tree: Tree, others: list[Array]) -> Tree:
-    """The same tree, in which what uses one of the arrays in host memory, but for these
-    others, waits for all of them, where XLA ignores barriers."""
-    leaves, structure = jtu.tree_flatten(tree)
-    chosen = [
-        i
-        for i, x in enumerate(leaves)
-        if memory.is_on_host(x) and not _is_any(x, others)
-    ]
-    for i, x in zip(
-        chosen, host_copies.in_order([leaves[i] for i in chosen]), strict=True
-    ):
-        leaves[i] = x
     return structure.unflatten(leaves)
 
 

@@ -125,13 +125,13 @@ def finish_writes(arrays: Arrays, parts: Arrays, semaphores: Any) -> list[Any]:
     return _write(kernel, "finish_writes", [], arrays, parts, semaphores)
 
 
-def tie(arrays: Arrays) -> list[Any]:
-    """The same arrays, all of them once each is computed."""
+def tie(arrays: Arrays, after: Arrays) -> list[Any]:
+    """The same arrays, all of them once each is computed, and these others are."""
     lying = [jnp.transpose(x, _order(x)) for x in arrays]
     new = _call(
         lambda *_: None,
         "tie",
-        [(x, _HOST) for x in lying],
+        [*[(x, _HOST) for x in lying], *[(x, _DEVICE) for x in after]],
         [(jax.typeof(x), _HOST) for x in lying],
         aliases={i: i for i in range(len(arrays))},
     )
