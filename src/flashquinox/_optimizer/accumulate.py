@@ -140,8 +140,8 @@ def accumulate(
         accumulation goes on bit for bit.
     - With `state_memory="pinned_host"` in `optim`, sums are in host memory too, and
         gradients are added to them: by kernels for GPUs where they are; elsewhere,
-        sums go through the device one after the other. In the last call of `every`, the
-        sums themselves are on the device, as the gradient of the step.
+        sums go through the device in portions. So they do in the last call of `every`,
+        as the gradient of the step.
     - Under `vmap`, a step is computed in each call, and kept in the last of `every`.
 
     **Arguments:**

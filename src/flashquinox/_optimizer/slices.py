@@ -8,8 +8,10 @@ import jax.lax as lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from .. import _compat
 from .._common import meshes
 from .._storage.layout import Layout
+from .._storage.tpu_memory import LANES, memory_order
 from .._tile.step import map_arrays, TileState
 
 
@@ -72,6 +74,11 @@ def slices_of(
     if size <= elements or is_divided:
         return None
     unit = _ROWS if len(shape) == 2 else 1
+    if _compat.traced_device().platform == "tpu" and _is_of_columns(shape):
+        # Slices are of whole tiles there.
+        unit = math.lcm(unit, LANES)
+        if shape[0] % LANES:
+            return None
     for layout in layouts:
         if layout is not None and _is_along_rows(layout, shape):
             whole = layout.group_size // math.gcd(layout.group_size, _inner(layout))
@@ -87,6 +94,12 @@ def slices_of(
         tuple([Slice(span, _of_scales(layout, shape, span)) for layout in layouts])
         for span in spans
     ]
+
+
+def _is_of_columns(shape: tuple[int, ...]) -> bool:
+    """Whether TPUs lay out arrays of this shape with the first axis as columns."""
+    orders = [memory_order(shape, itemsize) for itemsize in (1, 2, 4)]
+    return len(shape) > 1 and any([order[-1] == 0 for order in orders])
 
 
 def _is_along_rows(layout: Layout, shape: tuple[int, ...]) -> bool:
