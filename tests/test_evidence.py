@@ -49,6 +49,7 @@ def _weights():
     }
 
 
+@pytest.mark.once
 def test_contenders_start_from_the_same_float32_weights(module):
     recipes = module("_recipes")
     recipe = module("gpt2").RECIPES["adamw"]
@@ -225,7 +226,7 @@ def test_queue_begins_what_fits_in_order_and_in_time(module, tmp_path, capsys):
     assert not queue.running
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_fine_tuning_begins_alike_and_is_not_run_again(module, tmp_path, monkeypatch):
     """The held-out loss before the first step is that of the master weights."""
     finetune = module("finetune")

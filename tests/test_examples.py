@@ -121,6 +121,7 @@ def assert_interrupted(process):
 _BYTES = {"adamw": [5.125, 12], "plain-sgd": [3, 4]}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("optimizers", [["adamw"], slow(["adamw", "plain-sgd"])])
 def test_mnist(optimizers, tmp_path):
     done = run(
@@ -347,7 +348,7 @@ def _with_modules(folder):
     return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @needs_ctrl_c
 @pytest.mark.parametrize("count", [slow(1), 2])
 def test_fsdp_interrupted(tmp_path, count):

@@ -140,7 +140,7 @@ def test_trains_and_resumes(folder):
     assert lora["weight_bytes"] == base + 2 * (tokens * width + norms + adapters)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @needs_ctrl_c
 def test_interrupted(folder, run_in_folder):
     arguments = (*_SMALL, "--methods=lora", "--steps=1000000", "--save-every=5")
@@ -220,6 +220,7 @@ class _Net(eqx.Module):
         return self.head(jax.lax.scan(one, x, arrays)[0])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 def test_merged_adapters_compute_the_same(kind):
     lora = imported("_lora.py")

@@ -207,6 +207,7 @@ class Operations(fq.AbstractRule):
         return -grad, {name: x.astype(jnp.float32) for name, x in found.items()}
 
 
+@pytest.mark.once
 def test_operations():
     """Those of users' rules."""
     params = {"w": jnp.zeros((8, 64), jnp.bfloat16)}

@@ -457,6 +457,7 @@ def test_state_in_host_memory(jit, bits, backend):
         assert {x.sharding.memory_kind for x in stored} == {where}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make, dtype, bits, shapes",
     [

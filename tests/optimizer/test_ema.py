@@ -39,6 +39,7 @@ def _train(optim, ema, grads, start=None):
     return model, state, average
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "decay, steps, size", [(0.999, 200, 1e-4), slow(0.9999, 20_000, 1e-5, unless=True)]
 )

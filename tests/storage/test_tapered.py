@@ -87,6 +87,7 @@ def test_what_is_not_finite_and_zeros():
     assert not np.any(nothing)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "layout",
     [flattened((), 32), flattened((0,), 32), Layout((3, 70), (-1,), 32)],

@@ -66,6 +66,7 @@ def test_groups(shape, axis, kind, in_place):
 _LENGTHS = (2, 3, 5, 12, 24, 40, 64, 80, 96, 100, 128, 768, 1001)
 
 
+@pytest.mark.once
 def test_arrays_are_seen_as_they_lie():
     """Of leaves with three axes, nearly all. XLA copies the others."""
     shapes = [

@@ -195,6 +195,7 @@ def test_before_l2_regularization():
 #
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_kernels(backend):
     """And leaves that no kernel takes."""

@@ -42,6 +42,7 @@ _SHAPES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.product
 @pytest.mark.parametrize(
     "rule, replayed",
