@@ -1,7 +1,7 @@
 """Slices of a leaf along its first axis, each of whole groups."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.lax as lax
@@ -11,12 +11,13 @@ from jaxtyping import Array
 from .. import _compat
 from .._common import meshes
 from .._storage.layout import Layout
-from .._storage.tpu_memory import LANES, memory_order
+from .._storage.tpu_memory import memory_order, slice_unit
 from .._tile.step import map_arrays, TileState
 
 
 # Rows that TPUs keep together, of arrays of one byte.
 _ROWS = 32
+_BYTES_OF_SCALES = 2
 
 
 class Span(NamedTuple):
@@ -74,15 +75,15 @@ def slices_of(
     if size <= elements or is_divided:
         return None
     unit = _ROWS if len(shape) == 2 else 1
-    if _compat.traced_device().platform == "tpu" and _is_of_columns(shape):
-        # Slices are of whole tiles there.
-        unit = math.lcm(unit, LANES)
-        if shape[0] % LANES:
-            return None
     for layout in layouts:
         if layout is not None and _is_along_rows(layout, shape):
-            whole = layout.group_size // math.gcd(layout.group_size, _inner(layout))
-            unit = math.lcm(unit, whole)
+            unit = math.lcm(unit, _whole_groups(layout))
+    on_tpus = _compat.traced_device().platform == "tpu"
+    if on_tpus:
+        for length in _units_on_tpus(shape, layouts):
+            if length is None:
+                return None
+            unit = math.lcm(unit, length)
     rows = max(1, elements // (size // shape[0]))
     rows = max(unit, rows // unit * unit)
     if rows >= shape[0]:
@@ -90,21 +91,44 @@ def slices_of(
     spans = [
         Span(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)
     ]
+    if on_tpus and not all([_lies_alike(shape, x.end - x.start) for x in spans]):
+        return None
     return [
         tuple([Slice(span, _of_scales(layout, shape, span)) for layout in layouts])
         for span in spans
     ]
 
 
-def _is_of_columns(shape: tuple[int, ...]) -> bool:
-    """Whether TPUs lay out arrays of this shape with the first axis as columns."""
-    orders = [memory_order(shape, itemsize) for itemsize in (1, 2, 4)]
-    return len(shape) > 1 and any([order[-1] == 0 for order in orders])
+def _units_on_tpus(
+    shape: tuple[int, ...], layouts: Sequence[Layout | None]
+) -> Iterator[int | None]:
+    """How many rows of a leaf a slice has there at least, by each of its arrays."""
+    for itemsize in (1, 2, 4):
+        yield slice_unit(shape, itemsize)
+    for layout in layouts:
+        if layout is None:
+            continue
+        unit = slice_unit(layout.scale_shape, _BYTES_OF_SCALES)
+        if unit is not None and _is_along_rows(layout, shape):
+            unit = _whole_groups(layout, unit)
+        yield unit
+
+
+def _lies_alike(shape: tuple[int, ...], rows: int) -> bool:
+    """Whether TPUs lay out so many rows of a leaf like all of them."""
+    part = rows, *shape[1:]
+    return all([memory_order(part, x) == memory_order(shape, x) for x in (1, 2, 4)])
 
 
 def _is_along_rows(layout: Layout, shape: tuple[int, ...]) -> bool:
     """Whether groups run along the first axis, and those after it."""
     return layout.axes[0] == -len(shape)
+
+
+def _whole_groups(layout: Layout, groups: int = 1) -> int:
+    """Of groups along the first axis: rows that have a multiple of so many."""
+    elements = groups * layout.group_size
+    return elements // math.gcd(elements, _inner(layout))
 
 
 def _inner(layout: Layout) -> int:
