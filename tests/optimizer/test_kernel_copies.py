@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="kernels take no host memory there"
 )
 # Leaves whose rows are a multiple of 32, in slices, one after the other; and others.
-_SHAPES = {"matrix": (96, 128), "stack": (3, 64, 128), "odd": (250, 40)}
+_SHAPES = {"matrix": (192, 128), "stack": (3, 64, 128), "odd": (250, 40)}
 
 
 @pytest.mark.parametrize(

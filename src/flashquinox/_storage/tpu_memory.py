@@ -48,17 +48,17 @@ def memory_order(shape: tuple[int, ...], itemsize: int) -> Axes:
 
 def slice_unit(shape: tuple[int, ...], itemsize: int) -> int | None:
     """Slices of an array in host memory along its first axis have a length of so many,
-    or a multiple of it. `None` where the last slice could not be copied."""
+    or a multiple of it. `None` where the array has no whole number of these."""
     order = memory_order(shape, itemsize)
     if order[-1] == 0:
         # Vectors lie in rows of 128, as many as a tile of 32-bit numbers has.
-        unit = least = LANES * (SUBLANES if len(shape) == 1 else 1)
+        unit = LANES * (SUBLANES if len(shape) == 1 else 1)
     elif order[-2] == 0:
         # Rows that share words are copied together.
-        unit, least = _rows_of_tile(shape[0], itemsize), 4 // itemsize
+        unit = 4 // itemsize
     else:
-        return 1
-    return None if shape[0] % least else unit
+        unit = 1
+    return None if shape[0] % unit else unit
 
 
 def _rows_of_tile(rows: int, itemsize: int) -> int:
