@@ -6,12 +6,16 @@ import json
 import math
 import pathlib
 import statistics
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import _benchmarks  # noqa: F401
 import numpy as np
 from _paired import Gap
 from _recipes import CONTENDERS, REFERENCE
+
+
+T = TypeVar("T", int, float)
 
 
 @dataclasses.dataclass
@@ -110,22 +114,24 @@ def gpt2_cells_at_one_rate(folder: pathlib.Path) -> list[Cells]:
 
 def gpt2_cells_of_other_lengths(folder: pathlib.Path) -> dict[int, Cells]:
     """Each contender at its own rate, of each number of steps that was asked for."""
-    by_steps: dict[int, list[dict[str, Any]]] = {}
-    for record in _records(folder, "*-seed-*.json"):
-        if "steps" in _options(record):
-            by_steps.setdefault(record["steps"], []).append(record)
-    cells = {steps: _gpt2_cells(of) for steps, of in sorted(by_steps.items())}
-    return {steps: of for steps, of in cells.items() if of}
+    return _by_option(folder, "steps", lambda record: record["steps"])
 
 
 def gpt2_cells_of_other_b2(folder: pathlib.Path) -> dict[float, Cells]:
     """All contenders at one rate, with each b2 that was asked for."""
-    by_b2: dict[float, list[dict[str, Any]]] = {}
+    return _by_option(folder, "b2", lambda record: record["recipe"]["b2"])
+
+
+def _by_option(
+    folder: pathlib.Path, option: str, value: Callable[[dict[str, Any]], T]
+) -> dict[T, Cells]:
+    """Of the records whose command has an option, the cells with each value of it."""
+    by_value: dict[T, list[dict[str, Any]]] = {}
     for record in _records(folder, "*-seed-*.json"):
-        if "b2" in _options(record):
-            by_b2.setdefault(record["recipe"]["b2"], []).append(record)
-    cells = {b2: _gpt2_cells(of) for b2, of in sorted(by_b2.items())}
-    return {b2: of for b2, of in cells.items() if of}
+        if option in _options(record):
+            by_value.setdefault(value(record), []).append(record)
+    cells = {of: _gpt2_cells(records) for of, records in sorted(by_value.items())}
+    return {of: found for of, found in cells.items() if found}
 
 
 def _at_own_rates(records: list[dict[str, Any]]) -> Cells:

@@ -525,15 +525,8 @@ class Odd(fq.AbstractRule):
         return scalars["step"] * jax.lax.bessel_i0e(trace), {"trace": trace}
 
 
-class Long(fq.AbstractRule):
+class Long(Odd):
     """With a loop that is too long to be written out."""
-
-    @property
-    def moments(self):
-        return {"trace": fq.Moment("signed")}
-
-    def scalars(self, count, learning_rate):
-        return {"step": -learning_rate}
 
     def update(self, grad, weight, moments, scalars):
         trace = 0.5 * moments["trace"] + grad

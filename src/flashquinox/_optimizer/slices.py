@@ -11,12 +11,10 @@ from jaxtyping import Array
 from .. import _compat
 from .._common import meshes
 from .._storage.layout import Layout
-from .._storage.tpu_memory import memory_order, slice_unit
+from .._storage.tpu_memory import memory_order, slice_unit, TILE_ROWS
 from .._tile.step import map_arrays, TileState
 
 
-# Rows that TPUs keep together, of arrays of one byte.
-_ROWS = 32
 _BYTES_OF_SCALES = 2
 
 
@@ -74,7 +72,7 @@ def slices_of(
     is_divided = sharding is not None and meshes.divisions(sharding)[:1] > (1,)
     if size <= elements or is_divided:
         return None
-    unit = _ROWS if len(shape) == 2 else 1
+    unit = TILE_ROWS if len(shape) == 2 else 1
     for layout in layouts:
         if layout is not None and _is_along_rows(layout, shape):
             unit = math.lcm(unit, _whole_groups(layout))

@@ -55,7 +55,7 @@ def slice_unit(shape: tuple[int, ...], itemsize: int) -> int | None:
         unit = LANES * (SUBLANES if len(shape) == 1 else 1)
     elif order[-2] == 0:
         # Rows that share words are copied together.
-        unit = 4 // itemsize
+        unit = _rows_of_word(itemsize)
     else:
         unit = 1
     return None if shape[0] % unit else unit
@@ -64,9 +64,14 @@ def slice_unit(shape: tuple[int, ...], itemsize: int) -> int | None:
 def _rows_of_tile(rows: int, itemsize: int) -> int:
     if itemsize == 1 and rows % TILE_ROWS == 0:
         return TILE_ROWS
-    # Rows of narrow numbers share words of 32 bits.
-    packed = 4 // itemsize
-    return max(packed, min(SUBLANES, 2 ** (max(1, rows) - 1).bit_length()))
+    return max(
+        _rows_of_word(itemsize), min(SUBLANES, 2 ** (max(1, rows) - 1).bit_length())
+    )
+
+
+def _rows_of_word(itemsize: int) -> int:
+    """Rows of narrow numbers share words of 32 bits."""
+    return 4 // itemsize
 
 
 def _filled(length: int, tile: int) -> int:
