@@ -25,6 +25,7 @@ from _recipes import REFERENCE
 
 TITLES = {
     "float32": "float32",
+    "float32-last-bits": "float32, last bits flipped",
     "ours": "**flashquinox**",
     "flashoptim": "the paper's codec",
     "bfloat16": "bfloat16 weights",

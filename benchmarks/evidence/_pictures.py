@@ -17,6 +17,12 @@ _THEMES: dict[str, Any] = {"light": "default", "dark": ["dark_background", _DARK
 _SIZES: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 11}
 _STYLES: dict[str, dict[str, Any]] = {
     "float32": {"color": "#8a8f98", "ls": "-", "lw": 3.0, "label": "float32"},
+    "float32-last-bits": {
+        "color": "#c2858b",
+        "ls": "-.",
+        "lw": 1.5,
+        "label": "float32, last bits flipped",
+    },
     "ours": {"color": "#f57c00", "ls": "-", "lw": 1.7, "label": "flashquinox"},
     "flashoptim": {
         "color": "#2f9e8f",

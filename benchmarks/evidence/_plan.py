@@ -34,6 +34,7 @@ class Job:
 
 OPTIMIZERS = ("adamw", "lion", "sgd")
 CONTENDERS = ("float32", "ours", "flashoptim", "bfloat16")
+LAST_BITS = "float32-last-bits"
 
 
 def plan(data: pathlib.Path, out: pathlib.Path, small: bool) -> list[Job]:
@@ -174,6 +175,11 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     # Without clipping, SGD had a bad first epoch in one to three seeds of six.
     for contender in CONTENDERS:
         yield images("resnet", "sgd", contender, max_norm="1")
+    # Where the largest update of a seed was more than 1.5 times float32's: does float32
+    # from weights whose last bits differ do the same?
+    for max_norm in ("1", ""):
+        yield images("resnet", "sgd", LAST_BITS, max_norm=max_norm)
+    yield gpt2("muon", LAST_BITS, 0, 4)
     for optimizer in ("lion", "sgd"):
         yield gpt2(optimizer, others[1], 0, 2)
     for case, contender in itertools.product(("sparse", "pruned"), others):

@@ -10,6 +10,7 @@ from typing import Any
 
 import _benchmarks  # noqa: F401
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
@@ -22,16 +23,19 @@ from _storages import (
     PAPER,
     second_moments_alone,
 )
-from jaxtyping import PyTree, Scalar
+from jaxtyping import Array, Float32, PyTree, Scalar
 
 import flashquinox as fq
 
 
 REFERENCE = "float32"
+# The same from other weights (see `first_weights`): how far chance alone goes.
+LAST_BITS = "float32-last-bits"
 
 # `None` is Optax, with float32 master weights and moments.
 CONTENDERS: dict[str, fq.Storage | None] = {
     REFERENCE: None,
+    LAST_BITS: None,
     "ours": fq.Storage(),
     "flashoptim": PAPER,
     "bfloat16": BFLOAT16,
@@ -174,6 +178,19 @@ class Training:
             return (optax.apply_updates(weights, updates), state), value
         most = self.recipe.max_norm
         return self.optim.step(weights, state, grads, max_norm=most), value
+
+
+def first_weights(contender: str, weights: PyTree) -> PyTree:
+    """What a contender starts from: the float32 weights of its seed, in one case with
+    the last bit of each flipped."""
+    if contender != LAST_BITS:
+        return weights
+
+    def flipped(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        return lax.bitcast_convert_type(bits ^ 1, x.dtype)
+
+    return jtu.tree_map(flipped, weights)
 
 
 def narrow(weights: PyTree) -> PyTree:

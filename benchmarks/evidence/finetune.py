@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _command_line import Parser, positive, run_main
-from _recipes import CONTENDERS, full_weights, narrow, recipes, Training
+from _recipes import CONTENDERS, first_weights, full_weights, narrow, recipes, Training
 from _runs import Folder
 from jaxtyping import Array, Int, PyTree
 from pretraining import seeds
@@ -86,6 +86,7 @@ class Runner:
             return -jnp.mean(jnp.take_along_axis(found, batch[:, 1:, None], axis=-1))
 
         def start(recipe: Any, weights: PyTree) -> Any:
+            weights = first_weights(contender, weights)
             return Training(recipe, self._storage, 0.0, 1.0, 1.0).start(weights)
 
         def step(recipe: Any, carry: Any, schedule: Any, batch: Array) -> Any:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from _command_line import Parser, positive, positive_integer, run_main
 from _gpt import Attention, float32_weights, loss
-from _recipes import CONTENDERS, narrow, Recipe, recipes, Training
+from _recipes import CONTENDERS, first_weights, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
 from _tokens import batches, digest, Tokens
 from jaxtyping import PyTree
@@ -112,6 +112,7 @@ class Runner:
 
         def start(seed: Any, schedule: tuple[Any, Any, Any]) -> Any:
             weights, _ = float32_weights(self.task, seed)
+            weights = first_weights(contender, weights)
             return Training(recipe, storage, *schedule).start(weights)
 
         def of(weights: PyTree, batch: Any) -> Any:

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _command_line import Parser, positive, run_main
-from _recipes import CONTENDERS, narrow, Recipe, recipes, Training
+from _recipes import CONTENDERS, first_weights, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
 from _vision import ResNet, ViT
 from jaxtyping import PyTree
@@ -105,7 +105,7 @@ class Runner:
 
     def __init__(self, task: Task, recipe: Recipe, contender: str):
         self.task, self.recipe = task, recipe
-        self.storage = CONTENDERS[contender]
+        self.contender, self.storage = contender, CONTENDERS[contender]
         self._start = jax.jit(jax.vmap(self._start_lane))
         self._epoch = jax.jit(
             jax.vmap(self._epoch_of_lane, in_axes=(0, 0, None, None)), donate_argnums=0
@@ -122,7 +122,7 @@ class Runner:
 
     def _start_lane(self, lane: Any) -> Any:
         weights, _ = self._weights(lane["seed"])
-        return self._training(lane).start(weights)
+        return self._training(lane).start(first_weights(self.contender, weights))
 
     def _logits(self, weights: PyTree, images: Any) -> Any:
         _, static = self._weights(0)

@@ -29,7 +29,7 @@ import jax.tree_util as jtu
 import numpy as np
 from _command_line import Parser, run_main
 from _gpt import CONTEXT, loss, sample, StackedGPT
-from _recipes import CONTENDERS, full_weights, narrow, recipes, Training
+from _recipes import CONTENDERS, first_weights, full_weights, narrow, recipes, Training
 from _runs import Folder
 from jaxtyping import PyTree
 
@@ -87,7 +87,8 @@ class Text:
 
 class Runner:
     def __init__(self, task: Task, optimizer: str, contender: str):
-        self.task, self.storage = task, CONTENDERS[contender]
+        self.task, self.contender = task, contender
+        self.storage = CONTENDERS[contender]
         schedule = (RATES[optimizer], task.warm_up, task.steps)
         self.training = Training(RECIPES[optimizer], self.storage, *schedule)
         self.start = jax.jit(jax.vmap(self._start))
@@ -111,7 +112,8 @@ class Runner:
         return eqx.partition(model, eqx.is_inexact_array)
 
     def _start(self, seed: Any) -> Any:
-        return self.training.start(self._weights(seed)[0])
+        weights, _ = self._weights(seed)
+        return self.training.start(first_weights(self.contender, weights))
 
     def _loss(self, weights: PyTree, windows: Any) -> Any:
         return loss(eqx.combine(weights, self._weights(0)[1]), windows)
