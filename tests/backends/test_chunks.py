@@ -53,7 +53,8 @@ def test_temporaries_are_few_beside_leaves():
         return chunks._chunk_groups(leaves)
 
     assert found(most - 1, 1) == found(31 * most, most) == most
-    assert found(most, 1) == found(31 * most, most - 1) == most // 2
+    assert found(most, 1) == most // 32 + 1
+    assert found(15 * most, most) == most // 2
     assert found(most - 1, 9, in_order=False) == most - 1
 
 
@@ -61,6 +62,7 @@ def test_temporaries_are_few_beside_leaves():
 def small_chunks(monkeypatch):
     """In loops also where XLA copies."""
     monkeypatch.setattr(chunks, "_ELEMENTS", 1024)
+    monkeypatch.setattr(chunks, "_CHUNKS", 2)
     monkeypatch.setattr(chunks, "_LOOPS_COPY", False)
 
 

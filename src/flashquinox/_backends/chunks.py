@@ -33,6 +33,9 @@ from .groups import flat, Groups, joined
 # among 2^13 to 2^19: XLA divides a pass among threads from 2^16 elements on, and each
 # pass begins when all threads have done the one before.
 _ELEMENTS = 1 << 18
+# Of leaves that one chunk does not hold, there are at least so many: the temporaries of
+# a chunk, up to 32 bytes for each of its elements, are then a byte for each parameter.
+_CHUNKS = 32
 # XLA's indices are of 32 bits.
 _MOST_ELEMENTS = 1 << 31
 _Leaves: TypeAlias = dict[int, TileState]
@@ -60,15 +63,14 @@ def _most_groups(size: int) -> int:
 
 
 def _chunk_groups(leaves: Sequence[Groups]) -> int:
-    """How many groups of these leaves a chunk has. It has temporaries of up to 32 bytes
-    for each element: if there were fewer than 32 chunks, these would be more than a
-    byte for each parameter."""
+    """How many groups of these leaves a chunk has."""
     most = _most_groups(leaves[0].size)
     number = sum([leaf.number for leaf in leaves])
-    if number <= most or number >= 32 * most:
+    if number <= most:
         return most
+    share = min(most, -(-number // _CHUNKS))
     # Groups that do not lie in order are those of one chunk.
-    return max([most // 2, 1, *[x.number for x in leaves if not x.in_order]])
+    return max([share, *[x.number for x in leaves if not x.in_order]])
 
 
 def update_in_chunks(
