@@ -43,6 +43,7 @@ MODELS = {
     "vit": "ViT",
     "resnet": "ResNet-18",
     "clipped-resnet": "ResNet-18, clipped",
+    "cnn": "CNN on MNIST",
 }
 CASES = {
     "change": "change of data",

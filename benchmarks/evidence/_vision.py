@@ -1,4 +1,5 @@
-"""Two classifiers of images of 28 × 28: a residual network and a vision transformer.
+"""Classifiers of images of 28 × 28: a residual network, a vision transformer, and the
+small network of `examples/mnist.py`.
 
 Convolutions are products of patches and a matrix: under `vmap` over seeds these are
 batched products, where convolutions would be grouped ones, which are slow.
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 
 class _Convolution(eqx.Module):
-    """3 × 3 with padding, or 1 × 1."""
+    """With a border of zeros, or 1 × 1."""
 
     weight: Float[Array, "out patch"]
     size: int = eqx.field(static=True)
@@ -112,6 +113,31 @@ class ResNet(eqx.Module):
         for block in self.blocks:
             x = block(x)
         return jax.vmap(self.head)(jnp.mean(x, axis=(1, 2)))
+
+
+class CNN(eqx.Module):
+    """Two convolutions of 4 × 4 with a stride of 2, and two linear layers."""
+
+    first: _Convolution
+    first_bias: Float[Array, " c"]
+    second: _Convolution
+    second_bias: Float[Array, " c"]
+    hidden: eqx.nn.Linear
+    head: eqx.nn.Linear
+
+    def __init__(self, width: int = 16, *, key: Key[Array, ""]):
+        keys = jax.random.split(key, 4)
+        self.first = _Convolution(1, width, 4, 2, key=keys[0])
+        self.second = _Convolution(width, 2 * width, 4, 2, key=keys[1])
+        self.first_bias, self.second_bias = jnp.zeros(width), jnp.zeros(2 * width)
+        self.hidden = eqx.nn.Linear(49 * 2 * width, 16 * width, key=keys[2])
+        self.head = eqx.nn.Linear(16 * width, 10, key=keys[3])
+
+    def __call__(self, images: Float[Array, "batch 28 28"]) -> Float[Array, "batch 10"]:
+        x = jax.nn.relu(self.first(images[..., None]) + self.first_bias)
+        x = jax.nn.relu(self.second(x) + self.second_bias)
+        x = jax.nn.relu(jax.vmap(self.hidden)(x.reshape(len(x), -1)))
+        return jax.vmap(self.head)(x)
 
 
 class ViT(eqx.Module):

