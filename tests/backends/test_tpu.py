@@ -18,6 +18,9 @@ from flashquinox._backends import dispatch, learning
 from flashquinox._backends.interpreter.arithmetic import Arithmetic
 from flashquinox._backends.tpu import kernel as tpu_kernel, view as tpu_view
 from flashquinox._backends.tpu.chip import Chip
+from flashquinox._backends.tpu.planes import PlanesBlock
+from flashquinox._backends.tpu.reordering import reordering
+from flashquinox._backends.tpu.rows import RowsBlock
 from flashquinox._storage.layout import Layout
 from flashquinox._storage.tpu_memory import groups_in_memory
 from flashquinox._tile.step import TileState
@@ -52,6 +55,16 @@ _KINDS = {
     # Weights and gradients in another order than bytes.
     "pairs": {"whole": (64, 2, 128), "partial": (33, 128, 2, 2)},
 }
+# Weights and gradients, scales or all of them in orders of their own, by the sort of
+# groups.
+_REORDERED = {
+    "rows": (2, 33, 1, 40),
+    "columns": (2, 40, 33, 1),
+    "columns of scales": (16, 40, 33),
+    "columns of all": (65, 2, 130),
+    "planes": (3, 2, 9, 2, 5),
+    "a block of scales for two": (4, 1, 2, 33, 40),
+}
 # With moments in float32, and in groups with a partial one at the end; and with axes of
 # length 1.
 _VECTORS = {
@@ -65,6 +78,7 @@ _VECTORS = {
 }
 
 
+_QUICK_REORDERED = {"columns of scales", "a block of scales for two"}
 _RULES = ("adam", "lion", "sgd")
 
 
@@ -178,6 +192,37 @@ def test_groups_in_memory(name, kind):
     assert ["pairs" if x.pairs else x.kind for x in found] == [kind, kind]
     grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
     run("tpu", make, params, grads)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "shape, name, dtype",
+    [
+        *(slow(shape, "adamw", jnp.bfloat16) for shape in _REORDERED),
+        *(
+            slow(
+                shape,
+                "lion",
+                dtype,
+                unless=dtype == jnp.bfloat16 and shape in _QUICK_REORDERED,
+            )
+            for shape in _REORDERED
+            for dtype in (jnp.bfloat16, jnp.float32)
+        ),
+    ],
+)
+def test_arrays_in_several_orders(shape, name, dtype, monkeypatch):
+    monkeypatch.setattr(tpu_view, "LARGE", 2**9)
+    chosen, leaf = [], {"leaf": _REORDERED[shape]}
+    record = lambda *args: chosen.append(reordering(*args)) or chosen[-1]
+    monkeypatch.setattr(tpu_kernel, "reordering", record)
+    width = 24 if dtype == jnp.bfloat16 else None
+    case = Case(name, _ours._replace(dtype=dtype, master_weight_bits=width))
+    grads = [arrays(leaf, dtype, seed) for seed in (1, 2)]
+    run("tpu", ft.partial(case.optimizer, 1e-2), arrays(leaf, dtype, 0), grads)
+    block = chosen[0].block
+    assert isinstance(block.inside, PlanesBlock if len(block.shape) == 5 else RowsBlock)
+    assert block.sharing == (2 if shape == "a block of scales for two" else 1)
 
 
 @pytest.mark.once

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal, TypeAlias
 
 
@@ -37,9 +37,8 @@ def memory_order(shape: tuple[int, ...], itemsize: int) -> Axes:
         return tuple(axes)
 
     def size(rows: int, columns: int) -> int:
-        tile = _rows_of_tile(shape[rows], itemsize)
-        filled = _filled(shape[rows], tile) * _filled(shape[columns], LANES)
-        return filled * math.prod([shape[i] for i in axes if i not in (rows, columns)])
+        outer = [shape[i] for i in axes if i not in (rows, columns)]
+        return filled_size((*outer, shape[rows], shape[columns]), itemsize)
 
     pairs = [(i, j) for j in axes for i in axes if i != j]
     rows, columns = min(pairs, key=lambda x: (size(*x), -x[1], -x[0]))
@@ -61,7 +60,8 @@ def slice_unit(shape: tuple[int, ...], itemsize: int) -> int | None:
     return None if shape[0] % unit else unit
 
 
-def _rows_of_tile(rows: int, itemsize: int) -> int:
+def rows_of_tile(rows: int, itemsize: int) -> int:
+    """Of the tiles of an array with so many rows."""
     if itemsize == 1 and rows % TILE_ROWS == 0:
         return TILE_ROWS
     return max(
@@ -72,6 +72,14 @@ def _rows_of_tile(rows: int, itemsize: int) -> int:
 def _rows_of_word(itemsize: int) -> int:
     """Rows of narrow numbers share words of 32 bits."""
     return 4 // itemsize
+
+
+def filled_size(lengths: Sequence[int], itemsize: int) -> int:
+    """How many elements an array takes in memory that has axes of these lengths, in its
+    order, with tiles filled up."""
+    *outer, rows, columns = lengths
+    tile = rows_of_tile(rows, itemsize)
+    return math.prod(outer) * _filled(rows, tile) * _filled(columns, LANES)
 
 
 def _filled(length: int, tile: int) -> int:
@@ -104,8 +112,7 @@ class GroupsInMemory:
     elements: tuple[Axes, ...]
     scales: tuple[Axes, ...]
     pairs: bool
-    # Whether XLA lays out all arrays like this. Otherwise it copies those that it does
-    # not.
+    # Whether XLA lays out all arrays like this, of bfloat16 weights.
     in_place: bool
 
 
@@ -114,7 +121,7 @@ def groups_in_memory(
     shape: tuple[int, ...], axis: int, group_size: int
 ) -> GroupsInMemory:
     """How groups of `group_size` along an axis lie. Not along the columns: where those
-    are asked for, the rows are the columns, and the arrays are copied."""
+    are asked for, the rows are the columns, and XLA copies the arrays."""
     order = memory_order(shape, _CODE)
     axis %= len(shape)
     if order[-1] == axis:
@@ -145,18 +152,18 @@ def groups_in_memory(
     pairs = (
         kind == "matrices"
         and math.prod([shape[i] for i in scales[-2]]) == 2
-        and not _lies_like(shape, elements, _WEIGHT)
-        and _lies_like(shape, scales, _WEIGHT)
+        and not lies_like(shape, elements, _WEIGHT)
+        and lies_like(shape, scales, _WEIGHT)
     )
     in_place = (
-        _lies_like(shape, elements, _CODE)
-        and (pairs or _lies_like(shape, elements, _WEIGHT))
-        and _lies_like(tuple(scale_shape), scales, _SCALE)
+        lies_like(shape, elements, _CODE)
+        and (pairs or lies_like(shape, elements, _WEIGHT))
+        and lies_like(tuple(scale_shape), scales, _SCALE)
     )
     return GroupsInMemory(kind, elements, scales, pairs, in_place)
 
 
-def _lies_like(shape: tuple[int, ...], view: tuple[Axes, ...], itemsize: int) -> bool:
+def lies_like(shape: tuple[int, ...], view: tuple[Axes, ...], itemsize: int) -> bool:
     """Whether an array lies in memory in the order of a view."""
     *outer, rows, columns = memory_order(shape, itemsize)
     *view_outer, view_rows, view_columns = view
@@ -177,7 +184,8 @@ def choose_axis(
     counted from the end. `None` if the leaf has none for the kernels.
 
     These are the rows in memory, if groups along them are long. Otherwise it is the
-    axis that needs the fewest scales; best one for which XLA copies nothing.
+    axis that needs the fewest scales; best one with which XLA lays out
+    all arrays in one order.
     """
     ndim = len(shape)
     # A leaf with one long axis is a vector.

@@ -14,6 +14,7 @@ from jaxtyping import Array, Shaped
 
 from ..._storage.tpu_memory import LANES, TILE_ROWS
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from .block import unravel
 from .chip import Chip
 from .kernel import choose_block
 from .many import Inside, MOST_LEAVES, update_many
@@ -66,7 +67,7 @@ def update_alike(
 
             def update_block(number: Any, carry: None) -> None:
                 del carry
-                index = _index(number, block.grid)
+                index = unravel(number, block.grid)
                 grad, *state = [
                     ref.at[_slices(index, block.elements)]
                     if of_elements
@@ -103,15 +104,6 @@ def update_alike(
 def _inside(ref: Any) -> tuple[slice, ...]:
     """Where one of the arrays of a reference is in a larger one."""
     return tuple([slice(0, length) for length in ref.shape[1:]])
-
-
-def _index(number: Any, grid: tuple[int, ...]) -> tuple[Any, ...]:
-    """The index of the block of this number."""
-    index = []
-    for length in reversed(grid):
-        index.append(0 if length == 1 else number % length)
-        number = number if length == 1 else number // length
-    return tuple(reversed(index))
 
 
 def _slices(index: tuple[Any, ...], sizes: tuple[int, ...]) -> tuple[Any, ...]:

@@ -117,6 +117,15 @@ class AbstractChunk(abc.ABC):
         of a run that is partial. Otherwise `None`."""
 
 
+def unravel(number: Any, grid: tuple[int, ...]) -> tuple[Any, ...]:
+    """The index in a grid of what has this number."""
+    index = []
+    for length in reversed(grid):
+        index.append(0 if length == 1 else number % length)
+        number = number if length == 1 else number // length
+    return tuple(reversed(index))
+
+
 @functools.cache
 def evenly(times: int, count: int, most: int, size: int = 1) -> int:
     """How many chunks of a size to take at a time, of `times` times `count`: so that

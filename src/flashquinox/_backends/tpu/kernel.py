@@ -32,6 +32,7 @@ from .chunk import ChunkStep
 from .matrices import matrices_block
 from .pairs import PairsRef
 from .planes import planes_block
+from .reordering import Reordering, reordering
 from .rows import rows_block
 from .scratch import scratch_shapes
 from .vectors import vector_block
@@ -51,14 +52,23 @@ def update_leaf(
     # A leaf is a batch, and `scalars` are its own.
     del leaves
     (view,), (grad,), (state,) = views, grads, old
-    grad, state = view.of_elements(grad), view.of(state)
+    chip, moved = Chip.current(), None
+    if view.orders is not None:
+        # XLA copies what has no room in several orders.
+        moved = reordering(view.orders, grad, state, chip.block_bytes)
+    seen = view if moved is None or view.orders is None else view.orders
+    grad, state = seen.of_elements(grad), seen.of(state)
     # The kernel's own pipeline copies operands into VMEM. XLA would copy small ones
     # there first: they would move twice.
     kind = jax.ShapeDtypeStruct if structure.in_loop else pltpu.HBM
     if not (structure.in_loop or interpret):
         grad = _in_hbm(grad)
-    chip = Chip.current()
-    block = choose_block(structure, view, chip, grad, state)
+    if moved is None:
+        block = choose_block(structure, view, chip, grad, state)
+        of_grad, of_state = _block_specs(view, block, grad, state)
+    else:
+        block = moved.block
+        of_grad, *of_state = moved.specs
     arithmetic = chip.arithmetic.exact if interpret else chip.arithmetic
 
     # What is the same for all leaves is computed once in a step, and what is not in the
@@ -69,19 +79,35 @@ def update_leaf(
     packed = [x.reshape(1, -1) for x in (*packed, *own)]
     arrays, treedef = jtu.tree_flatten(state)
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    of_grad, of_state = _block_specs(view, block, grad, state)
     new = pl.pallas_call(
         partial(
-            _kernel, structure, arithmetic, view, block, unpack, own_structure, treedef
+            _kernel,
+            structure,
+            arithmetic,
+            view,
+            block,
+            moved,
+            unpack,
+            own_structure,
+            treedef,
         ),
         out_shape=[kind(x.shape, x.dtype) for x in arrays],
         grid=block.grid,
         in_specs=[*[in_scalars for _ in packed], of_grad, *of_state],
         out_specs=of_state,
-        scratch_shapes=scratch_shapes(structure, block),
+        scratch_shapes=[
+            *scratch_shapes(structure, block),
+            *(moved.scratch_shapes if moved is not None else []),
+        ],
         input_output_aliases={len(packed) + 1 + i: i for i in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=tuple(["parallel" for _ in block.grid]),
+            dimension_semantics=(
+                *["parallel" for _ in block.grid[1:]],
+                # Scales stay in VMEM from one block to the next.
+                "parallel"
+                if moved is None or moved.block.sharing == 1
+                else "arbitrary",
+            ),
             vmem_limit_bytes=chip.vmem_limit,
             # All accesses are inside of blocks, and the pipeline cuts off blocks at the
             # edges. The checks take some hundred instructions for each block.
@@ -91,7 +117,7 @@ def update_leaf(
         interpret=interpret,
         name=f"flashquinox_{type(structure.rule).__name__.lower()}",
     )(*packed, grad, *arrays)
-    return (view.restore(jtu.tree_unflatten(treedef, new)),)
+    return (seen.restore(jtu.tree_unflatten(treedef, new)),)
 
 
 # Results, and what they alias, say where they are by their types. Older versions of JAX
@@ -165,6 +191,7 @@ def _kernel(
     arithmetic: Arithmetic,
     view: View,
     block: AbstractGridBlock,
+    moved: Reordering | None,
     unpack: Callable[..., Any],
     own_structure: Any,
     treedef: Any,
@@ -173,13 +200,25 @@ def _kernel(
     *refs: Any,
 ) -> None:
     count = own_structure.num_leaves
-    own, (grad, *state, constants, extremes, prepared) = refs[:count], refs[count:]
-    count = len(state) // 2
-    grad = _seen(view, block, grad)
-    old, new = [
-        _state_seen(view, block, jtu.tree_unflatten(treedef, refs))
-        for refs in (state[:count], state[count:])
-    ]
+    own, refs = refs[:count], refs[count:]
+    count = treedef.num_leaves
+    old, new, refs = (
+        refs[: 1 + count],
+        refs[1 + count : 1 + 2 * count],
+        refs[1 + 2 * count :],
+    )
+    scratch, copies = refs[:3], refs[3:]
+    if moved is None:
+        before = after = None
+        elements = treedef.unflatten(range(count))
+        last = count - len(jtu.tree_leaves(elements.scales))
+        seen = lambda refs, last: [
+            _seen(view, block, ref) if i < last else ref for i, ref in enumerate(refs)
+        ]
+        old_seen, new_seen = seen(old, 1 + last), seen(new, last)
+    else:
+        old_seen, new_seen, before, after = moved.inside(old, new, copies)
+    grad, *state = old_seen
     shared = unpack(lambda i: floats[0, i], lambda i: integers[0, i])
     own = own_structure.unflatten([x[0, 0] for x in own])
     scalars = with_leaf(shared, own)
@@ -190,17 +229,27 @@ def _kernel(
         block=block,
         block_index=tuple([pl.program_id(axis) for axis in range(len(block.grid))]),
         grad=grad,
-        old=old,
-        new=new,
-        scratch=(constants, extremes, prepared),
+        old=treedef.unflatten(state),
+        new=treedef.unflatten(new_seen),
+        scratch=scratch,
         zero=integers[0, 0],
     )
-    step = partial(lax.fori_loop, 0, block.chunks, chunks.update, None)
+
+    def step() -> None:
+        if before is not None:
+            before()
+        lax.fori_loop(0, block.chunks, chunks.update, None)
+        if after is not None:
+            after()
+
     if scalars.take is None:
         step()
     else:
+        stay = partial(
+            _stay, structure, treedef.unflatten(old[1:]), treedef.unflatten(new)
+        )
         pl.when(scalars.take)(step)
-        pl.when(jnp.logical_not(scalars.take))(partial(_stay, structure, old, new))
+        pl.when(jnp.logical_not(scalars.take))(stay)
 
 
 def _seen(view: View, block: AbstractGridBlock, ref: Any) -> Any:
@@ -209,13 +258,6 @@ def _seen(view: View, block: AbstractGridBlock, ref: Any) -> Any:
         return ref
     axes = range(len(view.elements.axes))
     return PairsRef(ref, block.scales_at(*axes))
-
-
-def _state_seen(view: View, block: AbstractGridBlock, state: TileState) -> TileState:
-    refs, treedef = jtu.tree_flatten(state)
-    elements = len(refs) - len(jtu.tree_leaves(state.scales))
-    seen = [_seen(view, block, ref) for ref in refs[:elements]]
-    return treedef.unflatten([*seen, *refs[elements:]])
 
 
 def _stay(structure: StepStructure, old: TileState, new: TileState) -> None:

@@ -13,6 +13,7 @@ from ..._storage.tpu_memory import (
     Axes,
     groups_in_memory,
     LANES,
+    lies_like,
     memory_order,
     TILE_ROWS,
 )
@@ -63,6 +64,8 @@ class View:
     # Of elements of 16 bits and more, where these lie in another order: in that of the
     # scales.
     wide: ArrayView | None = None
+    # Where XLA lays out some arrays in other orders than these: so it would copy them.
+    orders: "Orders | None" = None
 
     @property
     def group_size(self) -> int:
@@ -83,6 +86,48 @@ class View:
         if self.wide is not None and jnp.dtype(dtype).itemsize > 1:
             return self.wide
         return self.elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """A leaf and its state, with the axes of each array in its own order. For arrays
+    of a view, `of` and `restore` are those of `View`."""
+
+    layout: Layout
+
+    @property
+    def of_bytes(self) -> Axes:
+        """The order of the axes of 8-bit arrays."""
+        return memory_order(self.layout.shape, itemsize=1)
+
+    def of_array(self, x: Any, of_scales: bool = False) -> Axes:
+        """That of another array, by its dtype."""
+        return memory_order(
+            self.layout.scale_shape if of_scales else self.layout.shape,
+            jnp.dtype(x.dtype).itemsize,
+        )
+
+    def of_elements(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return self._view(x, False).of(x)
+
+    def of(self, x: TileState) -> TileState:
+        return map_arrays(
+            lambda array: self._view(array, False).of(array),
+            lambda array: self._view(array, True).of(array),
+            x,
+        )
+
+    def restore(self, x: TileState) -> TileState:
+        return map_arrays(
+            lambda array: self._view(array, False).restore(array),
+            lambda array: self._view(array, True).restore(array),
+            x,
+        )
+
+    def _view(self, x: Any, of_scales: bool) -> ArrayView:
+        shape = self.layout.scale_shape if of_scales else self.layout.shape
+        order = self.of_array(x, of_scales)
+        return ArrayView(shape, tuple([(axis,) for axis in order]))
 
 
 def view_of(
@@ -116,17 +161,29 @@ def view_of(
         found = groups_in_memory(shape, axis, layout.group_size)
         if only_words and not (found.kind == "rows" and whole):
             continue
-        return View(
+        view = View(
             layout,
             found.kind,
             ArrayView(shape, found.elements),
             ArrayView(layout.scale_shape, found.scales),
-            # Small leaves move little.
-            ArrayView(shape, found.scales)
-            if found.pairs and math.prod(shape) >= LARGE
-            else None,
         )
+        # Small leaves move little.
+        if only_words or math.prod(shape) < LARGE:
+            return view
+        if found.pairs:
+            view = dataclasses.replace(view, wide=ArrayView(shape, found.scales))
+        if axis + len(shape) == columns or _sees_as_they_lie(view, old, grad):
+            return view
+        return dataclasses.replace(view, orders=Orders(layout))
     return None
+
+
+def _sees_as_they_lie(view: View, old: TileState, grad: Array) -> bool:
+    """Whether XLA lays out all arrays as the view has them."""
+    of_elements = (grad, old.weight, old.correction, old.codes)
+    seen = [(view.view_of(x.dtype), x) for x in jtu.tree_leaves(of_elements)]
+    seen += [(view.scales, x) for x in jtu.tree_leaves(old.scales)]
+    return all([lies_like(x.shape, x.axes, a.dtype.itemsize) for x, a in seen])
 
 
 def _of_vector(layout: Layout, old: TileState) -> View | None:
