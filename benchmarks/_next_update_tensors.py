@@ -1,21 +1,22 @@
 """Of ways to round Adam's moments, the errors of the next update in real tensors."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import _next_update_levels as fitted
+import _next_update_roundings as by
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from _next_update_roundings import GROUP, Rounding, Thresholds
 from _open_loop import beside_float32_adam, FIRST_STEP
-from jaxtyping import Array, Float, Float32, Int32, Key, PyTree, Scalar, UInt8
+from jaxtyping import Array, Float, Key, PyTree, Scalar, UInt8
 
 import flashquinox as fq
 
 
-B1, GROUP, BATCH = 0.9, 32, 2
+B1, BATCH = 0.9, 2
 
 # Those in which the default is closest to the paper's codec.
 TENSORS = {
@@ -25,197 +26,140 @@ TENSORS = {
     "head": ".head.weight",
 }
 
-# A moment, as it is read again after it was stored in this step.
-Rounding: TypeAlias = Callable[[Float[Array, "groups 32"], fq.Dither], Array]
-Thresholds: TypeAlias = Callable[[Int32[Array, ""], int], fq.Dither]
-
-
-def _stored_by(codec: fq.AbstractMomentCodec) -> Rounding:
-    def rounding(moment, dither):
-        codes, scales = codec.encode(moment, -1, dither)
-        return codec.decode(codes, scales, -1, jnp.float32)
-
-    return rounding
-
-
-def _exact(moment, dither):
-    del dither
-    return moment
-
-
-#
-# Directions r
-#
-
-
-def _up(scale: Float32[Array, "..."], parts: int) -> Float32[Array, "..."]:
-    """To the next of this many numbers between powers of two, evenly spaced."""
-    scale = jnp.maximum(scale, 2.0**-60)
-    fraction, power = jnp.frexp(scale)
-    return jnp.ldexp(jnp.ceil(fraction * 2 * parts - 1e-5) / (2 * parts), power)
-
-
-def _of_zero_point(unit: int, parts: int) -> Rounding:
-    """Codes from the least to the greatest of a group. That of zero is a multiple of
-    `unit`, at most 64 from the middle. With 4 and 32: 5 bits, and 11 for the scale."""
-
-    def rounding(moment, dither):
-        most = jnp.maximum(jnp.max(moment, axis=-1, keepdims=True), 0)
-        least = jnp.minimum(jnp.min(moment, axis=-1, keepdims=True), 0)
-        skew = (most + least) / jnp.maximum(most - least, 1e-30)
-        zero = jnp.clip(-jnp.round(127.5 / unit * skew) * unit, -64, 64 - unit)
-        scale = jnp.maximum(most / (126.99 - zero), -least / (127.99 + zero))
-        scale = _up(scale, parts)
-        return (jnp.round(moment / scale + zero + dither.code - 0.5) - zero) * scale
-
-    return rounding
-
-
-def _groups_of_16(moment, dither):
-    """Scales of a byte, 16 to a factor of two."""
-    halves = moment.reshape(-1, GROUP // 2)
-    scale = jnp.max(jnp.abs(halves), axis=-1, keepdims=True) / 126.99
-    octaves = jnp.log2(jnp.maximum(scale, 2.0**-60))
-    scale = jnp.exp2(jnp.ceil(16 * octaves - 1e-4) / 16)
-    codes = jnp.round(halves / scale + dither.code - 0.5)
-    return (codes * scale).reshape(moment.shape)
-
-
-def _quarters(moment, dither):
-    """A power of two for 32 elements, in 4 bits; and in 3 bits for each 8 of them, how
-    many eighths of a factor of two their scale is less."""
-    most = jnp.max(jnp.abs(moment.reshape(-1, 4, GROUP // 4)), axis=-1, keepdims=True)
-    octaves = jnp.log2(jnp.maximum(most / 126.99, 2.0**-60))
-    highest = jnp.ceil(jnp.max(octaves, axis=1, keepdims=True) - 1e-4)
-    # Directions are less than 8.
-    highest = jnp.clip(highest, -19, -4)
-    less = jnp.clip(jnp.floor(8 * (highest - octaves) + 1e-4), 0, 7)
-    scale = jnp.exp2(highest - less / 8)
-    codes = jnp.round(moment.reshape(-1, 4, GROUP // 4) / scale + dither.code - 0.5)
-    return (codes * scale).reshape(moment.shape)
-
-
-def _two_pieces(knee: float, ratio: float) -> Rounding:
-    """Steps that are `ratio` times as long above this part of the largest element."""
-    inner = round(126 * knee * ratio / (1 - knee + knee * ratio))
-    steps = inner + (126 - inner) * ratio
-
-    def bent(x, by):
-        outer = jnp.sign(x) * (inner + (jnp.abs(x) - inner) * by)
-        return jnp.where(jnp.abs(x) <= inner, x, outer)
-
-    def rounding(moment, dither):
-        scale = jnp.max(jnp.abs(moment), axis=-1, keepdims=True) / steps
-        scale = jnp.maximum(scale, 2.0**-60)
-        codes = jnp.round(bent(moment / scale, 1 / ratio) + dither.code - 0.5)
-        return bent(codes, ratio) * scale
-
-    return rounding
-
-
-#
-# Averages of squares v
-#
-
-
-def _finer_steps(moment, dither):
-    """As the fitted logarithm, with four steps between powers of two where that has
-    two, and origins that are multiples of as many numbers for each: 16 bits as well."""
-    bits = lax.bitcast_convert_type(moment, jnp.int32)
-    high = jnp.max(bits, axis=-1, keepdims=True)
-    low = jnp.min(bits, axis=-1, keepdims=True)
-    low = jnp.maximum(jnp.maximum(low, high - 254 * (3 << 19)), 1 << 24)
-    fits = []
-    for a in range(4, 8):
-        origin = low // (a << 18) * (a << 18)
-        k = jnp.ceil(jnp.log2(jnp.maximum((high - origin) / (254.5 * a), 1e-9)))
-        step = (a * jnp.exp2(jnp.maximum(k, 10))).astype(jnp.int32)
-        # An origin is a multiple of its step.
-        origin = jnp.where(step > a << 18, low // step * step, origin)
-        fits.append((jnp.where(high - origin <= 254.5 * step, step, 2 * step), origin))
-    steps, origins = map(jnp.stack, zip(*fits, strict=True))
-    best = jnp.argmin(steps, axis=0)[None]
-    step = jnp.take_along_axis(steps, best, 0)[0]
-    origin = jnp.take_along_axis(origins, best, 0)[0]
-    codes = (bits - origin).astype(jnp.float32) / step + dither.code - 0.5
-    codes = jnp.clip(jnp.round(codes), 0, 255).astype(jnp.int32)
-    return lax.bitcast_convert_type(origin + codes * step, jnp.float32)
-
-
-#
-# Thresholds
-#
-
-
-def _pairs(count, leaf):
-    return fq.Dither.at(count, leaf, kind="signed", relative=True)
-
-
-def _alternating_pairs(count, leaf):
-    """Those of even steps round up, those of odd steps down."""
-    dither = _pairs(count, leaf)
-    half = jnp.abs(dither.code - 0.5)
-    code = 0.5 + jnp.where(count % 2 == 0, half, -half)
-    return fq.Dither(code, dither.scale)
-
-
-def _even(count, leaf):
-    return fq.Dither.at(count, leaf, kind="nonnegative")
-
-
-def _even_pairs(count, leaf):
-    return fq.Dither.at(count, leaf, kind="nonnegative", relative=True)
-
-
-def _nearest(count, leaf):
-    return fq.Dither(jnp.float32(0.5), _even(count, leaf).scale)
+# By range, those that are fitted to a tensor's exact directions; and as "v", those that
+# are fitted to the logarithm of its second moment.
+Levels: TypeAlias = dict[str, Float[Array, " 255"]]
+_BINS = 2048
 
 
 class Way(NamedTuple):
-    first: Rounding = _stored_by(fq.LinearCodec())
-    second: Rounding = _stored_by(fq.FittedLogCodec())
-    thresholds: Thresholds = _pairs
-    of_second: Thresholds = _even
+    first: Rounding = by.stored_by(fq.LinearCodec())
+    second: Rounding = by.stored_by(fq.FittedLogCodec())
+    thresholds: Thresholds = by.pairs
+    of_second: Thresholds = by.even
     relative: bool = True
     # Whether what is rounded is the exact v, in each step anew.
     once: bool = False
 
 
-def ways() -> dict[str, Way]:
+def _ways(levels: Levels) -> dict[str, Way]:
     paper = fq.MomentCodecs.named("flashoptim")
+    default, moving = Way(), by.to_nearest_where_it_moves
+    of_zero_point = by.of_zero_point(4, 32)
+    scales_of_4 = by.smaller_scales(4, 1, 1.5, 16)
+    scales_of_8 = by.smaller_scales(8, 7, 8, 1)
     found = {
         "the paper's": Way(
-            _stored_by(paper.signed), _stored_by(paper.nonnegative), relative=False
+            by.stored_by(paper.signed),
+            by.stored_by(paper.nonnegative),
+            relative=False,
         ),
-        "default": Way(),
-        "v exact": Way(second=_exact),
-        "v exact, r to nearest": Way(second=_exact, thresholds=_nearest),
-        "r exact": Way(first=_exact),
-        "r exact, v rounded once": Way(first=_exact, once=True),
-        "r: alternating pairs": Way(thresholds=_alternating_pairs),
-        "r: two pieces, 1 and 1.5": Way(first=_two_pieces(0.5, 1.5)),
-        "r: two pieces, 1 and 2": Way(first=_two_pieces(0.5, 2.0)),
-        "r: groups of 16": Way(first=_groups_of_16),
-        "r: zero point": Way(first=_of_zero_point(4, 32)),
-        "r: scales of 8": Way(first=_quarters),
-        "v: thresholds in pairs": Way(of_second=_even_pairs),
-        "v: finer steps": Way(second=_finer_steps),
+        "default": default,
+        "v exact": Way(second=by.exact),
+        "v exact, r to nearest": Way(second=by.exact, thresholds=by.nearest),
+        "r exact": Way(first=by.exact),
+        "r exact, v rounded once": Way(first=by.exact, once=True),
+        "r: alternating pairs": Way(thresholds=by.alternating_pairs),
+        "r: to nearest where it moves": Way(first=moving(default.first)),
+        "r: two pieces, 1 and 1.5": Way(first=by.two_pieces(0.5, 1.5)),
+        "r: two pieces, 1 and 2": Way(first=by.two_pieces(0.5, 2.0)),
+        "r: groups of 16": Way(first=by.groups_of_16),
+        "r: zero point": Way(first=of_zero_point),
+        "r: scales of 8": Way(first=scales_of_8),
+        "r: scales of 4": Way(first=scales_of_4),
+        "v: thresholds in pairs": Way(of_second=by.even_pairs),
+        "v: to nearest where it moves": Way(second=moving(default.second)),
+        "v: four steps": Way(second=by.four_steps),
+        "v: sixteen steps": Way(second=by.any_origin(16)),
+        "323 codes of r, 203 of v": Way(by.linear(161), by.any_origin(16, 202.5)),
+        "the three that help": Way(of_zero_point, by.four_steps, by.alternating_pairs),
+        "scales of 8, v: four steps": Way(
+            scales_of_8, by.four_steps, by.alternating_pairs
+        ),
+        "scales of 4, v: four steps": Way(
+            scales_of_4, by.four_steps, by.alternating_pairs
+        ),
     }
-    found["the three that help"] = Way(
-        _of_zero_point(4, 32), _finer_steps, _alternating_pairs
+    found["the three, v exact"] = found["the three that help"]._replace(second=by.exact)
+    found["scales of 4, v: sixteen steps"] = Way(
+        scales_of_4, by.any_origin(16), by.alternating_pairs
     )
-    found["scales of 8, v finer"] = Way(_quarters, _finer_steps, _alternating_pairs)
-    found["these, v exact"] = found["the three that help"]._replace(second=_exact)
+    for name in ("the three that help", "scales of 4, v: four steps"):
+        way = found[name]
+        found[f"{name}; r moving"] = way._replace(first=moving(way.first))
+    return found | _bounds(levels)
+
+
+def _bounds(levels: Levels) -> dict[str, Way]:
+    """Levels that were fitted to the tensor, in ranges that are not rounded, by `v`."""
+    default, steps = Way(), by.any_origin(16)
+    by_levels = fitted.by_levels(levels["v"], fitted.least_to_greatest)
+    found = {
+        "r exact, v: sixteen steps": Way(by.exact, steps),
+        "r exact, v: 64 steps": Way(by.exact, by.any_origin(64)),
+        "r exact, v: fitted": Way(by.exact, fitted.of_logarithm(by_levels)),
+    }
+    for name, short in (("largest", "largest"), ("least to greatest", "range")):
+        rounding = fitted.by_levels(levels[name], fitted.RANGES[name])
+        to_nearest = Way(rounding, default.second, thresholds=by.nearest)
+        ways = {
+            "v stored": to_nearest,
+            "v to nearest": to_nearest._replace(of_second=by.nearest),
+            "v: sixteen steps": to_nearest._replace(second=steps),
+            "v exact": to_nearest._replace(second=by.exact),
+            "in pairs, v: sixteen steps": Way(rounding, steps, by.alternating_pairs),
+            "moving, v: sixteen steps": Way(
+                by.to_nearest_where_it_moves(rounding), steps, by.alternating_pairs
+            ),
+        }
+        found |= {f"fitted to {short}, {ending}": way for ending, way in ways.items()}
     return found
 
 
 @jax.jit
-def _errors(
+def _levels(
     text: UInt8[Array, " bytes"], key: Key[Array, ""], b2: Scalar
+) -> dict[str, Levels]:
+    """Fitted to the exact moments of each tensor in all steps that count."""
+
+    def counts(groups, range_):
+        middle, half = range_(groups)
+        found, _ = jnp.histogram((groups - middle) / half, _BINS, (-1.0, 1.0))
+        return found.astype(jnp.float32)
+
+    def start(model):
+        del model
+
+    def watch(kept, grads, exact, state):
+        del kept, grads
+        count = optax.tree.get(state, "count")
+        directions, squares = _tensors(exact), _tensors(optax.tree.get(state, "nu"))
+        found = {}
+        for tensor in TENSORS:
+            of_r, of_v = (
+                x[tensor][1].reshape(-1, GROUP) for x in (directions, squares)
+            )
+            found[tensor] = {
+                name: counts(of_r, range_) for name, range_ in fitted.RANGES.items()
+            } | {"v": counts(fitted.logarithm(of_v), fitted.least_to_greatest)}
+        return None, jtu.tree_map(lambda x: jnp.where(count > FIRST_STEP, x, 0), found)
+
+    found = beside_float32_adam(text, key, start, watch, b2=b2, batch=BATCH)
+    return jtu.tree_map(lambda x: fitted.fitted_levels(x.sum(axis=0)), found)
+
+
+@jax.jit
+def _errors(
+    text: UInt8[Array, " bytes"],
+    key: Key[Array, ""],
+    b2: Scalar,
+    levels: dict[str, Levels],
 ) -> dict[str, dict[str, Float[Array, " steps"]]]:
     """Of a GPT that float32 Adam trains, as in the open loop of `quality.py`."""
+    ways = {tensor: _ways(levels[tensor]) for tensor in TENSORS}
 
     def next_update(way, stored, exact, grad, count, place):
+        before = stored
         first, second = stored
         if way.relative:
             first = first * jnp.sqrt(second)
@@ -228,30 +172,32 @@ def _errors(
             first = first / jnp.maximum(root, 2.0**-63)
         if way.once:
             second = exact
-        in_groups = lambda x: x.reshape(-1, GROUP)
-        first = way.first(in_groups(first), way.thresholds(count, place))
-        second = way.second(in_groups(second), way.of_second(count, place))
+        first, second, *before = [
+            x.reshape(-1, GROUP) for x in (first, second, *before)
+        ]
+        first = way.first(first, before[0], way.thresholds(count, place))
+        second = way.second(second, before[1], way.of_second(count, place))
         return update, (first.reshape(grad.shape), second.reshape(grad.shape))
 
     def start(model):
-        zeros = {
-            name: (jnp.zeros_like(x),) * 2 for name, (_, x) in _tensors(model).items()
+        return {
+            tensor: dict.fromkeys(ways[tensor], (jnp.zeros_like(x),) * 2)
+            for tensor, (_, x) in _tensors(model).items()
         }
-        return dict.fromkeys(ways(), zeros)
 
     def watch(stored, grads, exact, state):
         count, errors, after = optax.tree.get(state, "count"), {}, {}
         nu = optax.tree.get(state, "nu")
         grad, true, v = map(_tensors, (grads, exact, nu))
-        for name, way in ways().items():
-            errors[name], after[name] = {}, {}
-            for tensor, (place, x) in grad.items():
-                update, after[name][tensor] = next_update(
-                    way, stored[name][tensor], v[tensor][1], x, count, place
+        for tensor, (place, x) in grad.items():
+            errors[tensor], after[tensor] = {}, {}
+            for name, way in ways[tensor].items():
+                update, after[tensor][name] = next_update(
+                    way, stored[tensor][name], v[tensor][1], x, count, place
                 )
                 _, expected = true[tensor]
                 difference = jnp.linalg.norm(update - expected)
-                errors[name][tensor] = difference / jnp.linalg.norm(expected)
+                errors[tensor][name] = difference / jnp.linalg.norm(expected)
         return after, errors
 
     return beside_float32_adam(text, key, start, watch, b2=b2, batch=BATCH)
@@ -268,27 +214,35 @@ def _tensors(tree: PyTree) -> dict[str, tuple[int, Array]]:
 
 def measure_tensors(text: UInt8[np.ndarray, " bytes"]) -> list[dict[str, Any]]:
     """Errors over the paper's."""
-    rows = [{"way": name, "error, of the paper's": {}} for name in ways()]
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for b2 in (0.999, 0.95):
         (key,) = jax.random.split(jax.random.key(0), 1)
-        steps = _errors(jnp.asarray(text), key, jnp.float32(b2))
+        of_run = jnp.asarray(text), key, jnp.float32(b2)
+        levels = _levels(*of_run)
+        steps = _errors(*of_run, levels)
         means = jtu.tree_map(lambda x: float(x[FIRST_STEP:].mean()), steps)
-        for row in rows:
-            mean, paper = means[row["way"]], means["the paper's"]
-            row["error, of the paper's"][str(b2)] = {
-                tensor: mean[tensor] / paper[tensor] for tensor in TENSORS
+        # As they are listed: `jit` sorts what it returns.
+        for name in _ways(levels["position"]):
+            found.setdefault(name, {})[str(b2)] = {
+                tensor: means[tensor][name] / means[tensor]["the paper's"]
+                for tensor in TENSORS
             }
-    return rows
+    return [
+        {"way": name, "error, of the paper's": errors} for name, errors in found.items()
+    ]
+
+
+_WIDTH = 46
 
 
 def print_tensors(rows: list[dict[str, Any]]) -> None:
     settings = list(rows[0]["error, of the paper's"])
     width = 15 * len(TENSORS) + 7
-    print(" " * 26 + "".join(f"{f'b2 = {b2}':^{width}}" for b2 in settings))
+    print(" " * _WIDTH + "".join(f"{f'b2 = {b2}':^{width}}" for b2 in settings))
     names = "".join(f"{name:>15}" for name in TENSORS) + f"{'worst':>7}"
-    print(" " * 26 + names * len(settings))
+    print(" " * _WIDTH + names * len(settings))
     for row in rows:
-        print(f"{row['way']:26}", end="")
+        print(f"{row['way']:{_WIDTH}}", end="")
         for errors in row["error, of the paper's"].values():
             cells = "".join(f"{error:15.3f}" for error in errors.values())
             print(f"{cells}{max(errors.values()):7.3f}", end="")
