@@ -94,10 +94,11 @@ def _bounds(levels: Levels) -> dict[str, Way]:
     """Levels that were fitted to the tensor, in ranges that are not rounded, by `v`."""
     default, steps = Way(), by.any_origin(16)
     by_levels = fitted.by_levels(levels["v"], fitted.least_to_greatest)
+    fitted_v = fitted.of_logarithm(by_levels)
     found = {
         "r exact, v: sixteen steps": Way(by.exact, steps),
         "r exact, v: 64 steps": Way(by.exact, by.any_origin(64)),
-        "r exact, v: fitted": Way(by.exact, fitted.of_logarithm(by_levels)),
+        "r exact, v: fitted": Way(by.exact, fitted_v),
     }
     for name, short in (("largest", "largest"), ("least to greatest", "range")):
         rounding = fitted.by_levels(levels[name], fitted.RANGES[name])
@@ -106,8 +107,10 @@ def _bounds(levels: Levels) -> dict[str, Way]:
             "v stored": to_nearest,
             "v to nearest": to_nearest._replace(of_second=by.nearest),
             "v: sixteen steps": to_nearest._replace(second=steps),
+            "v: fitted": to_nearest._replace(second=fitted_v),
             "v exact": to_nearest._replace(second=by.exact),
             "in pairs, v: sixteen steps": Way(rounding, steps, by.alternating_pairs),
+            "in pairs, v: fitted": Way(rounding, fitted_v, by.alternating_pairs),
             "moving, v: sixteen steps": Way(
                 by.to_nearest_where_it_moves(rounding), steps, by.alternating_pairs
             ),
