@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 
 from .._tile.step import map_arrays, TileState
 from .chunk_plan import Piece
-from .groups import Groups, hidden, joined, part_of, put
+from .groups import fill_of, Groups, hidden, joined, part_of, put
 
 
 class Chunk(NamedTuple):
@@ -80,7 +80,7 @@ class SharedCase:
 
         def filled(parts: list[Array], missing: int) -> Array:
             if missing:
-                parts.append(lax.full((missing,), 0, parts[0].dtype))
+                parts.append(fill_of(missing, parts[0].dtype))
             return joined(parts)
 
         def elements(*arrays: Array) -> Array:

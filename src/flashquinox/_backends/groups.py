@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.lax as lax
@@ -75,11 +76,7 @@ class Groups:
         if missing == 0:
             return [x]
         if not self.is_grouped:
-            fill = np.zeros(missing, x.dtype)
-            # Of equal numbers, XLA would make them anew in each kernel, where arrays
-            # that are there are joined without one.
-            fill[-1] = 1
-            return [x, jnp.asarray(fill)]
+            return [x, fill_of(missing, x.dtype)]
         return [x, lax.broadcast_in_dim(x[-1:], (missing,), (0,))]
 
     def put(
@@ -98,6 +95,20 @@ class Groups:
 def flat(x: Shaped[Array, "..."]) -> Shaped[Array, " n"]:
     """As one axis, without an operation if it is one."""
     return x if x.ndim == 1 else lax.reshape(x, (x.size,))
+
+
+def fill_of(length: int, dtype: Any) -> Shaped[Array, " length"]:
+    """Any numbers, to be joined to others. Of equal ones, XLA would make them anew in
+    each kernel; arrays that are there are joined without one."""
+    return jnp.asarray(_fill_of(length, np.dtype(dtype)))
+
+
+# In a program, it is there once.
+@functools.lru_cache(maxsize=64)
+def _fill_of(length: int, dtype: np.dtype) -> np.ndarray:
+    fill = np.zeros(length, dtype)
+    fill[-1] = 1
+    return fill
 
 
 def joined(parts: Sequence[Shaped[Array, " _"]]) -> Shaped[Array, " n"]:
