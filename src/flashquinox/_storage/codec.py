@@ -283,7 +283,7 @@ class AbstractMomentCodec(eqx.Module):
         prepared = boundary(self.prepare(moment))
         statistics = tuple(
             [
-                boundary(reduction(boundary(x), axis=axis))
+                boundary(reduction(x, axis=axis))
                 for reduction, x in self.statistics(prepared)
             ]
         )
