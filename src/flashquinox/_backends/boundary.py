@@ -11,10 +11,10 @@ from typing import Any
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Shaped
 
-from .groups import joined
+from .. import _compat
+from .groups import flat, joined
 
 
 def boundary(values: Any) -> Any:
@@ -30,45 +30,28 @@ def boundary(values: Any) -> Any:
             arrays[i] = x
     # One by one: together, all would have the axis of groups.
     return structure.unflatten(
-        [x if i in numbers else _stored(x) for i, x in enumerate(arrays)]
+        [x if i in numbers else _stored(x)[0] for i, x in enumerate(arrays)]
     )
 
 
-@custom_vmap
-def _stored(x: Array) -> Array:
-    """The same array, which XLA fuses with nothing: it is stored."""
-    return lax.optimization_barrier(x)
-
-
-@_stored.def_vmap
-def _stored_of_groups(
-    axis_size: int, is_batched: list[bool], x: Array
-) -> tuple[Array, bool]:
+def _flat_and_stored(x: Array) -> list[Array]:
     # In arrays of one axis, loops over which are compiled to faster code, and sooner.
-    del axis_size
-    (batched,) = is_batched
-    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape), batched
+    return [lax.optimization_barrier(flat(x)).reshape(x.shape)]
 
 
-@custom_vmap
-def _stored_together(*numbers: Array) -> tuple[Array, ...]:
-    return tuple(_joined_and_split([x.reshape(1) for x in numbers], ()))
-
-
-@_stored_together.def_vmap
-def _stored_together_of_groups(
-    axis_size: int, is_batched: Sequence[bool], *numbers: Array
-) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+def _joined_and_stored(*numbers: Array) -> list[Array]:
+    """Those of groups in one array, and those that are the same for all."""
     stored = list(numbers)
-    for batched in (False, True):
-        of_kind = [i for i, x in enumerate(is_batched) if x is batched]
-        if not of_kind:
-            continue
-        shape = numbers[of_kind[0]].shape
-        flat_ones = [numbers[i].reshape(-1) for i in of_kind]
-        for i, x in zip(of_kind, _joined_and_split(flat_ones, shape), strict=True):
+    for shape in dict.fromkeys([x.shape for x in numbers]):
+        alike = [i for i, x in enumerate(numbers) if x.shape == shape]
+        arrays = [numbers[i].reshape(-1) for i in alike]
+        for i, x in zip(alike, _joined_and_split(arrays, shape), strict=True):
             stored[i] = x
-    return tuple(stored), tuple(is_batched)
+    return stored
+
+
+_stored = _compat.unchanged("flashquinox_stored", _flat_and_stored)
+_stored_together = _compat.unchanged("flashquinox_stored_together", _joined_and_stored)
 
 
 def _joined_and_split(

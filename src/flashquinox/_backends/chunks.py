@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int32, Shaped
 
+from .._tile.shapes import update_tile_of_any_shape
 from .._tile.step import LeafScalars, map_arrays, StepScalars, StepStructure, TileState
-from .._tile.tile import update_tile
 from .boundary import boundary
 from .chunk_moves import Chunk, SharedCase
 from .chunk_plan import Plan, plan_chunks
@@ -185,8 +185,6 @@ def _stacked(numbers: Sequence[Array]) -> Shaped[Array, " n"]:
     return joined([lax.reshape(jnp.asarray(x), (1,)) for x in numbers])
 
 
-# Traced once for all chunks.
-@partial(jax.jit, static_argnums=0)
 def _update_group(
     structure: StepStructure,
     scalars: StepScalars,
@@ -195,4 +193,4 @@ def _update_group(
     old: TileState,
 ) -> TileState:
     scalars = dataclasses.replace(scalars, leaf=leaf)
-    return update_tile(structure, scalars, -1, grad, old, boundary=boundary)
+    return update_tile_of_any_shape(structure, scalars, -1, grad, old, boundary)

@@ -41,5 +41,6 @@ from .primitives import (
     operation as operation,
     Primitive as Primitive,
     refusal as refusal,
+    unchanged as unchanged,
 )
 from .tape import Tape as Tape

@@ -1,15 +1,40 @@
 """Own primitives: elementwise functions, and errors."""
 
+import functools
 import inspect
-from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 
 Primitive: TypeAlias = jex.Primitive
+
+
+def unchanged(
+    name: str, function: Callable[..., Sequence[jax.Array]]
+) -> Callable[..., list[jax.Array]]:
+    """A function that gives its arrays as they are, as a primitive that is compiled as
+    `function`. Under `vmap`, that has the arrays of all members, the axis of these
+    first; and those that are the same for all."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *arrays: list(arrays))
+    primitive.def_abstract_eval(lambda *avals: list(avals))
+
+    def batch(arrays: Sequence[Any], axes: Sequence[Any]) -> Any:
+        first = [
+            jnp.moveaxis(x, axis, 0) if axis else x
+            for x, axis in zip(arrays, axes, strict=True)
+        ]
+        return primitive.bind(*first), [None if axis is None else 0 for axis in axes]
+
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+    return primitive.bind
 
 
 def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
@@ -18,9 +43,22 @@ def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
     primitive = Primitive(name)
     compiled = jax.jit(function)
     primitive.def_impl(compiled)
-    primitive.def_abstract_eval(
-        lambda *avals: jax.make_jaxpr(compiled)(*avals).out_avals[0]
-    )
+
+    @functools.cache
+    def dtype_of(*dtypes: Any) -> Any:
+        scalars = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
+        return jax.make_jaxpr(function)(*scalars).out_avals[0].dtype
+
+    def evaluate_type(first: Any, *others: Any) -> Any:
+        # Those of the others differ in their dtypes alone, but where meshes divide
+        # them.
+        kind = first.update(weak_type=False)
+        for x in others:
+            if x.update(dtype=first.dtype, weak_type=False) != kind:
+                return jax.make_jaxpr(compiled)(first, *others).out_avals[0]
+        return kind.update(dtype=dtype_of(first.dtype, *[x.dtype for x in others]))
+
+    primitive.def_abstract_eval(evaluate_type)
     ad.primitive_jvps[primitive] = lambda primals, tangents: jax.jvp(
         function, primals, tuple(map(ad.instantiate_zeros, tangents))
     )
