@@ -47,18 +47,19 @@ def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
     @functools.cache
     def dtype_of(*dtypes: Any) -> Any:
         scalars = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
-        return jax.make_jaxpr(function)(*scalars).out_avals[0].dtype
+        found: Any = jax.make_jaxpr(function)(*scalars).out_avals[0]
+        return found.dtype
 
-    def evaluate_type(first: Any, *others: Any) -> Any:
+    def type_of_result(first: Any, *others: Any) -> Any:
         # Those of the others differ in their dtypes alone, but where meshes divide
         # them.
-        kind = first.update(weak_type=False)
+        kind: Any = first.update(weak_type=False)
         for x in others:
             if x.update(dtype=first.dtype, weak_type=False) != kind:
                 return jax.make_jaxpr(compiled)(first, *others).out_avals[0]
         return kind.update(dtype=dtype_of(first.dtype, *[x.dtype for x in others]))
 
-    primitive.def_abstract_eval(evaluate_type)
+    primitive.def_abstract_eval(type_of_result)
     ad.primitive_jvps[primitive] = lambda primals, tangents: jax.jvp(
         function, primals, tuple(map(ad.instantiate_zeros, tangents))
     )
