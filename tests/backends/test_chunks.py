@@ -56,6 +56,9 @@ def test_temporaries_are_few_beside_leaves():
     assert found(most, 1) == most // 32 + 1
     assert found(15 * most, most) == most // 2
     assert found(most - 1, 9, in_order=False) == most - 1
+    # Leaves share few chunks.
+    assert found(most, *[100] * 20) == 4 * 319
+    assert found(*[24] * 1000) == most // 2
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ class SharedCase:
     # The numbers of these leaves among all.
     numbers: tuple[int, ...]
     groups: int
+    # Whether there is no other such chunk.
+    is_only: bool
 
     def load(self, turn: Turn, grads: Grads, states: States) -> Chunk:
         del turn
@@ -79,8 +81,11 @@ class SharedCase:
         room = self.groups - sum([piece.number for piece in self.pieces])
 
         def filled(parts: list[Array], missing: int) -> Array:
-            if missing:
+            if missing and self.is_only:
                 parts.append(fill_of(missing, parts[0].dtype))
+            elif missing:
+                # Joined by a kernel, which is compiled once for all that are equal.
+                parts.append(lax.full((missing,), 0, parts[0].dtype))
             return joined(parts)
 
         def elements(*arrays: Array) -> Array:

@@ -45,7 +45,9 @@ def cases_of(leaves: tuple[Groups, ...], plan: Plan) -> tuple[list[Case], Turn]:
         these = tuple(dict.fromkeys([piece.leaf for piece in pieces]))
         own = tuple([piece._replace(leaf=these.index(piece.leaf)) for piece in pieces])
         own_leaves = tuple([leaves[leaf] for leaf in these])
-        cases.append(Case(these, SharedCase(own_leaves, own, these, plan.size)))
+        is_only = len(plan.shared) == 1
+        moves = SharedCase(own_leaves, own, these, plan.size, is_only)
+        cases.append(Case(these, moves))
     columns = np.asarray(turns, np.int32).T
     return cases, Turn(*[np.ascontiguousarray(column) for column in columns])
 

@@ -69,8 +69,17 @@ def _chunk_groups(leaves: Sequence[Groups]) -> int:
     if number <= most:
         return most
     share = min(most, -(-number // _CHUNKS))
+    # Each chunk that leaves share has moves of its own to compile, where windows of a
+    # leaf have the same: there are few of these chunks.
+    while share < most // 2 and _number_in_short(leaves, share) > 2 * share:
+        share = min(2 * share, most // 2)
     # Groups that do not lie in order are those of one chunk.
     return max([share, *[x.number for x in leaves if not x.in_order]])
+
+
+def _number_in_short(leaves: Sequence[Groups], most: int) -> int:
+    """How many groups there are in leaves of fewer."""
+    return sum([leaf.number for leaf in leaves if leaf.number < most])
 
 
 def update_in_chunks(
