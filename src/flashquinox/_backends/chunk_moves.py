@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.lax as lax
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Shaped
 
@@ -120,7 +119,7 @@ class SharedCase:
         ends = itertools.accumulate([piece.number for piece in self.pieces])
         firsts = [0, *ends][:-1]
         of_elements = of_groups = hidden([size * first for first in firsts])
-        if jtu.tree_leaves(new.scales):
+        if new.is_grouped:
             of_groups = hidden(firsts)
         pieces = zip(self.pieces, of_elements, of_groups, strict=True)
         for (place, start, number), element, group in pieces:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax.tree_util as jtu
 from jaxtyping import Array, Shaped
 
 from .._storage.layout import Layout
@@ -45,8 +44,7 @@ class Xla(AbstractBackend):
         return True
 
     def view(self, step: LeafStep) -> PlainView:
-        is_grouped = bool(jtu.tree_leaves(step.old.scales))
-        groups = Groups.of(step.layout, is_grouped)
+        groups = Groups.of(step.layout, step.old.is_grouped)
         return PlainView(step.layout, groups if takes(groups) else None)
 
     def batches(

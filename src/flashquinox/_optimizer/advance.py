@@ -208,7 +208,6 @@ class Advance:
                     in_loop=self.in_loop,
                 )
             scales = {name: old.scales[name] for name in names}
-            is_grouped = any([x is not None for x in scales.values()])
             parameters = x.parameters
             number = np.asarray(x.number, np.uint32)
             scalars = StepScalars(
@@ -222,13 +221,13 @@ class Advance:
                 take=self.all_finite,
                 clip=None if clip is None else _factors(clip, old.weight, x.grad),
             )
-            groups = stored.groups if is_grouped else None
+            codes = {name: old.codes[name] for name in names}
+            tile = TileState(old.weight, old.correction, codes, scales)
+            groups = stored.groups if tile.is_grouped else None
             if groups is None:
                 layout = flattened(shape, max(1, x.grad.size))
             else:
                 layout = groups if groups.shape == shape else groups.of_shape(shape)
-            codes = {name: old.codes[name] for name in names}
-            tile = TileState(old.weight, old.correction, codes, scales)
             found.append(LeafStep(made[key], layout, scalars, x.grad, tile))
         return found
 

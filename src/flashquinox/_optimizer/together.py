@@ -86,8 +86,8 @@ def portions(
 def _layouts(step: "StepInProgress", x: Part) -> list[Layout | None]:
     """The groups of the state of a leaf, and those of the sum that its gradient is
     stored in, if it is."""
-    is_grouped = any([x is not None for x in x.old.scales.values()])
-    of_state = step.stored[x.number].layout(x.grad.shape) if is_grouped else None
+    layout = step.stored[x.number].layout
+    of_state = layout(x.grad.shape) if x.old.is_grouped else None
     if not isinstance(x.grad, StoredGradient):
         return [of_state]
     return [of_state, x.grad.layout]

@@ -22,7 +22,7 @@ Y = TypeVar("Y")
 
 def layers_have_own_groups(stack: TileState, layout: Layout) -> bool:
     """Whether no group of a stack spans several layers."""
-    if not jtu.tree_leaves(stack.scales):
+    if not stack.is_grouped:
         return True
     layers = layout.shape[0]
     return not _is_run(layout) or layout.run % (layers * layout.group_size) == 0

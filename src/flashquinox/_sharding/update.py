@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.lax as lax
-import jax.tree_util as jtu
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
@@ -43,7 +42,7 @@ def _update_parts(
     way: Way, shardings: tuple[NamedSharding, ...], steps: list[LeafStep]
 ) -> list[TileState]:
     gathered = [
-        bool(jtu.tree_leaves(step.old.scales))
+        step.old.is_grouped
         and not state_specs.holds_whole_groups(step.layout, sharding)
         for step, sharding in zip(steps, shardings, strict=True)
     ]

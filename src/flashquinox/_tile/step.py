@@ -135,6 +135,21 @@ class TileState(eqx.Module):
         )
         return TileState(weight, correction, codes, self.scales)
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether any moment has scales."""
+        return any([x is not None for x in self.scales.values()])
+
+    @property
+    def are_of_groups(self) -> list[bool]:
+        """Of each array, in the order of the tree: whether it has an entry for each
+        group, and not for each element."""
+        of_elements = self.weight, self.correction, self.codes
+        return [
+            *[False for _ in jtu.tree_leaves(of_elements)],
+            *[True for _ in jtu.tree_leaves(self.scales)],
+        ]
+
 
 def map_arrays(
     of_elements: Callable[..., Array], of_groups: Callable[..., Array], *each: TileState

@@ -62,7 +62,7 @@ class Gpu(AbstractBackend):
         number = step.scalars.leaf.number
         return View.of(
             step.layout,
-            bool(jtu.tree_leaves(step.old.scales)),
+            step.old.is_grouped,
             int(number) if isinstance(number, np.ndarray) else None,
         )
 

@@ -41,10 +41,8 @@ def translation_of(
     `Unsupported` if the rule has an operation that kernels do not.
     """
     leaves, tree = jtu.tree_flatten((scalars, grad, old))
-    of_scalars = len(jtu.tree_leaves(scalars))
-    of_scales = len(jtu.tree_leaves(old.scales))
-    whole = len(leaves) - of_scalars - of_scales
-    dims = [()] * of_scalars + [TILE] * whole + [TILE[:1]] * of_scales
+    dims = [() for _ in jtu.tree_leaves(scalars)]
+    dims += [TILE, *[TILE[:1] if x else TILE for x in old.are_of_groups]]
     avals = tuple([(x, y.dtype) for x, y in zip(dims, leaves, strict=True)])
     return _translate(structure, avals, tree)
 

@@ -44,10 +44,9 @@ def update_alike(
     grads = tuple(map(view.elements.of, grads))
     old = tuple(map(view.of, old))
     block = choose_block(structure, view, Chip.current(), grads[0], old[0])
-    treedef, scales = jtu.tree_structure(old[0]), jtu.tree_leaves(old[0].scales)
-    arrays = [grads[0], *jtu.tree_leaves(old[0])]
+    treedef, arrays = jtu.tree_structure(old[0]), [grads[0], *jtu.tree_leaves(old[0])]
     # Which of them have an entry for each element.
-    elements = [i < len(arrays) - len(scales) for i in range(len(arrays))]
+    elements = [True, *[not of_groups for of_groups in old[0].are_of_groups]]
     full = [
         tuple([n * size for n, size in zip(grid, sizes, strict=True)])
         for grid, sizes in (

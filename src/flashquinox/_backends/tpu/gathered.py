@@ -62,11 +62,11 @@ def update_gathered(
         strict=True,
     )
     places = _Places.of(views)
-    scales = len(jtu.tree_leaves(old[0].scales))
     arrays, treedef = [grads[0], *jtu.tree_leaves(old[0])], jtu.tree_structure(old[0])
     # How long a piece of each array is, and how far apart two are.
     size, width = places.group_size * LANES, len(arrays)
-    sizes = [(size, size)] * (width - scales) + [(LANES, _TILE)] * scales
+    are_of_groups = [False, *old[0].are_of_groups]
+    sizes = [(LANES, _TILE) if x else (size, size) for x in are_of_groups]
     block = _GatheredBlock(places)
 
     def body(inside: Inside) -> Callable[[], None]:

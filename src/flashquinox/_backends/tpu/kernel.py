@@ -132,9 +132,9 @@ def choose_block(
     structure: StepStructure, view: View, chip: Chip, grad: Array, old: TileState
 ) -> AbstractGridBlock:
     """As many whole chunks as there is room for in VMEM."""
-    state = (old.weight, old.correction, old.codes)
+    arrays = zip(jtu.tree_leaves(old), old.are_of_groups, strict=True)
     element = grad.dtype.itemsize + 2 * sum(
-        [x.dtype.itemsize for x in jtu.tree_leaves(state)]
+        [x.dtype.itemsize for x, of_groups in arrays if not of_groups]
     )
     # Two buffers, and an eighth more for scales and scratch.
     room = chip.block_bytes // (2 * element * 9 // 8)
@@ -168,10 +168,9 @@ def _block_specs(
         return pl.BlockSpec(block.scales_at(*block.elements), block.scales_at)
 
     of_scales = pl.BlockSpec(block.scales, block.scales_at)
-    elements = (state.weight, state.correction, state.codes)
+    arrays = zip(jtu.tree_leaves(state), state.are_of_groups, strict=True)
     return of_elements(grad), [
-        *[of_elements(x) for x in jtu.tree_leaves(elements)],
-        *[of_scales for _ in jtu.tree_leaves(state.scales)],
+        of_scales if of_groups else of_elements(x) for x, of_groups in arrays
     ]
 
 
@@ -210,12 +209,13 @@ def _kernel(
     scratch, copies = refs[:3], refs[3:]
     if moved is None:
         before = after = None
-        elements = treedef.unflatten(range(count))
-        last = count - len(jtu.tree_leaves(elements.scales))
-        seen = lambda refs, last: [
-            _seen(view, block, ref) if i < last else ref for i, ref in enumerate(refs)
+        are_of_groups = treedef.unflatten(new).are_of_groups
+        seen = lambda refs, are_of_groups: [
+            ref if of_groups else _seen(view, block, ref)
+            for ref, of_groups in zip(refs, are_of_groups, strict=True)
         ]
-        old_seen, new_seen = seen(old, 1 + last), seen(new, last)
+        old_seen = seen(old, [False, *are_of_groups])
+        new_seen = seen(new, are_of_groups)
     else:
         old_seen, new_seen, before, after = moved.inside(old, new, copies)
     grad, *state = old_seen

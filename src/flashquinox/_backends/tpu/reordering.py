@@ -99,13 +99,8 @@ def _operands(orders: Orders, grad: Array, old: TileState) -> list[_Operand]:
         own, bytes_ = orders.of_array(x, of_scales), orders.of_bytes
         return _Operand(jnp.dtype(x.dtype), own, bytes_, of_scales, is_result)
 
-    elements = jtu.tree_leaves((old.weight, old.correction, old.codes))
-    scales = jtu.tree_leaves(old.scales)
-    return [
-        one(grad, is_result=False),
-        *[one(x) for x in elements],
-        *[one(x, of_scales=True) for x in scales],
-    ]
+    arrays = zip(jtu.tree_leaves(old), old.are_of_groups, strict=True)
+    return [one(grad, is_result=False), *[one(x, of_scales=y) for x, y in arrays]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,7 +144,7 @@ def view_of(
     if sum([length > 1 for length in shape]) < 2:
         return None if only_words else _of_vector(layout, old)
     *_, rows, columns = memory_order(shape, itemsize=1)
-    if jtu.tree_leaves(old.scales):
+    if old.is_grouped:
         layouts = [layout]
     else:
         # Of the kernel's choice.
@@ -180,16 +180,18 @@ def view_of(
 
 def _sees_as_they_lie(view: View, old: TileState, grad: Array) -> bool:
     """Whether XLA lays out all arrays as the view has them."""
-    of_elements = (grad, old.weight, old.correction, old.codes)
-    seen = [(view.view_of(x.dtype), x) for x in jtu.tree_leaves(of_elements)]
-    seen += [(view.scales, x) for x in jtu.tree_leaves(old.scales)]
+    arrays = [(grad, False), *zip(jtu.tree_leaves(old), old.are_of_groups, strict=True)]
+    seen = [
+        (view.scales if of_groups else view.view_of(x.dtype), x)
+        for x, of_groups in arrays
+    ]
     return all([lies_like(x.shape, x.axes, a.dtype.itemsize) for x, a in seen])
 
 
 def _of_vector(layout: Layout, old: TileState) -> View | None:
     """Of a leaf with at most one axis that is longer than 1."""
     shape = layout.shape
-    if not jtu.tree_leaves(old.scales):
+    if not old.is_grouped:
         layout = flattened(shape, TILE_ROWS)
     # A row of lanes has whole groups.
     if layout.group_size % TILE_ROWS != 0 or LANES % layout.group_size != 0:
