@@ -397,7 +397,7 @@ def test_what_is_not_separable_is_called_so(module, tmp_path):
         ]
     _write(folder, records)
     text = page.sections(tmp_path)["gpt2"].splitlines()
-    assert "not separable from noise" in text[3] and "(2.00)" in text[3]
+    assert "not separable from noise" in text[3] and "(2.00; 2.00 to 2.00)" in text[3]
     assert "a difference" in text[4]
     assert any(
         "largest update is 2.00" in x for x in module("_goals").failures(tmp_path)

@@ -124,13 +124,18 @@ def gap_cells(cell: Cell, reference: Cell, digits: int) -> list[str]:
 def _update_cells(cell: Cell, reference: Cell) -> list[str]:
     if cell.contender == REFERENCE:
         return [f"{cell.peak:.3g}"]
-    return [f"{cell.peak:.3g} ({update_ratio(cell, reference):.2f})"]
+    ratios = update_ratios(cell, reference)
+    short = lambda x: f"{x:.2f}" if x < 100 else f"{x:.3g}"
+    mean = short(statistics.geometric_mean(ratios))
+    if len(ratios) > 1:
+        mean = f"{mean}; {short(min(ratios))} to {short(max(ratios))}"
+    return [f"{cell.peak:.3g} ({mean})"]
 
 
-def update_ratio(cell: Cell, reference: Cell) -> float:
-    """The largest, over seeds, of the ratios of largest updates."""
+def update_ratios(cell: Cell, reference: Cell) -> list[float]:
+    """Of largest updates, over the seeds that both have."""
     seeds = cell.largest.keys() & reference.largest.keys()
-    return max(cell.largest[seed] / reference.largest[seed] for seed in seeds)
+    return [cell.largest[seed] / reference.largest[seed] for seed in sorted(seeds)]
 
 
 def _gap_rows(
