@@ -199,6 +199,16 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     yield quality("open-loop", 100.0, "--seeds", "4", "--codecs", *codecs)
     # Do the moments make the gap?
     yield at_rate("muon", "exact-moments", "0.003")
+    # What the others do in more steps, and with Muon.
+    for optimizer, contender in itertools.product(OPTIMIZERS, others):
+        yield longer(optimizer, contender, 0, 2)
+    for contender in others:
+        yield gpt2("muon", contender, 0, 2)
+    for contender in both:
+        yield longer("muon", contender, 0, 2)
+    # The largest update of one seed was 1.85 times float32's.
+    for more in ("", "6-17"):
+        yield images("vit", "sgd", LAST_BITS, more)
     for optimizer, contender in itertools.product(("sgd", "lion"), CONTENDERS):
         yield long("change", optimizer, contender)
     yield quality("closed-loop", 150.0, "--closed-loop", "--seeds", "48")
