@@ -19,7 +19,7 @@ from flashquinox._backends.interpreter.arithmetic import Arithmetic
 from flashquinox._backends.tpu import kernel as tpu_kernel, view as tpu_view
 from flashquinox._backends.tpu.chip import Chip
 from flashquinox._backends.tpu.planes import PlanesBlock
-from flashquinox._backends.tpu.reordering import reordering
+from flashquinox._backends.tpu.reordering import reordered
 from flashquinox._backends.tpu.rows import RowsBlock
 from flashquinox._storage.layout import Layout
 from flashquinox._storage.tpu_memory import groups_in_memory
@@ -214,8 +214,8 @@ def test_groups_in_memory(name, kind):
 def test_arrays_in_several_orders(shape, name, dtype, monkeypatch):
     monkeypatch.setattr(tpu_view, "LARGE", 2**9)
     chosen, leaf = [], {"leaf": _REORDERED[shape]}
-    record = lambda *args: chosen.append(reordering(*args)) or chosen[-1]
-    monkeypatch.setattr(tpu_kernel, "reordering", record)
+    record = lambda *args: chosen.append(reordered(*args)) or chosen[-1]
+    monkeypatch.setattr(tpu_kernel, "reordered", record)
     width = 24 if dtype == jnp.bfloat16 else None
     case = Case(name, _ours._replace(dtype=dtype, master_weight_bits=width))
     grads = [arrays(leaf, dtype, seed) for seed in (1, 2)]
@@ -288,6 +288,30 @@ def test_only_words(case):
 @pytest.mark.parametrize("shape", _ODD_SHAPES)
 def test_only_words_of_odd_shapes(shape):
     _assert_only_words(Case("lion", _ours), {"leaf": _ODD_SHAPES[shape]})
+
+
+@pytest.mark.once
+@_needs_views
+@pytest.mark.parametrize(
+    "name, storage, shape",
+    [
+        ("lion", _ours, (32, 2, 128)),
+        slow("adamw", _ours, (32, 2, 128)),
+        slow("adamw", _ours, (2, 2, 32, 40)),
+        slow("adamw", _ours, (32, 3, 65)),
+        slow("adamw", _ours, (40, 32, 33)),
+        slow("lion", _ours._replace(master_weight_bits=32), (32, 2, 128)),
+        slow("lion", Storage(jnp.float32, None, "flashquinox"), (32, 1, 100)),
+        slow("adamw", Storage(jnp.bfloat16, 24, "float32"), (32, 2, 128)),
+    ],
+)
+def test_only_words_in_several_orders(name, storage, shape, monkeypatch):
+    monkeypatch.setattr(tpu_view, "LARGE", 2**9)
+    chosen = []
+    record = lambda *args: chosen.append(reordered(*args)) or chosen[-1]
+    monkeypatch.setattr(tpu_kernel, "reordered", record)
+    _assert_only_words(Case(name, storage), {"leaf": shape})
+    assert chosen and None not in chosen
 
 
 def _assert_only_words(case: Case, shapes) -> None:

@@ -16,6 +16,7 @@ from ..kernels import compiling_for, tpu_devices
 
 
 _TOPOLOGIES = {
+    "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
     "v5p": "v5p:2x2x1",
     "v6e": "v6e:2x2",
@@ -79,6 +80,8 @@ _SHAPES = [
 ]
 
 
+# On chips without instructions for bytes: pairs, and one group or two in each matrix.
+_OF_WORDS = [(4096, 2, 128), (384, 192, 2, 2), (768, 96, 3), (24, 64, 129, 1)]
 _OF_FLOAT32 = [
     # An axis of length 1 or 2 fills tiles of float32.
     (1, 197, 768),
@@ -120,12 +123,12 @@ def _count(text: str, operations: str) -> int:
         *(
             slow(chip, x, jnp.bfloat16, unless=chip == "v5e" and x in _QUICK)
             for chip in _TOPOLOGIES
-            for x in _SHAPES
+            for x in (_SHAPES if chip != "v4" else _OF_WORDS)
         ),
         *(
             slow(chip, x, jnp.float32, unless=chip == "v5e" and x == (1, 197, 768))
             for chip in _TOPOLOGIES
-            for x in _OF_FLOAT32
+            for x in (_OF_FLOAT32 if chip != "v4" else [])
         ),
     ],
 )

@@ -39,9 +39,15 @@ class Tpu(AbstractBackend):
 
     def view(self, step: LeafStep) -> TpuView | None:
         from .chip import Chip
+        from .reordering import reordered
 
-        only_words = Chip.current().arithmetic.only_words
-        return view_of(step.layout, step.old, step.grad, only_words)
+        chip = Chip.current()
+        only_words = chip.arithmetic.only_words
+        view = view_of(step.layout, step.old, step.grad, only_words)
+        if view is None or not only_words or view.kind == "rows":
+            return view
+        # Where all is words, others are only taken as rows.
+        return view if reordered(view, chip, step.grad, step.old) is not None else None
 
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]

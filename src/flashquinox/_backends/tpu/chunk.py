@@ -11,6 +11,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from ..._tile.tile import advance
 from ..interpreter import words
 from ..interpreter.arithmetic import Arithmetic
 from .block import AbstractBlock, AbstractChunk
+from .reorder import NarrowRef
 from .scratch import Counts, Scratch
 
 
@@ -150,13 +152,16 @@ class ChunkStep:
     def _load(self, at: AbstractChunk, piece: int, ref: Any) -> Any:
         index = at.elements(piece)
         if self.arithmetic.only_words:
-            return words.load(ref, index)
+            is_copy = isinstance(ref, NarrowRef)
+            return ref.load_words(index) if is_copy else words.load(ref, index)
         return ref[index].reshape(self.block.piece)
 
     def _store(self, at: AbstractChunk, piece: int, ref: Any, value: Any) -> None:
         index = at.elements(piece)
         if self.arithmetic.only_words:
-            words.store(ref, index, value)
+            is_copy = isinstance(ref, NarrowRef)
+            store = ref.store_words if is_copy else partial(words.store, ref)
+            store(index, value)
         else:
             _store(ref, index, value)
 

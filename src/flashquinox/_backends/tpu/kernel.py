@@ -32,7 +32,7 @@ from .chunk import ChunkStep
 from .matrices import matrices_block
 from .pairs import PairsRef
 from .planes import planes_block
-from .reordering import Reordering, reordering
+from .reordering import reordered, Reordering
 from .rows import rows_block
 from .scratch import scratch_shapes
 from .vectors import vector_block
@@ -52,10 +52,8 @@ def update_leaf(
     # A leaf is a batch, and `scalars` are its own.
     del leaves
     (view,), (grad,), (state,) = views, grads, old
-    chip, moved = Chip.current(), None
-    if view.orders is not None:
-        # XLA copies what has no room in several orders.
-        moved = reordering(view.orders, grad, state, chip.block_bytes)
+    chip = Chip.current()
+    moved = reordered(view, chip, grad, state)
     seen = view if moved is None or view.orders is None else view.orders
     grad, state = seen.of_elements(grad), seen.of(state)
     # The kernel's own pipeline copies operands into VMEM. XLA would copy small ones

@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from ..._storage.tpu_memory import Axes, LANES, SUBLANES
+from ..interpreter import words
+from ..interpreter.words import Words
 from .block import unravel
 
 
@@ -135,3 +137,18 @@ class NarrowRef:
     @property
     def at(self) -> Any:
         return self.ref.at
+
+    def load_words(self, index: tuple[Any, ...]) -> Any:
+        """As `words.load`."""
+        x = words.load(self.ref, index)
+        unused = 32 - 8 * jnp.dtype(self.dtype).itemsize
+        if unused == 0:
+            return x
+        is_floating = jnp.issubdtype(self.dtype, jnp.floating)
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        return Words.of_bits(bits, unused if is_floating else 0, self.dtype)
+
+    def store_words(self, index: tuple[Any, ...], value: Any) -> None:
+        """As `words.store`."""
+        wide = value.widen() if isinstance(value, Words) else value
+        words.store(self.ref, index, wide.astype(self.ref.dtype))

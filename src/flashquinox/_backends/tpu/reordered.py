@@ -45,6 +45,11 @@ class ReorderedBlock(AbstractGridBlock):
         return tuple([pl.cdiv(self.shape[i], self.sizes[i]) for i in self._grid_axes])
 
     @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """Of a block, along each axis of the grid."""
+        return tuple([self.sizes[i] for i in self._grid_axes])
+
+    @property
     def elements(self) -> tuple[int, ...]:
         return tuple([self.sizes[i] for i in self.order])
 

@@ -12,18 +12,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from ..._storage.tpu_memory import Axes, filled_size, LANES, rows_of_tile
+from ..._storage.tpu_memory import Axes, filled_size, LANES, rows_of_tile, SUBLANES
 from ..._tile.step import TileState
 from .block import evenly
+from .chip import Chip
 from .planes import PlanesBlock
 from .reorder import NarrowRef, Reorder, widened
 from .reordered import ReorderedBlock
 from .rows import RowsBlock
-from .view import Orders
+from .view import Orders, View
 
 
-# Groups of a chunk. The fewer, the smaller a block may be.
-_GROUPS = 16, 8, 4, 2, 1
+# Groups of a chunk, at most.
+_MOST_GROUPS = 16
 # Blocks are buffered twice.
 _BUFFERS = 2
 
@@ -161,24 +162,45 @@ class Reordering:
         return seen(old, 0), seen(new, 1), before, after
 
 
-def reordering(
-    orders: Orders, grad: Array, old: TileState, room: int
-) -> Reordering | None:
-    """With blocks as large as there is room for, in bytes. `None` if there is none."""
-    operands = _operands(orders, grad, old)
-    for groups in _GROUPS:
-        block = _Choice(orders, operands, groups, room).block
-        if block is not None:
-            return Reordering(block, operands)
-    return None
+def reordered(view: View, chip: Chip, grad: Array, old: TileState) -> Reordering | None:
+    """With blocks as large as there is room for. `None` if there is none: then XLA
+    copies; or if nothing is to be reordered."""
+    if view.orders is None:
+        return None
+    operands = _operands(view.orders, grad, old)
+    choices = [
+        _Choice(view.orders, operands, groups, chip)
+        for groups in _groups_of_chunk(view.orders)
+    ]
+    blocks = [block for x in choices if (block := x.block) is not None]
+    return Reordering(min(blocks, key=_cost), operands) if blocks else None
+
+
+def _cost(block: ReorderedBlock) -> float:
+    """How long a leaf takes, in units of an element, roughly."""
+    whole = [n * size for n, size in zip(block.grid, block.grid_sizes, strict=True)]
+    # What belongs to groups takes as long for one as for a register of them.
+    return math.prod(whole) * (1 + 0.5 / min(block.chunk_scales[0], _MOST_GROUPS))
+
+
+def _groups_of_chunk(orders: Orders) -> list[int]:
+    """How many a chunk may have: all of a run, or powers of two. The fewer, the
+    smaller a block may be."""
+    layout = orders.layout
+    if layout.axes[0] % len(layout.shape) != orders.of_bytes[-2]:
+        return [1]
+    most = min(_MOST_GROUPS, 2 ** (layout.groups - 1).bit_length())
+    powers = [2**i for i in reversed(range(most.bit_length()))]
+    return [layout.groups, *powers] if layout.groups < most else powers
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     orders: Orders
     operands: list[_Operand]
-    groups_of_chunk: int
-    room: int
+    # Of a chunk, along their axis.
+    groups: int
+    chip: Chip
 
     @property
     def block(self) -> ReorderedBlock | None:
@@ -224,15 +246,10 @@ class _Choice:
         return pl.cdiv(self._shape[self._group_axis], self._group_size)
 
     @property
-    def _groups(self) -> int:
-        """Of a chunk, along their axis."""
-        return min(self.groups_of_chunk, self._all_groups) if self._along_rows else 1
-
-    @property
     def _smallest(self) -> tuple[tuple[int, ...], int]:
         """The smallest blocks of elements that hold whole tiles of all arrays, and how
         many of these share a block of scales."""
-        shape, group_axis, groups = self._shape, self._group_axis, self._groups
+        shape, group_axis, groups = self._shape, self._group_axis, self.groups
         units = [1 for _ in shape]
         units[group_axis] = groups * self._group_size
         for operand in self.operands:
@@ -254,7 +271,14 @@ class _Choice:
         block = self._of(sizes, sharing)
         taken = sum([operand.bytes(block) for operand in self.operands])
         possible = all([operand.is_possible(block) for operand in self.operands])
-        return taken <= self.room and possible
+        # Loads with a stride, as of words, are from arrays of no more lanes. So are
+        # those of a part of a tile, as of scales of a few groups.
+        *_, groups, columns = block.scratch_of_scales
+        whole_tiles = groups == self.groups or self.groups % SUBLANES == 0
+        tiles = whole_tiles or not self._along_rows
+        wide = tiles and not self.chip.arithmetic.only_words
+        possible = possible and (wide or columns <= LANES)
+        return taken <= self.chip.block_bytes and possible
 
     def _of(self, sizes: tuple[int, ...], sharing: int) -> ReorderedBlock:
         shape, axis = self._shape, self._group_axis
@@ -266,7 +290,7 @@ class _Choice:
                 matrices=1,
                 rows=sizes[rows],
                 columns=sizes[columns],
-                groups=self._groups,
+                groups=self.groups,
                 group_size=self._group_size,
                 lanes=lanes,
             )

@@ -159,7 +159,10 @@ def view_of(
             # Plain XLA copies less than a transposition does.
             continue
         found = groups_in_memory(shape, axis, layout.group_size)
-        if only_words and not (found.kind == "rows" and whole):
+        is_large = math.prod(shape) >= LARGE
+        if only_words and not (whole and axis + len(shape) == rows):
+            continue
+        if only_words and found.kind != "rows" and not is_large:
             continue
         view = View(
             layout,
@@ -168,11 +171,14 @@ def view_of(
             ArrayView(layout.scale_shape, found.scales),
         )
         # Small leaves move little.
-        if only_words or math.prod(shape) < LARGE:
+        if not is_large:
             return view
-        if found.pairs:
+        if found.pairs and not only_words:
             view = dataclasses.replace(view, wide=ArrayView(shape, found.scales))
-        if axis + len(shape) == columns or _sees_as_they_lie(view, old, grad):
+        needs_orders = only_words and found.kind != "rows"
+        if not needs_orders and (
+            axis + len(shape) == columns or _sees_as_they_lie(view, old, grad)
+        ):
             return view
         return dataclasses.replace(view, orders=Orders(layout))
     return None
