@@ -36,9 +36,14 @@ def memory_order(shape: tuple[int, ...], itemsize: int) -> Axes:
     if len(shape) < 2:
         return tuple(axes)
 
+    # As `filled_size`, for all pairs of axes.
+    tiles = [rows_of_tile(length, itemsize) for length in shape]
+    as_rows = [_filled(x, tile) for x, tile in zip(shape, tiles, strict=True)]
+    as_columns = [_filled(length, LANES) for length in shape]
+
     def size(rows: int, columns: int) -> int:
         outer = [shape[i] for i in axes if i not in (rows, columns)]
-        return filled_size((*outer, shape[rows], shape[columns]), itemsize)
+        return as_rows[rows] * as_columns[columns] * math.prod(outer)
 
     pairs = [(i, j) for j in axes for i in axes if i != j]
     rows, columns = min(pairs, key=lambda x: (size(*x), -x[1], -x[0]))
