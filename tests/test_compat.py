@@ -1,6 +1,7 @@
 """What JAX does not promise is used in one folder, and may be missing where it says."""
 
 import ast
+import gc
 from pathlib import Path
 
 import jax
@@ -61,3 +62,33 @@ def test_traced_device():
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
     with jax.sharding.use_abstract_mesh(mesh):
         assert compat.traced_device() == kind
+
+
+def test_garbage_is_collected_after_lowering():
+    """Not while a function is lowered; again after it, also after an error, unless the
+    caller has switched it off."""
+    seen = []
+
+    def implementation(fails, platform):
+        def function(like):
+            seen.append((platform, gc.isenabled()))
+            if fails:
+                raise ValueError("no")
+            return like + 1
+
+        return function
+
+    by_platform = compat.ByPlatform("collections", implementation)
+    by_platform.serve("cpu")
+    step = lambda fails: jax.jit(lambda x: by_platform(fails, x))
+    assert step(False)(jnp.ones(2)).tolist() == [2, 2]
+    assert seen == [("cpu", False)] and gc.isenabled()
+    with pytest.raises(ValueError, match="no"):
+        step(True)(jnp.ones(2))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        step(False)(jnp.ones(3))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -18,6 +18,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Int32, Shaped
 
 from .._tile.shapes import update_tile_of_any_shape
@@ -137,8 +138,8 @@ def _loop(
     # Else XLA makes other kernels of a leaf's first window than of the next ones.
     grads, old = lax.optimization_barrier((grads, old))
 
-    def turn(i: Int32[Array, ""], carry: tuple[_Leaves, Chunk]) -> Any:
-        state, chunk = carry
+    def turn(carry: tuple[Int32[Array, ""], _Leaves, Chunk]) -> Any:
+        i, state, chunk = carry
         now = look_up(table, i)
         chunk = boundary(load(cases, now, grads, state, chunk))
         # Not the same in all turns, for all that XLA knows: it would compile each
@@ -146,11 +147,12 @@ def _loop(
         own_scalars, _ = lax.optimization_barrier((scalars, i))
         done = now.done if overlaps else None
         new = boundary(update(own_scalars, leaf_of_groups(cases, now), chunk, done))
-        return store(cases, now, new, state), chunk
+        return i + 1, store(cases, now, new, state), chunk
 
-    carry = old, buffers(cases, grads, old)
-    state, _ = lax.fori_loop(0, len(table.case), turn, carry)
-    return state
+    # Not a `fori_loop`: of one with so many turns, JAX traces everything twice.
+    last = np.int32(len(table.case))
+    carry = jnp.int32(0), old, buffers(cases, grads, old)
+    return lax.while_loop(lambda carry: carry[0] < last, turn, carry)[1]
 
 
 def _update_chunk(

@@ -84,7 +84,8 @@ class Groups:
     ) -> Shaped[Array, "..."]:
         """The leaf with these elements in it, from a group on."""
         if self.in_order:
-            return put(flat(x), self.size * start, new).reshape(x.shape)
+            own = put(flat(x), self.size * start, new)
+            return own if x.ndim == 1 else lax.reshape(own, x.shape)
         shape = list(jax.eval_shape(self.layout.tile, x).shape)
         length = shape.pop(self.layout.tile_axis)
         tile = new.reshape(self.number, self.size)[:, :length]
