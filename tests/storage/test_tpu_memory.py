@@ -71,7 +71,7 @@ def test_arrays_are_seen_as_they_lie():
     """Of leaves with three axes, nearly all. The kernel reorders the others."""
     shapes = [
         shape
-        for shape in itertools.product(_LENGTHS, repeat=3)
+        for shape in itertools.islice(itertools.product(_LENGTHS, repeat=3), 0, None, 5)
         if math.prod(shape) >= 2**14
     ]
     axes = {shape: choose_layout(shape, 32, prefer_rows=True).axes for shape in shapes}
