@@ -117,6 +117,19 @@ def on_host(chip: str, tree: Any) -> Any:
     return jtu.tree_map(one, tree)
 
 
+def moved(text: str, least: int, operations: str = "copy|transpose") -> list[str]:
+    """The arrays of at least so many elements, such as "bf16[2,3]", that these
+    operations of a compiled program make."""
+    line = rf"\s*(?:ROOT )?%\S+ = \(?(\w+\[([\d,]*)\])[^=]* (?:{operations})\("
+    found = filter(None, map(re.compile(line).match, text.splitlines()))
+    return [x[1] for x in found if elements(x[2]) >= least]
+
+
+def elements(lengths: str) -> int:
+    """Of an array with axes of these lengths, such as "2,3"."""
+    return math.prod(int(x) for x in lengths.split(",") if x)
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations, those of inner functions included; of steps, as on TPUs."""
     for eqn in jaxpr.eqns:

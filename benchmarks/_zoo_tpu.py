@@ -1,6 +1,5 @@
 """What the compiler for TPUs makes of the step of a model."""
 
-import math
 import re
 from typing import Any
 
@@ -13,7 +12,6 @@ HEADER = (
     f"{'compile':>9}"
 )
 
-_MOVED = re.compile(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]*)\]\S* (?:copy|transpose)\(")
 _INTEGERS = re.compile(r"u8\[([\d,]*)\]")
 # Of copies and transpositions, those of smaller arrays are not counted.
 _LEAST_MOVED = 2**14
@@ -28,12 +26,11 @@ def compile_step(step: JaxStep, chip: str) -> dict[str, Any]:
     lines = text.splitlines()
     # A kernel has one array of such integers for each leaf: its second moments.
     in_kernels = [
-        _elements(shape)
+        _tpu.elements(shape)
         for line in lines
         if 'custom_call_target="tpu_custom_call"' in line
         for shape in _INTEGERS.findall(line.partition(" custom-call(")[0])
     ]
-    moved = [_elements(found[1]) for found in map(_MOVED.match, lines) if found]
     entry = text[text.index("\nENTRY ") :]
     return {
         "accessed bytes": program.compiled.cost_analysis()["bytes accessed"],
@@ -43,13 +40,9 @@ def compile_step(step: JaxStep, chip: str) -> dict[str, Any]:
         "leaves in kernels": len(in_kernels),
         "parameters in kernels": sum(in_kernels),
         "fusions": entry.count(" fusion("),
-        "copies": sum(elements >= _LEAST_MOVED for elements in moved),
+        "copies": len(_tpu.moved(text, _LEAST_MOVED)),
         "compile seconds": program.seconds,
     }
-
-
-def _elements(shape: str) -> int:
-    return math.prod(int(x) for x in shape.split(",") if x)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import math
 import random
-import re
 import time
 from functools import partial
 from typing import Any
@@ -61,9 +60,6 @@ OPTIMIZERS = {
 _NUMBERS = 40 * 1024, 6 * 512
 # Copies of fewer elements are not counted.
 _LEAST_COPIED = _LEAST // 32
-_COPY = re.compile(
-    r"\s*(?:ROOT )?%\S+ = \(?(\w+\[\d[\d,]*\])[^=]* (?:copy|transpose|copy-start)\("
-)
 
 
 def random_shapes(seed: int, count: int) -> list[Shape]:
@@ -111,7 +107,6 @@ def compile_leaves(setting: Setting, shapes: list[Shape]) -> dict[str, Any]:
     ).compiled
     memory: Any = compiled.memory_analysis()
     text: str = compiled.as_text()
-    copied = [found[1] for found in map(_COPY.match, text.splitlines()) if found]
     kernels = text.count('custom_call_target="tpu_custom_call"')
     size = sum(map(math.prod, shapes))
     bytes_of = lambda x: sum([a.size * a.dtype.itemsize for a in jtu.tree_leaves(x)])
@@ -126,12 +121,8 @@ def compile_leaves(setting: Setting, shapes: list[Shape]) -> dict[str, Any]:
         "temporary bytes": memory.temp_size_in_bytes,
         "bytes not aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "kernels": kernels,
-        "copied": [x for x in copied if _elements(x) >= _LEAST_COPIED],
+        "copied": _tpu.moved(text, _LEAST_COPIED, "copy|transpose|copy-start"),
     }
-
-
-def _elements(array: str) -> int:
-    return math.prod(map(int, re.findall(r"\d+", array.partition("[")[2])))
 
 
 def is_as_it_must_be(row: dict[str, Any], chip: str) -> bool:

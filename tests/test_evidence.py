@@ -410,5 +410,5 @@ def test_page_shows_the_stored_figures(module):
     text = (_BENCHMARKS.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
     found = module("_page").sections(results)
     assert found
-    found["in-short"] = module("_goals").summary(results)
+    found |= module("_goals").tables(results)
     assert module("_zoo_page").insert(found, text) == text

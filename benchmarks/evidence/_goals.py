@@ -87,6 +87,27 @@ def summary(results: pathlib.Path) -> str:
     return table(header, rows)
 
 
+def beside_paper(results: pathlib.Path) -> str:
+    """Every gap between flashquinox and the paper's codec, each at its own rate."""
+    header = [
+        "flashquinox less the paper's codec",
+        *("seeds", "gap ± standard error", "95 % interval", "that is"),
+    ]
+    rows = []
+    for kind in _kinds(results):
+        for title, ours, _, of in _pairs(kind):
+            if (paper := of.get("flashoptim")) is None:
+                continue
+            seeds = len(ours.results.keys() & paper.results.keys())
+            cells = gap_cells(ours, paper, kind.digits)
+            rows.append([f"{title}: {kind.unit}", str(seeds), *cells])
+    return table(header, rows)
+
+
+def tables(results: pathlib.Path) -> dict[str, str]:
+    return {"in-short": summary(results), "beside-paper": beside_paper(results)}
+
+
 def _is_within(ours: Cell, reference: Cell, most: float) -> bool:
     here = gap(ours, reference)
     return abs(here.mean) + here.half_width <= most

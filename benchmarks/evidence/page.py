@@ -10,7 +10,7 @@ import pathlib
 
 import _benchmarks  # noqa: F401
 from _command_line import Parser, run_main
-from _goals import failures, summary
+from _goals import failures, tables
 from _page import sections
 from _zoo_page import insert
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--into", type=pathlib.Path, help="the page")
     parser.add_argument("--pictures", type=pathlib.Path, help="the folder of pictures")
     arguments = parser.parse_args()
-    found = {"in-short": summary(arguments.results), **sections(arguments.results)}
+    found = {**tables(arguments.results), **sections(arguments.results)}
     for name, text in found.items():
         print(f"## {name}\n\n{text}\n")
     for line in failures(arguments.results):

@@ -11,11 +11,8 @@ from jaxtyping import Array
 from .. import _compat
 from .._common import meshes
 from .._storage.layout import Layout
-from .._storage.tpu_memory import memory_order, slice_unit, TILE_ROWS
+from .._storage.tpu_memory import memory_order, SCALE_BYTES, slice_unit, TILE_ROWS
 from .._tile.step import map_arrays, TileState
-
-
-_BYTES_OF_SCALES = 2
 
 
 class Span(NamedTuple):
@@ -106,7 +103,7 @@ def _units_on_tpus(
     for layout in layouts:
         if layout is None:
             continue
-        unit = slice_unit(layout.scale_shape, _BYTES_OF_SCALES)
+        unit = slice_unit(layout.scale_shape, SCALE_BYTES)
         if unit is not None and _is_along_rows(layout, shape):
             unit = _whole_groups(layout, unit)
         yield unit

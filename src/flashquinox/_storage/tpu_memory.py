@@ -15,7 +15,7 @@ LANES, SUBLANES = 128, 8
 # The rows of a tile of 8-bit integers.
 TILE_ROWS = 32
 # In bytes.
-_CODE, _SCALE, _WEIGHT = 1, 2, 2
+_CODE, SCALE_BYTES, _WEIGHT = 1, 2, 2
 # Layers of a model, at most.
 _MOST_LAYERS = 128
 # Groups are long that have so many scales for an element, or fewer.
@@ -134,7 +134,7 @@ def groups_in_memory(
     *outer, rows, columns = order
     scale_shape = list(shape)
     scale_shape[axis] = -(-shape[axis] // group_size)
-    scale_rows = memory_order(tuple(scale_shape), _SCALE)[-2]
+    scale_rows = memory_order(tuple(scale_shape), SCALE_BYTES)[-2]
     if axis != rows:
         kind = "planes"
         place = outer.index(axis)
@@ -163,7 +163,7 @@ def groups_in_memory(
     in_place = (
         lies_like(shape, elements, _CODE)
         and (pairs or lies_like(shape, elements, _WEIGHT))
-        and lies_like(tuple(scale_shape), scales, _SCALE)
+        and lies_like(tuple(scale_shape), scales, SCALE_BYTES)
     )
     return GroupsInMemory(kind, elements, scales, pairs, in_place)
 

@@ -54,7 +54,7 @@ def update_leaf(
     (view,), (grad,), (state,) = views, grads, old
     chip = Chip.current()
     moved = reordered(view, chip, grad, state)
-    seen = view if moved is None or view.orders is None else view.orders
+    seen = view if moved is None else moved.orders
     grad, state = seen.of_elements(grad), seen.of(state)
     # The kernel's own pipeline copies operands into VMEM. XLA would copy small ones
     # there first: they would move twice.
@@ -206,7 +206,7 @@ def _kernel(
     )
     scratch, copies = refs[:3], refs[3:]
     if moved is None:
-        before = after = None
+        before = after = lambda: None
         are_of_groups = treedef.unflatten(new).are_of_groups
         seen = lambda refs, are_of_groups: [
             ref if of_groups else _seen(view, block, ref)
@@ -234,11 +234,9 @@ def _kernel(
     )
 
     def step() -> None:
-        if before is not None:
-            before()
+        before()
         lax.fori_loop(0, block.chunks, chunks.update, None)
-        if after is not None:
-            after()
+        after()
 
     if scalars.take is None:
         step()

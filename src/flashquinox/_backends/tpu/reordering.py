@@ -108,6 +108,7 @@ def _operands(orders: Orders, grad: Array, old: TileState) -> list[_Operand]:
 class Reordering:
     """A leaf whose arrays are reordered in VMEM: the gradient, and all of a state."""
 
+    orders: Orders
     block: ReorderedBlock
     operands: list[_Operand]
 
@@ -173,7 +174,9 @@ def reordered(view: View, chip: Chip, grad: Array, old: TileState) -> Reordering
         for groups in _groups_of_chunk(view.orders)
     ]
     blocks = [block for x in choices if (block := x.block) is not None]
-    return Reordering(min(blocks, key=_cost), operands) if blocks else None
+    if not blocks:
+        return None
+    return Reordering(view.orders, min(blocks, key=_cost), operands)
 
 
 def _cost(block: ReorderedBlock) -> float:

@@ -112,9 +112,7 @@ class Orders:
 
     def of(self, x: TileState) -> TileState:
         return map_arrays(
-            lambda array: self._view(array, False).of(array),
-            lambda array: self._view(array, True).of(array),
-            x,
+            self.of_elements, lambda array: self._view(array, True).of(array), x
         )
 
     def restore(self, x: TileState) -> TileState:
