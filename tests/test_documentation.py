@@ -192,7 +192,7 @@ def test_figures_of_the_faq_are_those_of_the_results():
 
 def _of_zoo(model: str):
     """The rows of this library and of Optax."""
-    found = _result("zoo-h100-2")["rows"]
+    found = _result("zoo-h200-1")["rows"]
     rows = {x["contender"]: x for x in found if x["model"] == model}
     return rows["adamw"], rows["optax"]
 
