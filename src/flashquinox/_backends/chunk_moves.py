@@ -2,16 +2,16 @@
 
 import dataclasses
 import itertools
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.lax as lax
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Shaped
 
 from .._tile.step import map_arrays, TileState
 from .chunk_plan import Piece
-from .groups import fill_of, Groups, hidden, joined, part_of, put
+from .groups import fill_of, Groups, hidden, joined, part_of, put, words_of
 
 
 class Chunk(NamedTuple):
@@ -46,11 +46,11 @@ class WindowCase:
     size: int
 
     def load(self, turn: Turn, grads: Grads, states: States) -> Chunk:
-
+        """The chunk, in words."""
         (grad,), (state,) = grads, states
-
-        elements = partial(part_of, start=turn.element, length=self.groups * self.size)
-        groups = partial(part_of, start=turn.group, length=self.groups)
+        length = self.groups * self.size
+        elements = lambda x: words_of(part_of(x, turn.element, length))
+        groups = lambda x: words_of(part_of(x, turn.group, self.groups))
         return Chunk(elements(grad), map_arrays(elements, groups, state))
 
     def store(self, turn: Turn, new: TileState, states: States) -> States:
@@ -73,8 +73,9 @@ class SharedCase:
     is_only: bool
 
     def load(self, turn: Turn, grads: Grads, states: States) -> Chunk:
+        """The chunk, in words."""
         del turn
-        return self.load_all(grads, states)
+        return jtu.tree_map(words_of, self.load_all(grads, states))
 
     def load_all(self, grads: Grads, states: States) -> Chunk:
         room = self.groups - sum([piece.number for piece in self.pieces])

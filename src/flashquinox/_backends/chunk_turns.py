@@ -83,7 +83,7 @@ def buffers(
         # What is compiled for the turns makes them too.
         element, group = hidden((0, 0))
         return moves.load(Turn(0, 0, element, group, 0), own_grads, own_state)
-    shapes = jax.eval_shape(moves.load_all, own_grads, own_state)
+    shapes = jax.eval_shape(moves.load, None, own_grads, own_state)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 

@@ -27,7 +27,7 @@ from .boundary import boundary
 from .chunk_moves import Chunk, SharedCase
 from .chunk_plan import Plan, plan_chunks
 from .chunk_turns import buffers, cases_of, leaf_of_groups, load, look_up, store
-from .groups import flat, Groups, joined
+from .groups import flat, from_words, Groups, joined, words_of
 
 
 # Elements of a chunk; its arrays fill 5 MB. The fastest on two cores of an EPYC 7763
@@ -95,7 +95,8 @@ def update_in_chunks(
     size = leaves[0].size
     numbers = tuple([(leaf.number, leaf.whole) for leaf in leaves])
     plan = plan_chunks(numbers, _chunk_groups(leaves))
-    update = partial(_update_chunk, structure, size, of_leaves)
+    like = Chunk(grads[0], old[0])
+    update = partial(_update_chunk, structure, size, of_leaves, like)
     # Once, and not in each turn.
     in_order = lambda leaf, x: flat(x) if leaf.in_order else x
     flat_grads = dict(enumerate(map(in_order, leaves, grads)))
@@ -159,11 +160,13 @@ def _update_chunk(
     structure: StepStructure,
     size: int,
     of_leaves: tuple[LeafScalars, ...],
+    like: Chunk,
     scalars: StepScalars,
     leaf_of_groups: Int32[Array, "..."],
-    chunk: Chunk,
+    words: Chunk,
     done: Int32[Array, ""] | None = None,
 ) -> TileState:
+    """The new state of a chunk, in words, as the chunk comes. `like` has its dtypes."""
     # Each group is a tile, with the scalars of its own leaf.
     leaf, axis = of_leaves[0], None
     if len(of_leaves) > 1 and jtu.tree_leaves(leaf):
@@ -172,11 +175,13 @@ def _update_chunk(
             lambda *x: _stacked(x).at[leaf_of_groups].get(mode="promise_in_bounds"),
             *of_leaves,
         )
+    chunk = jtu.tree_map(lambda x, as_: from_words(x, as_.dtype), words, like)
     tile = lambda x: x.reshape(-1, size)
     update = jax.vmap(partial(_update_group, structure), (None, axis, 0, 0))
     new = update(scalars, leaf, tile(chunk.grad), chunk.old.map(tile))
+    new = jtu.tree_map(words_of, new)
     if done is not None:
-        new = _except_first(done, new, chunk.old.map(tile))
+        new = _except_first(done, new, words.old.map(tile))
     return new.map(jnp.ravel)
 
 
@@ -184,10 +189,12 @@ def _except_first(
     number: Int32[Array, ""], new: TileState, old: TileState
 ) -> TileState:
     """The new state, but for so many groups that were updated before."""
+    (groups,) = {x.shape[0] for x in jtu.tree_leaves(new)}
+    # Stored, or each kernel would find it for each element.
+    are_done = boundary(lax.iota(jnp.int32, groups) < number)
 
     def choose(new: Array, old: Array) -> Array:
-        groups = lax.broadcasted_iota(jnp.int32, new.shape, 0)
-        return jnp.where(groups < number, old, new)
+        return jnp.where(are_done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
     return jtu.tree_map(choose, new, old)
 

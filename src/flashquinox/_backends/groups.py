@@ -86,6 +86,7 @@ class Groups:
         if self.in_order:
             own = put(flat(x), self.size * start, new)
             return own if x.ndim == 1 else lax.reshape(own, x.shape)
+        new = from_words(new, x.dtype)
         shape = list(jax.eval_shape(self.layout.tile, x).shape)
         length = shape.pop(self.layout.tile_axis)
         tile = new.reshape(self.number, self.size)[:, :length]
@@ -128,6 +129,18 @@ def hidden(numbers: Iterable[int]) -> list[Array]:
     return lax.optimization_barrier([jnp.int32(number) for number in numbers])
 
 
+def words_of(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """An array as chunks have it: floats of 16 bits as integers. LLVM moves integers in
+    vectors, and such floats one by one."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return lax.bitcast_convert_type(x, jnp.uint16) if is_narrow else x
+
+
+def from_words(x: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
+    """The array of this dtype of which `x` are the words."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
 def part_of(
     x: Shaped[Array, " n"], start: Array, length: int
 ) -> Shaped[Array, " length"]:
@@ -137,9 +150,9 @@ def part_of(
 def put(
     x: Shaped[Array, " n"], start: int | Array, part: Shaped[Array, " part"]
 ) -> Shaped[Array, " n"]:
-    """The array with a part of it replaced, from one element on."""
+    """The array with a part of it replaced, from one element on, by these words."""
     # Of its own, and not what computes the part as well: it is compiled in no time.
-    part = lax.optimization_barrier(part)
     if part.size == x.size:
-        return part
+        return lax.optimization_barrier(from_words(part, x.dtype))
+    part = from_words(lax.optimization_barrier(part), x.dtype)
     return lax.dynamic_update_slice(x, part, (start,), allow_negative_indices=False)
