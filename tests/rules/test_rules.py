@@ -200,6 +200,24 @@ def test_replaceable_functions_are_ordinary_ones(name):
         assert np.array_equal(found, plain)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_nearest_bytes(dtype):
+    """As `round` and a conversion give them: between two of them the even one, also of
+    a product that lies there once it is rounded."""
+    info, nearest = jnp.iinfo(dtype), getattr(arithmetic, f"nearest_{dtype.__name__}")
+    x = np.arange(4 * info.min - 2, 4 * info.max + 3, dtype=np.float32) / 4
+    around = [np.nextafter(x, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.concatenate([x, *around, [np.nan]]).astype(np.float32)
+    x = x[np.isnan(x) | (np.round(x) == np.clip(np.round(x), info.min, info.max))]
+    assert np.array_equal(jax.jit(nearest)(x), jnp.round(x).astype(dtype))
+    if dtype == jnp.uint8:
+        # Rounded to float32, some of them lie in the middle.
+        x = np.random.default_rng(0).uniform(0, 255, 2_000_000).astype(np.float32)
+        factor = np.float32(0.7310001)
+        found = jax.jit(lambda x, factor: nearest(x * factor))(x, factor)
+        assert np.array_equal(found, np.round(x * factor).astype(np.uint8))
+
+
 #
 # What an optimizer is not built of
 #

@@ -10,12 +10,15 @@ from typing import ClassVar
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
+from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8, UInt32
 
 from .. import _compat
 
 
 _INFINITY, _QUIET_NAN = np.int32(0x7F80_0000), np.int32(0x7FC0_0000)
+# Beside it, a float32 has no bits for a fraction: a sum with it is rounded to an
+# integer, whose lowest bits are its own.
+_WITHOUT_FRACTION = np.float32(1.5 * 2.0**23)
 _MAGNITUDE, _SIGN = np.int32(0x7FFF_FFFF), np.int32(-(2**31))
 
 
@@ -60,6 +63,27 @@ def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     magnitude = jnp.minimum(magnitude | (is_nan << 22), _QUIET_NAN)
     pattern = magnitude | (bits & _SIGN & (is_nan - 1))
     return lax.bitcast_convert_type(pattern, jnp.uint32)
+
+
+@Replaceable
+def nearest_int8(x: Float[Array, "*shape"]) -> Int8[Array, "*shape"]:
+    """The nearest integer, of two the even one, and 0 for NaN. It must be an `int8`,
+    and `x` no product: compilers would round that only once, with the sum."""
+    if x.dtype != jnp.float32:
+        return jnp.round(x).astype(jnp.int8)
+    # A conversion of floats to bytes is five more operations on a CPU, for those that
+    # no byte holds.
+    return lax.bitcast_convert_type(x + _WITHOUT_FRACTION, jnp.int32).astype(jnp.int8)
+
+
+@Replaceable
+def nearest_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """The same as a `uint8`, also of products."""
+    if x.dtype != jnp.float32:
+        return jnp.round(x).astype(jnp.uint8)
+    # What is below zero is rounded to that. The magnitude is no product.
+    bits = lax.bitcast_convert_type(jnp.abs(x) + _WITHOUT_FRACTION, jnp.int32)
+    return bits.astype(jnp.uint8)
 
 
 @Replaceable

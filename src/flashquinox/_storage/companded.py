@@ -7,7 +7,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._common.arithmetic import accurate_quotient, rounded_quotient, rounded_root
+from .._common.arithmetic import (
+    accurate_quotient,
+    nearest_uint8,
+    rounded_quotient,
+    rounded_root,
+)
 from .._rules.rule import check_kind, MomentKind
 from .codec import Dither, GroupConstants, Reduction
 from .curves import AbstractCurve, RationalCurve
@@ -127,7 +132,7 @@ class CompandedCodec(AbstractLearnedCodec):
         # A scale that was rounded down leaves elements above it.
         if not self._signed:
             codes = jnp.clip(255 * y + threshold, 1, 255)
-            return jnp.round(codes).astype(jnp.uint8)
+            return nearest_uint8(codes)
         # Where it is steep, as roots are near zero, the mean of two codes is far from
         # what lies in the middle of them on the curve.
         below = jnp.minimum(jnp.floor(127 * y), 126)

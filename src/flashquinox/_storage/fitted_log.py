@@ -5,7 +5,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, Scalar, Shaped, UInt16
 
-from .._common.arithmetic import byte_times
+from .._common.arithmetic import byte_times, nearest_uint8
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
@@ -107,7 +107,7 @@ class FittedLogCodec(AbstractMomentCodec):
         moment = jnp.maximum(moment.astype(jnp.float32), floor)
         bits = lax.bitcast_convert_type(moment, jnp.int32)
         codes = (bits + offset).astype(jnp.float32) * inverse_step
-        return jnp.round(codes).astype(jnp.uint8)
+        return nearest_uint8(codes)
 
     def decode_constants(
         self,

@@ -4,6 +4,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
+from .._common.arithmetic import nearest_int8
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
@@ -82,9 +83,8 @@ class LinearCodec(AbstractMomentCodec):
         (moment,) = prepared
         inverse, *threshold = encode_constants
         codes = moment * inverse
-        if self.dithered:
-            codes = codes + threshold[0]
-        return jnp.round(codes).astype(jnp.int8)
+        codes = codes + threshold[0] if self.dithered else jnp.round(codes)
+        return nearest_int8(codes)
 
     def decode_constants(
         self,

@@ -4,7 +4,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Scalar, Shaped
 
-from .._common.arithmetic import accurate_quotient
+from .._common.arithmetic import accurate_quotient, nearest_int8
 from .._common.number_checks import check_flag
 from .._rules.rule import MomentKind
 from .codec import AbstractMomentCodec, Dither, GroupConstants, Reduction
@@ -101,7 +101,7 @@ class SoftsignCodec(AbstractMomentCodec):
             codes = jnp.clip(256 * quotient + threshold[0], -127, 127)
         else:
             codes = 256 * jnp.clip(quotient, -127 / 256, 127 / 256)
-        return jnp.round(codes).astype(jnp.int8)
+        return nearest_int8(codes)
 
     def decode_constants(
         self,

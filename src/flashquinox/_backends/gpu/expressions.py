@@ -9,6 +9,8 @@ from ..._common.arithmetic import (
     accurate_quotient,
     byte_times,
     canonical_pattern,
+    nearest_int8,
+    nearest_uint8,
     Replaceable,
     rounded_quotient,
     rounded_root,
@@ -179,6 +181,12 @@ def _round(call: Call) -> str:
     return narrowed(f"{function}({x})", call.dtype)
 
 
+def _nearest(call: Call) -> str:
+    (x,) = call.operands
+    rounded = Operand(f"rintf({widened(x)})", jnp.dtype(jnp.float32), x.is_uniform)
+    return converted(rounded, call.dtype)
+
+
 def _remainder(call: Call) -> str:
     x, y = call.operands
     if is_float(x.dtype):
@@ -280,6 +288,8 @@ _RULES: dict[str, Rule] = {
 _REPLACED: dict[Replaceable, Rule] = {
     byte_times: lambda call: f"((int){call.texts[0]} * {call.texts[1]})",
     canonical_pattern: _of_floats("canonical_pattern({})"),
+    nearest_int8: _nearest,
+    nearest_uint8: _nearest,
     rounded_quotient: _of_floats("rounded_quotient({}, {})"),
     accurate_quotient: _of_floats("accurate_quotient({}, {})"),
     rounded_root: _of_floats("rounded_root({})"),

@@ -22,6 +22,8 @@ from ... import _compat
 from ..._common.arithmetic import (
     byte_times,
     canonical_pattern,
+    nearest_int8,
+    nearest_uint8,
     Replaceable,
     rounded_quotient,
     rounded_root,
@@ -220,12 +222,21 @@ def _replace(
     if function is canonical_pattern and arithmetic.canonical_pattern is not None:
         pattern = arithmetic.canonical_pattern(operands[0].array)
         return [Value(lax.bitcast_convert_type(pattern, jnp.uint32))]
+    if function in (nearest_int8, nearest_uint8):
+        nearest = _nearest(eqn.outvars[0].aval.dtype)
+        return _compose(nearest, arithmetic, eqn, operands)
     if function is rounded_quotient:
         x, y = jnp.broadcast_arrays(*[operand.array for operand in operands])
         return [Value(lax.div(x, y))]
     if function is rounded_root:
         return [Value(lax.sqrt(operands[0].array))]
     return _compose(function.function, arithmetic, eqn, operands)
+
+
+@functools.cache
+def _nearest(dtype: Any) -> Callable[[Array], Array]:
+    """Whose two operations are replaced together."""
+    return lambda x: jnp.round(x).astype(dtype)
 
 
 def _compose(
