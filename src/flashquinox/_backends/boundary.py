@@ -58,7 +58,9 @@ def _joined_and_split(
     arrays: Sequence[Shaped[Array, " n"]], shape: tuple[int, ...]
 ) -> list[Shaped[Array, "..."]]:
     if len(arrays) == 1:
-        return [lax.optimization_barrier(arrays[0]).reshape(shape)]
+        # One scalar takes no time to compute again where it is needed.
+        (x,) = arrays if shape == () else lax.optimization_barrier(arrays)
+        return [x.reshape(shape)]
     bits = joined([lax.bitcast_convert_type(x, jnp.int32) for x in arrays])
     bits = lax.optimization_barrier(bits)
     size = arrays[0].size
