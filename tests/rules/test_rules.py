@@ -203,19 +203,22 @@ def test_replaceable_functions_are_ordinary_ones(name):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
 def test_nearest_bytes(dtype):
     """As `round` and a conversion give them: between two of them the even one, also of
-    a product that lies there once it is rounded."""
+    a product that lies there once it is rounded; beyond all of them, the last one."""
     info, nearest = jnp.iinfo(dtype), getattr(arithmetic, f"nearest_{dtype.__name__}")
     x = np.arange(4 * info.min - 2, 4 * info.max + 3, dtype=np.float32) / 4
     around = [np.nextafter(x, np.float32(end)) for end in (-np.inf, np.inf)]
-    x = np.concatenate([x, *around, [np.nan]]).astype(np.float32)
-    x = x[np.isnan(x) | (np.round(x) == np.clip(np.round(x), info.min, info.max))]
-    assert np.array_equal(jax.jit(nearest)(x), jnp.round(x).astype(dtype))
-    if dtype == jnp.uint8:
-        # Rounded to float32, some of them lie in the middle.
-        x = np.random.default_rng(0).uniform(0, 255, 2_000_000).astype(np.float32)
-        factor = np.float32(0.7310001)
-        found = jax.jit(lambda x, factor: nearest(x * factor))(x, factor)
-        assert np.array_equal(found, np.round(x * factor).astype(np.uint8))
+    beyond = np.float32([np.inf, 256, 2.0**23 + 1, 2.0**31, 3e38])
+    # With all bits, as logarithms give it, and with few.
+    nan = np.uint32([0xFFFF_FFFF, 0x7FFF_FFFF, 0x7FC0_0000, 0xFFC0_0001])
+    x = np.concatenate([x, *around, beyond, -beyond, nan.view(np.float32)])
+    with np.errstate(invalid="ignore"):
+        whole = np.clip(np.round(np.where(np.isnan(x), 0, x)), info.min, info.max)
+    assert np.array_equal(jax.jit(nearest)(x), whole.astype(dtype))
+    # Rounded to float32, some of them lie in the middle.
+    x = np.random.default_rng(0).uniform(info.min, info.max, 2_000_000).astype("f4")
+    factor = np.float32(0.7310001)
+    found = jax.jit(lambda x, factor: nearest(x * factor))(x, factor)
+    assert np.array_equal(found, np.round(x * factor).astype(dtype))
 
 
 #

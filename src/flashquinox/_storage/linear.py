@@ -83,7 +83,8 @@ class LinearCodec(AbstractMomentCodec):
         (moment,) = prepared
         inverse, *threshold = encode_constants
         codes = moment * inverse
-        codes = codes + threshold[0] if self.dithered else jnp.round(codes)
+        if self.dithered:
+            codes = codes + threshold[0]
         return nearest_int8(codes)
 
     def decode_constants(
