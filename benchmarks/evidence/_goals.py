@@ -90,8 +90,7 @@ def summary(results: pathlib.Path) -> str:
 
 
 def beside_paper(results: pathlib.Path) -> str:
-    """Every gap between flashquinox and the paper's codec, each at its own
-    rate."""
+    """Every gap between flashquinox and the paper's codec, each at its own rate."""
     header = [
         "flashquinox less the paper's codec",
         *("seeds", "gap ± standard error", "95 % interval", "that is"),

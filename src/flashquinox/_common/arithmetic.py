@@ -26,10 +26,10 @@ from jaxtyping import (
 from .. import _compat
 
 
-_INFINITY, _QUIET_NAN = np.int32(0x7F80_0000), np.int32(0x7FC0_0000)
 # Beside it, a float32 has no bits for a fraction: a sum with it is rounded to an
 # integer, whose lowest bits are its own.
-_WITHOUT_FRACTION = np.float32(1.5 * 2.0**23)
+WITHOUT_FRACTION = np.float32(1.5 * 2.0**23)
+_INFINITY, _QUIET_NAN = np.int32(0x7F80_0000), np.int32(0x7FC0_0000)
 _MAGNITUDE, _SIGN = np.int32(0x7FFF_FFFF), np.int32(-(2**31))
 
 
@@ -97,7 +97,7 @@ def _nearest_byte(
     # one, compilers would round a product and the sum at once.
     info = jnp.iinfo(dtype)
     inside = jnp.clip(x, np.float32(info.min), np.float32(info.max))
-    bits = lax.bitcast_convert_type(inside + _WITHOUT_FRACTION, jnp.int32)
+    bits = lax.bitcast_convert_type(inside + WITHOUT_FRACTION, jnp.int32)
     return jnp.where(jnp.isnan(x), 0, bits).astype(dtype)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ..._common.arithmetic import WITHOUT_FRACTION
 from .values import apply, Field, Value
 from .words import Words
 
@@ -189,8 +190,8 @@ def _narrow(arithmetic: "Arithmetic", field: Field, dtype: Any) -> Any:
 def _rounded_to_byte(x: Value, factor: float, dtype: Any) -> Array:
     """`round(x * factor)` as a byte, of numbers that fit: the addition that leaves no
     bits for a fraction rounds, and puts the integer into the lowest byte."""
-    magic = np.float32(1.5 * 2.0**23 / factor)
-    byte = lax.bitcast_convert_type(x.array + magic, jnp.int32).astype(jnp.int8)
+    large = WITHOUT_FRACTION / np.float32(factor)
+    byte = lax.bitcast_convert_type(x.array + large, jnp.int32).astype(jnp.int8)
     return byte if dtype == jnp.int8 else lax.bitcast_convert_type(byte, dtype)
 
 

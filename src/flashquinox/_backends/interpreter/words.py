@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
+from ..._common.arithmetic import WITHOUT_FRACTION
+
 
 _QUARTERS = 4
 
@@ -99,7 +101,7 @@ class Words:
         sign, more additions put bytes together.
         """
         signed = jnp.issubdtype(dtype, jnp.signedinteger)
-        large = np.float32(1.5 * 2.0**23 / factor)
+        large = WITHOUT_FRACTION / np.float32(factor)
         offset = np.float32((2**7 if signed else 0) / factor)
         excess = sum(int(large.view(np.int32)) << place for place in range(0, 32, 8))
         shifted = [
