@@ -204,7 +204,7 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
         yield longer(optimizer, contender, 0, 2)
     for contender in others:
         yield gpt2("muon", contender, 0, 2)
-    for contender in both:
+    for contender in CONTENDERS:
         yield longer("muon", contender, 0, 2)
     # The largest update of one seed was 1.85 times float32's.
     for more in ("", "6-17"):
