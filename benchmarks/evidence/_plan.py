@@ -210,6 +210,10 @@ def _jobs(data: pathlib.Path, out: pathlib.Path) -> Iterator[Job]:
     # each way. With eight it is 0.0097.
     for contender in both:
         yield longer("muon", contender, 3, 7)
+    # Do 16 bits of the momentum mend this one, too? With six, the interval is 0.012
+    # wide each way.
+    yield longer("muon", "ours-16-bit-momentum", 0, 2)
+    yield longer("muon", "ours-16-bit-momentum", 3, 5)
     # The largest update of one seed was 1.85 times float32's.
     for more in ("", "6-17"):
         yield images("vit", "sgd", LAST_BITS, more)
