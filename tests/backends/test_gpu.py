@@ -114,6 +114,23 @@ def test_other_groups(name, group_size):
     run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
 
 
+# Leaves of two kinds that are packed, one that is too large, and one of another size.
+_PACKED = fq.Storage(pack_below=8192)
+_PACKED_SHAPES = _SHAPES | {"large": (96, 128), "short": (9,), "odd": (3, 5, 7)}
+
+
+@pytest.mark.parametrize("name", ["adamw", slow("lion"), slow("muon")])
+def test_packed_states(name):
+    grads = [arrays(_PACKED_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    params = arrays(_PACKED_SHAPES, jnp.bfloat16, 0)
+    run("gpu", ft.partial(getattr(fq, name), 1e-2, storage=_PACKED), params, grads)
+
+
+@pytest.mark.once
+def test_packed_states_of_ensembles():
+    run_ensemble("gpu", _ENSEMBLE, ft.partial(fq.adamw, storage=_PACKED))
+
+
 @pytest.mark.once
 def test_nonfinite_steps_are_skipped():
     shapes = {name: _SHAPES[name] for name in ("matrix", "vector")}
@@ -452,6 +469,15 @@ def test_leaves_share_kernels():
 
 
 @needs_compiler
+def test_packed_leaves_have_fewer_arguments():
+    """Of hundreds of small leaves, the arrays of the state are in common."""
+    shapes = {f"matrix{i}": (64, 64) for i in range(nvrtc.most_pointers() // 4)}
+    params = _shapes(jnp.bfloat16, **shapes)
+    assert _kernels(fq.lion(1e-3, backend="gpu", storage=_PACKED), params) == 1
+    assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 3
+
+
+@needs_compiler
 def test_a_kernel_has_no_more_leaves_than_arguments():
     # A gradient and four arrays of a state, which are results as well.
     most = (nvrtc.most_pointers() - 2) // (5 + 4)
@@ -659,6 +685,28 @@ def test_exported_steps_on_a_gpu():
 @_needs_gpu
 def test_ensembles_on_a_gpu():
     run_ensemble("gpu", _ENSEMBLE, device=_gpus()[0])
+    packed = ft.partial(fq.adamw, storage=_PACKED)
+    run_ensemble("gpu", _ENSEMBLE, packed, device=_gpus()[0])
+
+
+@_needs_gpu
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_packed_states_on_a_gpu(name):
+    """The same bits. And they are not copied: XLA knows the parts, put together, to be
+    the array."""
+    params, grads = (arrays(_PACKED_SHAPES, jnp.bfloat16, seed) for seed in (0, 1))
+    found = []
+    for storage in (_PACKED, fq.Storage()):
+        optim = getattr(fq, name)(1e-2, storage=storage)
+        operands = jax.device_put((params, optim.init(params), grads), _gpus()[0])
+        with jax.default_device(_gpus()[0]):
+            step = jax.jit(optim.step, donate_argnums=(0, 1)).lower(*operands).compile()
+            model, state = step(*operands)
+        found.append((model, state.count, state.moments, state.corrections))
+        if name != "muon":
+            # The codes of the smaller matrix have 4480 bytes.
+            assert step.memory_analysis().temp_size_in_bytes < 4096
+    assert tree_identical(*found)
 
 
 @_needs_gpu

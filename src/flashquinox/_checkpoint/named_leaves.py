@@ -15,6 +15,7 @@ from .._common.errors import CheckpointError
 from .._common.target import is_key
 from .._model.trees import flatten
 from .._model.variables import take_apart
+from .._optimizer.states import unpacked
 from .._storage.quant_moment import QuantMoment
 
 
@@ -29,8 +30,9 @@ def flatten_named(
     call: str, model: PyTree, state: PyTree
 ) -> tuple[list[NamedLeaf], Any]:
     """All leaves of the two trees, and a function from as many values to two such
-    trees."""
+    trees. How a state packs its arrays is no matter."""
     model, put_together = take_apart(model)
+    state, packed = unpacked(state)
     leaves, treedef = jtu.tree_flatten_with_path((model, state))
     moments = {path for path, _ in _quant_moments(model, state)}
     # A `Variable` of Flax around an array of a moment is no part of the name.
@@ -48,7 +50,7 @@ def flatten_named(
 
     def rebuild(values: list[Any]) -> tuple[PyTree, PyTree]:
         new_model, new_state = treedef.unflatten(values)
-        return put_together(new_model), new_state
+        return put_together(new_model), packed(new_state)
 
     return named, rebuild
 
@@ -61,7 +63,7 @@ def quant_moments(model: PyTree, state: PyTree) -> dict[str, QuantMoment]:
 def _quant_moments(
     model: PyTree, state: PyTree
 ) -> Iterator[tuple[tuple[Any, ...], QuantMoment]]:
-    leaves, _ = flatten((model, state))
+    leaves, _ = flatten((model, unpacked(state)[0]))
     for leaf in leaves:
         if isinstance(leaf.value, QuantMoment):
             yield leaf.path, leaf.value

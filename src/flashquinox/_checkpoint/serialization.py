@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from .._model.trees import is_array
 from .._optimizer.accumulation_state import AccumulationState
 from .._optimizer.ema import EMAState
-from .._optimizer.state import OptimizerState
+from .._optimizer.state import OptimizerState, with_fields
 from .._storage.moment_bases import base_name, bases_first
 from .._storage.quant_moment import QuantMoment
 from .._storage.regroup import Groups, regroup
@@ -158,6 +158,8 @@ def _encoded_again(x: Any, like: Any, base: Any) -> Any:
 
 def _with(module: Any, values: dict[str, Any]) -> Any:
     """A module with these values of fields, which may be NumPy arrays."""
+    if isinstance(module, OptimizerState):
+        return with_fields(module, module.packing, **values)
     parts, rebuild = jtu.tree_flatten_with_path(
         module, is_leaf=lambda x: x is not module
     )

@@ -193,7 +193,9 @@ class Advance:
             is_last = one is of_leaf.last
             codecs = tuple([stored.codecs[name] for name in names])
             bases = tuple([stored.bases[name] for name in names])
-            key = id(one), *map(id, codecs), *bases
+            # A kernel cannot have arrays of one device's part in common.
+            is_packed = stored.is_packed and x.sharding is None
+            key = id(one), is_packed, *map(id, codecs), *bases
             if key not in made:
                 made[key] = StepStructure(
                     one.rule,
@@ -205,6 +207,7 @@ class Advance:
                     as_direction=one is of_leaf.first,
                     in_stack=is_last
                     and isinstance(of_leaf.between, AbstractMatrixRule),
+                    is_packed=is_packed,
                     in_loop=self.in_loop,
                 )
             scales = {name: old.scales[name] for name in names}

@@ -49,6 +49,7 @@ def close_step(
         shardings=record.record(step.leaves, step.shardings, step.recorded),
         checksums=_new_checksums(step, as_update=updates_of is not None),
         weight_dtypes=step.weight_dtypes,
+        packing=step.packing,
     )
 
 

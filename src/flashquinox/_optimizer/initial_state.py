@@ -24,6 +24,7 @@ from .call_checks import check_model, warn_of_nothing_to_train
 from .checksums import checksums
 from .device_checks import warn_of_divided_groups
 from .leaf_checks import check_correction_has_effect
+from .packing import Packing
 from .passes import axes_of, check_has_axes
 from .settings import Settings
 from .state import OptimizerState, StepCount
@@ -40,9 +41,10 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
     warn_of_nothing_to_train(call, leaves, trained)
     check_no_scales(call, leaves, trained)
     rules = settings.rules(call, params, leaves)
+    decays = [False for _ in leaves]
     if trained:
         # What a step would find wrong.
-        settings.decayed(call, params, leaves, rules)
+        decays = settings.decayed(call, params, leaves, rules)
         settings.rates(jnp.zeros((), jnp.int32))
     check_correction_has_effect(call, settings.storage, list(trained.values()))
     are_trained = [index in trained for index in range(len(leaves))]
@@ -72,13 +74,20 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         corrections[index] = correction
         for name, moment in stored.items():
             moments[name][index] = moment
+    trees = (
+        {name: rebuild.state(x) for name, x in moments.items()},
+        rebuild.state(corrections),
+        _checksums(settings, leaves, corrections, rebuild),
+    )
+    kinds = {leaves[i].path: (rules[i].group, decays[i]) for i in trained}
     return OptimizerState(
-        steps=StepCount(count),
-        moments={name: rebuild.state(x) for name, x in moments.items()},
-        corrections=rebuild.state(corrections),
+        StepCount(count),
+        moments=trees[0],
+        corrections=trees[1],
+        checksums=trees[2],
         shardings=record.record(leaves, shardings, ()),
-        checksums=_checksums(settings, leaves, corrections, rebuild),
         weight_dtypes=record_dtypes(leaves, corrections),
+        packing=Packing.of(trees, settings.storage.pack_below, kinds),
     )
 
 

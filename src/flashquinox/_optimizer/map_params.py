@@ -9,11 +9,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .._model.selection import children
 from .._sharding import state_specs
 from .._storage.quant_moment import QuantMoment
-from .state import OptimizerState
-from .states import find
+from .packing import FIELDS
+from .state import with_fields
+from .states import find, unpacked
 
 
 def map_params(
@@ -89,6 +89,7 @@ def map_params(
 
     # The recorded shardings are static. They are left out here, because Optax compares
     # the structure of this state with that of a state without weights.
+    state, packed = unpacked(state)
     found = find(state)
     bare = [dataclasses.replace(x, shardings=()) for x in found.values]
     mapped = optax.tree.map_params(
@@ -100,14 +101,17 @@ def map_params(
         is_leaf=is_whole,
     )
     new = find(mapped)
-    return new.replace([_like(*x) for x in zip(found.values, new.values, strict=True)])
-
-
-def _like(old: OptimizerState, new: OptimizerState) -> OptimizerState:
-    """The new state with the static fields of the old. Its other fields can be anything
-    that `function` returns."""
-    (_, put_together), (parts, _) = children(old), children(new)  # pyright: ignore
-    return put_together([child for _, child in parts])
+    return packed(
+        new.replace(
+            [
+                # Which can be anything that `function` returns.
+                with_fields(
+                    old, None, steps=x.steps, **{y: getattr(x, y) for y in FIELDS}
+                )
+                for old, x in zip(found.values, new.values, strict=True)
+            ]
+        )
+    )
 
 
 def _of_scales(moment: QuantMoment, other: Any) -> Any:

@@ -55,7 +55,7 @@ def open_step(
         "This rule takes norms, means or products",
         state.shardings,
     )
-    stored = {}
+    stored, parts = {}, {id(x) for x in state.parts()}
     for i in numbers:
         of_leaf = {name: moments[name][i] for name in passes[i].moments}
         correction, sharding = corrections[i], shardings[i]
@@ -63,7 +63,7 @@ def open_step(
             of_leaf, correction = state_specs.where_the_weight_is(
                 (of_leaf, correction), sharding
             )
-        stored[i] = StoredLeaf.of(of_leaf, correction, checksums[i])
+        stored[i] = StoredLeaf.of(of_leaf, correction, checksums[i], parts)
     return StepInProgress(
         call=call,
         settings=settings,
@@ -75,6 +75,7 @@ def open_step(
         way="divisible" if unknown else settings.backend,
         recorded=state.shardings,
         weight_dtypes=state.weight_dtypes,
+        packing=state.packing,
         count=count,
         old_count=old_count,
         moments=names,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,6 +13,7 @@ from .._model.variables import without_variables
 from .._sharding.record import Shardings
 from .._storage.moment_bases import Bases
 from .._storage.quant_moment import StoredMoment
+from .packing import FIELDS, Packing, Trees
 from .weight_dtypes import WeightDtypes
 
 
@@ -29,15 +30,25 @@ class _Form:
 
     `bases` is no part of it: what was found of the structure of such states."""
 
-    __slots__ = ("bases", "shardings", "weight_dtypes")
+    __slots__ = ("bases", "packing", "shardings", "weight_dtypes")
 
-    def __init__(self, shardings: Shardings, weight_dtypes: WeightDtypes):
+    def __init__(
+        self, shardings: Shardings, weight_dtypes: WeightDtypes, packing: Packing | None
+    ):
         self.shardings = shardings
         self.weight_dtypes = weight_dtypes
+        self.packing = packing
         self.bases = Bases()
 
-    def _static(self) -> tuple[Shardings, WeightDtypes]:
-        return self.shardings, self.weight_dtypes
+    def opened(self, children: Sequence[Any]) -> Trees:
+        """The trees of a state that has these children after its count."""
+        if self.packing is not None:
+            children = self.packing.unpacked(children)
+        moments, corrections, checksums = children
+        return self.bases.known(moments), corrections, checksums
+
+    def _static(self) -> tuple[Shardings, WeightDtypes, Packing | None]:
+        return self.shardings, self.weight_dtypes, self.packing
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Form) and self._static() == other._static()
@@ -48,25 +59,35 @@ class _Form:
     def __repr__(self) -> str:
         return f"shardings={self.shardings!r}, weight_dtypes={self.weight_dtypes!r}"
 
-    def __reduce__(self) -> tuple[type, tuple[Shardings, WeightDtypes]]:
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return _Form, self._static()
 
 
 class _Stored:
-    """What a state holds, in the slots that JAX takes apart and puts together."""
+    """What a state holds, in the slots that JAX takes apart and puts together: the
+    count, and its trees, or the arrays that these are packed into. The trees are opened
+    where somebody asks for them."""
 
-    __slots__ = ("__weakref__", "_form", "_trees")
+    __slots__ = ("__weakref__", "_children", "_form", "_opened")
 
-    _trees: tuple[Any, Any, Any, Any]
+    _children: tuple[Any, ...]
     _form: _Form
+    _opened: Trees
 
-    steps = property(lambda self: self._trees[0])
+    @property
+    def _trees(self) -> Trees:
+        if not hasattr(self, "_opened"):
+            self._opened = self._form.opened(self._children[1:])
+        return self._opened
+
+    steps = property(lambda self: self._children[0])
     # They know what they are relative to in this state.
-    moments = property(lambda self: self._trees[1])
-    corrections = property(lambda self: self._trees[2])
-    checksums = property(lambda self: self._trees[3])
+    moments = property(lambda self: self._trees[0])
+    corrections = property(lambda self: self._trees[1])
+    checksums = property(lambda self: self._trees[2])
     shardings = property(lambda self: self._form.shardings)
     weight_dtypes = property(lambda self: self._form.weight_dtypes)
+    packing = property(lambda self: self._form.packing)
 
 
 # No `eqx.Module`, for the reason that `QuantMoment` is none.
@@ -97,6 +118,8 @@ class OptimizerState(_Stored):
     checksums: PyTree[UInt32[Array, "*ensemble"] | None] = dataclasses.field()
     # What the corrections were made for.
     weight_dtypes: WeightDtypes = dataclasses.field(metadata={"static": True})
+    # Which small arrays are parts of common ones, if any are.
+    packing: Packing | None = dataclasses.field(metadata={"static": True}, repr=False)
 
     def __init__(
         self,
@@ -106,10 +129,15 @@ class OptimizerState(_Stored):
         shardings: Shardings = (),
         checksums: PyTree[UInt32[Array, "*ensemble"] | None] = None,
         weight_dtypes: WeightDtypes = (),
+        packing: Packing | None = None,
     ):
-        self._form = _Form(shardings, weight_dtypes)
-        moments = self._form.bases.known(moments)
-        self._trees = steps, moments, corrections, checksums
+        form = _Form(shardings, weight_dtypes, packing)
+        _fill(self, form, steps, (moments, corrections, checksums))
+
+    def parts(self) -> list[Any]:
+        """The arrays of the trees that are parts of others."""
+        packing = self._form.packing
+        return [] if packing is None else packing.parts(self._trees)
 
     @property
     def count(self) -> Int32[Array, "*ensemble"]:
@@ -130,20 +158,38 @@ class OptimizerState(_Stored):
         self.__init__(**fields)
 
 
-_KEYS = tuple(map(jtu.GetAttrKey, ("steps", "moments", "corrections", "checksums")))
+def _fill(state: OptimizerState, form: _Form, steps: Any, trees: Trees) -> None:
+    arrays: tuple[Any, ...] = trees
+    if form.packing is not None:
+        packing, arrays = form.packing.packed(trees)
+        form = _Form(form.shardings, form.weight_dtypes, packing)
+    state._form, state._children = form, (steps, *arrays)
+
+
+def with_fields(
+    state: OptimizerState, packing: Packing | None, **fields: Any
+) -> OptimizerState:
+    """The state with these fields, which can be anything, packed like this."""
+    steps, *trees = [fields.get(x, getattr(state, x)) for x in ("steps", *FIELDS)]
+    new = object.__new__(OptimizerState)
+    form = _Form(state.shardings, state.weight_dtypes, packing)
+    _fill(new, form, steps, tuple(trees))  # pyright: ignore[reportArgumentType]
+    return new
+
+
 # Takes a state apart without a frame of Python.
-_flatten = operator.attrgetter("_trees", "_form")
+_flatten = operator.attrgetter("_children", "_form")
 
 
 def _flatten_with_keys(state: OptimizerState) -> tuple[tuple[Any, ...], _Form]:
-    trees, form = _flatten(state)
-    return tuple(zip(_KEYS, trees, strict=True)), form
+    children, form = _flatten(state)
+    names = "steps", *(FIELDS if form.packing is None else form.packing.names)
+    return tuple(zip(map(jtu.GetAttrKey, names), children, strict=True)), form
 
 
-def _unflatten(form: _Form, trees: Iterable[Any]) -> OptimizerState:
+def _unflatten(form: _Form, children: Iterable[Any]) -> OptimizerState:
     state = object.__new__(OptimizerState)
-    steps, moments, corrections, checksums = trees
-    state._trees = steps, form.bases.known(moments), corrections, checksums
+    state._children = tuple(children)
     state._form = form
     return state
 

@@ -15,7 +15,7 @@ from .._model.variables import has_variables
 from .._storage.moment_bases import base_name
 from .._storage.quant_moment import StoredMoment
 from .call_checks import check_has_values
-from .state import OptimizerState
+from .state import OptimizerState, with_fields
 from .state_checks import (
     check_correction,
     check_has_one_state,
@@ -48,6 +48,23 @@ def find(tree: PyTree, kind: type = OptimizerState) -> Found:
     )
     replace = lambda new: replaced(dict(zip(found, new, strict=True)))
     return Found([nodes[i][0] for i in found], list(found.values()), replace)
+
+
+def unpacked(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """The tree with each array of its states by itself, and a function from such a tree
+    to one whose states are packed as these were."""
+    found = find(tree)
+    packings = [state.packing for state in found.values]
+    if not any(packings):
+        return tree, lambda new: new
+
+    def again(new: PyTree) -> PyTree:
+        states = find(new)
+        pairs = zip(states.values, packings, strict=True)
+        return states.replace([with_fields(x, packing) for x, packing in pairs])
+
+    bare = [with_fields(state, None) for state in found.values]
+    return found.replace(bare), again
 
 
 def bases(moments: dict[str, PyTree], of: PyTree) -> dict[Any, StoredMoment]:

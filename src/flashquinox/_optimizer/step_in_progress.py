@@ -23,6 +23,7 @@ from .checksums import verified
 from .device_checks import check_state_is_with_weight, warn_of_divided_groups
 from .gradients import all_finite, as_typed
 from .groups import LeafRule
+from .packing import Packing
 from .part import Part
 from .passes import all_passes, layers_are_apart, Passes
 from .settings import Rates, Settings
@@ -41,6 +42,7 @@ class StepInProgress:
     - `shardings`: how a leaf is divided among devices, if it is.
     - `recorded`: what the state remembers of that.
     - `weight_dtypes`: what it remembers of the dtypes of weights.
+    - `packing`: which of its arrays are parts of common ones.
     - `count`: the number of steps before this one. `old_count` is that of the state,
         which may be in host memory.
     - `moments`: the names of all moments of the state.
@@ -61,6 +63,7 @@ class StepInProgress:
     way: Way
     recorded: record.Shardings
     weight_dtypes: WeightDtypes
+    packing: Packing | None
     count: Int32[Array, ""]
     old_count: Int32[Array | np.ndarray, ""]
     moments: tuple[str, ...]

@@ -2,8 +2,10 @@
 together once after it."""
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple, TypeAlias
 
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, Scalar, UInt32
 
 from .._common import memory
@@ -27,6 +29,7 @@ class StoredLeaf(NamedTuple):
     - `groups`: those of the moments; `None` without any. The state decides, not the
         options of the optimizer.
     - `not_learned`: the parameters of codecs that learn, in a step that learns nothing.
+    - `is_packed`: whether all arrays are parts of common ones.
     """
 
     moments: dict[str, StoredMoment]
@@ -36,13 +39,16 @@ class StoredLeaf(NamedTuple):
     bases: dict[str, str | None]
     groups: Layout | None
     not_learned: Learned
+    is_packed: bool
 
     @staticmethod
     def of(
         moments: dict[str, StoredMoment],
         correction: Correction | None,
         checksum: UInt32[Array, ""] | None,
+        parts: Collection[int] = (),
     ) -> "StoredLeaf":
+        """`parts`: the `id`s of the arrays that are parts of common ones."""
         codecs, bases, groups, not_learned = {}, {}, None, {}
         for name, moment in moments.items():
             if not isinstance(moment, QuantMoment):
@@ -53,8 +59,16 @@ class StoredLeaf(NamedTuple):
             if moment.parameter is not None:
                 parameter = memory.to_device(moment.parameter)
                 not_learned[name] = parameter, parameter
+        arrays = jtu.tree_leaves((moments, correction))
         return StoredLeaf(
-            moments, correction, checksum, codecs, bases, groups, not_learned
+            moments,
+            correction,
+            checksum,
+            codecs,
+            bases,
+            groups,
+            not_learned,
+            bool(parts) and all([id(x) in parts for x in arrays]),
         )
 
     def layout(self, shape: tuple[int, ...]) -> Layout:

@@ -17,6 +17,13 @@ from . import tpu_memory
 T = TypeVar("T")
 
 
+def are_consecutive(matrices: int, run: int, columns: int, group_size: int) -> bool:
+    """Whether all groups of a leaf lie one after the other, and are whole but for the
+    last one of the leaf."""
+    is_whole = run % group_size == 0
+    return columns == 1 and (is_whole or matrices == 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A leaf seen as groups of up to `group_size` consecutive elements along a *run*:
@@ -73,6 +80,10 @@ class Layout:
     def groups(self) -> int:
         """The number of groups of a run."""
         return -(-self.run // self._group_length)
+
+    @property
+    def is_consecutive(self) -> bool:
+        return are_consecutive(self.matrices, self.run, self.columns, self.group_size)
 
     def tile(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*tile"]:
         """The leaf as a tile. A partial group is filled up with copies of its last

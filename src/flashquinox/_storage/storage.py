@@ -63,6 +63,14 @@ class Storage(eqx.Module):
         one of a hundred cases, where rounding to nearest would lose it. A weight that
         gets no update does not move. With `master_weight_bits=None` they are rounded to
         the weight itself; with 32, bfloat16 weights lose nothing to round.
+    - `pack_below`: arrays of leaves with fewer elements than this are parts of a few
+        common ones: for small models whose steps are single calls from Python, as JAX
+        takes a microsecond and more for each array of a call. 65,536 is a good bound;
+        0 packs nothing. Every number is the same, and the fields of a state show each
+        array by itself; its leaves, as JAX and `eqx.tree_at` see them, are the common
+        arrays. Kernels for GPUs take these as they are; elsewhere, a step copies the
+        parts out and back. Leaves that are divided over devices, or whose state is in
+        host memory, and those in `Variable`s of Flax are not packed.
 
     **Raises:**
 
@@ -74,6 +82,7 @@ class Storage(eqx.Module):
     moments: Moments = eqx.field(static=True)
     group_size: int = eqx.field(static=True)
     dither_weights: bool = eqx.field(static=True)
+    pack_below: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -82,11 +91,13 @@ class Storage(eqx.Module):
         moments: Moments = "flashquinox",
         group_size: int | np.integer = 32,
         dither_weights: bool = True,
+        pack_below: int | np.integer = 0,
     ):
         self.master_weight_bits = _check_master_weight_bits(master_weight_bits)
         self.moments = _shortest(_check_moments(moments))
         self.group_size = _check_group_size(group_size)
         self.dither_weights = check_flag("Storage", "dither_weights", dither_weights)
+        self.pack_below = _check_pack_below(pack_below)
 
     @property
     def codecs(self) -> MomentCodecs:
@@ -120,6 +131,7 @@ _DEFAULTS = {
     "moments": "flashquinox",
     "group_size": 32,
     "dither_weights": True,
+    "pack_below": 0,
 }
 
 
@@ -150,6 +162,16 @@ def _check_group_size(value: Any) -> int:
     raise ValueError(
         "`Storage(group_size=...)` must be a multiple of 16 from 16 to 128, as an "
         f"integer; got {shown(value)}."
+    )
+
+
+def _check_pack_below(value: Any) -> int:
+    size = _as_python(value)
+    if type(size) is int and size >= 0:
+        return size
+    raise ValueError(
+        "`Storage(pack_below=...)` must be a number of elements, as an integer of at "
+        f"least 0; got {shown(value)}."
     )
 
 

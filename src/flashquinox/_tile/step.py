@@ -39,6 +39,9 @@ class StepStructure(eqx.Module):
     # Whether the gradients of leaves that are updated together were one array, of all
     # of them in order: the second of two passes.
     in_stack: bool = eqx.field(static=True, default=False)
+    # Whether the arrays of the state are parts of common ones: of each kind, one array
+    # with those of all leaves that are stored alike, in order.
+    is_packed: bool = eqx.field(static=True, default=False)
     # Whether the arrays are layers that a loop over stacks has read. These need not be
     # where stacks are, in the large memory of a device.
     in_loop: bool = eqx.field(static=True, default=False)

@@ -82,7 +82,8 @@ class Gpu(AbstractBackend):
         found = []
         for numbers in alike.values():
             step = steps[numbers[0]]
-            most = most_leaves(len(jtu.tree_leaves((step.grad, step.old))))
+            arrays = len(jtu.tree_leaves((step.grad, step.old)))
+            most = most_leaves(arrays, step.structure.is_packed)
             found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
         return found
 

@@ -1,6 +1,7 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,6 +42,7 @@ def update_leaves(
     if structure.as_direction:
         # Nobody reads weights.
         in_one.add(WEIGHT)
+    common = range(WEIGHT + 1, len(of_leaf)) if structure.is_packed else ()
     kernel = Kernel(
         f"flashquinox_{type(structure.rule).__name__.lower()}",
         translation_of(structure, scalars, grads[0], old[0]),
@@ -48,8 +50,8 @@ def update_leaves(
         threads_of(views),
         words.scalars,
         (0,) * len(words.arrays),
-        results=_results(old, structure.as_direction),
-        own=tuple([i for i in range(len(of_leaf)) if i not in in_one]),
+        results=_results(old, structure.as_direction) - len(common) * (len(old) - 1),
+        own=tuple([i for i in range(len(of_leaf)) if i not in {*in_one, *common}]),
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
         shape=grads[0].shape if structure.as_direction else (),
     )
@@ -57,25 +59,36 @@ def update_leaves(
     in_a_row = lambda x: x if memory.is_on_host(x) else flat(x)
     each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
     arrays = [in_a_row(of_leaf[i]) for of_leaf in each for i in kernel.own]
+    # Of parts of an array, in order, XLA makes that array, and copies nothing.
+    joined = [jnp.concatenate([flat(x[i]) for x in each]) for i in common]
     if structure.in_stack:
-        # Of parts of an array, in order, XLA makes that array, and copies nothing.
-        arrays = [flat(jnp.stack(grads)), *arrays]
-    new = list(_launched(run, kernel)(*words.arrays, *arrays))
+        joined = [flat(jnp.stack(grads)), *joined]
+    new = list(_launched(run, kernel)(*words.arrays, *joined, *arrays))
     weights: list[Any] = [None for _ in grads]
     if structure.as_direction:
         stack = new.pop(0)
         weights = [
             lax.index_in_dim(stack, i, keepdims=False) for i in range(len(grads))
         ]
+    parts = {i: _parts(new.pop(0), [x[i].size for x in each]) for i in common}
     shaped = []
     for of_leaf, weight in zip(each, weights, strict=True):
         for i, x in enumerate(of_leaf[1:], start=1):
             if i == WEIGHT and weight is not None:
                 shaped.append(weight)
                 continue
-            y = new.pop(0)
+            y = (parts[i] if i in parts else new).pop(0)
             shaped.append(y if y.shape == x.shape else lax.reshape(y, x.shape))
     return jtu.tree_structure(old).unflatten(shaped)
+
+
+def _parts(x: Shaped[Array, " all"], sizes: Sequence[int]) -> list[Array]:
+    """The arrays of so many elements that are one after the other in another one."""
+    ends = itertools.accumulate(sizes)
+    return [
+        lax.slice_in_dim(x, end - size, end)
+        for end, size in zip(ends, sizes, strict=True)
+    ]
 
 
 def _results(old: tuple[TileState, ...], with_stack: bool) -> int:
@@ -84,10 +97,12 @@ def _results(old: tuple[TileState, ...], with_stack: bool) -> int:
     return here - len(old) + 1 if with_stack else here
 
 
-def most_leaves(arrays: int) -> int:
+def most_leaves(arrays: int, is_packed: bool) -> int:
     """How many leaves share a kernel at most, of so many arrays each. Each launch takes
     time, but the arguments of a kernel are limited."""
-    return (nvrtc.most_pointers() - 2) // (2 * arrays - 1)
+    common = arrays - 1 - WEIGHT if is_packed else 0
+    of_leaf = 2 * (arrays - common) - 1
+    return (nvrtc.most_pointers() - 2 - 2 * common) // of_leaf
 
 
 class _Words(NamedTuple):

@@ -45,8 +45,9 @@ class Kernel(NamedTuple):
     # The models that take a step together: their arrays lie one after the other.
     members: int = 1
     # Which of the gradient and the arrays of its state each leaf has as an argument. Of
-    # others, there is one array of all leaves, which are of one size: gradients before
-    # the arguments of leaves, new weights before the other results.
+    # others, there is one array of all leaves, one after the other: gradients and
+    # arrays of states before the arguments of leaves, new weights before the other
+    # results. Leaves are of one size if that is gradients or new weights.
     own: tuple[int, ...] = ()
     # The dtype of new weights that are in such an array; old ones are not read. Or
     # `None`.
@@ -62,9 +63,11 @@ class Kernel(NamedTuple):
 
     def states(self, operands: int) -> list[int]:
         """Which of so many arrays of words, gradients and states are of states."""
-        start = len(self.strides) + self._has_stack
+        first = len(self.strides) + self._has_stack
+        start = first + len(self._common)
         own = [self.own[i % len(self.own)] for i in range(operands - start)]
-        return [start + i for i, which in enumerate(own) if which != GRAD]
+        of_leaves = [start + i for i, which in enumerate(own) if which != GRAD]
+        return [*range(first, start), *of_leaves]
 
     def own_results(self, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
         """The shapes and the dtypes of results in memory of their own, which come
@@ -84,9 +87,16 @@ class Kernel(NamedTuple):
         return GRAD not in self.own
 
     @property
-    def size(self) -> int:
-        """The elements of all leaves."""
-        return sum([view.size for view in self.views])
+    def _common(self) -> list[int]:
+        """The arrays of states that all leaves have in one."""
+        arrays = range(WEIGHT + 1, len(self.translation.input_types))
+        return [i for i in arrays if i not in self.own]
+
+    def _before(self, leaf: int, array: int) -> int:
+        """How many entries an array of all leaves has before those of a leaf."""
+        is_scale = self.translation.is_scale[array]
+        before = self.views[:leaf]
+        return sum([view.groups if is_scale else view.size for view in before])
 
     @property
     def _words(self) -> list[tuple[str, int]]:
@@ -104,6 +114,8 @@ class Kernel(NamedTuple):
         types = self.translation.input_types
         if self._has_stack:
             yield f"{types[GRAD]}* grads"
+        for i in self._common:
+            yield f"{types[i]}* c{i}"
         for leaf in range(len(self.views)):
             yield ", ".join(f"{types[i]}* p{leaf}_{i}" for i in self.own)
         yield ", ".join(f"void* q{i}" for i in range(max(1, self.results)))
@@ -144,7 +156,8 @@ class Kernel(NamedTuple):
                 yield f"{words} += member * {stride};"
             for i, is_scale in enumerate(self.translation.is_scale):
                 size = "groups" if is_scale else "size"
-                size = size if i in self.own else f"{self.size}ll"
+                if i not in self.own:
+                    size = f"{self._before(len(self.views), i)}ll"
                 yield f"p{i} += member * {size};"
 
     def _chosen(self, starts: Sequence[int], first: int, last: int) -> Iterator[str]:
@@ -166,10 +179,13 @@ class Kernel(NamedTuple):
             yield f"columns = {view.columns}u;"
         types = self.translation.input_types
         texts = [f"p{first}_{i}" for i in range(len(types))]
+        whole = {i: f"c{i}" for i in self._common}
         if self._has_stack:
-            texts[GRAD] = f"grads + {first} * size"
+            whole[GRAD] = "grads"
         if self.fresh is not None:
-            texts[WEIGHT] = f"({types[WEIGHT]}*)q0 + {first} * size"
+            whole[WEIGHT] = f"({types[WEIGHT]}*)q0"
+        for i, text in whole.items():
+            texts[i] = f"{text} + {self._before(first, i)}ll"
         yield " ".join(f"p{i} = {text};" for i, text in enumerate(texts))
 
     @property

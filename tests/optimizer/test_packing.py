@@ -1,0 +1,416 @@
+"""Small arrays of a state as parts of common ones: the same numbers in fewer arrays."""
+
+import copy
+import dataclasses
+import functools as ft
+import pickle
+
+import equinox as eqx
+import flax.serialization
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import flashquinox as fq
+from flashquinox.checkpoint import Checkpoints
+
+from ..helpers import array_of, assert_raises, OPTIMIZERS, slow, tree_identical
+
+
+# Two leaves of each kind that have partial groups, a scalar; and one that is not small.
+_SHAPES = {
+    "matrix": (12, 64),
+    "ragged": (37, 5),
+    "kernel": (8, 3, 3, 3),
+    "vector": (40,),
+    "bias": (7,),
+    "scalar": (),
+    "large": (64, 80),
+}
+_PACKED = fq.Storage(pack_below=4096)
+
+
+def _arrays(seed, dtype=jnp.bfloat16, shapes=_SHAPES):
+    rng = np.random.default_rng(seed)
+    return {
+        name: array_of(rng.standard_normal(shape), dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def _fields(state):
+    """The trees of a state, which show each array by itself."""
+    return state.steps, state.moments, state.corrections, state.checksums
+
+
+def _count(state):
+    return len(jtu.tree_leaves(state))
+
+
+def _two(make, params, steps):
+    """What steps give from states that are packed and that are not."""
+    return [
+        steps(optim, params, optim.init(params))
+        for optim in (make(storage=_PACKED), make(storage=fq.Storage()))
+    ]
+
+
+def _trained(optim, params, state, count=2):
+    step = jax.jit(optim.step)
+    for seed in range(1, count + 1):
+        grads = jtu.tree_map(
+            lambda x, seed=seed: x * jnp.asarray(0.1 * seed, x.dtype), params
+        )
+        params, state = step(params, state, grads)
+    return params, state
+
+
+def _assert_same(found, expected):
+    (model, state), (expected_model, expected_state) = found, expected
+    assert tree_identical(model, expected_model)
+    assert tree_identical(_fields(state), _fields(expected_state))
+    assert _count(state) < _count(expected_state)
+
+
+#
+# Steps
+#
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        slow(name, unless=name in ("adamw", "lion", "lamb", "adafactor"))
+        for name in OPTIMIZERS
+    ],
+)
+def test_steps_give_the_same_bits(name):
+    """Of all rules, for weights of two dtypes."""
+    params = _arrays(0)
+    params |= {f"wide {k}": x.astype(jnp.float32) for k, x in _arrays(1).items()}
+    make = ft.partial(OPTIMIZERS[name].make, 1e-2)
+    found, expected = _two(make, params, _trained)
+    if name == "adafactor":
+        # A product and a sum are one operation in one of the programs.
+        for key in params:
+            ours, theirs = (
+                np.asarray(x[0][key], np.float32) for x in (found, expected)
+            )
+            np.testing.assert_array_max_ulp(ours, theirs, maxulp=1)
+        found = expected[0], found[1]
+    _assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"verify_weights": "error"},
+        {"skip_nonfinite": True},
+        {"storage": {"moments": "learned"}},
+        {"storage": {"master_weight_bits": None}},
+    ],
+    ids=["checksums", "skip", "learned", "alone"],
+)
+def test_options(options):
+    stored = options.get("storage", {})
+    rest = {k: x for k, x in options.items() if k != "storage"}
+    params = _arrays(0)
+
+    def make(storage):
+        storage = fq.Storage(pack_below=storage.pack_below, **stored)
+        return fq.adamw(1e-2, storage=storage, **rest)
+
+    _assert_same(*_two(make, params, _trained))
+
+
+def test_updates_of_optax():
+    def steps(optim, params, state):
+        optim = optax.chain(optax.clip_by_global_norm(1.0), optim)
+        state = optim.init(params)
+        updates, state = jax.jit(optim.update)(_arrays(1), state, params)
+        return optax.apply_updates(params, updates), state[1]
+
+    _assert_same(*_two(ft.partial(fq.adamw, 1e-2), _arrays(0), steps))
+
+
+def test_ensembles():
+    def steps(optim, params, _):
+        params = jtu.tree_map(lambda x: jnp.stack([x, 2 * x, -x]), params)
+        return _trained(optim, params, jax.vmap(optim.init)(params), count=0)
+
+    def trained(optim, params, state):
+        params, state = steps(optim, params, state)
+        return jax.jit(jax.vmap(optim.step))(params, state, params)
+
+    _assert_same(*_two(ft.partial(fq.adamw, 1e-2), _arrays(0), trained))
+
+
+def test_loops():
+    """A carry of `jax.lax.scan`: the structure of a state does not change."""
+
+    def steps(optim, params, state):
+        body = lambda carry, grads: (optim.step(*carry, grads), None)
+        grads = jtu.tree_map(lambda *xs: jnp.stack(xs), _arrays(1), _arrays(2))
+        return jax.jit(lambda *carry: lax.scan(body, carry, grads)[0])(params, state)
+
+    _assert_same(*_two(ft.partial(fq.lion, 1e-2), _arrays(0), steps))
+
+
+def test_accumulation_and_gradient_release():
+    loss = fq.LayeredLoss(
+        blocks=lambda model: model["blocks"],
+        prologue=lambda model, batch, key: batch @ model["in"],
+        block=lambda own, x, batch, key: x + jnp.tanh(x @ own["w"] + own["b"][None]),
+        epilogue=lambda model, x, batch, key: jnp.mean(
+            (x @ model["out"]).astype(jnp.float32) ** 2
+        ),
+    )
+    shapes = {"in": (8, 32), "out": (32, 8)}
+    params = _arrays(0, shapes=shapes)
+    params["blocks"] = _arrays(1, shapes={"w": (3, 32, 32), "b": (3, 32)})
+    batch = _arrays(2, shapes={"x": (4, 8)})["x"]
+
+    def released(optim, params, state):
+        *new, _ = jax.jit(ft.partial(fq.release_step, optim, loss))(
+            params, state, batch
+        )
+        return new
+
+    make = ft.partial(fq.adamw, 1e-2)
+    _assert_same(*_two(make, params, released))
+
+    def accumulated(optim, params, _):
+        optim = fq.accumulate(optim, 2)
+        model, state = _trained(optim, params, optim.init(params))
+        return model, state.inner_state
+
+    _assert_same(*_two(make, params, accumulated))
+
+
+def test_leaves_without_gradients():
+    def steps(optim, params, state):
+        grads = _arrays(1) | {"ragged": None, "bias": None}
+        return jax.jit(optim.step)(params, state, grads)
+
+    _assert_same(*_two(ft.partial(fq.adamw, 1e-2), _arrays(0), steps))
+
+
+#
+# What is packed
+#
+
+
+def test_arrays():
+    """Of leaves that are stored alike, one array of each kind."""
+    params = _arrays(0)
+    state = fq.adamw(1e-2, storage=_PACKED).init(params)
+    names = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(state)]
+    large = [x for x in names if "large" in x]
+    # Codes and scales of two moments, and a correction.
+    assert len(large) == 5
+    # Likewise of all others with groups; of vectors, moments in float32.
+    assert [x for x in names if x not in large] == [
+        ".steps.count",
+        *[f".packed[{i}]" for i in range(5 + 3)],
+    ]
+    sizes = {x.size for x in jtu.tree_leaves(state) if x.dtype == jnp.float32}
+    assert sizes == {sum(params[x].size for x in ("vector", "bias", "scalar"))}
+    assert fq.adamw(1e-2).init(params).packing is None
+
+
+def test_kinds():
+    """Leaves that are trained in other ways, and groups that a kernel takes apart, are
+    apart: kernels take what is packed together."""
+    params = _arrays(0, shapes={name: (12, 64) for name in "abcd"})
+    decayed = {"a": True, "b": True, "c": False, "d": False}
+    optim = fq.adamw(1e-2, weight_decay=0.1, mask=decayed, storage=_PACKED)
+    assert _count(optim.init(params)) == 1 + 2 * 5
+    shapes = {"a": (12, 64), "b": (24, 32), "c": (4096,), "d": (4100,)}
+    params, storage = _arrays(0, shapes=shapes), fq.Storage(pack_below=2**14)
+    rows = fq.lion(1e-2, storage=storage, backend="tpu").init(params)
+    are_consecutive = {
+        k: x.layout.is_consecutive for k, x in rows.moments["mu"].items()
+    }
+    assert are_consecutive == {"a": False, "b": False, "c": True, "d": True}
+    assert _count(rows) == 1 + 2 * 3
+
+
+def test_shapes_and_dtypes():
+    """Of a state without values."""
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    state = optim.init(params)
+    structs = jax.eval_shape(optim.init, params)
+    assert jtu.tree_structure(structs) == jtu.tree_structure(state)
+    shapes = lambda tree: jtu.tree_map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(structs.moments) == shapes(state.moments)
+
+
+def test_nothing_to_pack():
+    """One leaf of each kind, or none that is small: a state like any other."""
+    params = _arrays(0, shapes={"matrix": (12, 64), "vector": (40,)})
+    for below in (4096, 4):
+        optim = fq.adamw(1e-2, storage=fq.Storage(pack_below=below))
+        assert tree_identical(optim.init(params), fq.adamw(1e-2).init(params))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_meshes(kind):
+    """What is divided stays by itself; what is everywhere is packed."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    specs = {"matrix": ("data",), "kernel": ("data",), "vector": ("data",)}
+    there = {x: NamedSharding(mesh, PartitionSpec(*specs.get(x, ()))) for x in _SHAPES}
+    params = jax.device_put(_arrays(0), there)
+    found, expected = _two(ft.partial(fq.adamw, 1e-2), params, _trained)
+    _assert_same(found, expected)
+    for name in specs:
+        for new, old in zip(found, expected, strict=True):
+            tree = new if new is found[0] else new.corrections
+            other = old if old is expected[0] else old.corrections
+            assert tree[name].sharding == other[name].sharding
+    assert not found[1].corrections["matrix"].sharding.is_fully_replicated
+
+
+def test_host_memory():
+    """A state there is not packed. One that is moved there stays there."""
+    params = _arrays(0)
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    away = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    state = optim.init(params)
+    expected = _trained(optim, params, state)
+    model, state = _trained(optim, params, jax.device_put(state, away))
+    assert {x.sharding.memory_kind for x in jtu.tree_leaves(state)} == {"pinned_host"}
+    here = jax.device_put(state, SingleDeviceSharding(jax.devices()[0]))
+    assert tree_identical((model, here), expected)
+    there = fq.adamw(1e-2, storage=_PACKED, state_memory="pinned_host")
+    model = {f"{name}{i}": jnp.ones((512, 64)) for i in range(2) for name in "ab"}
+    assert there.init(model).packing is None
+
+
+def test_flax_nnx():
+    """Each array of a state is in a `Variable` of its own there, and so is not
+    packed."""
+    model = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1))
+    )
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    optimizer = nnx.Optimizer(model, optim, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((2, 4)))))(model)
+    for _ in range(2):
+        optimizer.update(model, grads)
+    assert optimizer.opt_state.packing is None
+
+
+#
+# Functions of states
+#
+
+
+def test_functions_of_states():
+    params = _arrays(0)
+
+    def steps(optim, params, state):
+        params, state = _trained(optim, params, state)
+        masters = fq.master_weights(params, state)
+        doubled = jtu.tree_map(lambda x: 2 * x, masters)
+        params, state = fq.from_master_weights(doubled, params, state)
+        state = fq.map_moments(lambda x: x * 0.5, state, names="mu")
+        return params, state
+
+    _assert_same(*_two(ft.partial(fq.adamw, 1e-2), params, steps))
+
+
+def test_map_params():
+    params = _arrays(0)
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    state = optim.init(params)
+    ones = fq.map_params(optim, jnp.ones_like, state)
+    assert jtu.tree_structure(ones) == jtu.tree_structure(state)
+    assert all(np.all(x == 1) for x in jtu.tree_leaves(ones)[1:])
+    # One value for all is that of the common array.
+    flags = fq.map_params(
+        optim, lambda _: True, state, transform_non_params=lambda _: False
+    )
+    assert jtu.tree_structure(flags) == jtu.tree_structure(state)
+    assert jtu.tree_leaves(flags) == [False] + [True] * (_count(state) - 1)
+    names = jtu.tree_map(lambda x: str(x.dtype), state)
+    assert names.corrections["bias"] == "int8"
+
+
+def test_copies():
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    _, state = _trained(optim, params, optim.init(params))
+    for other in (
+        copy.deepcopy(state),
+        pickle.loads(pickle.dumps(state)),
+        dataclasses.replace(state, corrections=state.corrections),
+        jax.jit(lambda x: x)(state),
+    ):
+        assert tree_identical(other, state)
+    # Other moments may be of other kinds.
+    moments = {**state.moments, "mu": fq.lion(1e-2).init(params).moments["mu"]}
+    other = dataclasses.replace(state, moments=moments)
+    assert tree_identical(_fields(other)[1], moments)
+    assert _count(other) < _count(fq.adamw(1e-2).init(params))
+
+
+def test_checkpoints(tmp_path):
+    """Those of states that are packed, and of those that are not, are the same."""
+    params = _arrays(0)
+    make = ft.partial(fq.adamw, 1e-2)
+    (model, packed), (_, plain) = _two(make, params, _trained)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, state in enumerate((packed, plain)):
+            checkpoints.save(step, model, state)
+        for step in (0, 1):
+            for state in (packed, plain):
+                empty = jtu.tree_map(jnp.zeros_like, (model, state))
+                found = checkpoints.restore(*empty, step=step)
+                assert tree_identical(found, (model, state))
+                like = jax.eval_shape(lambda *x: x, model, state)
+                assert tree_identical(checkpoints.restore(*like, step=step), found)
+
+
+def test_serialization(tmp_path):
+    params = _arrays(0)
+    make = ft.partial(fq.adamw, 1e-2)
+    (_, packed), (_, plain) = _two(make, params, _trained)
+    # Of Equinox: the arrays as they are.
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", packed)
+    empty = jtu.tree_map(jnp.zeros_like, packed)
+    assert tree_identical(
+        eqx.tree_deserialise_leaves(tmp_path / "state.eqx", empty), packed
+    )
+    # Of Flax: by their names.
+    stored = flax.serialization.to_bytes(plain)
+    assert flax.serialization.to_bytes(packed) == stored
+    assert tree_identical(flax.serialization.from_bytes(empty, stored), packed)
+
+
+#
+# Errors
+#
+
+
+def test_errors():
+    for value in (-1, True):
+        assert_raises(
+            ValueError, lambda value=value: fq.Storage(pack_below=value), "pack_below"
+        )
+    assert repr(_PACKED) == "Storage(pack_below=4096)"
+    # A leaf is called by its name, and what was donated is said to be.
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    state = optim.init(params)
+    other = _arrays(0, shapes=_SHAPES | {"ragged": (37, 6)})
+    assert_raises(
+        ValueError, lambda: optim.step(other, state, other), "ragged", "(37, 5)"
+    )
+    jtu.tree_leaves(state)[-1].delete()
+    assert_raises(
+        RuntimeError, lambda: optim.step(params, state, params), "state", "donated"
+    )
