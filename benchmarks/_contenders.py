@@ -142,10 +142,14 @@ def our_step(
     dtype: Any = jnp.bfloat16,
     state_for: Any = "auto",
     backend: Any = "auto",
+    pack_below: int = 0,
 ) -> JaxStep:
     """`state_for` is the backend by which groups are laid out."""
     make: Callable[..., Any] = getattr(fq, optimizer)
-    keywords = HYPERPARAMETERS | ({"momentum": MOMENTUM} if optimizer == "sgdw" else {})
+    keywords: Any = HYPERPARAMETERS | (
+        {"momentum": MOMENTUM} if optimizer == "sgdw" else {}
+    )
+    keywords |= {"storage": fq.Storage(pack_below=pack_below)}
     params = _structs(shapes, dtype)
     state = jax.eval_shape(make(**keywords, backend=state_for).init, params)
     return JaxStep(params, state, params, make(**keywords, backend=backend).step)
@@ -170,7 +174,9 @@ def optax_step(optimizer: str, shapes: Shapes, dtype: Any) -> JaxStep:
 
 
 def flashoptim_jax_step(package: Any, optimizer: str, shapes: Shapes) -> JaxStep:
-    keywords = HYPERPARAMETERS | ({"momentum": MOMENTUM} if optimizer == "sgdw" else {})
+    keywords: Any = HYPERPARAMETERS | (
+        {"momentum": MOMENTUM} if optimizer == "sgdw" else {}
+    )
     optim = getattr(package, f"flash_{optimizer}")(**keywords)
     params = _structs(shapes, jnp.bfloat16)
     state = jax.eval_shape(optim.init, params)
