@@ -85,10 +85,7 @@ def _assert_same(found, expected):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        slow(name, unless=name in ("adamw", "lion", "lamb", "adafactor"))
-        for name in OPTIMIZERS
-    ],
+    [slow(name, unless=name in ("adamw", "lion")) for name in OPTIMIZERS],
 )
 def test_steps_give_the_same_bits(name):
     """Of all rules, for weights of two dtypes."""
@@ -110,12 +107,11 @@ def test_steps_give_the_same_bits(name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"verify_weights": "error"},
-        {"skip_nonfinite": True},
-        {"storage": {"moments": "learned"}},
-        {"storage": {"master_weight_bits": None}},
+        slow({"verify_weights": "error"}, id="checksums"),
+        pytest.param({"skip_nonfinite": True}, id="skip"),
+        slow({"storage": {"moments": "learned"}}, id="learned"),
+        slow({"storage": {"master_weight_bits": None}}, id="alone"),
     ],
-    ids=["checksums", "skip", "learned", "alone"],
 )
 def test_options(options):
     stored = options.get("storage", {})
@@ -129,6 +125,7 @@ def test_options(options):
     _assert_same(*_two(make, params, _trained))
 
 
+@pytest.mark.once
 def test_updates_of_optax():
     def steps(optim, params, state):
         optim = optax.chain(optax.clip_by_global_norm(1.0), optim)
@@ -139,6 +136,7 @@ def test_updates_of_optax():
     _assert_same(*_two(ft.partial(fq.adamw, 1e-2), _arrays(0), steps))
 
 
+@pytest.mark.once
 def test_ensembles():
     def steps(optim, params, _):
         params = jtu.tree_map(lambda x: jnp.stack([x, 2 * x, -x]), params)
@@ -162,6 +160,7 @@ def test_loops():
     _assert_same(*_two(ft.partial(fq.lion, 1e-2), _arrays(0), steps))
 
 
+@pytest.mark.once
 def test_accumulation_and_gradient_release():
     loss = fq.LayeredLoss(
         blocks=lambda model: model["blocks"],
@@ -193,6 +192,7 @@ def test_accumulation_and_gradient_release():
     _assert_same(*_two(make, params, accumulated))
 
 
+@pytest.mark.once
 def test_leaves_without_gradients():
     def steps(optim, params, state):
         grads = _arrays(1) | {"ragged": None, "bias": None}
@@ -259,7 +259,7 @@ def test_nothing_to_pack():
         assert tree_identical(optim.init(params), fq.adamw(1e-2).init(params))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_meshes(kind):
     """What is divided stays by itself; what is everywhere is packed."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
@@ -276,6 +276,7 @@ def test_meshes(kind):
     assert not found[1].corrections["matrix"].sharding.is_fully_replicated
 
 
+@pytest.mark.once
 def test_host_memory():
     """A state there is not packed. One that is moved there stays there."""
     params = _arrays(0)
@@ -292,6 +293,7 @@ def test_host_memory():
     assert there.init(model).packing is None
 
 
+@pytest.mark.once
 def test_flax_nnx():
     """Each array of a state is in a `Variable` of its own there, and so is not
     packed."""
@@ -311,6 +313,7 @@ def test_flax_nnx():
 #
 
 
+@pytest.mark.once
 def test_functions_of_states():
     params = _arrays(0)
 
@@ -359,6 +362,7 @@ def test_copies():
     assert _count(other) < _count(fq.adamw(1e-2).init(params))
 
 
+@pytest.mark.once
 def test_checkpoints(tmp_path):
     """Those of states that are packed, and of those that are not, are the same."""
     params = _arrays(0)

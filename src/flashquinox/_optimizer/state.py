@@ -65,14 +65,21 @@ class _Form:
 
 class _Stored:
     """What a state holds, in the slots that JAX takes apart and puts together: the
-    count, and its trees, or the arrays that these are packed into. The trees are opened
-    where somebody asks for them."""
+    count, and its trees, or the arrays that these are packed into, which are opened
+    where somebody asks for the trees."""
 
     __slots__ = ("__weakref__", "_children", "_form", "_opened")
 
     _children: tuple[Any, ...]
     _form: _Form
     _opened: Trees
+
+    def _hold(self, form: _Form, children: tuple[Any, ...]) -> None:
+        self._form = form
+        if form.packing is None:
+            self._opened = form.opened(children[1:])
+            children = children[0], *self._opened
+        self._children = children
 
     @property
     def _trees(self) -> Trees:
@@ -163,7 +170,7 @@ def _fill(state: OptimizerState, form: _Form, steps: Any, trees: Trees) -> None:
     if form.packing is not None:
         packing, arrays = form.packing.packed(trees)
         form = _Form(form.shardings, form.weight_dtypes, packing)
-    state._form, state._children = form, (steps, *arrays)
+    state._hold(form, (steps, *arrays))
 
 
 def with_fields(
@@ -189,8 +196,7 @@ def _flatten_with_keys(state: OptimizerState) -> tuple[tuple[Any, ...], _Form]:
 
 def _unflatten(form: _Form, children: Iterable[Any]) -> OptimizerState:
     state = object.__new__(OptimizerState)
-    state._children = tuple(children)
-    state._form = form
+    state._hold(form, tuple(children))
     return state
 
 
