@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import flashquinox as fq
+from flashquinox._optimizer.states import unpacked
 from flashquinox.checkpoint import Checkpoints
 
 from ..helpers import array_of, assert_raises, OPTIMIZERS, slow, tree_identical
@@ -418,3 +419,104 @@ def test_errors():
     assert_raises(
         RuntimeError, lambda: optim.step(params, state, params), "state", "donated"
     )
+
+
+#
+# What a review found
+#
+
+
+def test_a_state_that_programs_close_over():
+    """Each opens it in its own trace."""
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    state = jax.jit(lambda x: x)(optim.init(params))
+    expected = _trained(optim, params, optim.init(params), count=1)
+    jax.eval_shape(lambda params: optim.step(params, state, params), params)
+    jax.jit(lambda: fq.master_weights(params, state))()
+    lax.cond(True, lambda: optim.step(params, state, params), lambda: (params, state))
+    assert tree_identical(_trained(optim, params, state, count=1), expected)
+
+
+def test_parts_keep_their_dtypes():
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    state = optim.init(params)
+    wide = state.corrections | {"matrix": state.corrections["matrix"].astype(jnp.int16)}
+    other = dataclasses.replace(state, corrections=wide)
+    assert tree_identical(other.corrections, wide)
+    assert tree_identical(other.moments, state.moments)
+
+
+def test_functions_of_common_arrays():
+    """Whatever they make of them: a state can be looked at and copied."""
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    state = optim.init(params)
+    for function in (
+        jnp.sum,
+        lambda x: x[..., None],
+        lambda _: None,
+        lambda x: x.shape,
+    ):
+        other = jtu.tree_map(function, state)
+        assert repr(other)
+        assert jtu.tree_structure(copy.deepcopy(other)) == jtu.tree_structure(other)
+
+
+def test_kinds_are_kept():
+    params = _arrays(0, shapes={name: (12, 64) for name in "abcd"})
+    decayed = {"a": True, "b": True, "c": False, "d": False}
+    optim = fq.adamw(1e-2, weight_decay=0.1, mask=decayed, storage=_PACKED)
+    state = optim.init(params)
+    bare = dataclasses.replace(state, corrections=None)
+    assert tree_identical(
+        dataclasses.replace(bare, corrections=state.corrections), state
+    )
+
+
+def test_divided_afterwards():
+    """By `map_params`, leaf by leaf: leaves that are divided are packed no more."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    there = {name: everywhere for name in _SHAPES}
+    there["matrix"] = NamedSharding(mesh, PartitionSpec("data"))
+    optim, params = fq.adamw(1e-2, storage=_PACKED), _arrays(0)
+    state = optim.init(params)
+    moved = fq.map_params(
+        optim,
+        jax.device_put,
+        state,
+        there,
+        transform_non_params=lambda x: jax.device_put(x, everywhere),
+    )
+    assert moved.corrections["matrix"].sharding.spec == PartitionSpec("data")
+    assert tree_identical(_fields(moved), _fields(state))
+    # Shardings themselves are those of leaves, and no state of common arrays.
+    wanted = fq.map_params(optim, lambda _, sharding: sharding, state, there)
+    assert wanted.corrections["matrix"] == there["matrix"]
+
+
+def test_divisions_that_are_not_known():
+    """Within a compiled program, on a mesh with automatic axes."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    by_rows = NamedSharding(mesh, PartitionSpec("data"))
+    shapes = {name: (64, 64) for name in "abcd"}
+    params = jax.device_put(_arrays(0, shapes=shapes), by_rows)
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="not known"):
+        state = jax.jit(optim.init)(params)
+    alone = optim.init(params)
+    assert alone.packing is None
+    assert jtu.tree_structure(_fields(state)) == jtu.tree_structure(_fields(alone))
+    assert state.packing is None
+
+
+def test_shapes_and_dtypes_know_where_they_are():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = fq.adamw(1e-2, storage=_PACKED).init(_arrays(0))
+    structs = jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
+    )
+    for x in jtu.tree_leaves(_fields(structs)):
+        assert x.sharding == everywhere
+    apart, packed = unpacked(structs)
+    assert tree_identical(packed(apart), structs)

@@ -275,7 +275,8 @@ def test_states_without_a_record_of_dtypes():
     """As those that earlier versions pickled."""
     optim, model = fq.sgd(1e-2), weights("matrix")
     state = optim.init(model)
-    fields = {k: v for k, v in state.__getstate__().items() if k != "weight_dtypes"}
+    names = "steps", "moments", "corrections", "shardings", "checksums"
+    fields = {name: getattr(state, name) for name in names}
     old = object.__new__(fq.OptimizerState)
     old.__setstate__(fields)
     loop = lambda carry, _: (optim.step(*carry, model), None)

@@ -48,7 +48,9 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         settings.rates(jnp.zeros((), jnp.int32))
     check_correction_has_effect(call, settings.storage, list(trained.values()))
     are_trained = [index in trained for index in range(len(leaves))]
-    shardings, _ = settings.resolve_shardings(call, leaves, are_trained, recorded=())
+    shardings, unknown = settings.resolve_shardings(
+        call, leaves, are_trained, recorded=()
+    )
     for index, leaf in trained.items():
         rule = rules[index].rule
         if isinstance(rule, AbstractMatrixRule):
@@ -87,7 +89,8 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         checksums=trees[2],
         shardings=record.record(leaves, shardings, ()),
         weight_dtypes=record_dtypes(leaves, corrections),
-        packing=Packing.of(trees, settings.storage.pack_below, kinds),
+        # What may be divided stays as it is.
+        packing=Packing.of(trees, 0 if unknown else settings.storage.pack_below, kinds),
     )
 
 

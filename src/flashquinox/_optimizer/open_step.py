@@ -13,7 +13,7 @@ from .call_checks import check_has_values, check_model
 from .device_checks import warn_of_parts
 from .passes import all_passes
 from .settings import Settings
-from .state import OptimizerState
+from .state import opened, OptimizerState
 from .state_checks import check_not_ensemble, check_state
 from .step_in_progress import StepInProgress
 from .stored_leaf import StoredLeaf
@@ -28,6 +28,7 @@ def open_step(
     leaves, rebuild = flatten(params)
     names = settings.moments
     check_state(call, state, names)
+    state = opened(state)
     old_count = state.count
     check_not_ensemble(call, old_count)
     check_has_values(call, model=params, state=state)

@@ -5,7 +5,6 @@ import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -37,17 +36,27 @@ class _Pack(NamedTuple):
         return [values[i] for i in self.numbers]
 
     def can_have(self, values: Sequence[Any]) -> bool:
-        """Whether these can be the parts: arrays, which have an axis more in an
-        ensemble, or one and the same value for all."""
+        """Whether these can be the parts: arrays of one dtype in one place, which have
+        an axis more in an ensemble, or one and the same value for all."""
         parts = self.of(values)
         if not any(map(_is_array, parts)):
             return all([x == parts[0] for x in parts])
-        return all(
-            [
-                _is_array(x) and x.shape[x.ndim - len(shape) :] == shape
-                for x, shape in zip(parts, self.shapes, strict=True)
-            ]
-        )
+        if not all(map(_is_array, parts)):
+            return False
+        devices = {_devices(x) for x in parts} - {None}
+        is_together = len(devices) <= 1 and _ELSEWHERE not in devices
+        are_alike = len({x.dtype for x in parts}) == 1
+        shaped = [
+            x.shape[x.ndim - len(shape) :] == shape
+            for x, shape in zip(parts, self.shapes, strict=True)
+        ]
+        return is_together and are_alike and all(shaped)
+
+    def is_common(self, x: Any) -> bool:
+        """Whether something can be the array that has the parts: along its last axis.
+        The axis of an ensemble comes first."""
+        size = sum([math.prod(shape) for shape in self.shapes])
+        return _is_array(x) and x.shape[-1:] == (size,) and not _is_gone(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +70,17 @@ class Packing:
     - `structure`: that of the trees of the state.
     - `packs`: the arrays of the trees that have parts.
     - `names`: of the arrays that are left, and of the common ones.
+    - `kinds`: see `of`.
     """
 
     below: int
     structure: Any
     packs: tuple[_Pack, ...]
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
+    kinds: tuple[tuple[Any, Hashable], ...]
 
     @staticmethod
-    def of(
-        trees: Trees, below: int, kinds: Mapping[Any, Hashable] = MappingProxyType({})
-    ) -> "Packing | None":
+    def of(trees: Trees, below: int, kinds: Mapping[Any, Hashable]) -> "Packing | None":
         """How the arrays of these trees are packed, if any are. `kinds`: for the paths
         of leaves, what is alike for those that are trained alike."""
         values, structure = jtu.tree_flatten(trees)
@@ -84,7 +93,7 @@ class Packing:
             ]
         if not packs:
             return None
-        packing = Packing(below, structure, tuple(packs))
+        packing = Packing(below, structure, tuple(packs), (), tuple(kinds.items()))
         alone = [places[i].name for i in packing._alone]
         common = [f"packed[{i}]" for i in range(len(packs))]
         return dataclasses.replace(packing, names=(*alone, *common))
@@ -96,7 +105,7 @@ class Packing:
         is_same = structure == self.structure
         if is_same and all([pack.can_have(values) for pack in self.packs]):
             return self, self._packed(values)
-        other = Packing.of(trees, self.below)
+        other = Packing.of(trees, self.below, dict(self.kinds))
         return other, trees if other is None else other._packed(values)
 
     def _packed(self, values: list[Any]) -> tuple[Any, ...]:
@@ -114,7 +123,7 @@ class Packing:
         common = dict(zip(self.packs, arrays[len(alone) :], strict=True))
         # What a function of the arrays of a state has made of one is that of all parts,
         # and so is one that was donated.
-        there = {x: y for x, y in common.items() if _is_array(y) and not _is_gone(y)}
+        there = {pack: x for pack, x in common.items() if pack.is_common(x)}
         parts = _by_arrays(_split, there)
         for pack, x in common.items():
             of_pack = parts.get(pack, [x] * len(pack.numbers))
@@ -148,11 +157,18 @@ def _places(trees: Trees) -> list[_Place]:
         which = path[0].idx
         # Moments are in a dictionary.
         depth = 2 if which == 0 else 1
-        groups = value.layout.is_consecutive if is_moment(value) else None
+        groups = _has_consecutive_groups(value) if is_moment(value) else None
         for part, _ in jtu.tree_leaves_with_path(value):
             name = f"{FIELDS[which]}{jtu.keystr((*path[1:], *part))}"
             found.append(_Place(path[depth:], (path[:depth], part, groups), name))
     return found
+
+
+def _has_consecutive_groups(moment: QuantMoment) -> bool | None:
+    """`None` for what a function has made of one, which has no groups any more."""
+    codes = moment.codes
+    has_groups = _is_array(codes) and len(codes.shape) >= len(moment.axes)
+    return moment.layout.is_consecutive if has_groups else None
 
 
 def _alike(
@@ -191,10 +207,13 @@ def _home(x: Any, below: int) -> Any:
     where that is known."""
     if not _is_array(x) or not 0 < x.size < below:
         return _ELSEWHERE
+    return _ELSEWHERE if memory.is_on_host(x) else _devices(x)
+
+
+def _devices(x: Any) -> Any:
+    """The devices that each have all of an array, `None` where they are not known."""
     if not isinstance(x, jax.Array):
         return None
-    if memory.is_on_host(x):
-        return _ELSEWHERE
     if isinstance(x, jax.core.Tracer):
         is_whole = all([axis is None for axis in jax.typeof(x).sharding.spec])
         return None if is_whole else _ELSEWHERE
@@ -211,12 +230,25 @@ def _by_arrays(function: Any, values: dict[_Pack, Any]) -> dict[_Pack, Any]:
     and dtypes."""
     function = partial(function, tuple([pack.shapes for pack in values]))
     if any([isinstance(x, jax.ShapeDtypeStruct) for x in jtu.tree_leaves(values)]):
-        function = partial(jax.eval_shape, function)
+        new = jax.eval_shape(function, [*values.values()])
+        return {
+            pack: _like(x, values[pack]) for pack, x in zip(values, new, strict=True)
+        }
     new = function(memory.to_device([*values.values()]))
     # Of a state that was moved there as a whole.
     away = [memory.any_on_host(x) for x in values.values()]
     new = [memory.to_host(x) if y else x for x, y in zip(new, away, strict=True)]
     return dict(zip(values, new, strict=True))
+
+
+def _like(new: Any, old: Any) -> Any:
+    """Shapes and dtypes with the sharding of others, if these are not divided."""
+    there = getattr(jtu.tree_leaves(old)[0], "sharding", None)
+    if there is None or not there.is_fully_replicated:
+        return new
+    return jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), new
+    )
 
 
 @partial(jax.jit, static_argnums=0, inline=True)

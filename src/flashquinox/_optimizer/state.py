@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
+import jax.core
 import jax.tree_util as jtu
 from jaxtyping import Array, Int32, Integer, PyTree, UInt32
 
@@ -83,9 +85,13 @@ class _Stored:
 
     @property
     def _trees(self) -> Trees:
-        if not hasattr(self, "_opened"):
-            self._opened = self._form.opened(self._children[1:])
-        return self._opened
+        if hasattr(self, "_opened"):
+            return self._opened
+        trees = self._form.opened(self._children[1:])
+        # Another program may ask the same object, as one that it closes over.
+        if not any([isinstance(x, jax.core.Tracer) for x in jtu.tree_leaves(trees)]):
+            self._opened = trees
+        return trees
 
     steps = property(lambda self: self._children[0])
     # They know what they are relative to in this state.
@@ -157,12 +163,16 @@ class OptimizerState(_Stored):
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+    def __getstate__(self) -> tuple[_Form, tuple[Any, ...]]:
+        return self._form, self._children
 
-    def __setstate__(self, fields: dict[str, Any]) -> None:
-        """Of a copy, or of a state that was pickled."""
-        self.__init__(**fields)
+    def __setstate__(self, stored: tuple[_Form, tuple[Any, ...]] | dict[str, Any]):
+        """Of a copy, or of a state that was pickled. Earlier versions pickled its
+        fields."""
+        if isinstance(stored, dict):
+            self.__init__(**stored)
+        else:
+            self._hold(*stored)
 
 
 def _fill(state: OptimizerState, form: _Form, steps: Any, trees: Trees) -> None:
@@ -171,6 +181,15 @@ def _fill(state: OptimizerState, form: _Form, steps: Any, trees: Trees) -> None:
         packing, arrays = form.packing.packed(trees)
         form = _Form(form.shardings, form.weight_dtypes, packing)
     state._hold(form, (steps, *arrays))
+
+
+def opened(state: OptimizerState) -> OptimizerState:
+    """The same state, whose trees have the same arrays whenever they are asked for: for
+    use within one program."""
+    new = object.__new__(OptimizerState)
+    new._form, new._children = state._form, state._children
+    new._opened = state._trees
+    return new
 
 
 def with_fields(

@@ -70,7 +70,10 @@ class Storage(eqx.Module):
         array by itself; its leaves, as JAX and `eqx.tree_at` see them, are the common
         arrays. Kernels for GPUs take these as they are; elsewhere, a step copies the
         parts out and back. Leaves that are divided over devices, or whose state is in
-        host memory, and those in `Variable`s of Flax are not packed.
+        host memory, and those in `Variable`s of Flax are not packed. Under `jit`, none
+        are where a mesh with automatic axes is set, which may divide them; where none
+        is set, JAX does not tell, so call `init` outside of `jit` then. In an ensemble,
+        the axis of the members comes first.
 
     **Raises:**
 
