@@ -67,6 +67,16 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """Shapes of arrays, with commas between them."""
+    try:
+        return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected shapes such as 512x512,64x3x3; got {text!r}"
+        ) from None
+
+
 def some_of(names: Iterable[str], text: str) -> list[str]:
     """Some of these names, with commas between them."""
     names = list(names)

@@ -296,32 +296,47 @@ def _bundles(text: str, slots: list[dict[str, int]]) -> list[Bundle]:
 def _runs(bundles: list[Bundle], steps: int, lengths: list[int]) -> list[int]:
     """How often each bundle runs: once outside of the loop over the grid. In that loop,
     in all of its turns, but for the kernel's own body, which the turns that only fill
-    and drain the pipeline jump over. Other bundles that a turn jumps over count.
+    and drain the pipeline jump over; and in the loops of the body, as often as they
+    turn. Other bundles that a turn jumps over count. For a grid of one step, there is
+    no loop.
     """
-    jumps = _jumps(bundles)
+    jumps, runs = _jumps(bundles), [1] * len(bundles)
     loops = sorted(_loop(bundles, jump) for jump in jumps if jump.target <= jump.source)
-    if len(loops) != 2 or loops[0].end < loops[1].end:
-        raise ScheduleError(f"{len(loops)} loops, not a grid's and one inside")
-    outer, inner = loops
+    inner = loops if steps == 1 else loops[1:]
+    for loop in inner:
+        if loop.turns not in lengths:
+            raise ScheduleError(f"{loop.turns} turns of a loop written as {lengths}")
+    if steps > 1:
+        _count_grid(runs, jumps, loops, steps)
+    for loop in inner:
+        for i in range(loop.start, loop.end):
+            runs[i] *= loop.turns
+    return runs
+
+
+def _count_grid(
+    runs: list[int], jumps: list["_Jump"], loops: list["_Loop"], steps: int
+) -> None:
+    """Counts the turns of the loop over the grid, the first one. Of a body without
+    loops, it is not known what is jumped over: all counts."""
+    if not loops or any(loop.end > loops[0].end for loop in loops[1:]):
+        raise ScheduleError(f"{len(loops)} loops, not a grid's and others inside")
+    outer, *inner = loops
     if not steps <= outer.turns <= steps + 2:
         raise ScheduleError(f"{outer.turns} turns for a grid of {steps} steps")
-    if inner.turns not in lengths:
-        raise ScheduleError(f"{inner.turns} turns of a loop written as {lengths}")
+    runs[outer.start : outer.end] = [outer.turns] * (outer.end - outer.start)
+    if not inner:
+        return
+    first, last = inner[0].start, max(loop.end for loop in inner)
     around = [
         jump
         for jump in jumps
-        if outer.start <= jump.source < inner.start and inner.end <= jump.target
+        if outer.start <= jump.source < first and last <= jump.target
     ]
     if len(around) != 1:
         raise ScheduleError(f"{len(around)} jumps over the body of a kernel")
-    runs = [1] * len(bundles)
-    for start, end, turns in (
-        (outer.start, outer.end, outer.turns),
-        (around[0].source + 1, around[0].target, steps),
-        (inner.start, inner.end, steps * inner.turns),
-    ):
-        runs[start:end] = [turns] * (end - start)
-    return runs
+    body = slice(around[0].source + 1, around[0].target)
+    runs[body] = [steps] * (body.stop - body.start)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ float32 weights. Columns:
 - in brackets: as multiples of Optax's; of trace and compile, of the sum of the two.
 """
 
-import argparse
 import os
 import pathlib
 import statistics
@@ -28,7 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _command_line import Parser, positive_integer, run_main, versions, write_json
+from _command_line import (
+    Parser,
+    positive_integer,
+    run_main,
+    shapes,
+    versions,
+    write_json,
+)
 
 import flashquinox as fq
 
@@ -77,18 +83,9 @@ class _Contender:
         self.seconds.append(time.perf_counter() - start)
 
 
-def _shapes(text: str) -> list[tuple[int, ...]]:
-    try:
-        return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected shapes such as 512x512,64x3x3; got {text!r}"
-        ) from None
-
-
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--shapes", type=_shapes, default=_SHAPES)
+    parser.add_argument("--shapes", type=shapes, default=_SHAPES)
     parser.add_argument("--repeats", type=positive_integer, default=31)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()

@@ -4,8 +4,8 @@ No TPU is needed, only `libtpu`: its compiler works for every generation on any 
 and writes down the schedule, bundle by bundle. A bundle is what a core issues in one
 cycle: some operations on each of its units. Nothing reorders bundles at run time, so
 that their number is the number of cycles, but for waiting on memory. What is compiled
-is `optim.step` of one 4096 x 4096 bfloat16 weight, with bfloat16 gradients, model and
-state donated.
+is `optim.step` of one bfloat16 weight, of 4096 x 4096 or of each shape of `--shapes`,
+with bfloat16 gradients, model and state donated.
 
 The schedule, per 1024 parameters (a register of float32):
 
@@ -36,6 +36,13 @@ Plain XLA does the same step from the same state (`backend="xla"`). Its bytes ac
 are XLA's estimate, fusion by fusion, and count what moves between HBM and VMEM or stays
 in VMEM alike; the kernel's are its operands and results.
 
+With `--models`, instead of all this: AdamW on the models of `zoo.py`, by the schedules
+of their leaves of 16 Ki elements and more, each of which has a kernel of its own.
+
+- bundles, floor: means over parameters, of a leaf the larger of the two in "time";
+- Optax: the floor of its AdamW on float32, 28 bytes per parameter, over "time". Where
+  it is above 1, a step takes less time than Optax's can.
+
 First of all, bundles of a kernel with a known number of vector stores are counted the
 same way. The counts must agree.
 """
@@ -54,7 +61,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from _command_line import in_few_words, Parser, run_main, some_of, write_json
+from _command_line import (
+    in_few_words,
+    Parser,
+    run_main,
+    shapes,
+    some_of,
+    write_json,
+)
 from _tpu import (
     compile_for,
     device,
@@ -67,6 +81,7 @@ from _tpu import (
     set_up,
     TOPOLOGIES,
 )
+from _zoo import ZOO
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import PyTree
@@ -74,8 +89,7 @@ from jaxtyping import PyTree
 import flashquinox as fq
 
 
-# Of the only leaf.
-SHAPE = (4096, 4096)
+Shape = tuple[int, ...]
 
 OPTIMIZERS: dict[str, Callable[..., fq.Optimizer]] = {
     "adamw": fq.adamw,
@@ -128,16 +142,17 @@ class Core:
 class Step:
     """What is compiled: the state is always the kernel's."""
 
+    shape: Shape
     model: PyTree
     state: fq.OptimizerState
     take: Callable
 
     @staticmethod
-    def of(optimizer: str, backend: str) -> "Step":
-        model = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)}
+    def of(shape: Shape, optimizer: str, backend: str) -> "Step":
+        model = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
         make = ft.partial(OPTIMIZERS[optimizer], 1e-3)
         state = jax.eval_shape(make(backend="tpu").init, model)
-        return Step(model, state, make(backend=backend).step)
+        return Step(shape, model, state, make(backend=backend).step)
 
     def compile_for(self, chip: str, dump: pathlib.Path) -> Program:
         shapes = self.model, self.state, self.model
@@ -151,7 +166,7 @@ class Step:
     @property
     def bytes_per_parameter(self) -> float:
         """That must be read or written."""
-        return (_bytes(self.model) + 2 * self.updated_bytes) / math.prod(SHAPE)
+        return (_bytes(self.model) + 2 * self.updated_bytes) / math.prod(self.shape)
 
 
 def _bytes(tree: PyTree) -> int:
@@ -215,10 +230,10 @@ def check_counting(chip: str, dump: pathlib.Path) -> int:
 
 
 def measure(
-    chip: str, optimizer: str, dump: pathlib.Path, opcodes: bool
+    chip: str, shape: Shape, optimizer: str, dump: pathlib.Path, opcodes: bool
 ) -> dict[str, Any]:
-    step = Step.of(optimizer, "tpu")
-    row: dict[str, Any] = {"chip": chip, "optimizer": optimizer}
+    step = Step.of(shape, optimizer, "tpu")
+    row: dict[str, Any] = {"chip": chip, "shape": shape, "optimizer": optimizer}
     try:
         program = step.compile_for(chip, dump)
     # Compilers fail in many ways, and each is a result.
@@ -227,7 +242,7 @@ def measure(
     (kernel,) = program.kernels
     found = schedule(dump, kernel)
     share = math.prod(found.core_grid) / math.prod(grid(kernel))
-    registers = math.prod(SHAPE) * share / 1024
+    registers = math.prod(shape) * share / 1024
     row |= {
         "compile seconds": round(program.seconds, 1),
         "grid": grid(kernel),
@@ -284,12 +299,14 @@ def _memory(program: Program, step: Step) -> dict[str, Any]:
     }
 
 
-def compare(chip: str, optimizer: str, dump: pathlib.Path) -> dict[str, Any]:
+def compare(
+    chip: str, shape: Shape, optimizer: str, dump: pathlib.Path
+) -> dict[str, Any]:
     """The kernel beside plain XLA: memory and traffic."""
-    row: dict[str, Any] = {"chip": chip, "optimizer": optimizer}
+    row: dict[str, Any] = {"chip": chip, "shape": shape, "optimizer": optimizer}
     try:
         for backend in ("tpu", "xla"):
-            step = Step.of(optimizer, backend)
+            step = Step.of(shape, optimizer, backend)
             program = step.compile_for(chip, dump)
             row[backend] = _memory(program, step)
             moved = int(program.compiled.cost_analysis()["bytes accessed"])
@@ -303,8 +320,66 @@ def compare(chip: str, optimizer: str, dump: pathlib.Path) -> dict[str, Any]:
 
 
 #
+# Models
+#
+
+
+def measure_models(chip: str, names: list[str], dump: pathlib.Path) -> dict[str, Any]:
+    core = Core.of(chip)
+    if core is None or not core.plausible:
+        raise ScheduleError(f"there is no memory floor of {chip}")
+    leaves = {
+        name: [x for x in ZOO[name].leaves().values() if math.prod(x) >= _LEAST]
+        for name in names
+    }
+    shapes = dict.fromkeys(shape for each in leaves.values() for shape in each)
+    rows = {shape: measure(chip, shape, "adamw", dump, False) for shape in shapes}
+    optax = core.floor(_OPTAX_BYTES)
+    return {
+        "leaves": list(rows.values()),
+        "models": [
+            {"chip": chip, "model": name} | _of_model([rows[x] for x in each], optax)
+            for name, each in leaves.items()
+            if each
+        ],
+    }
+
+
+# Smaller leaves share kernels.
+_LEAST = 2**14
+# Of float32: the gradient, and weight and both moments as they were and will be.
+_OPTAX_BYTES = 7 * 4
+
+
+def _of_model(leaves: list[dict[str, Any]], optax: float) -> dict[str, Any]:
+    counted = [leaf for leaf in leaves if "error" not in leaf]
+    sizes = [math.prod(leaf["shape"]) for leaf in counted]
+
+    def mean(of: Callable[[dict[str, Any]], float]) -> float:
+        pairs = zip(sizes, counted, strict=True)
+        return sum(size * of(leaf) for size, leaf in pairs) / sum(sizes)
+
+    time = mean(lambda leaf: max(leaf["bundles"], leaf["floor"]))
+    return {
+        "parameters": sum(sizes),
+        "leaves not counted": len(leaves) - len(counted),
+        "bundles": mean(lambda leaf: leaf["bundles"]),
+        "floor": mean(lambda leaf: leaf["floor"]),
+        "time": time,
+        "optax floor / time": optax / time,
+    }
+
+
+#
 # Tables
 #
+
+_HEADER = f"{'chip':7}{'leaf':18}{'optimizer':10}"
+
+
+def _start(row: dict[str, Any]) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    return f"{row['chip']:7}{shape:18}{row['optimizer']:10}"
 
 
 def print_constants(chips: list[str]) -> None:
@@ -325,11 +400,11 @@ def print_constants(chips: list[str]) -> None:
 def print_schedules(rows: list[dict[str, Any]]) -> None:
     print("\nPer 1024 parameters of one core")
     print(
-        f"{'chip':7}{'optimizer':10}{'compiled':>9}{'bundles':>9}{'floor':>8}"
+        f"{_HEADER}{'compiled':>9}{'bundles':>9}{'floor':>8}"
         f"{'bundles/floor':>15}{'limit':>9}{'taken':>7}{'spilled':>9}"
     )
     for row in rows:
-        start = f"{row['chip']:7}{row['optimizer']:10}"
+        start = _start(row)
         if "error" in row:
             print(f"{start}  {row['error']}")
             continue
@@ -344,26 +419,41 @@ def print_schedules(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def print_models(rows: list[dict[str, Any]]) -> None:
+    print("\nMean over parameters, per 1024 of them on one core")
+    print(
+        f"{'chip':7}{'model':18}{'parameters':>14}{'bundles':>9}{'floor':>8}{'time':>8}"
+        f"{'time/floor':>12}{'Optax':>8}{'not counted':>13}"
+    )
+    for row in rows:
+        print(
+            f"{row['chip']:7}{row['model']:18}{row['parameters']:14,}"
+            f"{row['bundles']:9.2f}{row['floor']:8.2f}{row['time']:8.2f}"
+            f"{row['time'] / row['floor']:12.2f}{row['optax floor / time']:8.2f}"
+            f"{row['leaves not counted']:13}"
+        )
+
+
 def print_slots(rows: list[dict[str, Any]]) -> None:
     print("\nSlots taken / there are, per 1024 parameters of one core")
     header = "".join(f"{unit:>15}" for unit in UNITS)
-    print(f"{'chip':7}{'optimizer':10}{header}")
+    print(f"{_HEADER}{header}")
     for row in rows:
         cells = [f"{used:.1f} / {most:.1f}" for used, most in row["slots"].values()]
         cells = "".join(f"{cell:>15}" for cell in cells)
-        print(f"{row['chip']:7}{row['optimizer']:10}{cells}")
+        print(f"{_start(row)}{cells}")
 
 
 def print_memory(rows: list[dict[str, Any]]) -> None:
     print("\nMemory of the step, in bytes")
     print(
-        f"{'chip':7}{'optimizer':10}{'arguments':>13}{'alias':>13}{'temp':>12}"
+        f"{_HEADER}{'arguments':>13}{'alias':>13}{'temp':>12}"
         f"{'above arguments':>17}{'aliased':>9}"
     )
     for row in rows:
         memory = row["memory"]
         print(
-            f"{row['chip']:7}{row['optimizer']:10}{memory['arguments']:13,}"
+            f"{_start(row)}{memory['arguments']:13,}"
             f"{memory['alias']:13,}{memory['temp']:12,}"
             f"{_count(memory['above arguments']):>17}"
             f"{'all' if memory['all aliased'] else 'NOT ALL':>9}"
@@ -373,12 +463,12 @@ def print_memory(rows: list[dict[str, Any]]) -> None:
 def print_comparison(rows: list[dict[str, Any]]) -> None:
     print("\nThe kernel and plain XLA, in bytes")
     print(
-        f"{'chip':7}{'optimizer':10}{'':8}{'temp':>14}{'above arguments':>17}"
+        f"{_HEADER}{'':8}{'temp':>14}{'above arguments':>17}"
         f"{'accessed':>16}{'per parameter':>15}"
     )
     for row in rows:
         for backend, name in (("tpu", "kernel"), ("xla", "XLA")):
-            start = f"{row['chip']:7}{row['optimizer']:10}{name:8}"
+            start = f"{_start(row)}{name:8}"
             if "error" in row:
                 print(f"{start}{row['error']}")
                 break
@@ -386,7 +476,7 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
             moved = memory["bytes accessed"]
             print(
                 f"{start}{memory['temp']:14,}{_count(memory['above arguments']):>17}"
-                f"{moved:16,}{moved / math.prod(SHAPE):15.2f}"
+                f"{moved:16,}{moved / math.prod(row['shape']):15.2f}"
             )
 
 
@@ -396,8 +486,7 @@ def _count(number: int | None) -> str:
 
 def print_opcodes(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        print(f"\nVector instructions per 1024 parameters: {row['chip']}, ", end="")
-        print(row["optimizer"])
+        print(f"\nVector instructions per 1024 parameters: {_start(row)}")
         cells = [f"{name:24}{count:8.2f}" for name, count in row["opcodes"].items()]
         for i in range(0, len(cells), 3):
             print("   ".join(cells[i : i + 3]))
@@ -426,6 +515,10 @@ def parse_arguments() -> argparse.Namespace:
             default=list(names),
             help=f"some of {','.join(names)} (default: all)",
         )
+    parser.add_argument("--shapes", type=shapes, default="4096x4096")
+    parser.add_argument(
+        "--models", nargs="?", type=ft.partial(some_of, ZOO), const=[*ZOO]
+    )
     parser.add_argument(
         "--opcodes", action="store_true", help="also count vector instructions"
     )
@@ -443,9 +536,23 @@ def run(arguments: argparse.Namespace, dump: pathlib.Path) -> dict[str, Any]:
     checked = {chip: check_counting(chip, dump) for chip in chips}
     print("Stores counted as they must be on", ", ".join(checked))
     print_constants(chips)
-    rows = [
-        measure(chip, optimizer, dump, arguments.opcodes)
+    cores = {
+        chip: None if (core := Core.of(chip)) is None else dataclasses.asdict(core)
         for chip in chips
+    }
+    start = {"known stores": checked, "cores": cores}
+    if arguments.models is not None:
+        found = [measure_models(chip, arguments.models, dump) for chip in chips]
+        leaves = [leaf for each in found for leaf in each["leaves"]]
+        models = [model for each in found for model in each["models"]]
+        print_schedules(leaves)
+        print_models(models)
+        leaves = [{k: x[k] for k in x if k not in ("slots", "memory")} for x in leaves]
+        return start | {"leaves": leaves, "models": models}
+    rows = [
+        measure(chip, shape, optimizer, dump, arguments.opcodes)
+        for chip in chips
+        for shape in arguments.shapes
         for optimizer in optimizers
     ]
     print_schedules(rows)
@@ -454,18 +561,13 @@ def run(arguments: argparse.Namespace, dump: pathlib.Path) -> dict[str, Any]:
     print_memory(compiled)
     if arguments.opcodes:
         print_opcodes(compiled)
-    comparison = [compare(chip, "adamw", dump) for chip in chips]
+    comparison = [
+        compare(chip, shape, "adamw", dump)
+        for chip in chips
+        for shape in arguments.shapes
+    ]
     print_comparison(comparison)
-    cores = {chip: Core.of(chip) for chip in chips}
-    return {
-        "known stores": checked,
-        "cores": {
-            chip: None if core is None else dataclasses.asdict(core)
-            for chip, core in cores.items()
-        },
-        "steps": rows,
-        "kernel and plain XLA": comparison,
-    }
+    return start | {"steps": rows, "kernel and plain XLA": comparison}
 
 
 def main() -> None:
@@ -488,7 +590,7 @@ def main() -> None:
         arguments={
             "chips": arguments.chips,
             "optimizers": arguments.optimizers,
-            "shape": SHAPE,
+            "shapes": arguments.shapes,
         },
         versions=versions,
         results=rounded(results),
