@@ -230,12 +230,7 @@ def test_arrays():
 
 
 def test_kinds():
-    """Leaves that are trained in other ways, and groups that a kernel takes apart, are
-    apart: kernels take what is packed together."""
-    params = _arrays(0, shapes={name: (12, 64) for name in "abcd"})
-    decayed = {"a": True, "b": True, "c": False, "d": False}
-    optim = fq.adamw(1e-2, weight_decay=0.1, mask=decayed, storage=_PACKED)
-    assert _count(optim.init(params)) == 1 + 2 * 5
+    """Groups that a kernel takes apart are apart."""
     shapes = {"a": (12, 64), "b": (24, 32), "c": (4096,), "d": (4100,)}
     params, storage = _arrays(0, shapes=shapes), fq.Storage(pack_below=2**14)
     rows = fq.lion(1e-2, storage=storage, backend="tpu").init(params)
@@ -466,15 +461,56 @@ def test_functions_of_common_arrays():
         assert jtu.tree_structure(copy.deepcopy(other)) == jtu.tree_structure(other)
 
 
-def test_kinds_are_kept():
+def test_masks(tmp_path):
+    """A file does not say how leaves are trained: it is read with another mask too."""
     params = _arrays(0, shapes={name: (12, 64) for name in "abcd"})
-    decayed = {"a": True, "b": True, "c": False, "d": False}
-    optim = fq.adamw(1e-2, weight_decay=0.1, mask=decayed, storage=_PACKED)
+
+    def steps(optim, params, _):
+        masked = lambda names: optim(mask={name: name in names for name in params})
+        file = tmp_path / "state.eqx"
+        _, state = _trained(old := masked("ab"), params, old.init(params))
+        eqx.tree_serialise_leaves(file, state)
+        new = masked("ac")
+        state = eqx.tree_deserialise_leaves(file, new.init(params))
+        return _trained(new, params, state)
+
+    make = ft.partial(ft.partial, fq.adamw, 1e-2, weight_decay=0.1)
+    packed, alone = make(storage=_PACKED), make(storage=fq.Storage())
+    _assert_same(steps(packed, params, None), steps(alone, params, None))
+
+
+def test_modules_are_copied():
+    """Structures of Equinox's modules, which compare some things by identity."""
+    model = eqx.nn.MLP(4, 4, 4, 2, key=jax.random.key(0))
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    state = optim.init(eqx.filter(model, eqx.is_inexact_array))
+    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert tree_identical(other, state)
+        assert tree_identical(other.moments, state.moments)
+
+
+def test_members_of_an_ensemble_that_is_packed_again():
+    params = jtu.tree_map(lambda x: jnp.stack([x, -x]), _arrays(0))
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    state = jax.vmap(optim.init)(params)
+    fewer = dataclasses.replace(state, corrections=state.corrections | {"matrix": None})
+    assert fewer.packing is not None
+    again = dataclasses.replace(fewer, corrections=state.corrections)
+    assert tree_identical(_fields(again), _fields(state))
+    assert {x.shape[0] for x in jtu.tree_leaves(fewer)} == {2}
+
+
+def test_divisions_that_an_optimizer_was_told():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    there = {name: NamedSharding(mesh, PartitionSpec()) for name in "abcd"}
+    there["c"] = there["d"] = NamedSharding(mesh, PartitionSpec("data"))
+    params = _arrays(0, shapes={name: (64, 64) for name in "abcd"})
+    params = jax.device_put(params, there)
+    optim = fq.adamw(1e-2, storage=fq.Storage(pack_below=2**16), shardings=there)
     state = optim.init(params)
-    bare = dataclasses.replace(state, corrections=None)
-    assert tree_identical(
-        dataclasses.replace(bare, corrections=state.corrections), state
-    )
+    assert _count(state) == 1 + 3 * 5
+    structs = jax.eval_shape(optim.init, params)
+    assert jtu.tree_structure(structs) == jtu.tree_structure(state)
 
 
 def test_divided_afterwards():

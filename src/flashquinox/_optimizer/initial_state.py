@@ -41,10 +41,9 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
     warn_of_nothing_to_train(call, leaves, trained)
     check_no_scales(call, leaves, trained)
     rules = settings.rules(call, params, leaves)
-    decays = [False for _ in leaves]
     if trained:
         # What a step would find wrong.
-        decays = settings.decayed(call, params, leaves, rules)
+        settings.decayed(call, params, leaves, rules)
         settings.rates(jnp.zeros((), jnp.int32))
     check_correction_has_effect(call, settings.storage, list(trained.values()))
     are_trained = [index in trained for index in range(len(leaves))]
@@ -81,7 +80,11 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         rebuild.state(corrections),
         _checksums(settings, leaves, corrections, rebuild),
     )
-    kinds = {leaves[i].path: (rules[i].group, decays[i]) for i in trained}
+    apart = [
+        leaves[i].path
+        for i in trained
+        if (x := shardings[i]) is not None and not x.is_fully_replicated
+    ]
     return OptimizerState(
         StepCount(count),
         moments=trees[0],
@@ -90,7 +93,7 @@ def initial_state(settings: Settings, params: PyTree) -> OptimizerState:
         shardings=record.record(leaves, shardings, ()),
         weight_dtypes=record_dtypes(leaves, corrections),
         # What may be divided stays as it is.
-        packing=Packing.of(trees, 0 if unknown else settings.storage.pack_below, kinds),
+        packing=Packing.of(trees, 0 if unknown else settings.storage.pack_below, apart),
     )
 
 

@@ -3,7 +3,7 @@ each array that a compiled program gets or gives, however small it is."""
 
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -59,53 +59,60 @@ class _Pack(NamedTuple):
         return _is_array(x) and x.shape[-1:] == (size,) and not _is_gone(x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Packing:
     """Which arrays of a state are parts of common ones: those of leaves with fewer than
     `below` elements, with the same arrays of leaves that are stored alike, in the order
-    of the leaves. Leaves that are divided over devices, or whose state is in host
-    memory, stay as they are; and so do all in `Variable`s of Flax, which are around
-    each array.
+    of the leaves. How they are trained is no matter: a file of a state, which does not
+    say that, is of one form. Leaves that are divided over devices, or whose state is in
+    host memory, stay as they are; and so do all in `Variable`s of Flax, which are
+    around each array.
 
     - `structure`: that of the trees of the state.
     - `packs`: the arrays of the trees that have parts.
     - `names`: of the arrays that are left, and of the common ones.
-    - `kinds`: see `of`.
+    - `apart`: see `of`.
     """
 
     below: int
     structure: Any
     packs: tuple[_Pack, ...]
     names: tuple[str, ...]
-    kinds: tuple[tuple[Any, Hashable], ...]
+    apart: frozenset[Any]
 
     @staticmethod
-    def of(trees: Trees, below: int, kinds: Mapping[Any, Hashable]) -> "Packing | None":
-        """How the arrays of these trees are packed, if any are. `kinds`: for the paths
-        of leaves, what is alike for those that are trained alike."""
+    def of(
+        trees: Trees, below: int, apart: Collection[Any], members: int = 0
+    ) -> "Packing | None":
+        """How the arrays of these trees are packed, if any are. `apart`: the paths of
+        leaves that stay as they are. `members`: how many axes of an ensemble there are,
+        which come first."""
         values, structure = jtu.tree_flatten(trees)
         places = _places(trees)
         packs: list[_Pack] = []
         if not has_variables(trees):
             packs = [
-                _Pack(numbers, tuple([values[i].shape for i in numbers]))
-                for numbers in _alike(values, places, below, kinds)
+                _Pack(numbers, tuple([values[i].shape[members:] for i in numbers]))
+                for numbers in _alike(values, places, below, apart)
             ]
         if not packs:
             return None
-        packing = Packing(below, structure, tuple(packs), (), tuple(kinds.items()))
+        packing = Packing(below, structure, tuple(packs), (), frozenset(apart))
         alone = [places[i].name for i in packing._alone]
         common = [f"packed[{i}]" for i in range(len(packs))]
         return dataclasses.replace(packing, names=(*alone, *common))
 
-    def packed(self, trees: Trees) -> "tuple[Packing | None, tuple[Any, ...]]":
+    def packed(
+        self, trees: Trees, members: int
+    ) -> "tuple[Packing | None, tuple[Any, ...]]":
         """The arrays of these trees, and how they are packed: like this if they can
-        be. Trees that nothing can be packed of are returned as they are."""
+        be. Trees that nothing can be packed of are returned as they are. `members` is
+        as in `of`."""
         values, structure = jtu.tree_flatten(trees)
         is_same = structure == self.structure
         if is_same and all([pack.can_have(values) for pack in self.packs]):
             return self, self._packed(values)
-        other = Packing.of(trees, self.below, dict(self.kinds))
+        other = Packing.of(trees, self.below, self.apart, members)
         return other, trees if other is None else other._packed(values)
 
     def _packed(self, values: list[Any]) -> tuple[Any, ...]:
@@ -135,10 +142,27 @@ class Packing:
         values = jtu.tree_leaves(trees)
         return [x for pack in self.packs for x in pack.of(values)]
 
+    def __repr__(self) -> str:
+        return f"Packing(below={self.below}, names={self.names})"
+
+    def __deepcopy__(self, memo: Any) -> "Packing":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Structures of Equinox's modules are not the same after they were pickled, but
+        # modules are.
+        tree = self.structure.unflatten(range(self.structure.num_leaves))
+        fields = [getattr(self, x.name) for x in dataclasses.fields(self)]
+        return _unpickled, (tree, *fields[:1], *fields[2:])
+
     @property
     def _alone(self) -> list[int]:
         packed = {i for pack in self.packs for i in pack.numbers}
         return [i for i in range(self.structure.num_leaves) if i not in packed]
+
+
+def _unpickled(tree: Trees, below: int, *fields: Any) -> Packing:
+    return Packing(below, jtu.tree_structure(tree), *fields)
 
 
 class _Place(NamedTuple):
@@ -175,19 +199,19 @@ def _alike(
     values: list[Any],
     places: list[_Place],
     below: int,
-    kinds: Mapping[Any, Hashable],
+    apart: Collection[Any],
 ) -> list[tuple[int, ...]]:
-    """The numbers of arrays that shall be one: of small leaves that are stored and
-    trained alike, as those are that a kernel takes together."""
+    """The numbers of arrays that shall be one: of small leaves that are stored
+    alike."""
     of_leaf: dict[Any, list[int]] = {}
     for i, place in enumerate(places):
         of_leaf.setdefault(place.leaf, []).append(i)
     alike: dict[Any, list[list[int]]] = {}
     for leaf, numbers in of_leaf.items():
         homes = frozenset([_home(values[i], below) for i in numbers])
-        if _ELSEWHERE not in homes:
+        if leaf not in apart and _ELSEWHERE not in homes:
             stored = tuple([(places[i].role, values[i].dtype) for i in numbers])
-            alike.setdefault((stored, kinds.get(leaf), homes), []).append(numbers)
+            alike.setdefault((stored, homes), []).append(numbers)
     several = [leaves for leaves in alike.values() if len(leaves) > 1]
     return [numbers for leaves in several for numbers in zip(*leaves, strict=True)]
 

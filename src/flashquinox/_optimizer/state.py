@@ -59,7 +59,8 @@ class _Form:
         return hash(self._static())
 
     def __repr__(self) -> str:
-        return f"shardings={self.shardings!r}, weight_dtypes={self.weight_dtypes!r}"
+        text = f"shardings={self.shardings!r}, weight_dtypes={self.weight_dtypes!r}"
+        return text if self.packing is None else f"{text}, packing={self.packing!r}"
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return _Form, self._static()
@@ -178,7 +179,8 @@ class OptimizerState(_Stored):
 def _fill(state: OptimizerState, form: _Form, steps: Any, trees: Trees) -> None:
     arrays: tuple[Any, ...] = trees
     if form.packing is not None:
-        packing, arrays = form.packing.packed(trees)
+        members = len(getattr(getattr(steps, "count", None), "shape", ()))
+        packing, arrays = form.packing.packed(trees, members)
         form = _Form(form.shardings, form.weight_dtypes, packing)
     state._hold(form, (steps, *arrays))
 
