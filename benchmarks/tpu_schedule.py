@@ -332,8 +332,8 @@ def measure_models(chip: str, names: list[str], dump: pathlib.Path) -> dict[str,
         name: [x for x in ZOO[name].leaves().values() if math.prod(x) >= _LEAST]
         for name in names
     }
-    shapes = dict.fromkeys(shape for each in leaves.values() for shape in each)
-    rows = {shape: measure(chip, shape, "adamw", dump, False) for shape in shapes}
+    distinct = dict.fromkeys(shape for each in leaves.values() for shape in each)
+    rows = {shape: measure(chip, shape, "adamw", dump, False) for shape in distinct}
     optax = core.floor(_OPTAX_BYTES)
     return {
         "leaves": list(rows.values()),

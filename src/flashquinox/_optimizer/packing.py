@@ -152,8 +152,7 @@ class Packing:
         # Structures of Equinox's modules are not the same after they were pickled, but
         # modules are.
         tree = self.structure.unflatten(range(self.structure.num_leaves))
-        fields = [getattr(self, x.name) for x in dataclasses.fields(self)]
-        return _unpickled, (tree, *fields[:1], *fields[2:])
+        return _unpickled, (tree, self.below, self.packs, self.names, self.apart)
 
     @property
     def _alone(self) -> list[int]:
@@ -161,8 +160,8 @@ class Packing:
         return [i for i in range(self.structure.num_leaves) if i not in packed]
 
 
-def _unpickled(tree: Trees, below: int, *fields: Any) -> Packing:
-    return Packing(below, jtu.tree_structure(tree), *fields)
+def _unpickled(tree: Trees, below: int, *others: Any) -> Packing:
+    return Packing(below, jtu.tree_structure(tree), *others)
 
 
 class _Place(NamedTuple):
