@@ -157,17 +157,32 @@ def test_leaves_of_one_chunk_are_joined_without_kernels():
 )
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
-    "shapes, most", [([(64, 64)], 42), ([(64, 64), (40, 32), (50,)], 74)]
+    "shapes, most", [([(64, 64)], 40), ([(64, 64), (40, 32), (50,)], 65)]
 )
 def test_few_kernels(shapes, most):
-    """XLA compiles each for 10 ms and more, whatever it does."""
+    """XLA compiles each for 10 ms and more, whatever it does; equal ones once."""
     params = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     optim = fq.adamw(1e-3, backend="xla")
     state = jax.eval_shape(optim.init, params)
     jax.clear_caches()
     text = jax.jit(optim.step).lower(params, state, params).compile().as_text()
     assert text is not None and "while(" in text
-    assert len(re.findall(r" fusion\(", text)) <= most
+    assert len(_kernels(text)) <= most
+
+
+def _kernels(text: str) -> set[str]:
+    """The fused computations of a compiled program, with numbers for all names."""
+    found = set()
+    for name in set(re.findall(r" fusion\(.*calls=(%[\w.-]+)", text)):
+        body = re.search(rf"^{re.escape(name)} (\(.*?^}})", text, re.M | re.S)
+        assert body is not None
+        body = re.sub(r", (metadata|backend_config)=.*", "", body[1])
+        names: dict[str, str] = {}
+        number = lambda name, names=names: names.setdefault(
+            name[0].lstrip("%"), str(len(names))
+        )
+        found.add(re.sub(r"%[\w.-]+|param_[\w.]+", number, body))
+    return found
 
 
 def test_many_parts_are_joined_in_order():

@@ -29,8 +29,6 @@ class Turn(NamedTuple):
     leaf: Any
     element: Any
     group: Any
-    # How many of the window's first groups were updated in the turn before.
-    done: Any
 
 
 # What a case has of each of its leaves.

@@ -33,15 +33,12 @@ def cases_of(leaves: tuple[Groups, ...], plan: Plan) -> tuple[list[Case], Turn]:
     size = leaves[0].size
     cases: list[Case] = []
     turns: list[Turn] = []
-    end = 0
     for leaf, start in sorted(plan.windows, key=lambda x: leaves[x.leaf].number):
         if not cases or cases[-1].leaves != (leaf,):
             cases.append(Case((leaf,), WindowCase(plan.size, size)))
-            end = start
-        done, end = end - start, start + plan.size
-        turns.append(Turn(len(cases) - 1, leaf, start * size, start, done))
+        turns.append(Turn(len(cases) - 1, leaf, start * size, start))
     for pieces in plan.shared:
-        turns.append(Turn(len(cases), 0, 0, 0, 0))
+        turns.append(Turn(len(cases), 0, 0, 0))
         these = tuple(dict.fromkeys([piece.leaf for piece in pieces]))
         own = tuple([piece._replace(leaf=these.index(piece.leaf)) for piece in pieces])
         own_leaves = tuple([leaves[leaf] for leaf in these])
@@ -72,19 +69,20 @@ def leaf_of_groups(cases: list[Case], turn: Turn) -> Int32[Array, "..."]:
     return jnp.where(turn.case < windows, turn.leaf, shared)
 
 
-def buffers(
+def first_turn(table: Turn) -> Turn:
+    return Turn(*hidden([int(column[0]) for column in table]))
+
+
+def first_chunk(
     cases: list[Case], grads: dict[int, Array], state: dict[int, TileState]
 ) -> Chunk:
-    """The arrays that turns load chunks into."""
+    """The chunk of the first turn."""
     leaves, moves = cases[0]
     own_grads = tuple([grads[leaf] for leaf in leaves])
     own_state = tuple([state[leaf] for leaf in leaves])
-    if isinstance(moves, WindowCase):
-        # What is compiled for the turns makes them too.
-        element, group = hidden((0, 0))
-        return moves.load(Turn(0, 0, element, group, 0), own_grads, own_state)
-    shapes = jax.eval_shape(moves.load, None, own_grads, own_state)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    # What is compiled for the turns makes a window here too.
+    element, group = hidden((0, 0))
+    return moves.load(Turn(0, 0, element, group), own_grads, own_state)
 
 
 def load(

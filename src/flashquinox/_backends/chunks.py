@@ -5,8 +5,8 @@ each leaf anew. So a loop brings one chunk of some leaf after another into the s
 arrays, which stay in the caches, and a program has one step: that of a chunk.
 
 A window of a long leaf is a chunk; the last one is moved back to be as long as the
-others. What it shares with the window before, which is updated by then, is left as it
-is. Shorter leaves share chunks.
+others. It is loaded before the window before it is stored, so both have the same new
+state of what they share. Shorter leaves share chunks.
 """
 
 import dataclasses
@@ -24,9 +24,17 @@ from jaxtyping import Array, Int32, Shaped
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.step import LeafScalars, map_arrays, StepScalars, StepStructure, TileState
 from .boundary import boundary
-from .chunk_moves import Chunk, SharedCase
+from .chunk_moves import Chunk, SharedCase, Turn
 from .chunk_plan import Plan, plan_chunks
-from .chunk_turns import buffers, cases_of, leaf_of_groups, load, look_up, store
+from .chunk_turns import (
+    cases_of,
+    first_chunk,
+    first_turn,
+    leaf_of_groups,
+    load,
+    look_up,
+    store,
+)
 from .groups import flat, from_words, Groups, joined, words_of
 
 
@@ -133,27 +141,27 @@ def _loop(
     old: _Leaves,
 ) -> _Leaves:
     cases, table = cases_of(leaves, plan)
-    # All elements but those of the last window of a leaf may have been updated before.
-    overlaps = bool(table.done.any())
-
     # Else XLA makes other kernels of a leaf's first window than of the next ones.
     grads, old = lax.optimization_barrier((grads, old))
 
-    def turn(carry: tuple[Int32[Array, ""], _Leaves, Chunk]) -> Any:
-        i, state, chunk = carry
-        now = look_up(table, i)
-        chunk = boundary(load(cases, now, grads, state, chunk))
+    def turn(carry: tuple[Int32[Array, ""], Turn, _Leaves, Chunk]) -> Any:
+        i, now, state, chunk = carry
         # Not the same in all turns, for all that XLA knows: it would compile each
         # operation on them by itself, to be done before the loop.
         own_scalars, _ = lax.optimization_barrier((scalars, i))
-        done = now.done if overlaps else None
-        new = boundary(update(own_scalars, leaf_of_groups(cases, now), chunk, done))
-        return i + 1, store(cases, now, new, state), chunk
+        new = boundary(update(own_scalars, leaf_of_groups(cases, now), chunk))
+        # In place of the chunk that was read, and before windows that share some of it
+        # with the next chunk are stored.
+        following = look_up(table, i + 1)
+        following, new = lax.optimization_barrier((following, new))
+        chunk = boundary(load(cases, following, grads, state, chunk))
+        new, chunk = lax.optimization_barrier((new, chunk))
+        return i + 1, following, store(cases, now, new, state), chunk
 
     # Not a `fori_loop`: of one with so many turns, JAX traces everything twice.
     last = np.int32(len(table.case))
-    carry = jnp.int32(0), old, buffers(cases, grads, old)
-    return lax.while_loop(lambda carry: carry[0] < last, turn, carry)[1]
+    carry = jnp.int32(0), first_turn(table), old, first_chunk(cases, grads, old)
+    return lax.while_loop(lambda carry: carry[0] < last, turn, carry)[2]
 
 
 def _update_chunk(
@@ -164,7 +172,6 @@ def _update_chunk(
     scalars: StepScalars,
     leaf_of_groups: Int32[Array, "..."],
     words: Chunk,
-    done: Int32[Array, ""] | None = None,
 ) -> TileState:
     """The new state of a chunk, in words, as the chunk comes. `like` has its dtypes."""
     # Each group is a tile, with the scalars of its own leaf.
@@ -179,24 +186,7 @@ def _update_chunk(
     tile = lambda x: x.reshape(-1, size)
     update = jax.vmap(partial(_update_group, structure), (None, axis, 0, 0))
     new = update(scalars, leaf, tile(chunk.grad), chunk.old.map(tile))
-    new = jtu.tree_map(words_of, new)
-    if done is not None:
-        new = _except_first(done, new, words.old.map(tile))
-    return new.map(jnp.ravel)
-
-
-def _except_first(
-    number: Int32[Array, ""], new: TileState, old: TileState
-) -> TileState:
-    """The new state, but for so many groups that were updated before."""
-    (groups,) = {x.shape[0] for x in jtu.tree_leaves(new)}
-    # Stored, or each kernel would find it for each element.
-    are_done = boundary(lax.iota(jnp.int32, groups) < number)
-
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(are_done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
-
-    return jtu.tree_map(choose, new, old)
+    return jtu.tree_map(words_of, new).map(jnp.ravel)
 
 
 def _stacked(numbers: Sequence[Array]) -> Shaped[Array, " n"]:

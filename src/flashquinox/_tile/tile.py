@@ -121,7 +121,7 @@ def advance(
     if structure.base_of:
         moments = boundary(with_roots(structure, moments))
     new_master, moments = move(structure, scalars, grad, master, moments)
-    moments = without_roots(structure, moments)
+    moments = without_roots(structure, moments, boundary)
     if structure.as_direction:
         return new_master.astype(weight.dtype), None, moments
     if keep_unmoved:
@@ -175,11 +175,16 @@ def with_roots(
 
 
 def without_roots(
-    structure: StepStructure, moments: dict[str, Float[Array, "*tile"]]
+    structure: StepStructure,
+    moments: dict[str, Float[Array, "*tile"]],
+    boundary: Boundary = no_boundary,
 ) -> dict[str, Float[Array, "*tile"]]:
     """The moments as they are stored, from what the rule returned. A moment is relative
     to the root of the other *before* that is rounded: so the next update is right,
     whatever the other is rounded to."""
+    # Each reader takes the root of it: else a compiler stores that for both.
+    squares = {base: moments[base] for base in structure.base_of.values()}
+    moments = moments | boundary(squares)
     relative = {
         name: relative_moment.over_root(moments[name], moments[base])
         for name, base in structure.base_of.items()
