@@ -21,6 +21,8 @@ from ..kernels import arrays, assert_same
 # that do not lie in order, as those of a state for TPUs.
 _SHAPES = {"long": (90, 64), "partial": (33, 5, 31), "rows": (64, 5), "scalar": ()}
 _SHAPES |= {"short": (7, 32), "other": (9, 64), "vector": (40,)}
+# With more cases than are in one choice.
+_SHAPES |= {f"many{i}": (33 + i, 32) for i in range(8)}
 
 
 def test_plan():

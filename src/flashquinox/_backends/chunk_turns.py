@@ -23,8 +23,8 @@ class Case(NamedTuple):
     moves: WindowCase | SharedCase
 
 
-# Cases of one `switch`, all of whose leaves are operands of each of them.
-_LOADS = 8
+# Cases of one choice, all of whose leaves are operands of each of them.
+_TOGETHER = 8
 
 
 def cases_of(leaves: tuple[Groups, ...], plan: Plan) -> tuple[list[Case], Turn]:
@@ -93,9 +93,9 @@ def load(
     chunk: Chunk,
 ) -> Chunk:
     """The chunk of a turn, in place of the one before."""
-    firsts = range(0, len(cases), _LOADS)
+    firsts = range(0, len(cases), _TOGETHER)
     for first, hidden_first in zip(firsts, hidden(firsts), strict=True):
-        some = cases[first : first + _LOADS]
+        some = cases[first : first + _TOGETHER]
         these = list(dict.fromkeys([leaf for case in some for leaf in case.leaves]))
         places = tuple([tuple(map(these.index, case.leaves)) for case in some])
         chunk = _load(
@@ -114,6 +114,32 @@ def store(
 ) -> dict[int, TileState]:
     """The state with what a turn has computed."""
     numbers = hidden(range(len(cases)))
+    if len(cases) <= _TOGETHER:
+        return _store_one_of(cases, turn, new, numbers, state)
+    # Each choice takes a microsecond of each turn, so those that are not the turn's are
+    # passed over a few at a time.
+    for first in range(0, len(cases), _TOGETHER):
+        some = slice(first, first + _TOGETHER)
+        own = {leaf: state[leaf] for case in cases[some] for leaf in case.leaves}
+        least, *_, greatest = numbers[some][0], *numbers[some]
+        stored = lax.cond(
+            (turn.case >= least) & (turn.case <= greatest),
+            partial(_store_one_of, cases[some]),
+            lambda *x: x[-1],
+            *(turn, new, numbers[some], own),
+        )
+        state = state | stored
+    return state
+
+
+def _store_one_of(
+    cases: list[Case],
+    turn: Turn,
+    new: TileState,
+    numbers: list[Int32[Array, ""]],
+    state: dict[int, TileState],
+) -> dict[int, TileState]:
+    """The state of the leaves of these cases, if the turn's is one of them."""
     for case, number in zip(cases, numbers, strict=True):
         taken = None if len(cases) == 1 else turn.case == number
         own = tuple([state[leaf] for leaf in case.leaves])
