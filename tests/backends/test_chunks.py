@@ -9,7 +9,7 @@ import pytest
 
 import flashquinox as fq
 from flashquinox._backends import chunks, xla
-from flashquinox._backends.chunk_plan import Piece, plan_chunks, Window
+from flashquinox._backends.chunk_plan import best_size, Piece, plan_chunks, Window
 from flashquinox._backends.groups import Groups, joined
 from flashquinox._storage.layout import flattened
 
@@ -45,22 +45,41 @@ def test_plan():
     assert one.size == 28 and not one.windows and len(one.shared) == 1
 
 
+def test_chunks_fill_leaves():
+    """Of three windows where two and a bit would be taken whole, each is a third."""
+
+    def found(*numbers, least=1, most=8192):
+        every = tuple([(number, number) for number in numbers])
+        return best_size(every, least, most, 512)
+
+    assert found(18432, 18432, 73728) == 6144
+    assert found(18432, least=6145) == 6656
+    assert found(1 << 20) == found(8192, 32768) == 8192
+    # A hundredth less time is not worth more chunks that leaves share.
+    assert found(*[8192 * 25 - 512] * 3) == 8192
+    # One that leaves need is taken, round or not.
+    assert found(9, least=8191, most=8191) == 8191
+    assert found(40, least=3, most=3) == 3
+    every = [found(n, most=most) for n in range(1, 5000, 37) for most in (1, 7, 805)]
+    assert min(every) >= 1 and max(every) <= 805
+
+
 def test_temporaries_are_few_beside_leaves():
     """Of fewer elements, chunks are smaller; but one chunk is never divided."""
     most = chunks._ELEMENTS // 32
 
     def found(*numbers, in_order=True):
-        layout = flattened((32,), 32)
-        leaves = [Groups(layout, 32, n, in_order, True) for n in numbers]
+        layouts = [flattened((32 * n,), 32) for n in numbers]
+        leaves = [Groups(x, 32, x.shape[0] // 32, in_order, True) for x in layouts]
         return chunks._chunk_groups(leaves)
 
     assert found(most - 1, 1) == found(31 * most, most) == most
-    assert found(most, 1) == most // 32 + 1
-    assert found(15 * most, most) == most // 2
+    assert most // 64 < found(most, 1) <= most // 32 + 1
+    assert most // 4 < found(15 * most, most) <= most // 2
     assert found(most - 1, 9, in_order=False) == most - 1
     # Leaves share few chunks.
-    assert found(most, *[100] * 20) == 4 * 319
-    assert found(*[24] * 1000) == most // 2
+    assert 2 * 319 < found(most, *[100] * 20) <= 4 * 319
+    assert most // 4 < found(*[24] * 1000) <= most // 2
 
 
 @pytest.fixture
