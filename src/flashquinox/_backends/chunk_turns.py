@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
 
 # Cases of one choice, all of whose leaves are operands of each of them.
-_TOGETHER = 8
+_CASES = 8
 
 
 def cases_of(leaves: tuple[Groups, ...], plan: Plan) -> tuple[list[Case], Turn]:
@@ -93,9 +93,9 @@ def load(
     chunk: Chunk,
 ) -> Chunk:
     """The chunk of a turn, in place of the one before."""
-    firsts = range(0, len(cases), _TOGETHER)
+    firsts = range(0, len(cases), _CASES)
     for first, hidden_first in zip(firsts, hidden(firsts), strict=True):
-        some = cases[first : first + _TOGETHER]
+        some = cases[first : first + _CASES]
         these = list(dict.fromkeys([leaf for case in some for leaf in case.leaves]))
         places = tuple([tuple(map(these.index, case.leaves)) for case in some])
         chunk = _load(
@@ -114,19 +114,19 @@ def store(
 ) -> dict[int, TileState]:
     """The state with what a turn has computed."""
     numbers = hidden(range(len(cases)))
-    if len(cases) <= _TOGETHER:
+    if len(cases) <= _CASES:
         return _store_one_of(cases, turn, new, numbers, state)
     # Each choice takes a microsecond of each turn, so those that are not the turn's are
     # passed over a few at a time.
-    for first in range(0, len(cases), _TOGETHER):
-        some = slice(first, first + _TOGETHER)
+    for first in range(0, len(cases), _CASES):
+        some = slice(first, first + _CASES)
         own = {leaf: state[leaf] for case in cases[some] for leaf in case.leaves}
-        least, *_, greatest = numbers[some][0], *numbers[some]
+        own_numbers = numbers[some]
         stored = lax.cond(
-            (turn.case >= least) & (turn.case <= greatest),
+            (turn.case >= own_numbers[0]) & (turn.case <= own_numbers[-1]),
             partial(_store_one_of, cases[some]),
             lambda *x: x[-1],
-            *(turn, new, numbers[some], own),
+            *(turn, new, own_numbers, own),
         )
         state = state | stored
     return state
