@@ -48,12 +48,13 @@ def best_size(
     return next((size for size, time in times.items() if time <= enough), least)
 
 
+# Times of a step differ by so much from run to run.
 _NEARLY = 1.02
 
 
 def _turns(counted: Counter[tuple[int, int]], size: int) -> int:
     """How many chunks of so many groups these leaves have: at least so many, where some
-    are shared. To plan them takes seconds for a thousand leaves."""
+    are shared. To plan every size would take seconds for thousands of leaves."""
     windows = in_shared = more_than_half = 0
     for (number, whole), leaves in counted.items():
         rest = number

@@ -70,19 +70,20 @@ def leaf_of_groups(cases: list[Case], turn: Turn) -> Int32[Array, "..."]:
 
 
 def first_turn(table: Turn) -> Turn:
+    # Hidden, so that what is compiled for the other turns loads its window too.
     return Turn(*hidden([int(column[0]) for column in table]))
 
 
 def first_chunk(
-    cases: list[Case], grads: dict[int, Array], state: dict[int, TileState]
+    cases: list[Case],
+    turn: Turn,
+    grads: dict[int, Array],
+    state: dict[int, TileState],
 ) -> Chunk:
-    """The chunk of the first turn."""
+    """The chunk of the first turn, for whose case it needs no choice."""
     leaves, moves = cases[0]
-    own_grads = tuple([grads[leaf] for leaf in leaves])
-    own_state = tuple([state[leaf] for leaf in leaves])
-    # What is compiled for the turns makes a window here too.
-    element, group = hidden((0, 0))
-    return moves.load(Turn(0, 0, element, group), own_grads, own_state)
+    own = lambda every: tuple([every[leaf] for leaf in leaves])
+    return moves.load(turn, own(grads), own(state))
 
 
 def load(

@@ -169,7 +169,8 @@ def _loop(
 
     # Not a `fori_loop`: of one with so many turns, JAX traces everything twice.
     last = np.int32(len(table.case))
-    carry = jnp.int32(0), first_turn(table), old, first_chunk(cases, grads, old)
+    first = first_turn(table)
+    carry = jnp.int32(0), first, old, first_chunk(cases, first, grads, old)
     return lax.while_loop(lambda carry: carry[0] < last, turn, carry)[2]
 
 
