@@ -69,8 +69,8 @@ from _zoo import ZOO
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
+from flashquinox._backends.cpp import translation
 from flashquinox._backends.dispatch import Backend
-from flashquinox._backends.gpu import translation
 from flashquinox._tile import shapes as tile_shapes
 
 

@@ -69,7 +69,7 @@ def test_garbage_is_collected_after_lowering():
     caller has switched it off."""
     seen = []
 
-    def implementation(fails, platform):
+    def implementation(fails, platform, is_exported):
         def function(like):
             seen.append((platform, gc.isenabled()))
             if fails:

@@ -17,10 +17,11 @@ import numpy as np
 
 from flashquinox._backends import platforms
 from flashquinox._backends.base import Update
+from flashquinox._backends.cpp.view import View
 from flashquinox._backends.gpu.backend import Gpu
 from flashquinox._backends.gpu.kernel import update_leaves
 from flashquinox._backends.gpu.source import Kernel
-from flashquinox._backends.gpu.view import THREADS, Threads, View
+from flashquinox._backends.gpu.threads import THREADS, Threads
 from flashquinox._common import memory
 
 
@@ -82,25 +83,18 @@ def _run(kernel: Kernel, *operands: jax.Array) -> list[jax.Array]:
 def _compiled(source: str, name: str) -> ctypes.CDLL:
     """Compiled by the first process that needs it."""
     shim = pathlib.Path(__file__).with_name("host.h").read_text(encoding="utf-8")
-    # The types are known after the prelude, whose functions need the conversions.
-    conversions = """
-DEVICE bfloat16 as_bfloat16(float x) { return narrowed<bfloat16>(x, 8, 7); }
-DEVICE float16 as_float16(float x) { return narrowed<float16>(x, 5, 10); }
-DEVICE float widened(float16 x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-      : exponent ? std::ldexp(1024.0f + fraction, exponent - 25)
-      : std::ldexp((float)fraction, -24);
-  return x.bits & 0x8000 ? -size : size;
-}
-"""
+    backends = pathlib.Path(platforms.__file__).parent
+    ours, conversions = [
+        (backends / "cpu" / name).read_text(encoding="utf-8")
+        for name in ("host.h", "program.h")
+    ]
     launch = f"""
 extern "C" void launch(void** arguments, unsigned blocks, unsigned threads) {{
   launch_all({name}, arguments, blocks, threads);
 }}
 """
     prelude, head, body = source.partition('\nextern "C"')
-    text = "".join([shim, prelude, conversions, head, body, launch])
+    text = "".join([ours, shim, prelude, conversions, head, body, launch])
     key = hashlib.sha256(f"{_COMPILER}{text}".encode()).hexdigest()[:24]
     # Beside those of XLA, for all processes of this run.
     folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])

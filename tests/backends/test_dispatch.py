@@ -17,7 +17,7 @@ from flashquinox._backends import platforms
 from ..kernels import arrays, compiling_for, needs_compiler
 
 
-_LINE = 'Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]'
+_LINE = 'Backend: TypeAlias = Literal["auto", "xla", "cpu", "tpu", "gpu"]'
 _PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

@@ -13,8 +13,10 @@ from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox import _compat as compat
-from flashquinox._backends.gpu import BACKEND as GPU, control_flow, nvrtc, translation
-from flashquinox._backends.gpu.view import Threads, View
+from flashquinox._backends.cpp import control_flow, translation
+from flashquinox._backends.cpp.view import View
+from flashquinox._backends.gpu import BACKEND as GPU, nvrtc
+from flashquinox._backends.gpu.threads import Threads
 from flashquinox._storage import moment_codecs
 from flashquinox._storage.layout import Layout, layout_of
 

@@ -21,6 +21,7 @@ class Toy(AbstractBackend):
     prefers_rows: ClassVar[bool] = True
     in_every_program: ClassVar[bool] = False
     is_interpreted: ClassVar[bool] = True
+    is_portable = True
     reads_host_memory: ClassVar[bool] = False
 
     def load(self) -> Update:

@@ -67,6 +67,8 @@ class AbstractBackend(abc.ABC):
     # Whether kernels are interpreted on devices of other platforms, if this backend is
     # asked for. Else these take plain XLA.
     is_interpreted: ClassVar[bool]
+    # Whether other processes can run a compiled program with its kernels.
+    is_portable: ClassVar[bool]
     # Whether it takes states in host memory as they are. For others, the leaves of a
     # batch are copied to the device and back.
     reads_host_memory: ClassVar[bool]

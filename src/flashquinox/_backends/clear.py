@@ -28,8 +28,10 @@ def clear_if(
     return list(_by_platform(None, flag.astype(jnp.int32), after, tuple(arrays)))
 
 
-def _clear_on(key: None, platform: str) -> Callable[..., tuple[Array, ...]]:
-    del key
+def _clear_on(
+    key: None, platform: str, is_exported: bool
+) -> Callable[..., tuple[Array, ...]]:
+    del key, is_exported
     return _by_kernel if platform == "cuda" else _through_device
 
 

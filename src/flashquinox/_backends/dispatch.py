@@ -138,22 +138,26 @@ def _update_batch(
     return by_platform(batch, scalars, leaves, grads, old)
 
 
-def _update_on(batch: _Batch, platform: str) -> Update:
+def _update_on(batch: _Batch, platform: str, is_exported: bool) -> Update:
     """What updates the leaves of a batch in programs for a platform."""
     for kernel, views in batch.kernels:
-        if kernel.platform == platform:
+        if kernel.platform == platform and (kernel.is_portable or not is_exported):
             return _update_for(batch, kernel, views)
     for kernel, views in batch.kernels if batch.is_asked else ():
         if not kernel.is_interpreted:
             continue
         return partial(_update_for(batch, kernel, views), interpret=True)
+    return _update_by_xla(batch, platform)
+
+
+def _update_by_xla(batch: _Batch, platform: str) -> Update:
+    """Plain XLA, which takes chunks on CPUs."""
     if platform == "cpu":
         return _update_for(batch, XLA, batch.plain)
     return partial(_one_by_one, batch, XLA, _whole(batch))
 
 
 by_platform = _compat.ByPlatform("flashquinox_step", _update_on)
-# Plain XLA takes chunks there.
 by_platform.serve("cpu")
 
 
@@ -178,7 +182,7 @@ def _by_kernels(
         return update(*operands, **kwargs)
     except Unsupported as error:
         _warn_of(backend.name, type(batch.structure.rule).__name__, str(error))
-    return _one_by_one(batch, XLA, _whole(batch), *operands)
+    return _update_by_xla(batch, backend.platform)(*operands)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from .base import AbstractBackend, Update
 
 # The list of backends. Each is a module or folder of this name beside this file, whose
 # `BACKEND` is an `AbstractBackend`; "auto" chooses among them by the device.
-Backend: TypeAlias = Literal["auto", "xla", "tpu", "gpu"]
+Backend: TypeAlias = Literal["auto", "xla", "cpu", "tpu", "gpu"]
 # What a step takes. "divisible" is plain XLA for leaves that lie on several devices as
 # only XLA knows: a program that it divides without having to gather anything.
 Way: TypeAlias = Backend | Literal["divisible"]

@@ -34,6 +34,7 @@ class Xla(AbstractBackend):
     prefers_rows: ClassVar[bool] = False
     in_every_program: ClassVar[bool] = True
     is_interpreted: ClassVar[bool] = False
+    is_portable: ClassVar[bool] = True
     reads_host_memory: ClassVar[bool] = False
 
     def load(self) -> Update:

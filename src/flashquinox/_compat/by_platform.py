@@ -20,13 +20,14 @@ class ByPlatform:
     `jax.lax.platform_dependent`, only the one of the platform that a program is
     compiled for is ever traced.
 
-    `implementation(key, platform)` is the function for programs of a platform, of which
-    `"default"` stands for all that `serve` was not called with. It takes the operands,
-    and returns arrays as those of the last operand, `like`.
+    `implementation(key, platform, is_exported)` is the function for programs of a
+    platform, of which `"default"` stands for all that `serve` was not called with. It
+    takes the operands, and returns arrays as those of the last operand, `like`.
+    `is_exported`: by `jax.export`, so that other processes run the program.
     """
 
     def __init__(
-        self, name: str, implementation: Callable[[Any, str], Callable[..., Any]]
+        self, name: str, implementation: Callable[[Any, str, bool], Callable[..., Any]]
     ):
         self.name = name
         self._implementation = implementation
@@ -69,11 +70,12 @@ class ByPlatform:
     def function_of(self, params: Mapping[str, Any], platform: str) -> Callable:
         """What an equation of this primitive with these parameters computes there."""
         key, structure, maps = [params[x] for x in ("key", "structure", "maps")]
-        return self._function(platform, key, structure, maps)
+        return self._function(platform, False, key, structure, maps)
 
     def _make_function(
         self,
         platform: str,
+        is_exported: bool,
         key: Hashable,
         structure: Any,
         maps: tuple[tuple[bool, ...], ...],
@@ -81,7 +83,7 @@ class ByPlatform:
         """The implementation, of flat arrays."""
 
         def function(*flat: Any) -> list[Any]:
-            compute = self._implementation(key, platform)
+            compute = self._implementation(key, platform, is_exported)
             return jtu.tree_leaves(compute(*structure.unflatten(flat)))
 
         for mapped in maps:
@@ -103,7 +105,7 @@ class ByPlatform:
         platform = devices.pop().platform if devices else "default"
         platform = {"gpu": "cuda"}.get(platform, platform)
         with jax.enable_x64(x64):
-            return self._function(platform, key, structure, maps)(*flat)
+            return self._function(platform, False, key, structure, maps)(*flat)
 
     def _lower(
         self,
@@ -117,7 +119,8 @@ class ByPlatform:
         x64: bool,
         **_: Any,
     ) -> Any:
-        function = self._function(platform, key, structure, maps)
+        is_exported = ctx.module_context.lowering_parameters.for_export
+        function = self._function(platform, is_exported, key, structure, maps)
         with (
             jax.sharding.use_abstract_mesh(mesh),
             jax.enable_x64(x64),

@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ..base import AbstractBackend, kind_of, LeafStep, Update
-from .view import View
+from ..cpp.view import View
 
 
 class Gpu(AbstractBackend):
@@ -30,12 +30,13 @@ class Gpu(AbstractBackend):
     # Leaves are batched for it: a program for another platform would be worse.
     in_every_program: ClassVar[bool] = False
     is_interpreted: ClassVar[bool] = False
+    is_portable: ClassVar[bool] = True
     reads_host_memory: ClassVar[bool] = True
 
     def load(self) -> Update:
         from . import nvrtc
         from .kernel import run_on_gpu, update_leaves
-        from .view import Threads
+        from .threads import Threads
 
         nvrtc.load()
         return functools.partial(update_leaves, run_on_gpu, Threads.of)

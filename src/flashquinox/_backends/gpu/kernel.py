@@ -1,28 +1,26 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int32, Scalar, Shaped
+from jaxtyping import Array, Shaped
 
 from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from ..cpp.members import launched, Run
+from ..cpp.translation import GRAD, translation_of, WEIGHT
+from ..cpp.view import View
+from ..cpp.words import Words
 from ..groups import flat
-from . import host_arrays, nvrtc, source
+from . import host_arrays, nvrtc
 from .launch import Launch, launch
-from .source import GRAD, Kernel, WEIGHT
-from .translation import translation_of
-from .view import THREADS, Threads, View
-
-
-# What runs a kernel, of its arguments but for the new arrays, which it returns.
-Run: TypeAlias = Callable[..., Sequence[Shaped[Array, "..."]]]
+from .source import Kernel
+from .threads import THREADS, Threads
 
 
 def update_leaves(
@@ -36,7 +34,7 @@ def update_leaves(
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
-    words = _Words.of(scalars, leaves, all(view.number is not None for view in views))
+    words = Words.of(scalars, leaves, all(view.number is not None for view in views))
     of_leaf = jtu.tree_leaves((grads[0], old[0]))
     in_one = {GRAD} if structure.in_stack else set[int]()
     if structure.as_direction:
@@ -63,7 +61,7 @@ def update_leaves(
     joined = [jnp.concatenate([flat(x[i]) for x in each]) for i in common]
     if structure.in_stack:
         joined = [flat(jnp.stack(grads)), *joined]
-    new = list(_launched(run, kernel)(*words.arrays, *joined, *arrays))
+    new = list(launched(run, kernel, _through_device)(*words.arrays, *joined, *arrays))
     weights: list[Any] = [None for _ in grads]
     if structure.as_direction:
         stack = new.pop(0)
@@ -105,87 +103,25 @@ def most_leaves(arrays: int, is_packed: bool) -> int:
     return (nvrtc.most_pointers() - 2 - 2 * common) // of_leaf
 
 
-class _Words(NamedTuple):
-    """The scalars of a step in 32-bit words: those of all leaves, and those of each, if
-    there are any that are not known now. XLA would make every further array by another
-    launch, and even constant ones take time."""
-
-    arrays: tuple[Int32[Array, " words"], ...]
-    # What they are in terms of the words.
-    scalars: tuple[str, ...]
-
-    @staticmethod
-    def of(
-        scalars: StepScalars, leaves: Sequence[LeafScalars], numbered: bool
-    ) -> "_Words":
-        """`numbered`: whether the numbers of leaves are known now."""
-        unknown = [x.parameters if numbered else x for x in leaves]
-        width = len(jtu.tree_leaves(unknown[0]))
-        shared, texts, own = [], [], 0
-        for path, x in jtu.tree_leaves_with_path(scalars):
-            if path == _NUMBER and numbered:
-                texts.append("number")
-                continue
-            if path[0] == _NUMBER[0]:
-                word, own = f"own[leaf * {width} + {own}]", own + 1
-            else:
-                word = f"shared[{len(shared)}]"
-                shared.append(x)
-            texts.append(source.of_word(word, x.dtype))
-        every = [shared, jtu.tree_leaves(unknown)]
-        arrays = [jnp.stack([_word(x) for x in xs]) for xs in every if xs]
-        return _Words(tuple(arrays), tuple(texts))
-
-
-_NUMBER = jtu.GetAttrKey("leaf"), jtu.GetAttrKey("number")
-
-
-def _word(x: Scalar) -> Int32[Array, ""]:
-    """A scalar in 32 bits."""
-    if x.dtype == jnp.float32:
-        return lax.bitcast_convert_type(x, jnp.int32)
-    return x.astype(jnp.int32)
-
-
-@functools.lru_cache(maxsize=1024)
-def _launched(run: Run, kernel: Kernel) -> Run:
-    """`run` for a kernel. Under `vmap`, that is one kernel for all models."""
-
-    @jax.custom_batching.custom_vmap
-    def launch(*args: Array) -> Sequence[Array]:
-        return run(kernel, *args)
-
-    @launch.def_vmap
-    def _(size: int, is_mapped: Sequence[bool], *args: Array) -> Any:
-        if memory.any_on_host(args):
-            return _through_device(kernel, run, size, is_mapped, args)
-        inner = (kernel.members,) if kernel.members > 1 else ()
-        words, arrays = len(kernel.strides), len(args) - len(kernel.strides)
-        # Words are shared until they are mapped; arrays are each model's own.
-        before = [x > 0 for x in kernel.strides] + [kernel.members > 1] * arrays
-        own = [x or y for x, y in zip(before, is_mapped, strict=True)]
-        own = own[:words] + [True] * arrays
-        members = []
-        for x, is_own, was_own, mapped in zip(
-            args, own, before, is_mapped, strict=True
-        ):
-            if is_own:
-                shape = x.shape[mapped:]
-                x = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-                if inner and not was_own:
-                    x = jnp.broadcast_to(x[:, None], (size, *inner, *shape))
-                x = x.reshape(-1, shape[-1])
-            members.append(x)
-        strides = [
-            x.shape[-1] if y else 0
-            for x, y in zip(members[:words], own[:words], strict=True)
-        ]
-        joined = kernel._replace(members=size * kernel.members, strides=tuple(strides))
-        new = _launched(run, joined)(*members)
-        new = [x.reshape(size, *inner, *x.shape[1:]) for x in new]
-        return new, [True] * len(new)
-
-    return launch
+def _through_device(
+    kernel: Kernel, run: Run, size: int, is_mapped: Sequence[bool], args: Any
+) -> Any:
+    """A step of an ensemble with its state in host memory."""
+    flat = [
+        x.reshape(*x.shape[: int(mapped)], -1)
+        for x, mapped in zip(memory.to_device(list(args)), is_mapped, strict=True)
+    ]
+    olds = [args[i] for i in kernel.states(len(args))]
+    launch = launched(run, kernel._replace(results=len(olds)))
+    in_axes = tuple([0 if mapped else None for mapped in is_mapped])
+    new = jax.vmap(launch, in_axes, axis_size=size)(*flat)
+    new = [
+        memory.where(x.reshape(size, *old.shape[-old.ndim + 1 :]), old)
+        if memory.is_on_host(old)
+        else x
+        for x, old in zip(new, olds, strict=True)
+    ]
+    return new, [True] * len(new)
 
 
 def _through_device(
@@ -197,7 +133,7 @@ def _through_device(
         for x, mapped in zip(memory.to_device(list(args)), is_mapped, strict=True)
     ]
     olds = [args[i] for i in kernel.states(len(args))]
-    launch = _launched(run, kernel._replace(results=len(olds)))
+    launch = launched(run, kernel._replace(results=len(olds)), _through_device)
     in_axes = tuple([0 if mapped else None for mapped in is_mapped])
     new = jax.vmap(launch, in_axes, axis_size=size)(*flat)
     new = [

@@ -7,20 +7,15 @@ the statements of the translation follow; and what they computed is stored.
 
 import functools
 import itertools
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .translation import Translation
-from .types import type_of
-from .view import THREADS, Threads, View
-
-
-# Of the gradient and the arrays of a state, in their order.
-GRAD, WEIGHT = 0, 1
+from ..cpp.translation import GRAD, PRELUDE, Translation, WEIGHT
+from ..cpp.view import View
+from .threads import THREADS, Threads
 
 
 class Kernel(NamedTuple):
@@ -280,17 +275,9 @@ class Kernel(NamedTuple):
         return list(zip(types, is_scale, strict=True))
 
 
-def of_word(word: str, dtype: Any) -> str:
-    """The scalar that a 32-bit word stands for."""
-    kind = type_of(dtype)
-    if kind == "float":
-        return f"bit_cast<float>({word})"
-    return f"({word} != 0)" if kind == "bool" else f"({kind}){word}"
-
-
 @functools.cache
 def _prelude() -> str:
-    return pathlib.Path(__file__).with_name("prelude.cu").read_text(encoding="utf-8")
+    return PRELUDE.read_text(encoding="utf-8")
 
 
 def _indented(lines: Iterable[str]) -> Iterator[str]:

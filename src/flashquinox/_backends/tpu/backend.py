@@ -16,6 +16,7 @@ class Tpu(AbstractBackend):
     prefers_rows: ClassVar[bool] = True
     in_every_program: ClassVar[bool] = True
     is_interpreted: ClassVar[bool] = True
+    is_portable: ClassVar[bool] = True
     reads_host_memory: ClassVar[bool] = False
 
     def load(self) -> Update:

@@ -6,13 +6,10 @@
 #define FLT_MAX 3.402823466e+38f
 #endif
 
-// Numbers as they are stored. Arithmetic is in float.
-struct bfloat16 {
-  unsigned short bits;
-};
-struct float16 {
-  unsigned short bits;
-};
+// Numbers as they are stored: their bits. Arithmetic is in float. Compilers for CPUs put
+// integers into vectors, and no structures.
+enum bfloat16 : unsigned short {};
+enum float16 : unsigned short {};
 
 template <class To, class From>
 DEVICE To bit_cast(From x) {
@@ -23,27 +20,27 @@ DEVICE To bit_cast(From x) {
 }
 
 DEVICE float widened(bfloat16 x) {
-  return bit_cast<float>((unsigned)x.bits << 16);
+  return bit_cast<float>((unsigned)x << 16);
 }
 
 #ifdef __CUDACC_RTC__
 
 DEVICE bfloat16 as_bfloat16(float x) {
-  bfloat16 result;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
-  return result;
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bfloat16(bits);
 }
 
 DEVICE float widened(float16 x) {
   float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"((unsigned short)x));
   return result;
 }
 
 DEVICE float16 as_float16(float x) {
-  float16 result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
-  return result;
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return float16(bits);
 }
 
 // Its error is at most one unit in the last place (PTX ISA, "rcp").

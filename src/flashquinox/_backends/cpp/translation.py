@@ -1,7 +1,8 @@
 """The tile function, once traced, as the program of a thread."""
 
 import functools
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,6 +15,12 @@ from ..._tile.tile import update_tile
 from .statements import Walk
 from .types import type_of
 from .values import declared, Kind, TILE, Value
+
+
+# What programs begin with.
+PRELUDE = pathlib.Path(__file__).with_name("prelude.h")
+# Of the gradient and the arrays of a state, in their order.
+GRAD, WEIGHT = 0, 1
 
 
 class Translation(NamedTuple):
@@ -32,9 +39,15 @@ class Translation(NamedTuple):
 
 
 def translation_of(
-    structure: StepStructure, scalars: StepScalars, grad: Any, old: TileState
+    structure: StepStructure,
+    scalars: StepScalars,
+    grad: Any,
+    old: TileState,
+    write: Callable[[Walk], Iterable[str]] = Walk.lines,
+    keep_unmoved: bool = False,
 ) -> Translation:
-    """A step of one thread, of a leaf with these arrays.
+    """A step of a leaf with these arrays, as `write` writes its statements: for GPUs,
+    as those of one thread. `keep_unmoved`: see `update_tile`.
 
     **Raises:**
 
@@ -44,17 +57,25 @@ def translation_of(
     dims = [() for _ in jtu.tree_leaves(scalars)]
     dims += [TILE, *[TILE[:1] if x else TILE for x in old.are_of_groups]]
     avals = tuple([(x, y.dtype) for x, y in zip(dims, leaves, strict=True)])
-    return _translate(structure, avals, tree)
+    return _translate(structure, avals, tree, write, keep_unmoved)
 
 
 @functools.lru_cache(maxsize=256)
-def _translate(structure: StepStructure, avals: Any, tree: Any) -> Translation:
+def _translate(
+    structure: StepStructure,
+    avals: Any,
+    tree: Any,
+    write: Callable[[Walk], Iterable[str]],
+    keep_unmoved: bool,
+) -> Translation:
     shapes = tree.unflatten([jax.ShapeDtypeStruct(*x) for x in avals])
     scalars, grad, old = shapes
 
     def step(scalars: StepScalars, grad: Any, old: TileState) -> list[Any]:
         with jax.disable_jit() if _has_no_loops(structure) else nullcontext():
-            new = update_tile(structure, scalars, -1, grad, old, keep_unmoved=False)
+            new = update_tile(
+                structure, scalars, -1, grad, old, keep_unmoved=keep_unmoved
+            )
         return jtu.tree_leaves(new)
 
     traced = jax.make_jaxpr(step)(scalars, grad, old)
@@ -74,7 +95,7 @@ def _translate(structure: StepStructure, avals: Any, tree: Any) -> Translation:
         target = Value(f"y{i}", aval.dtype, kind, value.stage, kind == Kind.ELEMENT)
         walk.add([target], [value], _assignment(target))
     return Translation(
-        tuple(walk.lines()),
+        tuple(write(walk)),
         tuple([type_of(x.dtype) for x in jtu.tree_leaves(scalars)]),
         tuple([type_of(x.dtype) for x in arrays]),
         tuple([type_of(x.dtype) for x in outputs]),

@@ -90,6 +90,9 @@ def converted(x: Operand, dtype: Any) -> str:
     if type_of(x.dtype) == to:
         return x.text
     wide = widened(x)
+    if x.dtype == jnp.bool_:
+        # Compilers for CPUs make vectors of a choice, and not of a conversion.
+        wide = f"({wide} ? 1 : 0)"
     if is_float(dtype):
         if not is_float(x.dtype):
             wide = f"(float){wide}"

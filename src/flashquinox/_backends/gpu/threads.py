@@ -1,10 +1,10 @@
-"""How kernels for GPUs see a leaf, and how they divide it among threads."""
+"""How kernels for GPUs divide leaves among threads."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
-from ..._storage.layout import are_consecutive, Layout
+from ..cpp.view import View
 
 
 # Of a block. 64 are as fast, 256 up to a tenth slower (measured on an H200).
@@ -18,46 +18,6 @@ _MANY_ELEMENTS = 16
 # counts.
 _FEW_ELEMENTS = 4
 _SMALL = 2**19
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A leaf as matrices that lie one after the other, whose groups run along the
-    columns: `run` elements in each column, one row below the other, of which the last
-    group may be partial. With one column, groups are of consecutive elements."""
-
-    matrices: int
-    run: int
-    columns: int
-    group_size: int
-    # That of the leaf among all, or `None` if it is not known when a step is compiled.
-    number: int | None = None
-
-    @staticmethod
-    def of(layout: Layout, has_scales: bool, number: int | None = None) -> "View":
-        if not has_scales:
-            # In groups that nothing depends on.
-            return View(1, math.prod(layout.shape), 1, _MANY_ELEMENTS, number)
-        return View(
-            layout.matrices, layout.run, layout.columns, layout.group_size, number
-        )
-
-    @property
-    def groups_of_run(self) -> int:
-        return -(-self.run // self.group_size)
-
-    @property
-    def groups(self) -> int:
-        """All groups: one for each scale."""
-        return self.matrices * self.groups_of_run * self.columns
-
-    @property
-    def size(self) -> int:
-        return self.matrices * self.run * self.columns
-
-    @property
-    def is_consecutive(self) -> bool:
-        return are_consecutive(self.matrices, self.run, self.columns, self.group_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""C++ for CPUs: one program for all leaves that are stored alike.
+
+The tile function is traced once, and written as a program in C++, as for GPUs; the
+machine's own compiler compiles it, and XLA calls it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from ..base import AbstractBackend, kind_of, LeafStep, Update
+from ..cpp.view import View
+
+
+class Cpu(AbstractBackend):
+    name: ClassVar[str] = "cpu"
+    platform: ClassVar[str] = "cpu"
+    needs: ClassVar[str | None] = "g++ or clang++"
+    remedy: ClassVar[str] = "Install a C++ compiler"
+    prefers_rows: ClassVar[bool] = False
+    # A program for another platform has no use for it.
+    in_every_program: ClassVar[bool] = False
+    is_interpreted: ClassVar[bool] = False
+    # Only the process that has traced it knows where the program is.
+    is_portable: ClassVar[bool] = False
+    reads_host_memory: ClassVar[bool] = False
+
+    def load(self) -> Update:
+        from . import compiler
+        from .kernel import update_leaves
+
+        compiler.find()
+        return update_leaves
+
+    def serves(self, device: Any) -> bool:
+        return device.platform == "cpu"
+
+    def view(self, step: LeafStep) -> View | None:
+        arrays = jtu.tree_leaves((step.grad, step.old))
+        is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
+        if is_wide or step.grad.size == 0:
+            return None
+        number = step.scalars.leaf.number
+        return View.of(
+            step.layout,
+            step.old.is_grouped,
+            int(number) if isinstance(number, np.ndarray) else None,
+        )
+
+    def batches(
+        self, steps: Sequence[LeafStep], views: Sequence[Any]
+    ) -> list[list[int]]:
+        """Leaves that are stored alike share a program."""
+        alike: dict[Any, list[int]] = {}
+        for i, (step, view) in enumerate(zip(steps, views, strict=True)):
+            alike.setdefault((kind_of(step), view.group_size), []).append(i)
+        return [*alike.values()]
+
+
+BACKEND = Cpu()

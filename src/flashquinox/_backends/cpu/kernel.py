@@ -1,0 +1,101 @@
+"""Programs for CPUs as custom calls: one for many leaves."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from ..base import Unsupported
+from ..cpp.members import launched
+from ..cpp.translation import translation_of, WEIGHT
+from ..cpp.view import View
+from ..cpp.words import Words
+from . import compiler
+from .source import groups_of_block, lines, Source
+
+
+class Kernel(NamedTuple):
+    """A custom call of some leaves. Hashable.
+
+    Its operands are the words of the scalars, and of each leaf in turn the gradient and
+    the arrays of its state; its results, the arrays of the new states.
+    """
+
+    target: str
+    views: tuple[View, ...]
+    own: tuple[int, ...]
+    # The dtype of new weights, where old ones are not read. Or `None`.
+    fresh: str | None
+    # See `gpu.source.Kernel`.
+    strides: tuple[int, ...]
+    members: int = 1
+
+    @property
+    def plan(self) -> np.ndarray:
+        """What the call knows of the leaves: see `call.h`."""
+        of_block = groups_of_block(self.views[0].group_size)
+        blocks = [-(-view.groups // of_block) for view in self.views]
+        starts = [0, *itertools.accumulate(blocks)]
+        strides = [*self.strides, 0, 0][:2]
+        numbers = [len(self.views), self.members, starts[-1], *strides]
+        for first, view in zip(starts, self.views, strict=False):
+            numbers += [first, view.number or 0, view.groups, view.size, view.run]
+            numbers += [view.groups_of_run, view.columns, view.is_consecutive]
+        return np.array(numbers, np.int64)
+
+
+def update_leaves(
+    structure: StepStructure,
+    views: tuple[View, ...],
+    scalars: StepScalars,
+    leaves: tuple[LeafScalars, ...],
+    grads: tuple[Shaped[Array, "..."], ...],
+    old: tuple[TileState, ...],
+) -> tuple[TileState, ...]:
+    """One step of leaves that are stored alike. See `AbstractBackend.load`."""
+    words = Words.of(scalars, leaves, all(view.number is not None for view in views))
+    translation = translation_of(structure, scalars, grads[0], old[0], lines, True)
+    # Nobody reads weights then.
+    without = {WEIGHT} if structure.as_direction else set[int]()
+    arrays = len(jtu.tree_leaves((grads[0], old[0])))
+    own = tuple([i for i in range(arrays) if i not in without])
+    source = Source(
+        translation, views[0].group_size, words.scalars, len(words.arrays), own
+    )
+    try:
+        target = compiler.target_of(source.text)
+    except compiler.CompilationError as error:
+        raise Unsupported(
+            f"a program that the C++ compiler refuses ({error})"
+        ) from None
+    fresh = str(old[0].weight.dtype) if structure.as_direction else None
+    kernel = Kernel(target, views, own, fresh, (0,) * len(words.arrays))
+    each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
+    # XLA would copy what is reshaped.
+    operands = [of_leaf[i] for of_leaf in each for i in own]
+    new = launched(_run, kernel)(*words.arrays, *operands)
+    return jtu.tree_structure(old).unflatten(new)
+
+
+def _run(kernel: Kernel, *operands: Shaped[Array, "..."]) -> Sequence[Array]:
+    words, width = len(kernel.strides), len(kernel.own)
+    results: list[Any] = []
+    aliases = {}
+    for first in range(words, len(operands), width):
+        grad, *arrays = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype)
+            for x in operands[first : first + width]
+        ]
+        if kernel.fresh is not None:
+            results.append(jax.ShapeDtypeStruct(grad.shape, jnp.dtype(kernel.fresh)))
+        for i, x in enumerate(arrays, start=first + 1):
+            aliases[i] = len(results)
+            results.append(x)
+    call = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
+    return call(*operands, plan=kernel.plan)
