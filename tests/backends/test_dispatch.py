@@ -81,7 +81,8 @@ def test_a_backend_is_one_file_and_one_line(tmp_path):
     platforms_file = copy / "_backends" / "platforms.py"
     text = platforms_file.read_text()
     assert text.count(_LINE) == 1
-    platforms_file.write_text(text.replace(_LINE, _LINE.replace("]", ', "toy"]')))
+    # In the place of the one for CPUs.
+    platforms_file.write_text(text.replace(_LINE, _LINE.replace('"cpu"', '"toy"')))
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
         capture_output=True,
@@ -93,7 +94,9 @@ def test_a_backend_is_one_file_and_one_line(tmp_path):
 
 
 def test_no_toy_is_left():
-    with pytest.raises(ValueError, match="must be one of 'auto', 'xla', 'tpu', 'gpu'"):
+    with pytest.raises(
+        ValueError, match="must be one of 'auto', 'xla', 'cpu', 'tpu', 'gpu'"
+    ):
         fq.lion(1e-2, backend="toy")  # pyright: ignore
 
 

@@ -17,269 +17,18 @@ from flashquinox._backends.cpp import control_flow, translation
 from flashquinox._backends.cpp.view import View
 from flashquinox._backends.gpu import BACKEND as GPU, nvrtc
 from flashquinox._backends.gpu.threads import Threads
-from flashquinox._storage import moment_codecs
-from flashquinox._storage.layout import Layout, layout_of
+from flashquinox._storage.layout import Layout
 
 from ..helpers import (
     Case,
-    CASES,
     float64,
     OURS,
-    pairwise,
     parametrize_cases,
-    slow,
     Storage,
     tree_identical,
 )
 from ..kernels import arrays, compiling_for, needs_compiler, run, run_ensemble
-
-
-_ours = OURS
-
-# Two leaves in one kernel whose last tiles are partial, and leaves of other kinds: one
-# without groups, and one of which the last groups are partial.
-_SHAPES = {
-    "matrix": (70, 64),
-    "stack": (2, 96, 96),
-    "vector": (40,),
-    "ragged": (37, 5),
-}
-# Of three models.
-_ENSEMBLE = {"matrix": (3, 64, 128), "other": (3, 96, 64), "vector": (3, 40)}
-# Of groups along rows: lanes that fill a tile and some that do not, and leading axes.
-_ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}
-
-
-# Pairs of a rule, a dtype and a codec; every width, and every optimizer of these rules.
-_QUICK = pairwise(
-    [case for case in CASES if case.rule in ("adam", "lion", "sgd")],
-    ("rule", "dtype"),
-    ("rule", "moments"),
-    ("dtype", "moments"),
-    ("width", "width"),
-    ("name", "name"),
-    known=[Case("adamw", _ours), Case("lion", _ours)],
-)
-
-
-@pytest.mark.product
-@parametrize_cases(quick=_QUICK.__contains__)
-def test_interpreted_kernel_is_plain_xla(case):
-    dtype = case.storage.dtype
-    is_one_leaf = case in _QUICK and case != Case("lion", _ours)
-    shapes = {"matrix": _SHAPES["matrix"]} if is_one_leaf else _SHAPES
-    grads = [arrays(shapes, dtype, seed) for seed in (1, 2)]
-    make = ft.partial(case.optimizer, 1e-2)
-    run("gpu", make, arrays(shapes, dtype, 0), grads)
-
-
-@pytest.mark.product
-@pytest.mark.parametrize(
-    "name, leaf",
-    [("adamw", "narrow"), ("lion", "stack"), slow("adamw", "stack")],
-)
-def test_groups_along_rows(name, leaf):
-    """Of a state that was made for a TPU."""
-    shapes = {leaf: _ROW_SHAPES[leaf]}
-    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
-    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
-    run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads, groups_of="tpu")
-
-
-@pytest.mark.product
-@pytest.mark.parametrize(
-    "name, bits",
-    [
-        ("sgdw", 24),
-        ("adamw", None),
-        slow("adamw", 24),
-    ],
-)
-def test_updates(name, bits):
-    shapes = {name: _SHAPES[name] for name in ("matrix", "vector")}
-    grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2)]
-    storage = Storage(jnp.bfloat16, bits, "flashquinox")
-    make = ft.partial(Case(name, storage).optimizer, 1e-2)
-    params = arrays(shapes, jnp.bfloat16, 0)
-    run("gpu", make, params, grads, method="update")
-
-
-@pytest.mark.product
-@pytest.mark.parametrize(
-    "name, group_size", [("lion", 16), ("lion", 48), ("adamw", 128)]
-)
-def test_other_groups(name, group_size):
-    """Also where the kernel has no tile of them."""
-    shapes = {"leaf": (9, 384)}
-    grads = [arrays(shapes, jnp.float32, seed) for seed in (1, 2)]
-    make = ft.partial(Case(name, _ours).optimizer, 1e-2, {"group_size": group_size})
-    run("gpu", make, arrays(shapes, jnp.bfloat16, 0), grads)
-
-
-# Leaves of two kinds that are packed, one that is too large, and one of another size.
-_PACKED = fq.Storage(pack_below=8192)
-_PACKED_SHAPES = _SHAPES | {"large": (96, 128), "short": (9,), "odd": (3, 5, 7)}
-
-
-@pytest.mark.parametrize("name", ["adamw", slow("lion"), slow("muon")])
-def test_packed_states(name):
-    grads = [arrays(_PACKED_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
-    params = arrays(_PACKED_SHAPES, jnp.bfloat16, 0)
-    run("gpu", ft.partial(getattr(fq, name), 1e-2, storage=_PACKED), params, grads)
-
-
-@pytest.mark.once
-def test_packed_states_of_ensembles():
-    run_ensemble("gpu", _ENSEMBLE, ft.partial(fq.adamw, storage=_PACKED))
-
-
-@pytest.mark.once
-def test_nonfinite_steps_are_skipped():
-    shapes = {name: _SHAPES[name] for name in ("matrix", "vector")}
-    good, bad, again = (arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3))
-    bad["vector"] = bad["vector"].at[3].set(jnp.nan)
-    make = ft.partial(Case("adamw", _ours).optimizer, 1e-2, skip_nonfinite=True)
-    run("gpu", make, arrays(shapes, jnp.bfloat16, 0), [good, bad, again])
-
-
-def test_leaves_with_and_without_decay():
-    """They do not share a kernel, and keep their dither."""
-    shapes = {name: (64, 64) for name in "abc"}
-    params, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))
-    mask = {"a": True, "b": False, "c": True}
-    storage = fq.Storage(master_weight_bits=None, dither_weights=True)
-    make = ft.partial(fq.lion, 1e-2, weight_decay=0.1, mask=mask, storage=storage)
-    run("gpu", make, params, [grads])
-
-
-def _bits(x):
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _integers(x):
-    return jnp.round(1000 * x).astype(jnp.int32)
-
-
-# Of numbers between -1 and 1.
-_OPERATIONS = {
-    function.__name__: function
-    for function in [
-        *[jnp.abs, jnp.sign, jnp.square, jnp.ceil, jnp.floor, jnp.round, jnp.exp],
-        *[jnp.exp2, jnp.expm1, jnp.log1p, jnp.cbrt, jnp.sin, jnp.cos, jnp.tan],
-        *[jnp.arcsin, jnp.arccos, jnp.arctan, jnp.sinh, jnp.cosh, jnp.tanh],
-        *[jnp.arcsinh, jnp.arctanh, jax.lax.erf, jax.lax.erfc, jax.lax.logistic],
-        jnp.isfinite,
-    ]
-} | {
-    "sqrt": lambda x: jnp.sqrt(jnp.abs(x)),
-    "log": lambda x: jnp.log(2 + x),
-    "log2": lambda x: jnp.log2(2 + x),
-    "rsqrt": lambda x: jax.lax.rsqrt(2 + x),
-    # XLA's differs more where it is small.
-    "lgamma": lambda x: jax.lax.lgamma(40 + x),
-    "acosh": lambda x: jnp.arccosh(3 + x),
-    "pow": lambda x: (2 + x) ** x,
-    "integer_pow": lambda x: (2 + x) ** -3 + x**2 + x**5,
-    "rem": lambda x: jax.lax.rem(x, jnp.float32(0.3)),
-    "div": lambda x: 1 / x,
-    "atan2": lambda x: jnp.arctan2(x, 1 - x),
-    "nextafter": lambda x: jnp.nextafter(x, 2 * x),
-    "away": lambda x: jax.lax.round(10 * x, jax.lax.RoundingMethod.AWAY_FROM_ZERO),
-    "clip": lambda x: jnp.clip(x, -0.5, 0.25),
-    "compared": lambda x: (x < 0.1) | (x >= 0.2) & (x != 0.5) ^ ~(x <= -0.3),
-    "equal": lambda x: jnp.round(x) == 0,
-    "cases": lambda x: jax.lax.select_n(_integers(x) & 1, x, -x),
-    "polynomial": lambda x: jnp.polyval(np.float32([1, -2, 3]), x),
-    "bits": lambda x: (_bits(x) ^ 5) & ~(_bits(x) << 3) | 1,
-    "logical": lambda x: jax.lax.shift_right_logical(_bits(x), _integers(x) & 63),
-    "arithmetic": lambda x: _bits(x) >> (_integers(x) & 63),
-    # Without the sign, which is below the bits that are computed with.
-    "short": lambda x: jax.lax.shift_right_logical(
-        _integers(x).astype(jnp.int16), np.int16(3)
-    ),
-    "left": lambda x: jax.lax.shift_left(_bits(x), _integers(x) & 63),
-    "wrapped": lambda x: _bits(x) * _bits(x) + _bits(x) - 7,
-    "integers": lambda x: jnp.abs(-_integers(x)) + jnp.sign(_integers(x)),
-    "quotients": lambda x: jax.lax.rem(_integers(x), 7) - jax.lax.div(_integers(x), 7),
-    "extremes": lambda x: jnp.maximum(_integers(x), 3) - jnp.minimum(_integers(x), -3),
-    "bytes": lambda x: _integers(x).astype(jnp.int8) * jnp.int8(3),
-    "words": lambda x: _integers(x).astype(jnp.uint16) >> np.uint16(3),
-    "half": lambda x: (1e-7 * x).astype(jnp.float16).astype(jnp.float32) * 1e7,
-    # Its bits: of the number, XLA may keep more.
-    "brain": lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16),
-    "infinite": lambda x: jnp.where(x < 0, jnp.inf, -jnp.inf),
-}
-
-
-class Operations(fq.AbstractRule):
-    """A moment for the result of each operation."""
-
-    @property
-    def moments(self):
-        return {name: fq.Moment("signed") for name in _OPERATIONS}
-
-    def scalars(self, count, learning_rate):
-        return {}
-
-    def update(self, grad, weight, moments, scalars):
-        found = {name: f(grad) for name, f in _OPERATIONS.items()}
-        return -grad, {name: x.astype(jnp.float32) for name, x in found.items()}
-
-
-@pytest.mark.once
-def test_operations():
-    """Those of users' rules."""
-    params = {"w": jnp.zeros((8, 64), jnp.bfloat16)}
-    rng = np.random.default_rng(0)
-    grads = {"w": jnp.asarray(rng.uniform(-1, 1, (8, 64)), jnp.float32)}
-    found = {}
-    for backend in ("gpu", "xla"):
-        storage = fq.Storage(moments="float32")
-        optim = fq.optimizer(Operations(), 1.0, storage=storage, backend=backend)
-        _, state = jax.jit(optim.step)(params, optim.init(params), grads)
-        found[backend] = {name: float64(x["w"]) for name, x in state.moments.items()}
-    # Functions of the C library are within some units in the last place.
-    is_close = ft.partial(np.allclose, rtol=2**-20, atol=2**-22)
-    found_there, expected = found["gpu"], found["xla"]
-    wrong = [x for x in expected if not is_close(found_there[x], expected[x])]
-    assert not wrong
-
-
-# Shapes, axes of groups, and sizes of groups.
-_LAYOUTS = {
-    # Whole groups, and one more: of a leaf that is tiny, and of one that is not.
-    "tiny": ((7, 33), (-2, -1), 32),
-    "large": ((131, 101), (-2, -1), 32),
-    # A partial group in each of several runs, as on a mesh.
-    "runs": ((6, 7, 11), (-2, -1), 32),
-    "sizes": ((4, 96), (-1,), 48),
-    "partial sizes": ((10, 33), (-2, -1), 80),
-    # Groups along rows: partial ones, and rows of several axes.
-    "rows": ((40, 6), (-2,), 32),
-    "merged rows": ((2, 5, 8, 6), (-3, -2), 32),
-}
-
-
-@pytest.mark.product
-@pytest.mark.parametrize("name", _LAYOUTS)
-def test_every_layout(name, monkeypatch):
-    _run_layout(name, monkeypatch)
-
-
-def _run_layout(name, monkeypatch, device=None):
-    shape, axes, group_size = _LAYOUTS[name]
-    layout = lambda shape, size, *_: layout_of(shape, axes, size)
-    monkeypatch.setattr(moment_codecs, "choose_layout", layout)
-    params, *grads = [arrays({"w": shape}, jnp.bfloat16, seed) for seed in range(3)]
-    storage = fq.Storage(group_size=group_size)
-    make = ft.partial(fq.adamw, 1e-2, storage=storage)
-    run("gpu", make, params, grads, device=device)
-
-
-@pytest.mark.product
-@pytest.mark.parametrize("make", [fq.lion, slow(fq.adamw)])
-def test_ensembles(make):
-    run_ensemble("gpu", _ENSEMBLE, make)
+from .cases import ENSEMBLE, LAYOUTS, PACKED, PACKED_SHAPES, run_layout, SHAPES
 
 
 def _view(shape, axes, group_size=32):
@@ -386,12 +135,12 @@ def _shapes(dtype, **shapes):
 
 # Every dtype, width and codec, and kernels of each number of moments.
 _LOWERED = [
-    Case("adamw", _ours),
+    Case("adamw", OURS),
     Case("adamw", Storage(jnp.bfloat16, 32, "float32")),
     Case("adamw", Storage(jnp.float16, 24, "flashoptim")),
     Case("adamw", Storage(jnp.float32, None, "flashquinox")),
-    Case("lion", _ours),
-    Case("sgd", _ours),
+    Case("lion", OURS),
+    Case("sgd", OURS),
 ]
 
 
@@ -419,7 +168,7 @@ def test_host_memory_is_where_it_was():
 @needs_compiler
 @pytest.mark.product
 @parametrize_cases(
-    lambda case: case.name == "adamw" or case.storage == _ours,
+    lambda case: case.name == "adamw" or case.storage == OURS,
     quick=_LOWERED.__contains__,
 )
 def test_lowers_for_cuda(case):
@@ -432,7 +181,7 @@ def test_lowers_for_cuda(case):
 @needs_compiler
 @pytest.mark.product
 @parametrize_cases(
-    lambda case: case.name == "adamw" or case.storage == _ours,
+    lambda case: case.name == "adamw" or case.storage == OURS,
     quick=_LOWERED[:1].__contains__,
 )
 def test_rules_and_codecs_of_this_library_have_no_loops(case, monkeypatch):
@@ -475,7 +224,7 @@ def test_packed_leaves_have_fewer_arguments():
     """Of hundreds of small leaves, the arrays of the state are in common."""
     shapes = {f"matrix{i}": (64, 64) for i in range(nvrtc.most_pointers() // 4)}
     params = _shapes(jnp.bfloat16, **shapes)
-    assert _kernels(fq.lion(1e-3, backend="gpu", storage=_PACKED), params) == 1
+    assert _kernels(fq.lion(1e-3, backend="gpu", storage=PACKED), params) == 1
     assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 3
 
 
@@ -636,23 +385,23 @@ _needs_gpu = pytest.mark.skipif(not _gpus(), reason="needs a GPU")
 @parametrize_cases()
 def test_kernel_on_a_gpu_is_plain_xla(case):
     dtype = case.storage.dtype
-    grads = [arrays(_SHAPES, dtype, seed) for seed in (1, 2)]
+    grads = [arrays(SHAPES, dtype, seed) for seed in (1, 2)]
     make = ft.partial(case.optimizer, 1e-2)
-    run("gpu", make, arrays(_SHAPES, dtype, 0), grads, device=_gpus()[0])
+    run("gpu", make, arrays(SHAPES, dtype, 0), grads, device=_gpus()[0])
 
 
 @_needs_gpu
-@pytest.mark.parametrize("name", _LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_on_a_gpu(name, monkeypatch):
-    _run_layout(name, monkeypatch, _gpus()[0])
+    run_layout("gpu", name, monkeypatch, _gpus()[0])
 
 
 @_needs_gpu
 @pytest.mark.parametrize("moments", ["sqrt", "fourth_root", "log", "learned"])
 def test_curves_on_a_gpu_are_plain_xla(moments):
-    grads = [arrays(_SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
+    grads = [arrays(SHAPES, jnp.bfloat16, seed) for seed in (1, 2)]
     make = ft.partial(fq.adamw, 1e-2, storage=fq.Storage(moments=moments))
-    params = arrays(_SHAPES, jnp.bfloat16, 0)
+    params = arrays(SHAPES, jnp.bfloat16, 0)
     run("gpu", make, params, grads, device=_gpus()[0])
 
 
@@ -664,7 +413,7 @@ def test_millions_of_codes_on_a_gpu(name, groups_of):
     shapes = {"matrix": (1024, 2048)}
     grads = [arrays(shapes, jnp.bfloat16, seed) for seed in (1, 2, 3)]
     params = arrays(shapes, jnp.bfloat16, 0)
-    make = ft.partial(Case(name, _ours).optimizer, 1e-2)
+    make = ft.partial(Case(name, OURS).optimizer, 1e-2)
     run("gpu", make, params, grads, groups_of=groups_of, device=_gpus()[0])
 
 
@@ -686,9 +435,9 @@ def test_exported_steps_on_a_gpu():
 
 @_needs_gpu
 def test_ensembles_on_a_gpu():
-    run_ensemble("gpu", _ENSEMBLE, device=_gpus()[0])
-    packed = ft.partial(fq.adamw, storage=_PACKED)
-    run_ensemble("gpu", _ENSEMBLE, packed, device=_gpus()[0])
+    run_ensemble("gpu", ENSEMBLE, device=_gpus()[0])
+    packed = ft.partial(fq.adamw, storage=PACKED)
+    run_ensemble("gpu", ENSEMBLE, packed, device=_gpus()[0])
 
 
 @_needs_gpu
@@ -696,9 +445,9 @@ def test_ensembles_on_a_gpu():
 def test_packed_states_on_a_gpu(name):
     """The same bits. And they are not copied: XLA knows the parts, put together, to be
     the array."""
-    params, grads = (arrays(_PACKED_SHAPES, jnp.bfloat16, seed) for seed in (0, 1))
+    params, grads = (arrays(PACKED_SHAPES, jnp.bfloat16, seed) for seed in (0, 1))
     found = []
-    for storage in (_PACKED, fq.Storage()):
+    for storage in (PACKED, fq.Storage()):
         optim = getattr(fq, name)(1e-2, storage=storage)
         operands = jax.device_put((params, optim.init(params), grads), _gpus()[0])
         with jax.default_device(_gpus()[0]):

@@ -108,7 +108,11 @@ def _compile(text: str, library: pathlib.Path) -> None:
     part = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     try:
         command = [*_command(), "-x", "c++", "-", "-o", str(part)]
-        done = subprocess.run(command, input=text.encode(), capture_output=True)
+        # Where compilers look for the linker, even if nothing is set.
+        path = {"PATH": os.environ.get("PATH", os.defpath)}
+        done = subprocess.run(
+            command, input=text.encode(), capture_output=True, env=os.environ | path
+        )
         if done.returncode != 0:
             raise CompilationError(done.stderr.decode(errors="replace"))
         part.replace(library)
