@@ -128,7 +128,7 @@ def test_simulated_kernel_is_plain_xla(name, blocks, capfd, monkeypatch):
         serve = staticmethod(lambda platform: None)
 
         def __call__(self, batch, *operands):
-            return dispatch._update_on(batch, "default")(*operands)
+            return dispatch._update_on(batch, "default", False)(*operands)
 
     monkeypatch.setattr(dispatch, "by_platform", Direct())
     # The two have two chunks each.

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator
 
 import jax
-import jaxlib
 
 
 _COMPILERS = ("g++", "clang++", "c++")
@@ -80,7 +79,7 @@ def target_of(source: str) -> str:
             source,
         ]
     )
-    described = "\0".join([text, jaxlib.__version__, *_command(), _machine()])
+    described = "\0".join([text, _header(), *_command(), _machine()])
     key = hashlib.sha256(described.encode()).hexdigest()[:32]
     name = f"{_HANDLER}_{key}"
     handler = getattr(_loaded(text, name), _HANDLER)
@@ -141,6 +140,13 @@ def _folder_of_process() -> pathlib.Path:
     # Until the process ends.
     _folder_of_process.__dict__["kept"] = folder
     return pathlib.Path(folder.name)
+
+
+@functools.cache
+def _header() -> str:
+    """What XLA's custom calls are, in this version of it."""
+    path = pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    return path.read_text(encoding="utf-8")
 
 
 @functools.cache
