@@ -98,6 +98,8 @@ def _bitwise(operator: str) -> Rule:
 def _extreme(name: str) -> Rule:
     def rule(call: Call) -> str:
         x, y = map(widened, call.operands)
+        if call.dtype == jnp.bool_:
+            return f"({x} {'|' if name == 'maximum' else '&'} {y})"
         return narrowed(f"{name}({x}, {y})", call.dtype)
 
     return rule
@@ -120,13 +122,10 @@ def _shift(name: str, unsigned: bool = True) -> Rule:
 def _divide(call: Call) -> str:
     x, y = call.operands
     if not is_float(x.dtype):
-        return f"({x.text} / {y.text})"
-    x, y = widened(x), widened(y)
+        return f"integer_quotient({x.text}, {y.text})"
     # Of numbers that all elements share, for the cost of nothing.
-    exact = f"rounded_quotient({x}, {y})"
-    return narrowed(
-        exact if call.is_uniform else f"({x} * reciprocal({y}))", call.dtype
-    )
+    function = "rounded_quotient" if call.is_uniform else "quotient"
+    return narrowed(f"{function}({widened(x)}, {widened(y)})", call.dtype)
 
 
 def _take_root(call: Call) -> str:
@@ -191,7 +190,7 @@ def _remainder(call: Call) -> str:
     x, y = call.operands
     if is_float(x.dtype):
         return narrowed(f"fmodf({widened(x)}, {widened(y)})", call.dtype)
-    return f"({x.text} % {y.text})"
+    return f"integer_remainder({x.text}, {y.text})"
 
 
 def _polynomial(call: Call) -> str:

@@ -94,7 +94,27 @@ DEVICE T maximum(T x, T y) { return x < y ? y : x; }
 template <class T>
 DEVICE T minimum(T x, T y) { return x < y ? x : y; }
 
+// As XLA has them where there is no quotient.
+template <class T>
+DEVICE T integer_quotient(T x, T y) {
+  if (y == T(0)) return T(-1);
+  return y == T(-1) ? T(0u - (unsigned)x) : T(x / y);
+}
+template <class T>
+DEVICE T integer_remainder(T x, T y) {
+  if (y == T(0)) return x;
+  return T(-1) < T(0) && y == T(-1) ? T(0) : T(x % y);
+}
+
 DEVICE float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
+
+#ifdef __CUDACC_RTC__
+
+// To `int` and to `unsigned`, the nearest one that there is, and 0 for NaN.
+template <class T>
+DEVICE T to_integer(float x) { return sizeof(T) < 4 ? (T)(int)x : (T)x; }
+
+DEVICE float quotient(float x, float y) { return x * reciprocal(y); }
 
 // Mostly the nearest number, where a product with a reciprocal has an error of up to two
 // units in the last place.
@@ -104,6 +124,27 @@ DEVICE float accurate_quotient(float x, float y) {
   // Not where the quotient is infinite.
   return nearer == nearer ? nearer : near;
 }
+
+#else
+
+// The integer next to zero, as XLA has it: the nearest one of those that there are, and 0
+// for NaN. Conversions in C++ are of numbers in their range.
+template <class T>
+DEVICE T to_integer(float x) {
+  constexpr int bits = 8 * sizeof(T);
+  constexpr bool is_signed = T(-1) < T(0);
+  constexpr float end = is_signed ? 1u << (bits - 1) : 2.0f * (1u << (bits - 1));
+  constexpr float first = is_signed ? -end : 0.0f;
+  // Of numbers below `end`, the largest.
+  constexpr float last = bits > 24 ? end * (1 - 0x1p-24f) : end - 1;
+  float near = x < first ? first : x;
+  near = last < near ? last : near;
+  const T found = (T)(near == near ? near : 0.0f);
+  if constexpr (bits > 24) return x >= end ? (T)(is_signed ? ~0u >> 1 : ~0u) : found;
+  return found;
+}
+
+#endif
 
 template <int N, class T>
 DEVICE T power(T x) {

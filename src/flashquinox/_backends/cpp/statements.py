@@ -17,7 +17,7 @@ from ... import _compat
 from ..base import Unsupported
 from . import control_flow
 from .expressions import Call, expression
-from .types import literal, Operand, type_of
+from .types import is_narrow, literal, Operand, type_of
 from .values import (
     declared,
     indented,
@@ -134,6 +134,8 @@ class Walk:
         if x.kind != Kind.ELEMENT:
             # The largest of numbers that are all the same.
             return x
+        if is_narrow(x.dtype):
+            raise Unsupported(f"the largest or smallest of {x.dtype} numbers")
         name = f"v{next(self._numbers)}"
         target = Value(name, x.dtype, Kind.GROUP, x.stage + 1)
 

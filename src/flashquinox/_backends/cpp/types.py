@@ -99,6 +99,6 @@ def converted(x: Operand, dtype: Any) -> str:
         return narrowed(wide, dtype)
     if to == "bool":
         return f"({wide} != 0)"
-    if is_float(x.dtype) and to not in ("int", "unsigned"):
-        return f"({to})(int)({wide})"
+    if is_float(x.dtype):
+        return f"to_integer<{to}>({wide})"
     return f"({to})({wide})"

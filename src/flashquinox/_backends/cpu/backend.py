@@ -32,7 +32,7 @@ class Cpu(AbstractBackend):
         from . import compiler
         from .kernel import update_leaves
 
-        compiler.find()
+        compiler.command()
         return update_leaves
 
     def serves(self, device: Any) -> bool:

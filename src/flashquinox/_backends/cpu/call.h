@@ -3,8 +3,9 @@
 struct Call {
   const Leaf* leaves;
   long long number_of_leaves;
-  // The models that take a step together, and the blocks of each.
-  long long members, blocks;
+  // The models that take a step together, and the blocks of each; how many groups a block
+  // has at most, and how many threads have enough to do.
+  long long members, blocks, groups_of_block, threads;
   // How far apart the words of models are: 0 where they share them.
   const long long* strides;
   void** in;
@@ -56,14 +57,15 @@ static void help(void* data) {
 static void take_all(const XLA_FFI_CallFrame* frame, const Call& call) {
   const XLA_FFI_Api* api = frame->api;
   const long long blocks = call.members * call.blocks;
+  if (blocks == 0) return;
   int64_t threads = 1;
   XLA_FFI_ThreadPool_NumThreads_Args ask = {};
   ask.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE;
   ask.ctx = frame->ctx;
   ask.num_threads = &threads;
-  XLA_FFI_Error* error = blocks > 1 ? api->XLA_FFI_ThreadPool_NumThreads(&ask) : nullptr;
+  XLA_FFI_Error* error = call.threads > 1 ? api->XLA_FFI_ThreadPool_NumThreads(&ask) : nullptr;
   if (error) threads = 1;
-  const long long helpers = (threads < blocks ? threads : blocks) - 1;
+  const long long helpers = (threads < call.threads ? threads : call.threads) - 1;
   Work* work = (Work*)malloc(sizeof(Work));
   *work = {&call, blocks, 0, 0, helpers + 1};
   for (long long i = 0; i < helpers; ++i) {
@@ -98,11 +100,14 @@ extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* NAME(XLA_FFI_Ca
   }
   const XLA_FFI_Array* plan = (const XLA_FFI_Array*)frame->attrs.attrs[0];
   const long long* numbers = (const long long*)plan->data;
-  void* in[frame->args.size];
-  void* out[frame->rets.size];
-  for (int64_t i = 0; i < frame->args.size; ++i) in[i] = ((XLA_FFI_Buffer*)frame->args.args[i])->data;
-  for (int64_t i = 0; i < frame->rets.size; ++i) out[i] = ((XLA_FFI_Buffer*)frame->rets.rets[i])->data;
-  const Call call = {(const Leaf*)(numbers + 5), numbers[0], numbers[1], numbers[2], numbers + 3, in, out};
+  const int64_t operands = frame->args.size, results = frame->rets.size;
+  // Not where a thread has its variables: there may be thousands.
+  void** in = (void**)malloc((operands + results) * sizeof(void*));
+  void** out = in + operands;
+  for (int64_t i = 0; i < operands; ++i) in[i] = ((XLA_FFI_Buffer*)frame->args.args[i])->data;
+  for (int64_t i = 0; i < results; ++i) out[i] = ((XLA_FFI_Buffer*)frame->rets.rets[i])->data;
+  const Call call = {(const Leaf*)(numbers + 7), numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers + 5, in, out};
   take_all(frame, call);
+  free(in);
   return nullptr;
 }

@@ -1,21 +1,23 @@
 """The C++ compiler of this machine, and the programs that it has compiled.
 
 They are kept on disk for all processes of a user: in the folder where JAX keeps what
-XLA has compiled, if that is set, or else with the user's other caches.
+XLA has compiled, if that is set, or else with the user's other caches. The name of a
+file tells what it was compiled of, and, at its end, what it has in it: one that was cut
+off is compiled again.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
 
 import jax
 
@@ -29,7 +31,7 @@ _FLAGS = (
     "-ftree-vectorize",
     "-fvect-cost-model=dynamic",
     # For this machine alone: `_machine` is a part of the names of files.
-    "-march=native" if platform.machine() != "arm64" else "-mcpu=native",
+    "-mcpu=native" if platform.machine() == "arm64" else "-march=native",
     # A product and a sum are one operation, as XLA and GPUs have them. No function
     # sets `errno`, and no operation traps: else compilers make no vectors of them.
     "-ffp-contract=fast",
@@ -41,26 +43,30 @@ _FLAGS = (
     "-w",
 )
 _HANDLER = "flashquinox_step"
+# Until the process ends.
+_temporary: list[tempfile.TemporaryDirectory] = []
 
 
 class CompilationError(Exception):
     """The text is what the compiler said."""
 
 
-def find() -> str:
-    """The compiler.
+@functools.cache
+def command() -> tuple[str, ...]:
+    """How to call the compiler.
 
     **Raises:**
 
     `ImportError` if it is not there.
     """
     if sys.platform not in ("linux", "darwin"):
-        raise ImportError(f"there are none for {sys.platform}")
+        raise ImportError(f"there are no programs for {sys.platform}")
     chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else _COMPILERS:
+    for text in (chosen,) if chosen else _COMPILERS:
+        name, *arguments = shlex.split(text)
         found = shutil.which(name)
         if found is not None:
-            return found
+            return found, *arguments, *_FLAGS, f"-I{jax.ffi.include_dir()}"
     raise ImportError(f"no {chosen or ' or '.join(_COMPILERS)} on PATH")
 
 
@@ -72,74 +78,72 @@ def target_of(source: str) -> str:
 
     `CompilationError` if the compiler refuses it.
     """
-    text = "\n".join(
-        [
-            f"#define NAME {_HANDLER}",
-            '#include "xla/ffi/api/c_api.h"',
-            source,
-        ]
-    )
-    described = "\0".join([text, _header(), *_command(), _machine()])
-    key = hashlib.sha256(described.encode()).hexdigest()[:32]
-    name = f"{_HANDLER}_{key}"
-    handler = getattr(_loaded(text, name), _HANDLER)
+    head = f'#define NAME {_HANDLER}\n#include "xla/ffi/api/c_api.h"\n'
+    described = "\0".join([head, source, _header(), *command(), _machine()])
+    name = f"{_HANDLER}_{hashlib.sha256(described.encode()).hexdigest()[:32]}"
+    handler = getattr(_loaded(head + source, name), _HANDLER)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return name
 
 
 def _loaded(text: str, name: str) -> ctypes.CDLL:
     errors = []
-    for folder in _folders():
-        library = folder / f"{name}.so"
+    for find in (_folder_of_user, _folder_of_process):
+        # It is not there, cannot be written to, or nothing may be executed from it.
         try:
-            if not library.exists():
-                _compile(text, library)
-            return ctypes.CDLL(str(library))
-        except OSError as error:
-            # It cannot be written to, or nothing may be executed from there.
+            folder = find()
+            return ctypes.CDLL(str(_found(folder, name) or _made(folder, name, text)))
+        except (OSError, RuntimeError) as error:
             errors.append(str(error))
     raise CompilationError("; ".join(errors))
 
 
-def _compile(text: str, library: pathlib.Path) -> None:
-    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _found(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """What was compiled before."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if path.name == _name_of(name, path.read_bytes()):
+            return path
+    return None
+
+
+def _made(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Another process may do the same.
-    part = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    try:
-        command = [*_command(), "-x", "c++", "-", "-o", str(part)]
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as part:
+        made = pathlib.Path(part) / "made"
         # Where compilers look for the linker, even if nothing is set.
         path = {"PATH": os.environ.get("PATH", os.defpath)}
         done = subprocess.run(
-            command, input=text.encode(), capture_output=True, env=os.environ | path
+            [*command(), "-x", "c++", "-", "-o", str(made)],
+            input=text.encode(),
+            capture_output=True,
+            env=os.environ | path,
         )
         if done.returncode != 0:
-            raise CompilationError(done.stderr.decode(errors="replace"))
-        part.replace(library)
-    finally:
-        part.unlink(missing_ok=True)
+            said = done.stderr.decode(errors="replace").splitlines()
+            errors = [line for line in said if "error" in line]
+            raise CompilationError((errors or said or ["it failed"])[0])
+        library = folder / _name_of(name, made.read_bytes())
+        made.replace(library)
+    return library
 
 
-def _command() -> list[str]:
-    return [find(), *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+def _name_of(name: str, content: bytes) -> str:
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
-def _folders() -> Iterator[pathlib.Path]:
-    """Where compiled programs may be."""
+def _folder_of_user() -> pathlib.Path:
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore
     if chosen and "://" not in chosen:
-        yield pathlib.Path(chosen) / "flashquinox"
-    else:
-        caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        yield pathlib.Path(caches) / "flashquinox"
-    yield _folder_of_process()
+        return pathlib.Path(chosen) / "flashquinox"
+    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(caches) / "flashquinox"
 
 
-@functools.cache
 def _folder_of_process() -> pathlib.Path:
-    folder = tempfile.TemporaryDirectory(prefix="flashquinox-")
-    # Until the process ends.
-    _folder_of_process.__dict__["kept"] = folder
-    return pathlib.Path(folder.name)
+    if not _temporary:
+        _temporary.append(tempfile.TemporaryDirectory(prefix="flashquinox-"))
+    return pathlib.Path(_temporary[0].name)
 
 
 @functools.cache
@@ -152,10 +156,13 @@ def _header() -> str:
 @functools.cache
 def _machine() -> str:
     """What a compiled program runs on: the processor with its instructions."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = ("model name", "flags", "Features", "CPU part")
-    known = {x for x in lines if x.startswith(names)}
-    return "\n".join([platform.platform(), platform.processor(), *sorted(known)])
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        if sys.platform == "darwin":
+            asked = ["sysctl", "machdep.cpu", "hw.optional"]
+            lines = subprocess.check_output(asked, text=True).splitlines()
+        else:
+            text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+            names = ("model name", "flags", "Features", "CPU part")
+            lines = sorted({x for x in text.splitlines() if x.startswith(names)})
+    return "\n".join([platform.platform(), platform.processor(), *lines])

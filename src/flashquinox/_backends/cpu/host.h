@@ -30,7 +30,8 @@ struct uint4 {
   unsigned x, y, z, w;
 };
 
-DEVICE float reciprocal(float x) { return 1 / x; }
+DEVICE float quotient(float x, float y) { return x / y; }
+DEVICE float accurate_quotient(float x, float y) { return x / y; }
 DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float rsqrtf(float x) { return 1 / sqrtf(x); }
 DEVICE float rounded_quotient(float x, float y) { return x / y; }
@@ -38,6 +39,35 @@ DEVICE float rounded_root(float x) { return sqrtf(x); }
 // A NaN if either is one. Without branches, of which compilers would make no vectors.
 DEVICE float maximum(float x, float y) { return (x < y) | (y != y) ? y : x; }
 DEVICE float minimum(float x, float y) { return (y < x) | (y != y) ? y : x; }
+
+// M. Giles, "Approximating the erfinv function", GPU Computing Gems, 2011.
+DEVICE float erfinvf(float x) {
+  float w = -logf((1 - x) * (1 + x)), p;
+  if (w < 5) {
+    w -= 2.5f;
+    p = 2.81022636e-08f;
+    p = 3.43273939e-07f + p * w;
+    p = -3.5233877e-06f + p * w;
+    p = -4.39150654e-06f + p * w;
+    p = 0.00021858087f + p * w;
+    p = -0.00125372503f + p * w;
+    p = -0.00417768164f + p * w;
+    p = 0.246640727f + p * w;
+    p = 1.50140941f + p * w;
+  } else {
+    w = sqrtf(w) - 3;
+    p = -0.000200214257f;
+    p = 0.000100950558f + p * w;
+    p = 0.00134934322f + p * w;
+    p = -0.00367342844f + p * w;
+    p = 0.00573950773f + p * w;
+    p = -0.0076224613f + p * w;
+    p = 0.00943887047f + p * w;
+    p = 1.00167406f + p * w;
+    p = 2.83297682f + p * w;
+  }
+  return fabsf(x) == 1 ? x * __builtin_inff() : p * x;
+}
 
 DEVICE unsigned canonical_pattern(float x) {
   unsigned bits;

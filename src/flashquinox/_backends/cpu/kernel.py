@@ -17,7 +17,13 @@ from ..cpp.translation import translation_of, WEIGHT
 from ..cpp.view import View
 from ..cpp.words import Words
 from . import compiler
-from .source import groups_of_block, lines, Source
+from .source import groups_together, lines, Source
+
+
+# As many blocks are enough for threads to end at the same time. A block takes at least
+# 10 microseconds, as long as a thread needs to begin, and at most 40.
+_BLOCKS = 64
+_FEWEST_TIMES, _MOST_TIMES = 8, 32
 
 
 class Kernel(NamedTuple):
@@ -39,15 +45,27 @@ class Kernel(NamedTuple):
     @property
     def plan(self) -> np.ndarray:
         """What the call knows of the leaves: see `call.h`."""
-        of_block = groups_of_block(self.views[0].group_size)
+        groups = self.members * sum([view.groups for view in self.views])
+        together = groups_together(self.views[0].group_size)
+        of_block = _groups_of_block(groups, together)
         blocks = [-(-view.groups // of_block) for view in self.views]
         starts = [0, *itertools.accumulate(blocks)]
         strides = [*self.strides, 0, 0][:2]
-        numbers = [len(self.views), self.members, starts[-1], *strides]
+        # Small leaves are blocks of fewer groups.
+        threads = -(-groups // of_block)
+        numbers = [len(self.views), self.members, starts[-1], of_block, threads]
+        numbers += strides
         for first, view in zip(starts, self.views, strict=False):
             numbers += [first, view.number or 0, view.groups, view.size, view.run]
             numbers += [view.groups_of_run, view.columns, view.is_consecutive]
         return np.array(numbers, np.int64)
+
+
+def _groups_of_block(groups: int, together: int) -> int:
+    """How many groups a block has, of so many in all: a multiple of those that a thread
+    has at a time."""
+    times = groups // (_BLOCKS * together)
+    return together * min(max(times, _FEWEST_TIMES), _MOST_TIMES)
 
 
 def update_leaves(

@@ -24,19 +24,11 @@ from ..cpp.values import indented, Kind, Statement, texts_of, Value
 _ELEMENTS = 512
 # Compilers make vectors of so many groups.
 _FEWEST_GROUPS = 8
-# Elements of a block.
-_BLOCK = 1 << 14
 
 
 def groups_together(group_size: int) -> int:
     """How many groups a thread has at a time."""
     return max(_FEWEST_GROUPS, _ELEMENTS // group_size)
-
-
-def groups_of_block(group_size: int) -> int:
-    """How many groups a block has: a multiple of those that a thread has at a time."""
-    together = groups_together(group_size)
-    return together * max(1, _BLOCK // (group_size * together))
 
 
 class Source(NamedTuple):
@@ -64,11 +56,10 @@ class Source(NamedTuple):
 
     def _body(self) -> Iterator[str]:
         size = self.group_size
-        together, of_block = groups_together(size), groups_of_block(size)
-        yield f"constexpr int N = {size}, M = {together};"
-        yield f"const long long start = block * {of_block};"
-        yield f"const long long end = start + {of_block} < view.groups"
-        yield f"  ? start + {of_block} : view.groups;"
+        yield f"constexpr int N = {size}, M = {groups_together(size)};"
+        yield "const long long start = block * call.groups_of_block;"
+        yield "const long long next = start + call.groups_of_block;"
+        yield "const long long end = next < view.groups ? next : view.groups;"
         yield "const unsigned number = (unsigned)view.number;"
         for i, name in enumerate(("shared", "own")[: self.words]):
             place = f"call.in[{i}] + member * call.strides[{i}]"
@@ -141,9 +132,11 @@ def lines(walk: Walk) -> Iterator[str]:
             continue
         targets = [y for x in statements for y in x.targets]
         reductions = [x for x in statements if x.reduction]
+        reduced = {x.targets[0] for x in reductions}
         for y in targets:
-            if y.kind == Kind.GROUP and y in kept and not _is_output(y):
-                yield f"{_stored_type(y)} {y.text}_of[M];"
+            if y in reduced or (y.kind == Kind.GROUP and y in kept):
+                if not _is_output(y):
+                    yield f"{_stored_type(y)} {y.text}_of[M];"
             elif y.kind == Kind.ELEMENT and y in kept:
                 yield f"{_stored_type(y)} {y.text}_of[M][N];"
         for x in reductions:
