@@ -189,6 +189,20 @@ _OPERATIONS = {
     "half": lambda x: (1e-7 * x).astype(jnp.float16).astype(jnp.float32) * 1e7,
     # Its bits: of the number, XLA may keep more.
     "brain": lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16),
+    "saturated": lambda x: (1e12 * x).astype(jnp.int32),
+    "not negative": lambda x: (1e12 * x).astype(jnp.uint32),
+    "largest byte": lambda x: (1e3 * x).astype(jnp.int8),
+    "no number": lambda x: jnp.where(x < 0, jnp.nan, x).astype(jnp.int32),
+    "by zero": lambda x: (
+        jax.lax.div(7, _integers(x) // 500) + jax.lax.rem(7, _integers(x) // 500)
+    ),
+    "by minus one": lambda x: (
+        jax.lax.div(jnp.int32(-(2**31)), jnp.sign(_integers(x)))
+        + jax.lax.rem(jnp.int32(-(2**31)), jnp.sign(_integers(x)))
+    ),
+    "large divisor": lambda x: 1e38 / (jnp.sign(x) * 2e38),
+    "erf_inv": jax.lax.erf_inv,
+    "either": lambda x: jnp.maximum(x < 0, x > 0.5) & ~jnp.minimum(x < 0.1, x > -0.1),
     "infinite": lambda x: jnp.where(x < 0, jnp.inf, -jnp.inf),
 }
 

@@ -112,27 +112,6 @@ def _through_device(
         for x, mapped in zip(memory.to_device(list(args)), is_mapped, strict=True)
     ]
     olds = [args[i] for i in kernel.states(len(args))]
-    launch = launched(run, kernel._replace(results=len(olds)))
-    in_axes = tuple([0 if mapped else None for mapped in is_mapped])
-    new = jax.vmap(launch, in_axes, axis_size=size)(*flat)
-    new = [
-        memory.where(x.reshape(size, *old.shape[-old.ndim + 1 :]), old)
-        if memory.is_on_host(old)
-        else x
-        for x, old in zip(new, olds, strict=True)
-    ]
-    return new, [True] * len(new)
-
-
-def _through_device(
-    kernel: Kernel, run: Run, size: int, is_mapped: Sequence[bool], args: Any
-) -> Any:
-    """A step of an ensemble with its state in host memory."""
-    flat = [
-        x.reshape(*x.shape[: int(mapped)], -1)
-        for x, mapped in zip(memory.to_device(list(args)), is_mapped, strict=True)
-    ]
-    olds = [args[i] for i in kernel.states(len(args))]
     launch = launched(run, kernel._replace(results=len(olds)), _through_device)
     in_axes = tuple([0 if mapped else None for mapped in is_mapped])
     new = jax.vmap(launch, in_axes, axis_size=size)(*flat)
