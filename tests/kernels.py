@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flashquinox as fq
+from flashquinox._backends.cpu import compiler
 from flashquinox._backends.gpu import nvrtc
 
 from .helpers import array_of, float64
@@ -50,17 +51,22 @@ _STORED_BITS = {
 }
 
 
-def _has_compiler() -> bool:
+def _is_there(needed: Callable[[], object]) -> bool:
     try:
-        nvrtc.load()
+        needed()
     except ImportError:
         return False
     return True
 
 
 # NVIDIA's, for which no GPU is needed: there are packages of it for Linux.
-has_compiler = _has_compiler()
+has_compiler = _is_there(nvrtc.load)
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs NVRTC")
+# Of programs for CPUs.
+has_cpp_compiler = _is_there(compiler.command)
+needs_cpp_compiler = pytest.mark.skipif(
+    not has_cpp_compiler, reason="needs a C++ compiler"
+)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,13 @@ from ..helpers import (
     slow,
     Storage,
 )
-from ..kernels import arrays, run, run_ensemble
+from ..kernels import arrays, needs_cpp_compiler, run, run_ensemble
 from .cases import ENSEMBLE, LAYOUTS, PACKED, PACKED_SHAPES, run_layout, SHAPES
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["gpu", "cpu"])
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["gpu", pytest.param("cpu", marks=needs_cpp_compiler)]
+)
 
 # Of groups along rows: lanes that fill a tile and some that do not, and leading axes.
 _ROW_SHAPES = {"narrow": (64, 5), "stack": (2, 32, 200)}

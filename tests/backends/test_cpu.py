@@ -5,7 +5,6 @@ import functools as ft
 import re
 import shutil
 import stat
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,10 @@ from flashquinox._backends.cpu import compiler
 from flashquinox._backends.cpu.kernel import Kernel
 
 from ..helpers import tree_identical
-from ..kernels import arrays, run
+from ..kernels import arrays, needs_cpp_compiler, run
 
+
+pytestmark = needs_cpp_compiler
 
 _SOURCE = """
 extern "C" __attribute__((visibility("default")))
@@ -125,7 +126,6 @@ def test_without_a_compiler(folder, monkeypatch):
     assert len(caught) == 1 and "flashquinox_step_" not in text
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no such compilers")
 def test_is_the_default():
     params = {"w": jnp.ones((3, 64), jnp.bfloat16)}
     calls = {}
