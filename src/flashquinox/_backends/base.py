@@ -58,6 +58,8 @@ class AbstractBackend(abc.ABC):
     # always there.
     needs: ClassVar[str | None]
     remedy: ClassVar[str] = ""
+    # Whether "auto" warns where that is not there, on devices that it serves.
+    is_missed: ClassVar[bool] = True
     # Whether new states should have their groups along rows.
     prefers_rows: ClassVar[bool]
     # Whether `backend="auto"` puts this backend also into programs that are traced for

@@ -54,7 +54,8 @@ def chosen(name: Backend, device: Any) -> list[AbstractBackend]:
         for backend in candidates
         if backend.platform != "default"
         and (name != "auto" or backend.in_every_program or backend.serves(device))
-        and update_of(backend, warn=backend.serves(device)) is not None
+        and update_of(backend, warn=backend.is_missed and backend.serves(device))
+        is not None
     ]
 
 

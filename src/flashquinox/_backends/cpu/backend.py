@@ -26,6 +26,8 @@ class Cpu(AbstractBackend):
     platform: ClassVar[str] = "cpu"
     needs: ClassVar[str | None] = "g++ or clang++"
     remedy: ClassVar[str] = "Install a C++ compiler"
+    # A compiler is no package that this one could depend on.
+    is_missed: ClassVar[bool] = False
     prefers_rows: ClassVar[bool] = False
     # A program for another platform has no use for it.
     in_every_program: ClassVar[bool] = False
