@@ -3,12 +3,7 @@ is, in which one thread has a whole group."""
 
 import ctypes
 import functools
-import hashlib
-import os
 import pathlib
-import shutil
-import subprocess
-import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,20 +13,20 @@ import numpy as np
 from flashquinox._backends import platforms
 from flashquinox._backends.base import Update
 from flashquinox._backends.cpp.view import View
+from flashquinox._backends.cpu import compiler
 from flashquinox._backends.gpu.backend import Gpu
 from flashquinox._backends.gpu.kernel import update_leaves
 from flashquinox._backends.gpu.source import Kernel
 from flashquinox._backends.gpu.threads import THREADS, Threads
 from flashquinox._common import memory
 
-
-_COMPILER = shutil.which("g++") or shutil.which("clang++")
+from ..kernels import has_cpp_compiler
 
 
 class HostGpu(Gpu):
     """Interpreted on devices of other platforms."""
 
-    is_interpreted: ClassVar[bool] = _COMPILER is not None
+    is_interpreted: ClassVar[bool] = has_cpp_compiler
 
     def load(self) -> Update:
         def update(*args: Any, interpret: bool = False) -> Any:
@@ -89,22 +84,11 @@ def _compiled(source: str, name: str) -> ctypes.CDLL:
         for name in ("host.h", "program.h")
     ]
     launch = f"""
-extern "C" void launch(void** arguments, unsigned blocks, unsigned threads) {{
+extern "C" __attribute__((visibility("default")))
+void launch(void** arguments, unsigned blocks, unsigned threads) {{
   launch_all({name}, arguments, blocks, threads);
 }}
 """
     prelude, head, body = source.partition('\nextern "C"')
     text = "".join([ours, shim, prelude, conversions, head, body, launch])
-    key = hashlib.sha256(f"{_COMPILER}{text}".encode()).hexdigest()[:24]
-    # Beside those of XLA, for all processes of this run.
-    folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    library = folder / f"flashquinox-{key}.so"
-    if not library.exists():
-        part = folder / f"flashquinox-{key}.{os.getpid()}.{threading.get_ident()}"
-        command = [str(_COMPILER), "-std=c++17", "-w", "-shared", "-fPIC"]
-        # A product and a sum are one operation, as XLA has them.
-        command += ["-O1", "-march=native", "-ffp-contract=fast"]
-        command += ["-x", "c++", "-", "-o", str(part)]
-        subprocess.run(command, input=text.encode(), check=True)
-        part.replace(library)
-    return ctypes.CDLL(str(library))
+    return compiler.loaded(text, compiler.name_of(text))

@@ -7,7 +7,7 @@ the line of `Backend` in `platforms.py`.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
@@ -134,6 +134,14 @@ def kind_of(step: LeafStep) -> Hashable:
     arrays, structure = jtu.tree_flatten((step.grad, step.old))
     types = tuple([x.dtype for x in arrays]), tuple(memory.are_on_host(arrays))
     return step.structure, jtu.tree_structure(step.scalars), structure, types
+
+
+def grouped(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """The numbers of those that are equal, from 0, in the order of the first ones."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(i)
+    return [*alike.values()]
 
 
 def one_by_one(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Shaped
 from .._storage.layout import Layout
 from .._tile.shapes import update_tile_of_any_shape
 from .._tile.step import LeafScalars, StepScalars, StepStructure, TileState
-from .base import AbstractBackend, kind_of, LeafStep, Update, View
+from .base import AbstractBackend, grouped, kind_of, LeafStep, Update, View
 from .chunks import take_together, takes, update_in_chunks
 from .groups import Groups
 
@@ -52,14 +52,14 @@ class Xla(AbstractBackend):
         self, steps: Sequence[LeafStep], views: Sequence[View]
     ) -> list[list[int]]:
         """Leaves that are stored alike share chunks."""
-        alike: dict[Any, list[int]] = {}
+        kinds = []
         for i, (step, view) in enumerate(zip(steps, views, strict=True)):
             assert isinstance(view, PlainView)
             kind: Any = i
             if view.groups is not None:
                 kind = kind_of(step), view.groups.size
-            alike.setdefault(kind, []).append(i)
-        return [*alike.values()]
+            kinds.append(kind)
+        return grouped(kinds)
 
 
 def _update(
@@ -71,12 +71,12 @@ def _update(
     old: tuple[TileState, ...],
 ) -> tuple[TileState, ...]:
     """Leaves with groups of one size share chunks; each other one is a tile."""
-    together: dict[Any, list[int]] = {}
-    for i, view in enumerate(views):
-        kind = (i, None) if view.groups is None else (None, view.groups.size)
-        together.setdefault(kind, []).append(i)
+    kinds = [
+        (i, None) if view.groups is None else (None, view.groups.size)
+        for i, view in enumerate(views)
+    ]
     new: dict[int, TileState] = {}
-    for numbers in together.values():
+    for numbers in grouped(kinds):
         groups = tuple([x for i in numbers if (x := views[i].groups) is not None])
         if not groups or not take_together(groups):
             for i in numbers:

@@ -1,4 +1,4 @@
-"""Operations of traced functions as expressions of CUDA C++."""
+"""Operations of traced functions as expressions of C++."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias

@@ -1,4 +1,4 @@
-"""A traced function as statements of CUDA C++.
+"""A traced function as statements of C++.
 
 A thread has some elements of one group, and computes with them in loops: all that the
 function does between two reductions over the group is one loop. What is the same for

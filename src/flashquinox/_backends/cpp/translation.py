@@ -1,4 +1,4 @@
-"""The tile function, once traced, as the program of a thread."""
+"""The tile function, once traced, as a program in C++."""
 
 import functools
 import pathlib
@@ -17,8 +17,6 @@ from .types import type_of
 from .values import declared, Kind, TILE, Value
 
 
-# What programs begin with.
-PRELUDE = pathlib.Path(__file__).with_name("prelude.h")
 # Of the gradient and the arrays of a state, in their order.
 GRAD, WEIGHT = 0, 1
 
@@ -117,3 +115,9 @@ def _has_no_loops(structure: StepStructure) -> bool:
 def _assignment(target: Value) -> Callable[[Sequence[str]], list[str]]:
     to = f"{target.text}[i]" if target.is_array else f"const {declared(target)}"
     return lambda texts: [f"{to} = {texts[0]};"]
+
+
+@functools.cache
+def text_of(name: str) -> str:
+    """A part of programs, which is a file of this name among the backends."""
+    return (pathlib.Path(__file__).parents[1] / name).read_text(encoding="utf-8")

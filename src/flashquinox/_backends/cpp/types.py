@@ -1,4 +1,4 @@
-"""Types and numbers of CUDA C++: those of dtypes, literals, and conversions."""
+"""Types and numbers of C++: those of dtypes, literals, and conversions."""
 
 import functools
 import math

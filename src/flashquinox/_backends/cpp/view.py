@@ -3,7 +3,12 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
 from ..._storage.layout import are_consecutive, Layout
+from ..base import LeafStep
 
 
 # Of leaves that are stored without groups.
@@ -48,3 +53,17 @@ class View:
     @property
     def is_consecutive(self) -> bool:
         return are_consecutive(self.matrices, self.run, self.columns, self.group_size)
+
+
+def view_of(step: LeafStep) -> View | None:
+    """How a kernel sees the leaf of a step. `None` if there is none for it."""
+    arrays = jtu.tree_leaves((step.grad, step.old))
+    is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
+    if is_wide or step.grad.size == 0:
+        return None
+    number = step.scalars.leaf.number
+    return View.of(
+        step.layout,
+        step.old.is_grouped,
+        int(number) if isinstance(number, np.ndarray) else None,
+    )

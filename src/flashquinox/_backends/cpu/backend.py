@@ -7,12 +7,8 @@ machine's own compiler compiles it, and XLA calls it.
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-import jax.tree_util as jtu
-import numpy as np
-
-from ..base import AbstractBackend, kind_of, LeafStep, Update
-from ..cpp.view import View
+from ..base import AbstractBackend, grouped, kind_of, LeafStep, Update
+from ..cpp.view import View, view_of
 
 
 # Of a call. XLA takes time with the square of its operands: a step of DDPM,
@@ -47,27 +43,19 @@ class Cpu(AbstractBackend):
         return device.platform == "cpu"
 
     def view(self, step: LeafStep) -> View | None:
-        arrays = jtu.tree_leaves((step.grad, step.old))
-        is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
-        if is_wide or step.grad.size == 0:
-            return None
-        number = step.scalars.leaf.number
-        return View.of(
-            step.layout,
-            step.old.is_grouped,
-            int(number) if isinstance(number, np.ndarray) else None,
-        )
+        return view_of(step)
 
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]
     ) -> list[list[int]]:
         """Leaves that are stored alike share a program."""
-        alike: dict[Any, list[int]] = {}
-        for i, (step, view) in enumerate(zip(steps, views, strict=True)):
-            alike.setdefault((kind_of(step), view.group_size), []).append(i)
+        kinds = [
+            (kind_of(step), view.group_size)
+            for step, view in zip(steps, views, strict=True)
+        ]
         return [
             numbers[i : i + _MOST_LEAVES]
-            for numbers in alike.values()
+            for numbers in grouped(kinds)
             for i in range(0, len(numbers), _MOST_LEAVES)
         ]
 

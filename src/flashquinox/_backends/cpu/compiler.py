@@ -81,19 +81,30 @@ def target_of(source: str) -> str:
     `CompilationError` if the compiler refuses it.
     """
     head = f'#define NAME {_HANDLER}\n#include "xla/ffi/api/c_api.h"\n'
-    described = "\0".join([head, source, _header(), *command(), _machine()])
-    name = f"{_HANDLER}_{hashlib.sha256(described.encode()).hexdigest()[:32]}"
+    name = name_of(head + source)
     # XLA takes one function of a name, as long as the process lives.
     with _lock:
         if name not in _libraries:
-            library = _loaded(head + source, name)
+            library = loaded(head + source, name)
             handler = jax.ffi.pycapsule(getattr(library, _HANDLER))
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
             _libraries[name] = library
     return name
 
 
-def _loaded(text: str, name: str) -> ctypes.CDLL:
+def name_of(text: str) -> str:
+    """The name of a program: another one for each text, compiler and machine."""
+    described = "\0".join([text, _header(), *command(), _machine()])
+    return f"{_HANDLER}_{hashlib.sha256(described.encode()).hexdigest()[:32]}"
+
+
+def loaded(text: str, name: str) -> ctypes.CDLL:
+    """A program, compiled by the first process that needs it.
+
+    **Raises:**
+
+    `CompilationError` if the compiler refuses it.
+    """
     errors = []
     for find in (_folder_of_user, _folder_of_process):
         # It is not there, cannot be written to, or nothing may be executed from it.
@@ -108,7 +119,7 @@ def _loaded(text: str, name: str) -> ctypes.CDLL:
 def _found(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     """What was compiled before."""
     for path in sorted(folder.glob(f"{name}-*.so")):
-        if path.name == _name_of(name, path.read_bytes()):
+        if path.name == _file_of(name, path.read_bytes()):
             return path
     return None
 
@@ -130,12 +141,12 @@ def _made(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
             said = done.stderr.decode(errors="replace").splitlines()
             errors = [line for line in said if "error" in line]
             raise CompilationError((errors or said or ["it failed"])[0])
-        library = folder / _name_of(name, made.read_bytes())
+        library = folder / _file_of(name, made.read_bytes())
         made.replace(library)
     return library
 
 
-def _name_of(name: str, content: bytes) -> str:
+def _file_of(name: str, content: bytes) -> str:
     return f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
@@ -166,8 +177,10 @@ def _machine() -> str:
     lines: list[str] = []
     with contextlib.suppress(OSError):
         if sys.platform == "darwin":
+            # It fails where it does not know all of them.
             asked = ["sysctl", "machdep.cpu", "hw.optional"]
-            lines = subprocess.check_output(asked, text=True).splitlines()
+            done = subprocess.run(asked, capture_output=True, text=True)
+            lines = done.stdout.splitlines()
         else:
             text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
             names = ("model name", "flags", "Features", "CPU part")

@@ -79,10 +79,11 @@ def update_leaves(
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
     words = Words.of(scalars, leaves, all(view.number is not None for view in views))
     translation = translation_of(structure, scalars, grads[0], old[0], lines, True)
-    # Nobody reads weights then.
-    without = {WEIGHT} if structure.as_direction else set[int]()
-    arrays = len(jtu.tree_leaves((grads[0], old[0])))
-    own = tuple([i for i in range(arrays) if i not in without])
+    each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
+    own = tuple(
+        # Of a direction, nobody reads weights.
+        [i for i in range(len(each[0])) if i != WEIGHT or not structure.as_direction]
+    )
     source = Source(
         translation, views[0].group_size, words.scalars, len(words.arrays), own
     )
@@ -94,7 +95,6 @@ def update_leaves(
         ) from None
     fresh = str(old[0].weight.dtype) if structure.as_direction else None
     kernel = Kernel(target, views, own, fresh, (0,) * len(words.arrays))
-    each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
     # XLA would copy what is reshaped.
     operands = [of_leaf[i] for of_leaf in each for i in own]
     new = launched(_run, kernel)(*words.arrays, *operands)

@@ -7,8 +7,7 @@ DEVICE bfloat16 as_bfloat16(float x) {
   return bfloat16(x != x ? 0x7fc0u : rounded);
 }
 
-// Exponents are moved by products with powers of two, which round subnormal numbers as
-// they must be.
+// Likewise. A number that overflows is infinite.
 DEVICE float16 as_float16(float x) {
   const unsigned bits = bit_cast<unsigned>(x), sign = bits >> 16 & 0x8000u;
   const unsigned size = bits & 0x7fffffffu;

@@ -5,16 +5,14 @@ their elements, computes in loops over groups, and over the elements of each, of
 compilers make vectors, and stores what it computed.
 """
 
-import functools
 import itertools
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from ..cpp.statements import Walk
-from ..cpp.translation import Translation
+from ..cpp.translation import text_of, Translation
 from ..cpp.types import type_of
 from ..cpp.values import indented, Kind, Statement, texts_of, Value
 
@@ -46,13 +44,13 @@ class Source(NamedTuple):
     @property
     def text(self) -> str:
         """In C++, but for its name."""
-        texts = [_text("cpu/host.h"), _text("cpp/prelude.h"), _text("cpu/program.h")]
+        names = ("cpu/host.h", "cpp/prelude.h", "cpu/program.h", "cpu/call.h")
         body = "\n".join(indented(self._body()))
         head = (
             "static void take_block(const Call& call, const Leaf& view, unsigned leaf, "
             "long long member, long long block) {"
         )
-        return "\n".join([*texts, _text("cpu/call.h"), f"{head}\n{body}\n}}\n"])
+        return "\n".join([*map(text_of, names), f"{head}\n{body}\n}}\n"])
 
     def _body(self) -> Iterator[str]:
         size = self.group_size
@@ -231,8 +229,3 @@ def _stored_type(y: Value) -> str:
 
 def _stored(y: Value) -> str:
     return f"{y.text} ? 1 : 0" if _is_bool(y) else y.text
-
-
-@functools.cache
-def _text(name: str) -> str:
-    return (pathlib.Path(__file__).parents[1] / name).read_text(encoding="utf-8")

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 
-from ..base import AbstractBackend, kind_of, LeafStep, Update
-from ..cpp.view import View
+from ..base import AbstractBackend, grouped, kind_of, LeafStep, Update
+from ..cpp.view import View, view_of
 
 
 class Gpu(AbstractBackend):
@@ -56,16 +54,7 @@ class Gpu(AbstractBackend):
         return False
 
     def view(self, step: LeafStep) -> View | None:
-        arrays = jtu.tree_leaves((step.grad, step.old))
-        is_wide = any([jnp.dtype(x.dtype) == jnp.float64 for x in arrays])
-        if is_wide or step.grad.size == 0:
-            return None
-        number = step.scalars.leaf.number
-        return View.of(
-            step.layout,
-            step.old.is_grouped,
-            int(number) if isinstance(number, np.ndarray) else None,
-        )
+        return view_of(step)
 
     def batches(
         self, steps: Sequence[LeafStep], views: Sequence[Any]
@@ -73,15 +62,15 @@ class Gpu(AbstractBackend):
         """Leaves that are stored alike share a kernel."""
         from .kernel import most_leaves
 
-        alike: dict[Any, list[int]] = {}
-        for i, (step, view) in enumerate(zip(steps, views, strict=True)):
+        kinds = []
+        for step, view in zip(steps, views, strict=True):
             kind = kind_of(step), view.group_size, view.is_consecutive
             if step.structure.as_direction or step.structure.in_stack:
                 # Of one shape, they are in one array.
                 kind = *kind, step.grad.shape
-            alike.setdefault(kind, []).append(i)
+            kinds.append(kind)
         found = []
-        for numbers in alike.values():
+        for numbers in grouped(kinds):
             step = steps[numbers[0]]
             arrays = len(jtu.tree_leaves((step.grad, step.old)))
             most = most_leaves(arrays, step.structure.is_packed)

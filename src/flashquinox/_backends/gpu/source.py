@@ -5,15 +5,15 @@ out which leaf it is of; a thread, which elements of which group it has, and loa
 the statements of the translation follow; and what they computed is stored.
 """
 
-import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..cpp.translation import GRAD, PRELUDE, Translation, WEIGHT
+from ..cpp.translation import GRAD, text_of, Translation, WEIGHT
+from ..cpp.values import indented
 from ..cpp.view import View
 from .threads import THREADS, Threads
 
@@ -102,7 +102,7 @@ class Kernel(NamedTuple):
         body = "\n".join(f"  {line}" for line in self._body())
         pointers = ",\n".join(f"    {line}" for line in self._pointers())
         head = f'extern "C" __global__ void __launch_bounds__({THREADS}) {self.name}('
-        return f"{_prelude()}\n{head}\n{pointers}) {{\n{body}\n}}\n"
+        return f"{text_of('cpp/prelude.h')}\n{head}\n{pointers}) {{\n{body}\n}}\n"
 
     def _pointers(self) -> Iterator[str]:
         yield ", ".join(f"const int* {x}" for x, _ in self._words)
@@ -160,9 +160,9 @@ class Kernel(NamedTuple):
         if last - first > 1:
             middle = (first + last) // 2
             yield f"if (block < {starts[middle]}u) {{"
-            yield from _indented(self._chosen(starts, first, middle))
+            yield from indented(self._chosen(starts, first, middle))
             yield "} else {"
-            yield from _indented(self._chosen(starts, middle, last))
+            yield from indented(self._chosen(starts, middle, last))
             yield "}"
             return
         view = self.views[first]
@@ -256,9 +256,9 @@ class Kernel(NamedTuple):
             yield from whole
             return
         yield "if (count >= N) {"
-        yield from _indented(whole)
+        yield from indented(whole)
         yield "} else {"
-        yield from _indented(
+        yield from indented(
             f"{function}_part<N>({x}, p{i} + at, count, stride);" for x, i in arrays
         )
         yield "}"
@@ -273,12 +273,3 @@ class Kernel(NamedTuple):
         """The types of the new arrays, and whether they are scales."""
         types, is_scale = self.translation.output_types, self.translation.is_scale[1:]
         return list(zip(types, is_scale, strict=True))
-
-
-@functools.cache
-def _prelude() -> str:
-    return PRELUDE.read_text(encoding="utf-8")
-
-
-def _indented(lines: Iterable[str]) -> Iterator[str]:
-    return (f"  {line}" for line in lines)
