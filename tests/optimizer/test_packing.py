@@ -561,3 +561,74 @@ def test_shapes_and_dtypes_know_where_they_are():
         assert x.sharding == everywhere
     apart, packed = unpacked(structs)
     assert tree_identical(packed(apart), structs)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
+def test_members_on_several_devices(kind):
+    """An ensemble whose members are divided stays packed: all of a member is on one
+    device."""
+    mesh = jax.make_mesh((4,), ("members",), axis_types=(kind,))
+    params = jtu.tree_map(lambda x: jnp.stack([x, -x, x, -x]), _arrays(0))
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    there = NamedSharding(mesh, PartitionSpec("members"))
+    state = jax.device_put(jax.vmap(optim.init)(params), there)
+    structure = jtu.tree_structure(state)
+    for new in (
+        dataclasses.replace(state, steps=state.steps),
+        fq.map_params(optim, lambda x: x, state),
+        jax.jit(lambda x: dataclasses.replace(x, steps=x.steps))(state),
+    ):
+        assert jtu.tree_structure(new) == structure
+        assert tree_identical(_fields(new), _fields(state))
+        for x in jtu.tree_leaves(new):
+            assert x.sharding.is_equivalent_to(there, x.ndim)
+
+
+def test_donated_members(tmp_path):
+    """A state that was donated says so of each array, and a checkpoint is restored to
+    one like it."""
+    mesh = jax.make_mesh((4,), ("members",), axis_types=(AxisType.Auto,))
+    there = NamedSharding(mesh, PartitionSpec("members"))
+    optim = fq.adamw(1e-2, storage=_PACKED)
+    one = _arrays(0)
+    several = jtu.tree_map(lambda x: jnp.stack([x, -x, x, -x]), one)
+    for name, model, state in (
+        ("one", one, optim.init(one)),
+        ("several", *jax.device_put((several, jax.vmap(optim.init)(several)), there)),
+    ):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(0, model, state)
+            # Whose trees nobody has asked for.
+            gone = jtu.tree_map(lambda x: jax.device_put(x, may_alias=False), state)
+            for x in jtu.tree_leaves(gone):
+                x.delete()
+            assert all(x.is_deleted() for x in jtu.tree_leaves(gone.moments))
+            shapes = lambda tree: jtu.tree_map(lambda y: (y.shape, y.sharding), tree)
+            assert shapes(gone.moments) == shapes(state.moments)
+            again = dataclasses.replace(gone, steps=gone.steps)
+            assert jtu.tree_structure(again) == jtu.tree_structure(state)
+            with pytest.raises(TypeError, match="donated"):
+                checkpoints.save(1, model, gone)
+            _, restored = checkpoints.restore(model, gone)[:2]
+        assert tree_identical(restored, state)
+
+
+@pytest.mark.usefixtures("without_typechecker")
+def test_numpy_keeps_its_dtypes():
+    state = fq.adamw(1e-2, storage=_PACKED).init(_arrays(0))
+    wide = jtu.tree_map(lambda x: np.asarray(x, np.float64), state)
+    again = dataclasses.replace(wide, steps=wide.steps)
+    for x in jtu.tree_leaves((wide.moments, wide.corrections, again)):
+        assert type(x) is np.ndarray and x.dtype == np.float64
+    assert tree_identical(again, wide)
+
+
+def test_small_is_a_member():
+    """Not all members: an ensemble that is packed again has the leaves together that
+    one of its members has."""
+    params = jtu.tree_map(lambda x: jnp.stack([x] * 100), _arrays(0))
+    state = jax.vmap(fq.adamw(1e-2, storage=_PACKED).init)(params)
+    alone = {k: x for k, x in state.corrections.items() if k != "vector"}
+    fewer = dataclasses.replace(state, corrections=alone | {"vector": None})
+    again = dataclasses.replace(fewer, corrections=state.corrections)
+    assert jtu.tree_structure(again) == jtu.tree_structure(state)

@@ -37,14 +37,13 @@ def map_params(
 
         ```python
         everywhere = NamedSharding(mesh, PartitionSpec())
-        where = fq.map_params(
+        state = fq.map_params(
             optim,
-            lambda array, sharding: sharding,
+            jax.device_put,
             state,
             shardings,  # a tree like the weights
-            transform_non_params=lambda _: everywhere,
+            transform_non_params=lambda x: jax.device_put(x, everywhere),
         )
-        state = jax.device_put(state, where)
         ```
 
     **Arguments:**

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.core
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Shaped
 
 from .._common import memory
 from .._model.variables import has_variables
+from .._storage.layout import layout_of
 from .._storage.quant_moment import QuantMoment
 
 
@@ -24,6 +25,7 @@ from .._storage.quant_moment import QuantMoment
 Trees: TypeAlias = tuple[Any, Any, Any]
 FIELDS = "moments", "corrections", "checksums"
 _Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+_AnyArray: TypeAlias = Shaped[Array, "..."] | Shaped[np.ndarray, "..."]
 
 
 class _Pack(NamedTuple):
@@ -43,20 +45,18 @@ class _Pack(NamedTuple):
             return all([x == parts[0] for x in parts])
         if not all(map(_is_array, parts)):
             return False
-        devices = {_devices(x) for x in parts} - {None}
-        is_together = len(devices) <= 1 and _ELSEWHERE not in devices
-        are_alike = len({x.dtype for x in parts}) == 1
-        shaped = [
-            x.shape[x.ndim - len(shape) :] == shape
-            for x, shape in zip(parts, self.shapes, strict=True)
-        ]
-        return is_together and are_alike and all(shaped)
+        pairs = [*zip(parts, self.shapes, strict=True)]
+        if not all([x.shape[x.ndim - len(shape) :] == shape for x, shape in pairs]):
+            return False
+        places = {_place(x, x.ndim - len(shape)) for x, shape in pairs} - {None}
+        is_together = len(places) <= 1 and _ELSEWHERE not in places
+        return is_together and len({x.dtype for x in parts}) == 1
 
     def is_common(self, x: Any) -> bool:
         """Whether something can be the array that has the parts: along its last axis.
         The axis of an ensemble comes first."""
         size = sum([math.prod(shape) for shape in self.shapes])
-        return _is_array(x) and x.shape[-1:] == (size,) and not _is_gone(x)
+        return _is_array(x) and x.shape[-1:] == (size,)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -88,12 +88,12 @@ class Packing:
         leaves that stay as they are. `members`: how many axes of an ensemble there are,
         which come first."""
         values, structure = jtu.tree_flatten(trees)
-        places = _places(trees)
+        places = _places(trees, members)
         packs: list[_Pack] = []
         if not has_variables(trees):
             packs = [
                 _Pack(numbers, tuple([values[i].shape[members:] for i in numbers]))
-                for numbers in _alike(values, places, below, apart)
+                for numbers in _alike(values, places, below, apart, members)
             ]
         if not packs:
             return None
@@ -128,8 +128,7 @@ class Packing:
         alone = self._alone
         values = dict(zip(alone, arrays, strict=False))
         common = dict(zip(self.packs, arrays[len(alone) :], strict=True))
-        # What a function of the arrays of a state has made of one is that of all parts,
-        # and so is one that was donated.
+        # What a function of the arrays of a state has made of one is that of all parts.
         there = {pack: x for pack, x in common.items() if pack.is_common(x)}
         parts = _by_arrays(_split, there)
         for pack, x in common.items():
@@ -173,25 +172,27 @@ class _Place(NamedTuple):
     name: str
 
 
-def _places(trees: Trees) -> list[_Place]:
+def _places(trees: Trees, members: int) -> list[_Place]:
     found = []
     is_moment = lambda x: isinstance(x, QuantMoment)
     for path, value in jtu.tree_leaves_with_path(trees, is_leaf=is_moment):
         which = path[0].idx
         # Moments are in a dictionary.
         depth = 2 if which == 0 else 1
-        groups = _has_consecutive_groups(value) if is_moment(value) else None
+        groups = _are_consecutive(value, members) if is_moment(value) else None
         for part, _ in jtu.tree_leaves_with_path(value):
             name = f"{FIELDS[which]}{jtu.keystr((*path[1:], *part))}"
             found.append(_Place(path[depth:], (path[:depth], part, groups), name))
     return found
 
 
-def _has_consecutive_groups(moment: QuantMoment) -> bool | None:
-    """`None` for what a function has made of one, which has no groups any more."""
-    codes = moment.codes
-    has_groups = _is_array(codes) and len(codes.shape) >= len(moment.axes)
-    return moment.layout.is_consecutive if has_groups else None
+def _are_consecutive(moment: QuantMoment, members: int) -> bool | None:
+    """Whether the groups of a member are. `None` for what a function has made of a
+    moment, which has no groups any more."""
+    shape = moment.codes.shape[members:] if _is_array(moment.codes) else ()
+    if len(shape) < len(moment.axes):
+        return None
+    return layout_of(shape, moment.axes, moment.group_size).is_consecutive
 
 
 def _alike(
@@ -199,6 +200,7 @@ def _alike(
     places: list[_Place],
     below: int,
     apart: Collection[Any],
+    members: int,
 ) -> list[tuple[int, ...]]:
     """The numbers of arrays that shall be one: of small leaves that are stored
     alike."""
@@ -207,7 +209,7 @@ def _alike(
         of_leaf.setdefault(place.leaf, []).append(i)
     alike: dict[Any, list[list[int]]] = {}
     for leaf, numbers in of_leaf.items():
-        homes = frozenset([_home(values[i], below) for i in numbers])
+        homes = frozenset([_home(values[i], below, members) for i in numbers])
         if leaf not in apart and _ELSEWHERE not in homes:
             stored = tuple([(places[i].role, values[i].dtype) for i in numbers])
             alike.setdefault((stored, homes), []).append(numbers)
@@ -225,23 +227,33 @@ def _is_gone(x: Any) -> bool:
     return not is_there and x.is_deleted()
 
 
-def _home(x: Any, below: int) -> Any:
-    """What arrays must have in common to be parts of one: the devices that they are on,
-    where that is known."""
-    if not _is_array(x) or not 0 < x.size < below:
+def _home(x: Any, below: int, members: int) -> Any:
+    """What arrays must have in common to be parts of one: where they are, as far as
+    that is known."""
+    if not _is_array(x) or not 0 < math.prod(x.shape[members:]) < below:
         return _ELSEWHERE
-    return _ELSEWHERE if memory.is_on_host(x) else _devices(x)
+    return _ELSEWHERE if memory.is_on_host(x) else _place(x, members)
 
 
-def _devices(x: Any) -> Any:
-    """The devices that each have all of an array, `None` where they are not known."""
+def _place(x: Any, members: int) -> Any:
+    """The devices that an array is on, and the members of an ensemble that each of them
+    has; `None` where that is not known."""
     if not isinstance(x, jax.Array):
         return None
     if isinstance(x, jax.core.Tracer):
-        is_whole = all([axis is None for axis in jax.typeof(x).sharding.spec])
-        return None if is_whole else _ELSEWHERE
-    is_whole = x.sharding.is_fully_replicated
-    return frozenset(x.sharding.device_set) if is_whole else _ELSEWHERE
+        spec = jax.typeof(x).sharding.spec
+        if any([axis is not None for axis in spec[members:]]):
+            return _ELSEWHERE
+        return spec[:members] if any(spec[:members]) else None
+    if x.sharding.is_fully_replicated:
+        return frozenset(x.sharding.device_set)
+    if x.sharding.shard_shape(x.shape)[members:] != x.shape[members:]:
+        return _ELSEWHERE
+    ranges = lambda index: (
+        axis.indices(size) for axis, size in zip(index, x.shape[:members], strict=False)
+    )
+    parts = x.sharding.devices_indices_map(x.shape)
+    return frozenset([(device, *ranges(index)) for device, index in parts.items()])
 
 
 # Of arrays that stay as they are.
@@ -249,39 +261,64 @@ _ELSEWHERE = object()
 
 
 def _by_arrays(function: Any, values: dict[_Pack, Any]) -> dict[_Pack, Any]:
-    """What a function makes of arrays, in the memory where they are; or of their shapes
-    and dtypes."""
-    function = partial(function, tuple([pack.shapes for pack in values]))
-    if any([isinstance(x, jax.ShapeDtypeStruct) for x in jtu.tree_leaves(values)]):
-        new = jax.eval_shape(function, [*values.values()])
-        return {
-            pack: _like(x, values[pack]) for pack, x in zip(values, new, strict=True)
-        }
-    new = function(memory.to_device([*values.values()]))
-    # Of a state that was moved there as a whole.
-    away = [memory.any_on_host(x) for x in values.values()]
-    new = [memory.to_host(x) if y else x for x, y in zip(new, away, strict=True)]
+    """What a function makes of arrays, in the memory where they are; of their shapes
+    and dtypes; or of arrays that were donated, which are as good as donated."""
+    shapes, arrays = tuple([pack.shapes for pack in values]), [*values.values()]
+    leaves = jtu.tree_leaves(arrays)
+    if all([isinstance(x, np.ndarray) for x in leaves]):
+        new = function(np, shapes, arrays)
+    elif any([isinstance(x, jax.ShapeDtypeStruct) or _is_gone(x) for x in leaves]):
+        structs = jax.eval_shape(partial(_on_devices, function, shapes), arrays)
+        new = [_like(x, y) for x, y in zip(structs, arrays, strict=True)]
+    else:
+        new = _on_devices(function, shapes, memory.to_device(arrays))
+        # Of a state that was moved there as a whole.
+        away = [memory.any_on_host(x) for x in arrays]
+        new = [memory.to_host(x) if y else x for x, y in zip(new, away, strict=True)]
     return dict(zip(values, new, strict=True))
 
 
 def _like(new: Any, old: Any) -> Any:
-    """Shapes and dtypes with the sharding of others, if these are not divided."""
-    there = getattr(jtu.tree_leaves(old)[0], "sharding", None)
-    if there is None or not there.is_fully_replicated:
-        return new
-    return jtu.tree_map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), new
-    )
+    """Shapes and dtypes where others are, if each device has all of a member of an
+    ensemble; donated arrays of these shapes in place of some that were donated."""
+    members = len((old if _is_array(old) else new).shape) - 1
+    first = jtu.tree_leaves(old)[0]
+    there = _of_members(getattr(first, "sharding", None), members)
+    if there is not None:
+        new = jtu.tree_map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), new
+        )
+    return jtu.tree_map(_donated, new) if _is_gone(first) else new
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+def _of_members(sharding: Sharding | None, members: int) -> Sharding | None:
+    """How the members of an ensemble are divided; `None` if more than they are."""
+    if sharding is None or sharding.is_fully_replicated:
+        return sharding
+    if not isinstance(sharding, NamedSharding) or any(sharding.spec[members:]):
+        return None
+    return sharding.update(spec=PartitionSpec(*sharding.spec[:members]))
+
+
+def _donated(like: jax.ShapeDtypeStruct) -> Array:
+    new = jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    new.delete()
+    return new
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _on_devices(function: Any, shapes: tuple[_Shapes, ...], arrays: Any) -> Any:
+    return function(jnp, shapes, arrays)
+
+
 def _joined(
-    shapes: tuple[_Shapes, ...], parts: list[list[Shaped[Array, "..."]]]
-) -> list[Shaped[Array, "..."]]:
+    of: Any, shapes: tuple[_Shapes, ...], parts: list[list[_AnyArray]]
+) -> list[_AnyArray]:
+    """Of NumPy or of JAX."""
     return [
-        jnp.concatenate(
+        of.concatenate(
             [
-                lax.reshape(x, (*x.shape[: x.ndim - len(shape)], math.prod(shape)))
+                x.reshape((*x.shape[: x.ndim - len(shape)], math.prod(shape)))
                 for x, shape in zip(xs, of_pack, strict=True)
             ],
             axis=-1,
@@ -290,16 +327,17 @@ def _joined(
     ]
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
 def _split(
-    shapes: tuple[_Shapes, ...], common: list[Shaped[Array, "..."]]
-) -> list[list[Shaped[Array, "..."]]]:
+    of: Any, shapes: tuple[_Shapes, ...], common: list[_AnyArray]
+) -> list[list[_AnyArray]]:
+    del of
     found = []
     for x, of_pack in zip(common, shapes, strict=True):
-        parts, end = [], 0
-        for shape in of_pack:
-            start, end = end, end + math.prod(shape)
-            part = lax.slice_in_dim(x, start, end, axis=-1)
-            parts.append(lax.reshape(part, (*x.shape[:-1], *shape)))
-        found.append(parts)
+        ends = np.cumsum([0, *map(math.prod, of_pack)]).tolist()
+        found.append(
+            [
+                x[..., start:end].reshape((*x.shape[:-1], *shape))
+                for start, end, shape in zip(ends, ends[1:], of_pack, strict=False)
+            ]
+        )
     return found
