@@ -183,13 +183,34 @@ def test_many_blocks():
 def test_plan():
     """Blocks are of whole batches, and no leaf shares one."""
     views = tuple([View(1, n, 1, 32) for n in (5, 32 * 1000, 10**7)])
-    kernel = Kernel("name", views, (0, 1), None, (0,), members=3)
+    kernel = Kernel("name", views, 0, 2, None, (0,), members=3)
     leaves, members, blocks, of_block, threads, *_ = kernel.plan.tolist()
     assert (leaves, members, of_block) == (3, 3, 512)
-    starts = kernel.plan[7:].reshape(leaves, -1)[:, 0].tolist()
+    of_leaves = kernel.plan[9:].reshape(leaves, -1)
     # 1 and 1000 groups, and 312,500.
-    assert starts == [0, 1, 3] and blocks == 3 + 611
+    assert of_leaves[:, 0].tolist() == [0, 1, 3] and blocks == 3 + 611
+    # What leaves have in one array.
+    assert kernel.plan[5:7].tolist() == [10_032_005, 313_501]
+    assert of_leaves[:, -2:].tolist() == [[0, 0], [5, 1], [32_005, 1001]]
     assert threads == -(-3 * 313_501 // 512)
+
+
+@pytest.mark.parametrize("count", [8, 200])
+def test_packed_states_are_not_copied(count):
+    """A program takes common arrays as they are, for as many leaves as it has."""
+    shapes = {str(i): (64, 64) if i % 2 else (64,) for i in range(count)}
+    params = arrays(shapes, jnp.bfloat16, 0)
+    found = []
+    for pack_below in (0, 2**16):
+        optim = fq.adamw(1e-2, storage=fq.Storage(pack_below=pack_below))
+        step = jax.jit(optim.step, donate_argnums=(0, 1))
+        compiled = step.lower(params, optim.init(params), params).compile()
+        text = compiled.as_text()
+        operations = [f" {x}(" for x in ("slice", "dynamic-slice", "concatenate")]
+        found.append([text.count(x) for x in operations])
+        # Of scalars and pointers.
+        assert compiled.memory_analysis().temp_size_in_bytes < 64 * count + 4096
+    assert found[0] == found[1]
 
 
 def test_exported_steps_are_plain_xla():

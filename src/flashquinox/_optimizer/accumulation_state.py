@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, Int32, PyTree
 
+from .._common import eager
 from .._common.text import shown
 from .._model.trained import is_trainable
 from .._model.trees import flatten, Leaf
@@ -172,10 +173,10 @@ def _zeros(adding: Settings, rule: Any, leaf: Leaf, sharding: Any) -> tuple[Any,
         return moments["sum"], None
     shape = leaf.value.shape
     if leaf.value.dtype == jnp.float64:
-        return jnp.zeros(shape, jnp.float64), None
+        return eager.zeros(shape, jnp.float64), None
     assert adding.storage.correction_dtype is not None
-    correction = jnp.zeros(shape, adding.storage.correction_dtype)
-    return jnp.zeros(shape, jnp.bfloat16), correction
+    correction = eager.zeros(shape, adding.storage.correction_dtype)
+    return eager.zeros(shape, jnp.bfloat16), correction
 
 
 def check_sum(call: str, adding: Settings, leaf: Leaf, total: Any) -> None:

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from .._backends import dispatch
-from .._common import memory, meshes
+from .._common import eager, memory, meshes
 from .._common.dtypes import compute_dtype, NARROW_DTYPES
 from .._model.quantized import check_no_scales
 from .._model.trained import is_trainable
@@ -157,7 +157,7 @@ def stored_zeros(
     layout, codecs = _new_layout(settings, shape, sharding), settings.storage.codecs
     wide = compute_dtype(dtype)
     moments = {
-        name: jnp.zeros(moment.shape(shape), wide)
+        name: eager.zeros(moment.shape(shape), wide)
         if moment.mean_over
         else zeros(
             codecs.of(moment, shape), layout, wide, codecs.base_of(moment, shape)
@@ -166,7 +166,7 @@ def stored_zeros(
     }
     if settings.storage.correction_dtype is None or dtype not in NARROW_DTYPES:
         return moments, None
-    return moments, jnp.zeros(shape, settings.storage.correction_dtype)
+    return moments, eager.zeros(shape, settings.storage.correction_dtype)
 
 
 def _new_layout(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Shaped
 
-from .._common import memory
+from .._common import eager, memory
 from .._model.variables import has_variables
 from .._storage.layout import layout_of
 from .._storage.quant_moment import QuantMoment
@@ -264,12 +264,19 @@ def _by_arrays(function: Any, values: dict[_Pack, Any]) -> dict[_Pack, Any]:
     """What a function makes of arrays, in the memory where they are; of their shapes
     and dtypes; or of arrays that were donated, which are as good as donated."""
     shapes, arrays = tuple([pack.shapes for pack in values]), [*values.values()]
-    leaves = jtu.tree_leaves(arrays)
+    leaves, structure = jtu.tree_flatten(arrays)
     if all([isinstance(x, np.ndarray) for x in leaves]):
         new = function(np, shapes, arrays)
     elif any([isinstance(x, jax.ShapeDtypeStruct) or _is_gone(x) for x in leaves]):
         structs = jax.eval_shape(partial(_on_devices, function, shapes), arrays)
         new = [_like(x, y) for x, y in zip(structs, arrays, strict=True)]
+    elif (fetched := eager.fetched(leaves)) is not None:
+        new = [
+            jtu.tree_map(partial(eager.put, like=jtu.tree_leaves(old)[0]), x)
+            for x, old in zip(
+                function(np, shapes, structure.unflatten(fetched)), arrays, strict=True
+            )
+        ]
     else:
         new = _on_devices(function, shapes, memory.to_device(arrays))
         # Of a state that was moved there as a whole.

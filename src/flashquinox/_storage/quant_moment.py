@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped, UInt
 
-from .._common import memory
+from .._common import eager, memory
 from .codec import AbstractMomentCodec
 from .layout import Layout, layout_of
 from .learned_codec import initial_parameter, with_parameter
@@ -260,12 +260,12 @@ def zeros(
 ) -> StoredMoment:
     """A stored moment of zeros, for a leaf that computes in `dtype`."""
     if codec.dtypes is None:
-        return jnp.zeros(layout.shape, dtype)
+        return eager.zeros(layout.shape, dtype)
     code_dtype, scale_dtype = codec.dtypes
     initial = initial_parameter(codec)
     return QuantMoment(
-        codes=jnp.zeros(layout.shape, code_dtype),
-        scales=jnp.zeros(layout.scale_shape, scale_dtype),
+        codes=eager.zeros(layout.shape, code_dtype),
+        scales=eager.zeros(layout.scale_shape, scale_dtype),
         axes=layout.axes,
         group_size=layout.group_size,
         codec=codec,

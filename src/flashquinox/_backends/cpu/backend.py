@@ -7,14 +7,16 @@ machine's own compiler compiles it, and XLA calls it.
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax.tree_util as jtu
+
 from ..base import AbstractBackend, grouped, kind_of, LeafStep, Update
 from ..cpp.view import View, view_of
 
 
-# Of a call. XLA takes time with the square of its operands: a step of DDPM,
-# of 450 leaves, compiles in 3.4 s with 8 or 32 leaves, in 9.8 s with 128, and in 26 s
-# with all of them (two cores of a Xeon).
-_MOST_LEAVES = 32
+# Of a call. XLA takes time with the square of its operands: a step of DDPM, of 450
+# leaves with seven each, compiles in 3.4 s with 8 or 32 leaves in a call, in 9.8 s with
+# 128, and in 26 s with all of them (two cores of a Xeon).
+_MOST_OPERANDS = 224
 
 
 class Cpu(AbstractBackend):
@@ -49,15 +51,20 @@ class Cpu(AbstractBackend):
         self, steps: Sequence[LeafStep], views: Sequence[Any]
     ) -> list[list[int]]:
         """Leaves that are stored alike share a program."""
+        from ..cpp.common import common_of
+
         kinds = [
             (kind_of(step), view.group_size)
             for step, view in zip(steps, views, strict=True)
         ]
-        return [
-            numbers[i : i + _MOST_LEAVES]
-            for numbers in grouped(kinds)
-            for i in range(0, len(numbers), _MOST_LEAVES)
-        ]
+        found = []
+        for numbers in grouped(kinds):
+            step = steps[numbers[0]]
+            arrays = len(jtu.tree_leaves((step.grad, step.old)))
+            common = len(common_of(step.structure, arrays))
+            most = max(1, (_MOST_OPERANDS - common) // (arrays - common))
+            found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
+        return found
 
 
 BACKEND = Cpu()

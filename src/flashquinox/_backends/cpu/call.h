@@ -6,6 +6,8 @@ struct Call {
   // The models that take a step together, and the blocks of each; how many groups a block
   // has at most, and how many threads have enough to do.
   long long members, blocks, groups_of_block, threads;
+  // Of all leaves of a model.
+  long long elements, groups;
   // How far apart the words of models are: 0 where they share them.
   const long long* strides;
   void** in;
@@ -106,7 +108,7 @@ extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* NAME(XLA_FFI_Ca
   void** out = in + operands;
   for (int64_t i = 0; i < operands; ++i) in[i] = ((XLA_FFI_Buffer*)frame->args.args[i])->data;
   for (int64_t i = 0; i < results; ++i) out[i] = ((XLA_FFI_Buffer*)frame->rets.rets[i])->data;
-  const Call call = {(const Leaf*)(numbers + 7), numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers + 5, in, out};
+  const Call call = {(const Leaf*)(numbers + 9), numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers + 7, in, out};
   take_all(frame, call);
   free(in);
   return nullptr;

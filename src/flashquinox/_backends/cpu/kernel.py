@@ -12,6 +12,7 @@ from jaxtyping import Array, Shaped
 
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from ..base import Unsupported
+from ..cpp.common import common_of, joined, new_states, parts
 from ..cpp.members import launched
 from ..cpp.translation import translation_of, WEIGHT
 from ..cpp.view import View
@@ -29,13 +30,16 @@ _FEWEST_TIMES, _MOST_TIMES = 8, 32
 class Kernel(NamedTuple):
     """A custom call of some leaves. Hashable.
 
-    Its operands are the words of the scalars, and of each leaf in turn the gradient and
-    the arrays of its state; its results, the arrays of the new states.
+    Its operands are the words of the scalars, arrays of states that all leaves have in
+    one, and of each leaf in turn the gradient and the other arrays of its state; its
+    results, the arrays of the new states.
     """
 
     target: str
     views: tuple[View, ...]
-    own: tuple[int, ...]
+    # How many arrays all leaves have in one, and how many each has.
+    common: int
+    own: int
     # The dtype of new weights, where old ones are not read. Or `None`.
     fresh: str | None
     # See `gpu.source.Kernel`.
@@ -53,11 +57,15 @@ class Kernel(NamedTuple):
         strides = [*self.strides, 0, 0][:2]
         # Small leaves are blocks of fewer groups.
         threads = -(-groups // of_block)
-        numbers = [len(self.views), self.members, starts[-1], of_block, threads]
-        numbers += strides
+        leaves, elements_before, groups_before = [], 0, 0
         for first, view in zip(starts, self.views, strict=False):
-            numbers += [first, view.number or 0, view.groups, view.size, view.run]
-            numbers += [view.groups_of_run, view.columns, view.is_consecutive]
+            leaves += [first, view.number or 0, view.groups, view.size, view.run]
+            leaves += [view.groups_of_run, view.columns, view.is_consecutive]
+            leaves += [elements_before, groups_before]
+            elements_before += view.size
+            groups_before += view.groups
+        numbers = [len(self.views), self.members, starts[-1], of_block, threads]
+        numbers += [elements_before, groups_before, *strides, *leaves]
         return np.array(numbers, np.int64)
 
 
@@ -80,12 +88,17 @@ def update_leaves(
     words = Words.of(scalars, leaves, all(view.number is not None for view in views))
     translation = translation_of(structure, scalars, grads[0], old[0], lines, True)
     each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
-    own = tuple(
-        # Of a direction, nobody reads weights.
-        [i for i in range(len(each[0])) if i != WEIGHT or not structure.as_direction]
-    )
+    common = common_of(structure, len(each[0]))
+    # Of a direction, nobody reads weights.
+    read = [i for i in range(len(each[0])) if i != WEIGHT or not structure.as_direction]
+    own = tuple([i for i in read if i not in common])
     source = Source(
-        translation, views[0].group_size, words.scalars, len(words.arrays), own
+        translation,
+        views[0].group_size,
+        words.scalars,
+        len(words.arrays),
+        tuple(common),
+        own,
     )
     try:
         target = compiler.target_of(source.text)
@@ -94,22 +107,25 @@ def update_leaves(
             f"a program that the C++ compiler refuses ({error})"
         ) from None
     fresh = str(old[0].weight.dtype) if structure.as_direction else None
-    kernel = Kernel(target, views, own, fresh, (0,) * len(words.arrays))
+    strides = (0,) * len(words.arrays)
+    kernel = Kernel(target, views, len(common), len(own), fresh, strides)
     # XLA would copy what is reshaped.
     operands = [of_leaf[i] for of_leaf in each for i in own]
-    new = launched(_run, kernel)(*words.arrays, *operands)
-    return jtu.tree_structure(old).unflatten(new)
+    new = launched(_run, kernel)(*words.arrays, *joined(each, common), *operands)
+    found = {
+        i: parts(x, [of_leaf[i].size for of_leaf in each])
+        for i, x in zip(common, new, strict=False)
+    }
+    return new_states(old, found, list(new[len(common) :]))
 
 
 def _run(kernel: Kernel, *operands: Shaped[Array, "..."]) -> Sequence[Array]:
-    words, width = len(kernel.strides), len(kernel.own)
-    results: list[Any] = []
-    aliases = {}
-    for first in range(words, len(operands), width):
-        grad, *arrays = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for x in operands[first : first + width]
-        ]
+    words, like = len(kernel.strides), lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    first_leaf = words + kernel.common
+    results: list[Any] = [like(x) for x in operands[words:first_leaf]]
+    aliases = {words + i: i for i in range(kernel.common)}
+    for first in range(first_leaf, len(operands), kernel.own):
+        grad, *arrays = map(like, operands[first : first + kernel.own])
         if kernel.fresh is not None:
             results.append(jax.ShapeDtypeStruct(grad.shape, jnp.dtype(kernel.fresh)))
         for i, x in enumerate(arrays, start=first + 1):

@@ -77,7 +77,9 @@ REDUCTION(minimum, (y < x))
 
 // A leaf, as matrices whose groups run along the columns: see `View`.
 struct Leaf {
-  long long first_block, number, groups, size, run, groups_of_run, columns, is_consecutive;
+  long long first_block, number, groups, elements, run, groups_of_run, columns, is_consecutive;
+  // Those of the leaves before it.
+  long long elements_before, groups_before;
 };
 
 // Where a group lies: its first element, how many it has, and how far these are apart.
@@ -88,7 +90,7 @@ struct Place {
 
 DEVICE Place place_of(const Leaf& leaf, long long group, int group_size) {
   if (leaf.is_consecutive) {
-    const long long at = group * group_size, left = leaf.size - at;
+    const long long at = group * group_size, left = leaf.elements - at;
     return {at, 1, left < group_size ? (int)left : group_size};
   }
   const long long column = group % leaf.columns, row = group / leaf.columns;

@@ -38,7 +38,9 @@ class Source(NamedTuple):
     scalars: tuple[str, ...]
     # How many arrays of words there are.
     words: int
-    # Which of the gradient and the arrays of its state a leaf has as arguments.
+    # Which of the gradient and the arrays of its state all leaves have in one array,
+    # and which each has.
+    common: tuple[int, ...]
     own: tuple[int, ...]
 
     @property
@@ -63,13 +65,14 @@ class Source(NamedTuple):
             place = f"call.in[{i}] + member * call.strides[{i}]"
             yield f"const int* {name} = (const int*){place};"
         types = self.translation.input_types
-        for at, i in enumerate(self.own):
-            place = f"{self.words} + leaf * {len(self.own)}ll + {at}"
+        for i, place in self._places(self.own, self.words).items():
             kind = f"const {types[i]}*"
             yield f"{kind} p{i} = ({kind})call.in[{place}] + {self._before(i)};"
-        for i, kind in enumerate(self.translation.output_types):
-            place = f"leaf * {len(self.translation.output_types)}ll + {i}"
-            yield f"{kind}* q{i} = ({kind}*)call.out[{place}] + {self._before(i + 1)};"
+        outputs = [i for i, _ in enumerate(self._outputs, start=1)]
+        own = [i for i in outputs if i not in self.common]
+        for i, place in self._places(own, 0).items():
+            kind, _ = self._outputs[i - 1]
+            yield f"{kind}* q{i - 1} = ({kind}*)call.out[{place}] + {self._before(i)};"
         scalars = zip(self.translation.scalar_types, self.scalars, strict=True)
         for i, (kind, text) in enumerate(scalars):
             yield f"const {kind} s{i} = {text};"
@@ -77,23 +80,34 @@ class Source(NamedTuple):
         yield from indented(self._groups())
         yield "}"
 
+    def _places(self, own: Sequence[int], first: int) -> dict[int, str]:
+        """Which of the operands, or results, after the first ones are these arrays of a
+        leaf, and which are those of all leaves."""
+        places = {i: f"{at}" for at, i in enumerate(self.common, start=first)}
+        for at, i in enumerate(own, start=first + len(self.common)):
+            places[i] = f"{at} + leaf * {len(own)}ll"
+        return places
+
     def _before(self, array: int) -> str:
-        """The entries of an array that are of members before this one."""
-        is_scale = self.translation.is_scale[array]
-        return "member * view." + ("groups" if is_scale else "size")
+        """The entries of an array that are of members before this one, and of leaves
+        before this one."""
+        kind = "groups" if self.translation.is_scale[array] else "elements"
+        if array in self.common:
+            return f"member * call.{kind} + view.{kind}_before"
+        return f"member * view.{kind}"
 
     def _groups(self) -> Iterator[str]:
         """A few groups. Past the end, they are the last one once more."""
         yield "const bool are_whole ="
         yield "  view.is_consecutive && first + M <= end &&"
-        yield "  (first + M) * N <= view.size;"
+        yield "  (first + M) * N <= view.elements;"
         yield "long long numbers[M];"
         yield "for (int g = 0; g < M; ++g)"
         yield "  numbers[g] = first + g < end ? first + g : end - 1;"
         yield "Place places[M];"
         yield "if (!are_whole)"
         yield "  for (int g = 0; g < M; ++g) places[g] = place_of(view, numbers[g], N);"
-        for i in self.own:
+        for i in (*self.common, *self.own):
             kind = self.translation.input_types[i]
             if self.translation.is_scale[i]:
                 yield f"{kind} x{i}_of[M];"

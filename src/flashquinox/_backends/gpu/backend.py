@@ -73,7 +73,7 @@ class Gpu(AbstractBackend):
         for numbers in grouped(kinds):
             step = steps[numbers[0]]
             arrays = len(jtu.tree_leaves((step.grad, step.old)))
-            most = most_leaves(arrays, step.structure.is_packed)
+            most = most_leaves(arrays, step.structure)
             found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
         return found
 

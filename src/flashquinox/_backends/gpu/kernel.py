@@ -1,6 +1,5 @@
 """Kernels for GPUs, in CUDA C++: one for many leaves."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Shaped
 
 from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
+from ..cpp.common import common_of, joined, new_states, parts
 from ..cpp.members import launched, Run
 from ..cpp.translation import GRAD, translation_of, WEIGHT
 from ..cpp.view import View
@@ -40,7 +40,7 @@ def update_leaves(
     if structure.as_direction:
         # Nobody reads weights.
         in_one.add(WEIGHT)
-    common = range(WEIGHT + 1, len(of_leaf)) if structure.is_packed else ()
+    common = common_of(structure, len(of_leaf))
     kernel = Kernel(
         f"flashquinox_{type(structure.rule).__name__.lower()}",
         translation_of(structure, scalars, grads[0], old[0]),
@@ -57,36 +57,19 @@ def update_leaves(
     in_a_row = lambda x: x if memory.is_on_host(x) else flat(x)
     each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
     arrays = [in_a_row(of_leaf[i]) for of_leaf in each for i in kernel.own]
-    # Of parts of an array, in order, XLA makes that array, and copies nothing.
-    joined = [jnp.concatenate([flat(x[i]) for x in each]) for i in common]
+    whole = joined(each, common)
     if structure.in_stack:
-        joined = [flat(jnp.stack(grads)), *joined]
-    new = list(launched(run, kernel, _through_device)(*words.arrays, *joined, *arrays))
-    weights: list[Any] = [None for _ in grads]
+        whole = [flat(jnp.stack(grads)), *whole]
+    new = list(launched(run, kernel, _through_device)(*words.arrays, *whole, *arrays))
+    found: dict[int, list[Any]] = {}
     if structure.as_direction:
         stack = new.pop(0)
-        weights = [
+        found[WEIGHT] = [
             lax.index_in_dim(stack, i, keepdims=False) for i in range(len(grads))
         ]
-    parts = {i: _parts(new.pop(0), [x[i].size for x in each]) for i in common}
-    shaped = []
-    for of_leaf, weight in zip(each, weights, strict=True):
-        for i, x in enumerate(of_leaf[1:], start=1):
-            if i == WEIGHT and weight is not None:
-                shaped.append(weight)
-                continue
-            y = (parts[i] if i in parts else new).pop(0)
-            shaped.append(y if y.shape == x.shape else lax.reshape(y, x.shape))
-    return jtu.tree_structure(old).unflatten(shaped)
-
-
-def _parts(x: Shaped[Array, " all"], sizes: Sequence[int]) -> list[Array]:
-    """The arrays of so many elements that are one after the other in another one."""
-    ends = itertools.accumulate(sizes)
-    return [
-        lax.slice_in_dim(x, end - size, end)
-        for end, size in zip(ends, sizes, strict=True)
-    ]
+    for i in common:
+        found[i] = parts(new.pop(0), [x[i].size for x in each])
+    return new_states(old, found, new)
 
 
 def _results(old: tuple[TileState, ...], with_stack: bool) -> int:
@@ -95,10 +78,10 @@ def _results(old: tuple[TileState, ...], with_stack: bool) -> int:
     return here - len(old) + 1 if with_stack else here
 
 
-def most_leaves(arrays: int, is_packed: bool) -> int:
+def most_leaves(arrays: int, structure: StepStructure) -> int:
     """How many leaves share a kernel at most, of so many arrays each. Each launch takes
     time, but the arguments of a kernel are limited."""
-    common = arrays - 1 - WEIGHT if is_packed else 0
+    common = len(common_of(structure, arrays))
     of_leaf = 2 * (arrays - common) - 1
     return (nvrtc.most_pointers() - 2 - 2 * common) // of_leaf
 
