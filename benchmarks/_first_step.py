@@ -10,17 +10,25 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 import numpy as np
+import optax
 from _absent_h100 import h100
 from _adamw_steps import optax_step, ours
 from _process import in_process
 from _zoo import ZOO
 from jax.sharding import SingleDeviceSharding
 
+import flashquinox as fq
 
+
+_OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "optax": optax.adamw,
+    "flashquinox": fq.adamw,
+}
 _PARTS = ("trace", "lower", "compile", "run")
 
 HEADER = (
-    f"{'model':>15}{'leaves':>8}  {'':12}{'trace':>8}{'lower':>8}{'compile':>9}"
+    f"{'model':>15}{'leaves':>8}  {'':12}{'init':>8}{'trace':>8}{'lower':>8}"
+    f"{'compile':>9}"
     f"{'run':>8}{'lower and compile':>20}{'all':>7}"
 )
 
@@ -37,8 +45,9 @@ def rows_of(model: str, repeats: int, for_h100: bool) -> list[dict[str, Any]]:
             "contender": contender,
             "device": found[0]["device"],
         }
-        parts = [x for x in _PARTS if x in found[0]]
-        row |= {x: statistics.median([each[x] for each in found]) for x in parts}
+        there = [x for x in ("init", *_PARTS) if x in found[0]]
+        row |= {x: statistics.median([each[x] for each in found]) for x in there}
+        parts = [x for x in there if x != "init"]
         rows.append(row)
         for name, of in (("ratio", ("lower", "compile")), ("all", parts)):
             ours, reference = [sum([x[y] for y in of]) for x in (row, rows[0])]
@@ -47,9 +56,9 @@ def rows_of(model: str, repeats: int, for_h100: bool) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    run = f"{row['run']:.3f}" if "run" in row else ""
+    init, run = (f"{row[x]:.3f}" if x in row else "" for x in ("init", "run"))
     return (
-        f"{row['model']:>15}{row['leaves']:8}  {row['contender']:12}"
+        f"{row['model']:>15}{row['leaves']:8}  {row['contender']:12}{init:>8}"
         f"{row['trace']:8.3f}{row['lower']:8.3f}{row['compile']:9.3f}{run:>8}"
         f"{row['ratio']:20.2f}{row['all']:7.2f}"
     )
@@ -67,11 +76,14 @@ def _measure(contender: str, model: str) -> dict[str, Any]:
         lambda x: jax.device_put(np.zeros(x.shape, x.dtype), device), structs
     )
     jax.block_until_ready(arrays)
+    start = time.perf_counter()
+    jax.block_until_ready(_OPTIMIZERS[contender](1e-3).init(arrays[0]))
+    init = time.perf_counter() - start
     parts, compiled = _made(step, structs, time.perf_counter)
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arrays))
     run = time.perf_counter() - start
-    return {"device": device.device_kind, "run": run} | parts
+    return {"device": device.device_kind, "init": init, "run": run} | parts
 
 
 def _compile_for_h100(contender: str, model: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 import flashquinox as fq
 from flashquinox import exchange
 from flashquinox._common import memory
-from flashquinox._optimizer import state_memory
+from flashquinox._sharding import new_arrays
 from flashquinox.checkpoint import Checkpoints
 
 from ..helpers import slow, tree_identical
@@ -202,7 +202,7 @@ def test_too_small_a_host_or_none(jit, monkeypatch):
     )
     with monkeypatch.context() as patch:
         patch.setattr(state_memory, "free_bytes", lambda: needed - 1)
-        patch.setattr(state_memory, "_zeros", lambda *args: pytest.fail("allocates"))
+        patch.setattr(new_arrays, "at", lambda *args: pytest.fail("allocates"))
         if not jit:
             with pytest.raises(MemoryError, match=f"needs {needed:,} bytes"):
                 optim.init(model)

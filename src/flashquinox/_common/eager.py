@@ -8,25 +8,43 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, DTypeLike, Shaped
+
+from .memory import HOST_KIND
 
 
 # Copies of larger arrays between host and device would take as long as a compiler.
 _MOST_BYTES = 2**24
 
 
-def is_here() -> bool:
-    """Whether operations are carried out here and now, on no mesh that is set."""
-    is_traced = isinstance(jnp.zeros((), jnp.int32), jax.core.Tracer)
-    return not is_traced and jax.sharding.get_abstract_mesh().empty
+def is_traced() -> bool:
+    """Whether operations become parts of a program."""
+    return isinstance(jnp.zeros((), jnp.int32), jax.core.Tracer)
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[Array, "..."]:
+def zeros(
+    shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None = None
+) -> Shaped[Array, "..."]:
+    """`jnp.zeros`. Those that are large are made by the devices, but for those in host
+    memory."""
+    if is_traced():
+        x = jnp.zeros(shape, dtype)
+        return x if sharding is None else jax.device_put(x, sharding)
     like = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    if _are_small([like]) and is_here():
+    if sharding is None:
+        is_set = not jax.sharding.get_abstract_mesh().empty
+        if is_set or not _are_small([like]):
+            return jnp.zeros(shape, dtype)
         return jax.device_put(np.zeros(shape, like.dtype))
-    return jnp.zeros(shape, dtype)
+    if not _are_small([like]) and sharding.memory_kind != HOST_KIND:
+        return jnp.zeros(shape, dtype, device=sharding)
+    # The system gives such pages when they are written to.
+    part = np.zeros(sharding.shard_shape(shape), like.dtype)
+    if len(sharding.device_set) == 1:
+        # The other function would not give it the type of one in host memory.
+        return jax.device_put(part, sharding)
+    return jax.make_array_from_callback(shape, sharding, lambda _: part)
 
 
 def fetched(arrays: Sequence[Any]) -> list[np.ndarray] | None:
@@ -41,7 +59,7 @@ def fetched(arrays: Sequence[Any]) -> list[np.ndarray] | None:
             for x in arrays
         ]
     )
-    if not here or not _are_small(arrays) or not is_here():
+    if not here or not _are_small(arrays) or is_traced():
         return None
     return jax.device_get(list(arrays))
 

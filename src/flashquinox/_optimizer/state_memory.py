@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.core
-import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
@@ -17,9 +14,7 @@ from .. import _compat
 from .._common import memory
 from .._common.host_memory import free_bytes, pool_bytes, POOL_VARIABLE
 from .._model.trees import Leaf
-from .._sharding import state_specs
-from .._storage.learned_codec import initial_parameter
-from .._storage.quant_moment import QuantMoment
+from .._sharding import new_arrays, state_specs
 
 
 # Leaves with fewer elements stay on the device: all biases and norms of a model are few
@@ -68,24 +63,7 @@ def make(
     pairs = zip(jtu.tree_leaves(shapes), jtu.tree_leaves(places), strict=True)
     _check_fits(call, [pair for pair in pairs if pair[0].ndim > 0])
 
-    def one(x: Any, there: Any) -> Any:
-        if not isinstance(x, QuantMoment):
-            return _zeros(x, there)
-        new = eqx.tree_at(
-            lambda x: (x.codes, x.scales),
-            x,
-            (_zeros(x.codes, there.codes), _zeros(x.scales, there.scales)),
-        )
-        if x.parameter is None:
-            return new
-        parameter = jnp.float32(initial_parameter(x.codec))
-        device = there.parameter.with_memory_kind("device")
-        return eqx.tree_at(
-            lambda x: x.parameter, new, jax.device_put(parameter, device)
-        )
-
-    is_moment = lambda x: isinstance(x, QuantMoment)
-    return jtu.tree_map(one, shapes, places, is_leaf=is_moment)
+    return [new_arrays.at(x, there) for x, there in zip(shapes, places, strict=True)]
 
 
 def moved(tree: PyTree) -> PyTree:
@@ -103,16 +81,6 @@ def _places(leaf: Leaf, shapes: PyTree, sharding: NamedSharding | None) -> PyTre
         (device,) = leaf.value.devices()
     here = SingleDeviceSharding(device, memory_kind=memory.HOST_KIND)
     return jtu.tree_map(lambda _: here, shapes)
-
-
-def _zeros(x: Any, sharding: Sharding) -> jax.Array:
-    shape = sharding.shard_shape(x.shape)
-    # The system gives such pages when they are written to.
-    zeros = np.zeros(shape, x.dtype)
-    if len(sharding.device_set) == 1:
-        # The other function would not give it the type of such an array.
-        return jax.device_put(zeros, sharding)
-    return jax.make_array_from_callback(x.shape, sharding, lambda _: zeros)
 
 
 def _check_fits(
