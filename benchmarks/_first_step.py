@@ -45,9 +45,8 @@ def rows_of(model: str, repeats: int, for_h100: bool) -> list[dict[str, Any]]:
             "contender": contender,
             "device": found[0]["device"],
         }
-        there = [x for x in ("init", *_PARTS) if x in found[0]]
-        row |= {x: statistics.median([each[x] for each in found]) for x in there}
-        parts = [x for x in there if x != "init"]
+        parts = [x for x in ("init", *_PARTS) if x in found[0]]
+        row |= {x: statistics.median([each[x] for each in found]) for x in parts}
         rows.append(row)
         for name, of in (("ratio", ("lower", "compile")), ("all", parts)):
             ours, reference = [sum([x[y] for y in of]) for x in (row, rows[0])]

@@ -29,7 +29,8 @@ several.
 With `--first`, each step is the first one of a process, and made for the device that is
 there, also a GPU. Seconds are of wall time, the medians of so many processes:
 
-- init: of the state, outside of programs, which is the first thing that they do;
+- init: of the state, outside of programs. It comes first, so that what the first
+    compilation of a process takes longer than others is in it, if it compiles anything;
 - trace, lower, compile: NVIDIA's compiler makes PTX of kernels when a step is lowered;
 - run: its first call, in which the driver makes of PTX what the GPU executes, and one
   step;

@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 import flashquinox as fq
 from flashquinox import exchange
 from flashquinox._common import memory
+from flashquinox._optimizer import state_memory
 from flashquinox._sharding import new_arrays
 from flashquinox.checkpoint import Checkpoints
 
