@@ -68,14 +68,14 @@ class Storage(eqx.Module):
         takes a microsecond and more for each array of a call. 65,536 is a good bound;
         0 packs nothing. Every number is the same, and the fields of a state show each
         array by itself; its leaves, as JAX and `eqx.tree_at` see them, are the common
-        arrays. Kernels for GPUs take these as they are, where all that are in one are
-        trained alike; otherwise, a step copies the parts out and back. Leaves that are
-        divided over devices, or whose state is in host memory, and those in `Variable`s
-        of Flax are not packed. Under `jit`, none are where a mesh with automatic axes
-        is set, which may divide them; where none is set, JAX does not tell, so call
-        `init` outside of `jit` then, or pass `shardings`. In an ensemble, the axis of
-        the members comes first. Programs that take parts apart, and the first look at a
-        state, take longer to compile the more small leaves there are.
+        arrays. Kernels for GPUs and programs for CPUs take these as they are, where all
+        that are in one are trained alike; otherwise, and on TPUs, a step copies the
+        parts out and back, and takes longer to compile the more small leaves there are.
+        Leaves that are divided over devices, or whose state is in host memory, and
+        those in `Variable`s of Flax are not packed. Under `jit`, none are where a mesh
+        with automatic axes is set, which may divide them; where none is set, JAX does
+        not tell, so call `init` outside of `jit` then, or pass `shardings`. In an
+        ensemble, the axis of the members comes first, and may be divided.
 
     **Raises:**
 
