@@ -2,6 +2,7 @@
 
     python benchmarks/calls.py
     python benchmarks/calls.py --leaves 8 64 --repeats 9 --json calls.json
+    python benchmarks/calls.py --wall
 
 Models of small leaves, half of them matrices of 64 x 64 and half vectors: what the
 device computes takes less time than the call. For each number of leaves, and for
@@ -16,12 +17,14 @@ AdamW of this library, with and without `pack_below`, and Optax's (in float32):
 - filter_jit: the same under `eqx.filter_jit`.
 
 The arrays of weights and state are donated. Times are CPU time of the thread that
-calls, which on a machine that does other things is less disturbed; on CPUs, small
-programs run in it too. Each figure is the smallest of the repeats, which take turns.
-The last lines have the ratios to Optax.
+calls, which on a machine that does other things is less disturbed. On CPUs, programs
+run in it too, some more than others: there, `--wall` tells more, which is wall time.
+Each figure is the smallest of the repeats, which take turns. The last lines have the
+ratios to Optax.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,7 +40,7 @@ from _timing import Calls, Plan
 _WAYS = ("arrays alone", "in trees", "step", "filter_jit")
 
 
-def ways(made: JaxStep) -> dict[str, Calls]:
+def ways(made: JaxStep, clock: Callable[[], float]) -> dict[str, Calls]:
     new = lambda tree: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     structs = made.params, made.state
     grads = new(made.grads)
@@ -48,7 +51,7 @@ def ways(made: JaxStep) -> dict[str, Calls]:
     filtered = eqx.filter_jit(
         lambda grads, carry: step(carry, grads), donate="all-except-first"
     )
-    calls = partial(Calls, operands=(grads,), clock=time.thread_time)
+    calls = partial(Calls, operands=(grads,), clock=clock)
     return {
         "arrays alone": calls(identity, jtu.tree_leaves(new(structs))),
         "in trees": calls(identity, new(structs)),
@@ -57,14 +60,16 @@ def ways(made: JaxStep) -> dict[str, Calls]:
     }
 
 
-def measure(leaves: int, plan: Plan) -> list[dict[str, Any]]:
+def measure(
+    leaves: int, plan: Plan, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     shapes = {str(i): (64, 64) if i % 2 else (64,) for i in range(leaves)}
     made = {
         "packed": our_step("adamw", shapes, pack_below=2**16),
         "adamw": our_step("adamw", shapes),
         "optax": optax_step("adamw", shapes, jnp.float32),
     }
-    calls = {name: ways(step) for name, step in made.items()}
+    calls = {name: ways(step, clock) for name, step in made.items()}
     times: dict[Any, list[float]] = {}
     counts = {
         (name, way): plan.times(calls[name][way].run) for name in made for way in _WAYS
@@ -99,15 +104,17 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--leaves", nargs="+", type=positive_integer, default=[8, 32])
     parser.add_argument("--repeats", type=positive_integer, default=25)
+    parser.add_argument("--wall", action="store_true", help="wall time")
     parser.add_json()
     settings = parser.parse_args()
+    clock = time.perf_counter if settings.wall else time.thread_time
     kind = jax.devices()[0].device_kind
     there = versions("jax", "jaxlib", "equinox", "optax", "flashquinox")
     print(f"{kind}, " + ", ".join(f"{k} {v}" for k, v in there.items()) + "; µs")
     print(f"{'leaves':>6} {'':13}{'arrays':>11}" + "".join(f"{x:>14}" for x in _WAYS))
     rows = []
     for leaves in settings.leaves:
-        for row in measure(leaves, Plan(settings.repeats, 0.02)):
+        for row in measure(leaves, Plan(settings.repeats, 0.02), clock):
             rows.append(row)
             print(line(row), flush=True)
     write_json(settings.json, device=kind, versions=there, rows=rows)
