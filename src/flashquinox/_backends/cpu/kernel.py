@@ -18,7 +18,7 @@ from ..cpp.translation import translation_of, WEIGHT
 from ..cpp.view import View
 from ..cpp.words import Words
 from . import compiler
-from .source import groups_together, lines, Source
+from .source import groups_together, lines, most_together, Source
 
 
 # As many blocks are enough for threads to end at the same time. A block takes at least
@@ -50,8 +50,7 @@ class Kernel(NamedTuple):
     def plan(self) -> np.ndarray:
         """What the call knows of the leaves: see `call.h`."""
         groups = self.members * sum([view.groups for view in self.views])
-        together = groups_together(self.views[0].group_size)
-        of_block = _groups_of_block(groups, together)
+        of_block = _groups_of_block(groups, most_together(self.views[0].group_size))
         blocks = [-(-view.groups // of_block) for view in self.views]
         starts = [0, *itertools.accumulate(blocks)]
         strides = [*self.strides, 0, 0][:2]
@@ -95,6 +94,7 @@ def update_leaves(
     source = Source(
         translation,
         views[0].group_size,
+        groups_together(views),
         words.scalars,
         len(words.arrays),
         tuple(common),

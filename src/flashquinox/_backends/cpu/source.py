@@ -15,6 +15,7 @@ from ..cpp.statements import Walk
 from ..cpp.translation import text_of, Translation
 from ..cpp.types import type_of
 from ..cpp.values import indented, Kind, Statement, texts_of, Value
+from ..cpp.view import View
 
 
 # Elements that a thread has at a time: with what is computed of them, they stay in the
@@ -22,11 +23,23 @@ from ..cpp.values import indented, Kind, Statement, texts_of, Value
 _ELEMENTS = 512
 # Compilers make vectors of so many groups.
 _FEWEST_GROUPS = 8
+# Past its end, a leaf is computed with elements of its own once more. Where no leaf is
+# larger than this, fewer elements at a time take less: a step of the MLP of the zoo
+# takes five sixths of the time (two cores of a Xeon); of large leaves, up to a tenth
+# more.
+_SMALL = 2**12
 
 
-def groups_together(group_size: int) -> int:
+def most_together(group_size: int) -> int:
     """How many groups a thread has at a time."""
     return max(_FEWEST_GROUPS, _ELEMENTS // group_size)
+
+
+def groups_together(views: Sequence[View]) -> int:
+    """The same, of leaves that are stored alike."""
+    if max(view.size for view in views) <= _SMALL:
+        return _FEWEST_GROUPS
+    return most_together(views[0].group_size)
 
 
 class Source(NamedTuple):
@@ -34,6 +47,8 @@ class Source(NamedTuple):
 
     translation: Translation
     group_size: int
+    # How many groups a thread has at a time.
+    together: int
     # Each scalar as an expression of the words.
     scalars: tuple[str, ...]
     # How many arrays of words there are.
@@ -55,8 +70,7 @@ class Source(NamedTuple):
         return "\n".join([*map(text_of, names), f"{head}\n{body}\n}}\n"])
 
     def _body(self) -> Iterator[str]:
-        size = self.group_size
-        yield f"constexpr int N = {size}, M = {groups_together(size)};"
+        yield f"constexpr int N = {self.group_size}, M = {self.together};"
         yield "const long long start = block * call.groups_of_block;"
         yield "const long long next = start + call.groups_of_block;"
         yield "const long long end = next < view.groups ? next : view.groups;"
