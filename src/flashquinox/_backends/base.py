@@ -136,12 +136,21 @@ def kind_of(step: LeafStep) -> Hashable:
     return step.structure, jtu.tree_structure(step.scalars), structure, types
 
 
-def grouped(kinds: Iterable[Hashable]) -> list[list[int]]:
-    """The numbers of those that are equal, from 0, in the order of the first ones."""
+def grouped(
+    kinds: Iterable[Hashable], most: Callable[[int], int] | None = None
+) -> list[list[int]]:
+    """The numbers of those that are equal, from 0, in the order of the first ones.
+    `most`: of the first number, how many are in a list at most."""
     alike: dict[Hashable, list[int]] = {}
     for i, kind in enumerate(kinds):
         alike.setdefault(kind, []).append(i)
-    return [*alike.values()]
+    if most is None:
+        return [*alike.values()]
+    found = []
+    for numbers in alike.values():
+        count = most(numbers[0])
+        found += [numbers[i : i + count] for i in range(0, len(numbers), count)]
+    return found
 
 
 def one_by_one(

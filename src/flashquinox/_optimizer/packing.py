@@ -2,6 +2,7 @@
 each array that a compiled program gets or gives, however small it is."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -266,7 +267,7 @@ def _by_arrays(function: Any, values: dict[_Pack, Any]) -> dict[_Pack, Any]:
     shapes, arrays = tuple([pack.shapes for pack in values]), [*values.values()]
     leaves, structure = jtu.tree_flatten(arrays)
     if all([isinstance(x, np.ndarray) for x in leaves]):
-        new = function(np, shapes, arrays)
+        new = function(shapes, arrays)
     elif any([isinstance(x, jax.ShapeDtypeStruct) or _is_gone(x) for x in leaves]):
         structs = jax.eval_shape(partial(_on_devices, function, shapes), arrays)
         new = [_like(x, y) for x, y in zip(structs, arrays, strict=True)]
@@ -274,7 +275,7 @@ def _by_arrays(function: Any, values: dict[_Pack, Any]) -> dict[_Pack, Any]:
         new = [
             jtu.tree_map(partial(eager.put, like=jtu.tree_leaves(old)[0]), x)
             for x, old in zip(
-                function(np, shapes, structure.unflatten(fetched)), arrays, strict=True
+                function(shapes, structure.unflatten(fetched)), arrays, strict=True
             )
         ]
     else:
@@ -315,15 +316,16 @@ def _donated(like: jax.ShapeDtypeStruct) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _on_devices(function: Any, shapes: tuple[_Shapes, ...], arrays: Any) -> Any:
-    return function(jnp, shapes, arrays)
+    return function(shapes, arrays)
 
 
 def _joined(
-    of: Any, shapes: tuple[_Shapes, ...], parts: list[list[_AnyArray]]
+    shapes: tuple[_Shapes, ...], parts: list[list[_AnyArray]]
 ) -> list[_AnyArray]:
-    """Of NumPy or of JAX."""
+    of_numpy = all([isinstance(x, np.ndarray) for xs in parts for x in xs])
+    concatenate: Any = np.concatenate if of_numpy else jnp.concatenate
     return [
-        of.concatenate(
+        concatenate(
             [
                 x.reshape((*x.shape[: x.ndim - len(shape)], math.prod(shape)))
                 for x, shape in zip(xs, of_pack, strict=True)
@@ -335,16 +337,17 @@ def _joined(
 
 
 def _split(
-    of: Any, shapes: tuple[_Shapes, ...], common: list[_AnyArray]
+    shapes: tuple[_Shapes, ...], common: list[_AnyArray]
 ) -> list[list[_AnyArray]]:
-    del of
     found = []
     for x, of_pack in zip(common, shapes, strict=True):
-        ends = np.cumsum([0, *map(math.prod, of_pack)]).tolist()
+        ends = itertools.accumulate(map(math.prod, of_pack), initial=0)
         found.append(
             [
                 x[..., start:end].reshape((*x.shape[:-1], *shape))
-                for start, end, shape in zip(ends, ends[1:], of_pack, strict=False)
+                for (start, end), shape in zip(
+                    itertools.pairwise(ends), of_pack, strict=True
+                )
             ]
         )
     return found

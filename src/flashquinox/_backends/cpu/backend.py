@@ -57,14 +57,13 @@ class Cpu(AbstractBackend):
             (kind_of(step), view.group_size)
             for step, view in zip(steps, views, strict=True)
         ]
-        found = []
-        for numbers in grouped(kinds):
-            step = steps[numbers[0]]
-            arrays = len(jtu.tree_leaves((step.grad, step.old)))
-            common = len(common_of(step.structure, arrays))
-            most = max(1, (_MOST_OPERANDS - common) // (arrays - common))
-            found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
-        return found
+
+        def most(i: int) -> int:
+            arrays = len(jtu.tree_leaves((steps[i].grad, steps[i].old)))
+            common = len(common_of(steps[i].structure, arrays))
+            return max(1, (_MOST_OPERANDS - common) // (arrays - common))
+
+        return grouped(kinds, most)
 
 
 BACKEND = Cpu()

@@ -69,13 +69,8 @@ class Gpu(AbstractBackend):
                 # Of one shape, they are in one array.
                 kind = *kind, step.grad.shape
             kinds.append(kind)
-        found = []
-        for numbers in grouped(kinds):
-            step = steps[numbers[0]]
-            arrays = len(jtu.tree_leaves((step.grad, step.old)))
-            most = most_leaves(arrays, step.structure)
-            found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
-        return found
+        arrays = lambda i: len(jtu.tree_leaves((steps[i].grad, steps[i].old)))
+        return grouped(kinds, lambda i: most_leaves(arrays(i), steps[i].structure))
 
 
 @functools.cache
