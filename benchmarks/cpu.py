@@ -18,7 +18,6 @@ in float32; Optax's on float32 weights. Columns:
 import os
 import pathlib
 import statistics
-import tempfile
 import time
 from typing import Any
 
@@ -36,13 +35,10 @@ from _command_line import (
     versions,
     write_json,
 )
+from _process import without_kept_programs
 
 import flashquinox as fq
 
-
-# Without programs that other processes have compiled.
-_folder = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = _folder.name
 
 _SHAPES = ",".join(["512x512", "512x2048", "2048x512", "1000x512"] * 5)
 
@@ -96,6 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive_integer, default=31)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
+    without_kept_programs()
     contenders = {name: _Contender(name, options.shapes) for name in CONTENDERS}
     for _ in range(options.repeats + 1):
         for contender in contenders.values():

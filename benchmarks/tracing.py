@@ -4,6 +4,7 @@
     python benchmarks/tracing.py --models gpt2,ddpm --backends auto,xla --repeats 3
     python benchmarks/tracing.py --compile --backends auto
     python benchmarks/tracing.py --first --models 16384,cnn
+    python benchmarks/tracing.py --first --again
     python benchmarks/tracing.py --first --absent-h100
 
 A program is traced and lowered once for each of its shapes, before it is compiled. For
@@ -35,6 +36,10 @@ there, also a GPU. Seconds are of wall time, the medians of so many processes:
 - run: its first call, in which the driver makes of PTX what the GPU executes, and one
   step;
 - lower and compile, all: their ratios to Optax's.
+
+With `--again`, each process is the second one, and finds what the first has kept on
+disk: PTX of kernels, programs for CPUs, and what NVIDIA's driver makes of PTX. Programs
+of XLA, which JAX keeps if it is told to, are compiled again.
 
 With `--absent-h100`, it is compiled for an H100 where there is none, which needs JAX's
 plugin for CUDA, and not run. Seconds are of CPU time, of all threads together.
@@ -196,6 +201,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--absent-h100", action="store_true", help="with --first, for an H100"
     )
+    parser.add_argument(
+        "--again", action="store_true", help="with --first, what other processes kept"
+    )
     parser.add_json()
     return parser.parse_args()
 
@@ -206,7 +214,9 @@ def measure_first_steps(arguments: argparse.Namespace, there: dict[str, str]) ->
     print(_first_step.HEADER)
     rows = []
     for model in arguments.models:
-        found = _first_step.rows_of(model, arguments.repeats, arguments.absent_h100)
+        found = _first_step.rows_of(
+            model, arguments.repeats, arguments.absent_h100, arguments.again
+        )
         for row in found:
             rows.append(row)
             print(_first_step.line(row), flush=True)

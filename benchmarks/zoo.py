@@ -86,6 +86,7 @@ from _contenders import (
     torch_with_gpu,
 )
 from _models import count, Shapes
+from _process import without_kept_programs
 from _timing import Plan
 from _zoo import ZOO
 from _zoo_page import insert, page, shortfalls
@@ -281,6 +282,7 @@ def main() -> None:
     if arguments.page:
         records = [json.loads(file.read_text()) for file in arguments.page]
     else:
+        without_kept_programs()
         records = [measure(arguments)]
     sections = page(records)
     print(*sections.values(), *shortfalls(records), sep="\n\n")

@@ -14,6 +14,7 @@ import pytest
 
 import flashquinox as fq
 from flashquinox._backends import platforms
+from flashquinox._backends.cpp import disk_cache
 from flashquinox._backends.cpp.view import View
 from flashquinox._backends.cpu import compiler
 from flashquinox._backends.cpu.kernel import Kernel
@@ -45,8 +46,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "command", ft.cache(compiler.command.__wrapped__))
     monkeypatch.setattr(compiler, "_libraries", {})
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
-    monkeypatch.setattr(compiler, "_folder_of_user", lambda: tmp_path / "programs")
-    monkeypatch.setattr(compiler, "_temporary", [])
+    monkeypatch.setattr(disk_cache, "_folder_of_user", lambda: tmp_path / "programs")
+    monkeypatch.setattr(disk_cache, "_temporary", [])
     return tmp_path / "programs"
 
 
@@ -59,7 +60,7 @@ def test_programs_are_kept(folder, monkeypatch):
     (kept,) = _files(folder)
     assert kept.name.startswith(name) and stat.S_IMODE(folder.stat().st_mode) == 0o700
     # The next process needs no compiler.
-    monkeypatch.setattr(compiler, "_made", None)
+    monkeypatch.setattr(disk_cache, "_made", None)
     compiler._libraries.clear()
     assert compiler.target_of(_SOURCE) == name
 
@@ -82,9 +83,9 @@ def test_where_nothing_can_be_kept(folder, problem, monkeypatch):
     if problem == "a file":
         folder.write_text("not a folder")
     else:
-        monkeypatch.setattr(compiler, "_folder_of_user", _fails)
+        monkeypatch.setattr(disk_cache, "_folder_of_user", _fails)
     assert compiler.target_of(_SOURCE).startswith("flashquinox_step_")
-    assert len(compiler._temporary) == 1
+    assert len(disk_cache._temporary) == 1
 
 
 def _fails():

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox import _compat as compat
-from flashquinox._backends.cpp import control_flow, translation
+from flashquinox._backends.cpp import control_flow, disk_cache, translation
 from flashquinox._backends.cpp.view import View
 from flashquinox._backends.gpu import BACKEND as GPU, nvrtc
 from flashquinox._backends.gpu.threads import Threads
@@ -285,6 +285,39 @@ def test_ptx_is_for_old_drivers_and_gpus(program):
     assert ".target sm_80\n" in ptx
     # Registers are enough.
     assert ".local" not in ptx
+
+
+@needs_compiler
+@pytest.mark.parametrize("architecture", ["compute_80", "sm_90"])
+def test_programs_are_kept(program, architecture, tmp_path, monkeypatch):
+    folder = tmp_path / "programs"
+    monkeypatch.setattr(disk_cache, "_folder_of_user", lambda: folder)
+    first = nvrtc.compiled.__wrapped__(program, architecture)
+    (kept,) = folder.iterdir()
+    assert kept.read_bytes() == first
+    with monkeypatch.context() as patch:
+        # The next process compiles nothing.
+        patch.setattr(disk_cache, "_made", None)
+        assert nvrtc.compiled.__wrapped__(program, architecture) == first
+    # Of another program, or by another compiler, it is another one.
+    nvrtc.compiled.__wrapped__(f"{program}//", architecture)
+    monkeypatch.setattr(nvrtc, "_compiler", lambda: ["13", "0"])
+    nvrtc.compiled.__wrapped__(program, architecture)
+    assert len(list(folder.iterdir())) == 3
+    kept.write_bytes(first[:100])
+    monkeypatch.undo()
+    monkeypatch.setattr(disk_cache, "_folder_of_user", lambda: folder)
+    assert nvrtc.compiled.__wrapped__(program, architecture) == first
+
+
+@needs_compiler
+def test_programs_where_nothing_can_be_kept(program, monkeypatch):
+    def fails():
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(disk_cache, "_folder_of_user", fails)
+    monkeypatch.setattr(disk_cache, "_folder_of_process", fails)
+    assert nvrtc.compiled.__wrapped__(program) == nvrtc.compiled(program)
 
 
 class Odd(fq.AbstractRule):

@@ -1,15 +1,8 @@
-"""The C++ compiler of this machine, and the programs that it has compiled.
-
-They are kept on disk for all processes of a user: in the folder where JAX keeps what
-XLA has compiled, if that is set, or else with the user's other caches. The name of a
-file tells what it was compiled of, and, at its end, what it has in it: one that was cut
-off is compiled again.
-"""
+"""The C++ compiler of this machine, and the programs that it has compiled."""
 
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import pathlib
 import platform
@@ -17,10 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 
 import jax
+
+from ..cpp import disk_cache
 
 
 _COMPILERS = ("g++", "clang++", "c++")
@@ -46,8 +40,6 @@ _FLAGS = (
 _HANDLER = "flashquinox_step"
 _lock = threading.Lock()
 _libraries: dict[str, ctypes.CDLL] = {}
-# Until the process ends.
-_temporary: list[tempfile.TemporaryDirectory] = []
 
 
 class CompilationError(Exception):
@@ -94,8 +86,7 @@ def target_of(source: str) -> str:
 
 def name_of(text: str) -> str:
     """The name of a program: another one for each text, compiler and machine."""
-    described = "\0".join([text, _header(), *command(), _machine()])
-    return f"{_HANDLER}_{hashlib.sha256(described.encode()).hexdigest()[:32]}"
+    return disk_cache.name_of("step", text, _header(), *command(), _machine())
 
 
 def loaded(text: str, name: str) -> ctypes.CDLL:
@@ -105,63 +96,26 @@ def loaded(text: str, name: str) -> ctypes.CDLL:
 
     `CompilationError` if the compiler refuses it.
     """
-    errors = []
-    for find in (_folder_of_user, _folder_of_process):
-        # It is not there, cannot be written to, or nothing may be executed from it.
-        try:
-            folder = find()
-            return ctypes.CDLL(str(_found(folder, name) or _made(folder, name, text)))
-        except (OSError, RuntimeError) as error:
-            errors.append(str(error))
-    raise CompilationError("; ".join(errors))
+    make = functools.partial(_compile, text)
+    try:
+        return disk_cache.cached(name, ".so", make, lambda path: ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise CompilationError(str(error)) from error
 
 
-def _found(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """What was compiled before."""
-    for path in sorted(folder.glob(f"{name}-*.so")):
-        if path.name == _file_of(name, path.read_bytes()):
-            return path
-    return None
-
-
-def _made(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Another process may do the same.
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as part:
-        made = pathlib.Path(part) / "made"
-        # Where compilers look for the linker, even if nothing is set.
-        path = {"PATH": os.environ.get("PATH", os.defpath)}
-        done = subprocess.run(
-            [*command(), "-x", "c++", "-", "-o", str(made)],
-            input=text.encode(),
-            capture_output=True,
-            env=os.environ | path,
-        )
-        if done.returncode != 0:
-            said = done.stderr.decode(errors="replace").splitlines()
-            errors = [line for line in said if "error" in line]
-            raise CompilationError((errors or said or ["it failed"])[0])
-        library = folder / _file_of(name, made.read_bytes())
-        made.replace(library)
-    return library
-
-
-def _file_of(name: str, content: bytes) -> str:
-    return f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-
-
-def _folder_of_user() -> pathlib.Path:
-    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore
-    if chosen and "://" not in chosen:
-        return pathlib.Path(chosen) / "flashquinox"
-    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(caches) / "flashquinox"
-
-
-def _folder_of_process() -> pathlib.Path:
-    if not _temporary:
-        _temporary.append(tempfile.TemporaryDirectory(prefix="flashquinox-"))
-    return pathlib.Path(_temporary[0].name)
+def _compile(text: str, made: pathlib.Path) -> None:
+    # Where compilers look for the linker, even if nothing is set.
+    path = {"PATH": os.environ.get("PATH", os.defpath)}
+    done = subprocess.run(
+        [*command(), "-x", "c++", "-", "-o", str(made)],
+        input=text.encode(),
+        capture_output=True,
+        env=os.environ | path,
+    )
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").splitlines()
+        errors = [line for line in said if "error" in line]
+        raise CompilationError((errors or said or ["it failed"])[0])
 
 
 @functools.cache

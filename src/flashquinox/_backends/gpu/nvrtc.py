@@ -5,8 +5,10 @@ import functools
 import importlib.util
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from ..cpp import disk_cache
 
 
 # Every later GPU runs what was compiled for an earlier one. The kernels have
@@ -30,28 +32,39 @@ class CompilationError(Exception):
 @functools.lru_cache(maxsize=256)
 def compiled(source: str, architecture: str = _ARCHITECTURE) -> bytes:
     """A program in CUDA C++ as PTX, or, for a real architecture such as `"sm_90"`, in
-    its instructions.
+    its instructions: compiled by the first process of a user that needs it.
 
     **Raises:**
 
     - `ImportError` if there is no compiler.
     - `CompilationError` if the program is wrong.
     """
+    options = (f"--gpu-architecture={architecture}", "--std=c++17", *_faster())
+    name = disk_cache.name_of("kernel", source, *options, _ptx_version(), *_compiler())
+    make = functools.partial(_compile, source, options)
+    ending = ".cubin" if architecture.startswith("sm") else ".ptx"
+    write = lambda path: path.write_bytes(make())
+    try:
+        return disk_cache.cached(name, ending, write, pathlib.Path.read_bytes)
+    except OSError:
+        return make()
+
+
+def _compile(source: str, options: Sequence[str]) -> bytes:
     library, program = load(), ctypes.c_void_p()
     create = library.nvrtcCreateProgram
     if create(ctypes.byref(program), source.encode(), None, 0, None, None):
         raise CompilationError("the compiler cannot be started")
     try:
-        options = [f"--gpu-architecture={architecture}", "--std=c++17", *_faster()]
         array = (ctypes.c_char_p * len(options))(*[x.encode() for x in options])
         failed = library.nvrtcCompileProgram(program, len(options), array)
         read = functools.partial(_read, library, program)
         if failed:
             log = read("nvrtcGetProgramLog").decode()
             raise CompilationError(f"{log}\n{source}")
-        if architecture.startswith("sm"):
+        if options[0].startswith("--gpu-architecture=sm"):
             return read("nvrtcGetCUBIN")
-        version = f".version {_version()}".encode()
+        version = f".version {_ptx_version()}".encode()
         ptx = read("nvrtcGetPTX").rstrip(b"\0")
         return re.sub(rb"^\.version .*$", version, ptx, count=1, flags=re.MULTILINE)
     finally:
@@ -77,10 +90,24 @@ def load() -> ctypes.CDLL:
 
 @functools.cache
 def _faster() -> tuple[str, ...]:
+    known = _compiler_version()
+    return tuple([option for version, option in _FASTER if known >= version])
+
+
+@functools.cache
+def _compiler_version() -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     load().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    known = major.value, minor.value
-    return tuple([option for version, option in _FASTER if known >= version])
+    return major.value, minor.value
+
+
+def _compiler() -> Iterator[str]:
+    """What tells the compiler from others: its version, and its size, as that has no
+    third number."""
+    yield from map(str, _compiler_version())
+    path = pathlib.Path(load()._name)
+    if path.is_file():
+        yield str(path.stat().st_size)
 
 
 def most_pointers() -> int:
@@ -88,7 +115,7 @@ def most_pointers() -> int:
     return min(1024, _limits()[1] // 8)
 
 
-def _version() -> str:
+def _ptx_version() -> str:
     return _limits()[0]
 
 
