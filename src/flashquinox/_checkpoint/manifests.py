@@ -74,7 +74,11 @@ def files(manifest: Any) -> dict[str, int | None] | None:
     contents = manifest["contents"]
     if manifest["sha256"] != _sha256(contents):
         raise ValueError
-    return contents.get("files")
+    listed = contents.get("files", {})
+    sizes = [x for x in listed.values() if x is not None]
+    if not all([type(x) is int for x in sizes]):
+        raise ValueError
+    return listed if "files" in contents else None
 
 
 def has_elements(manifest: Any) -> bool:
