@@ -87,10 +87,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--part",
         choices=["first", "second"],
-        help="CI runs one part on each of two Pythons. The first: all tests, but half "
-        "of the cases of those that are marked as `product`. The second: one case of "
-        "each test, or one for each kernel; of those products, one of the other half; "
-        "and none of what is marked as `once`.",
+        help="CI runs one part on each of two Pythons. The second: one case of each "
+        "test, or one for each kernel, and none of what is marked as `once`. The "
+        "first: all that the second has not, and tests with a single case; but half "
+        "of the cases of tests that are marked as `product`.",
     )
 
 
@@ -113,8 +113,11 @@ def pytest_collection_modifyitems(config, items):
         is_product = group[0].get_closest_marker("product") is not None
         first, second = _halves(group) if is_product else (group, group)
         # Another one for each test.
-        chosen = zlib.crc32(group[0].nodeid.encode()) % len(second)
-        kept = first if part == "first" else second[chosen : chosen + 1]
+        chosen = second[zlib.crc32(group[0].nodeid.encode()) % len(second)]
+        kept = [chosen]
+        if part == "first":
+            is_once = group[0].get_closest_marker("once") is not None
+            kept = [x for x in first if x is not chosen or is_once] or first
         left_out.update(set(group) - set(kept))
     config.hook.pytest_deselected(items=[x for x in items if x in left_out])
     items[:] = [x for x in items if x not in left_out]

@@ -169,6 +169,7 @@ def test_nothing_is_copied(make):
     assert tree_identical(step(model, state, grads), expected)
 
 
+@pytest.mark.once
 def test_many_blocks():
     """Of leaves that take many turns of many threads. These take them in another order
     each time."""

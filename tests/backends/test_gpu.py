@@ -219,6 +219,7 @@ def test_leaves_share_kernels():
     assert _kernels(fq.lion(1e-3, backend="gpu"), params) == 1 + 1
 
 
+@pytest.mark.once
 @needs_compiler
 def test_packed_leaves_have_fewer_arguments():
     """Of hundreds of small leaves, the arrays of the state are in common."""

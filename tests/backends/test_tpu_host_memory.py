@@ -54,6 +54,7 @@ def _compile(chip, optim, step, model, batch, *, are_whole_tiles=True):
     return memory, compiled.as_text() or "", on_host
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("chip", [slow(x, unless=x == "v5e") for x in _TOPOLOGIES])
 def test_a_step_streams_its_state(chip):
     """All of it is in host memory, in place. It comes and goes by asynchronous copies,
@@ -81,6 +82,7 @@ def test_a_step_streams_its_state(chip):
     assert beside >= _LEAVES - 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("chip", [slow(x, unless=x == "v5e") for x in _TOPOLOGIES])
 def test_layers_come_and_go_by_kernels(chip):
     """In gradient release, while others are computed. No stack is copied."""
@@ -164,6 +166,7 @@ def test_slices_come_and_go_by_kernels(chip, monkeypatch):
     assert (begun, ended) == ([3, 1], [2, 0])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("chip", [slow(x, unless=x == "v5e") for x in _TOPOLOGIES])
 @pytest.mark.parametrize("bits", [None, slow(16), slow(24)])
 def test_three_portions_are_on_the_device(chip, bits, monkeypatch):

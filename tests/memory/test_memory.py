@@ -279,6 +279,7 @@ def test_is_what_init_makes(name, devices):
         assert plan.step.at_rest == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.once
 def test_is_what_a_step_on_tpus_takes():
     chips = tpu_devices("v5e:2x2")
     mesh = Mesh(np.asarray(chips), ("fsdp",))

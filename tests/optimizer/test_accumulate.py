@@ -258,6 +258,7 @@ def test_norm_is_that_of_the_mean():
         assert np.allclose(way(found)[name], way(expected)[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.once
 def test_update():
     """In `optax.chain`, on bfloat16 weights: what is added is nothing but in the last
     of `every`, and then what the optimizer alone gives for the mean."""

@@ -383,6 +383,7 @@ def test_errors(without_typechecker):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [_make, slow(fq.lamb)])
 def test_gradient_release(make):
     """Matrices are updated layer by layer; norms wait for all layers."""

@@ -584,6 +584,7 @@ def test_members_on_several_devices(kind):
             assert x.sharding.is_equivalent_to(there, x.ndim)
 
 
+@pytest.mark.once
 def test_donated_members(tmp_path):
     """A state that was donated says so of each array, and a checkpoint is restored to
     one like it."""

@@ -34,6 +34,7 @@ def test_default_is_for_narrow_weights(make):
     assert jnp.any(new["wide"] != model["wide"])
 
 
+@pytest.mark.once
 def test_groups_of_one_dtype():
     params = _params()
     groups = {"narrow": fq.adamw(1e-2), "wide": fq.adamw(1e-2)}

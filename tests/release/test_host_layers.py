@@ -62,6 +62,7 @@ def _assert_same(here, away):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "layers, odd, options, max_norm",
     [

@@ -508,6 +508,7 @@ def _parameters(state) -> list[float]:
     return [float(x.parameter) for x in moments if is_moment(x)]
 
 
+@pytest.mark.once
 def test_steps_learn():
     optim = fq.adamw(1e-2, storage=fq.Storage(moments="learned"))
     params = arrays({"w": (64, 64)}, jnp.bfloat16, 0)

@@ -22,6 +22,7 @@ def _shapes(count: int) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "topology",
     ["v5e:2x2", *map(slow, ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])],
