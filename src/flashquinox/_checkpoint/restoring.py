@@ -127,7 +127,9 @@ class Wanted:
             if origin.widened:
                 correction = [read[origin.correction]] if origin.correction else []
                 pair, likes = [x, *correction], [like, *(like for _ in correction)]
-                x = compute_like(self._call, name, decode_stored, pair, likes)
+                x = compute_like(
+                    self._call, name, decode_stored, pair, likes, elementwise=True
+                )
             new[name] = self._targets[name].put(x)
         for name, weight in plan.summed.items():
             x = new[weight]

@@ -1,21 +1,24 @@
 """Small arrays outside of programs, by NumPy. There, JAX compiles a program for each
 operation, shape and dtype, which takes tens of milliseconds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, DTypeLike, Shaped
+from jaxtyping import Array, DTypeLike, PyTree, Shaped
 
 from .memory import HOST_KIND
 
 
 # Copies of larger arrays between host and device would take as long as a compiler.
 _MOST_BYTES = 2**24
+# Of vectors that are computed with. Shorter ones take as long.
+_LEAST_LENGTH = 2**12
 
 
 def is_traced() -> bool:
@@ -71,6 +74,43 @@ def put(x: np.ndarray, like: jax.Array) -> jax.Array:
         # It may have another number of axes.
         there = there.update(spec=PartitionSpec())
     return jax.device_put(x, there if like.committed else None)
+
+
+def by_elements(
+    function: Callable[..., PyTree], arrays: Sequence[Any], where: Sharding | None
+) -> PyTree | None:
+    """`function(*arrays)`, of arrays of one shape, whose elements depend on those at
+    the same place alone, with its results in this sharding. It sees vectors whose
+    lengths are powers of two, so that arrays of all shapes share its few programs.
+    `None` for arrays that are not small, or not whole on each device, and within
+    programs."""
+    is_whole = where is None or (
+        where.is_fully_addressable and where.is_fully_replicated
+    )
+    jax_arrays = [x for x in arrays if not isinstance(x, np.ndarray)]
+    if not is_whole or not _are_small(arrays):
+        return None
+    found = fetched(jax_arrays)
+    if found is None:
+        return None
+    left = iter(found)
+    values = [x if isinstance(x, np.ndarray) else next(left) for x in arrays]
+    shape, size = values[0].shape, values[0].size
+    padding = _length(size) - size
+    # What is past the end is computed with the others.
+    rows = [jax.device_put(np.pad(x.reshape(-1), (0, padding))) for x in values]
+    restored = lambda x: np.asarray(x)[:size].reshape(shape)
+    return jtu.tree_map(lambda x: jax.device_put(restored(x), where), function(*rows))
+
+
+def place(x: Any) -> Sharding | None:
+    """Where an array is committed to, if it is there already."""
+    is_there = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return x.sharding if is_there and x.committed else None
+
+
+def _length(size: int) -> int:
+    return max(_LEAST_LENGTH, 1 << max(0, size - 1).bit_length())
 
 
 def _are_small(arrays: Sequence[Any]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from . import memory, meshes
+from . import eager, memory, meshes
 from .target import Target
 
 
@@ -33,18 +33,28 @@ def compute_like(
     function: Callable[..., PyTree],
     arrays: Sequence[Any],
     likes: Sequence[Any],
+    *,
+    elementwise: bool = False,
 ) -> PyTree:
     """`function(*arrays)`, with each array put where its `like` is. `Explicit` axes of
     meshes are made automatic, for functions that do not say how their results are
-    sharded. Arrays in host memory are copied to the device."""
+    sharded. Arrays in host memory are copied to the device. `elementwise`: elements of
+    results depend on those of the arrays at the same place alone."""
     if _is_traced(*arrays, *likes):
         return function(*memory.to_device(list(arrays)))
-    placed = []
-    for x, like in zip(arrays, likes, strict=True):
-        sharding = Target.of(call, name, like).sharding_of_read(automatic=True)
-        placed.append(_free(x) if sharding is None else jax.device_put(x, sharding))
+    targets = [Target.of(call, name, like) for like in likes]
+    places = [target.sharding_of_read(automatic=True) for target in targets]
     with no_mesh():
-        return function(*placed)
+        if elementwise:
+            new = eager.by_elements(function, arrays, places[0])
+            if new is not None:
+                return new
+        return function(
+            *[
+                _free(x) if place is None else jax.device_put(x, place)
+                for x, place in zip(arrays, places, strict=True)
+            ]
+        )
 
 
 def no_mesh() -> Any:

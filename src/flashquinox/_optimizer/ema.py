@@ -73,7 +73,9 @@ class EMA(eqx.Module):
         for i, leaf in _averaged(opened):
             read = [leaf.value, opened.corrections[i]]
             read = [x for x in read if x is not None]
-            stored = compute_like(call, leaf.name, as_average, read, read)
+            stored = compute_like(
+                call, leaf.name, as_average, read, read, elementwise=True
+            )
             stored = [
                 None if x is None else put_like(call, leaf.name, x, leaf.value)
                 for x in stored

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from .._common import memory
+from .._common import eager, memory
 from .._common.dtypes import compute_dtype
 from .._common.placement import compute_like, put_like
 from .._model.trained import is_trainable
@@ -45,7 +45,7 @@ def master_weights(model: Model, state: PyTree) -> Model:
     opened = open_states("master_weights", model, state)
     return opened.rebuild(
         [
-            _decoded(jnp.asarray(leaf.value), memory.to_device(correction))
+            _master_weight(leaf.value, correction)
             if is_trainable(leaf.value)
             else leaf.value
             for leaf, correction in zip(opened.leaves, opened.corrections, strict=True)
@@ -146,7 +146,9 @@ def split_master_weight(
         dtype=jnp.dtype(leaf.value.dtype),
         correction_dtype=correction_dtype,
     )
-    weight, new = compute_like(call, leaf.name, split, [master], [leaf.value])
+    weight, new = compute_like(
+        call, leaf.name, split, [master], [leaf.value], elementwise=True
+    )
     return put_like(call, leaf.name, weight, leaf.value), new
 
 
@@ -162,6 +164,14 @@ def _split(
 ) -> tuple[Float[Array, "*shape"], Correction | None]:
     wide = master.astype(compute_dtype(dtype))
     return encode_weight(wide, dtype, correction_dtype)
+
+
+def _master_weight(weight: Any, correction: Any) -> Any:
+    stored = [x for x in (weight, correction) if x is not None]
+    master = eager.by_elements(decode_stored, stored, eager.place(weight))
+    if master is not None:
+        return master
+    return _decoded(jnp.asarray(weight), memory.to_device(correction))
 
 
 @jax.custom_jvp

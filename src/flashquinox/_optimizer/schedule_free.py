@@ -121,7 +121,8 @@ def schedule_free_weights(model: Model, state: PyTree) -> Model:
         if offset is None or not is_trainable(leaf.value):
             return leaf.value
         both = [leaf.value, offset]
-        return compute_like(call, leaf.name, jnp.add, both, both[:1] * 2)
+        likes = both[:1] * 2
+        return compute_like(call, leaf.name, jnp.add, both, likes, elementwise=True)
 
     pairs = zip(leaves, offsets, strict=True)
     return rebuild([averaged(leaf, offset) for leaf, offset in pairs])

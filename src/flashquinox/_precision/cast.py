@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from .._common import eager
 from .._common.number_checks import check_flag
 from .._model.float32_layer import Float32Layer
 from .._model.quantized import scales
@@ -128,7 +129,11 @@ def _is_floating(x: Any) -> bool:
 def _as_dtype(x: Any, dtype: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    return jnp.asarray(x, dtype)
+    as_dtype = lambda x: jnp.asarray(x, dtype)
+    new = None
+    if isinstance(x, jax.Array) and x.dtype != dtype:
+        new = eager.by_elements(as_dtype, [x], eager.place(x))
+    return as_dtype(x) if new is None else new
 
 
 def _is_layer(x: Any) -> bool:

@@ -1,10 +1,12 @@
 """Changing how many bits the corrections of chosen weights have."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .._common import eager
 from .._model.selection import chosen_leaves, Selection, Selectors
 from .._model.trained import is_trainable
 from .._model.trees import dotted_name, State
@@ -83,7 +85,12 @@ def _change(
         taken = meant and is_trainable(leaf.value)
         if taken and jnp.finfo(leaf.value.dtype).bits < 32:
             check_has_correction(call, leaf, correction)
-            weight = jnp.asarray(leaf.value)
-            correction = change_width(weight, correction, CORRECTION_DTYPES[bits])
+            dtype = CORRECTION_DTYPES[bits]
+            change = partial(change_width, dtype=dtype)
+            stored, there = [leaf.value, correction], eager.place(correction)
+            changed = eager.by_elements(change, stored, there)
+            if changed is None:
+                changed = change(jnp.asarray(leaf.value), correction)
+            correction = changed
         new.append(correction)
     return opened.with_corrections(new)

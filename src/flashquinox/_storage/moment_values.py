@@ -50,7 +50,7 @@ def store(
         )
     if not isinstance(like, QuantMoment):
         cast = partial(_cast, dtype=like.dtype)
-        moment = compute_like(call, name, cast, [moment], [like])
+        moment = compute_like(call, name, cast, [moment], [like], elementwise=True)
         return put_like(call, name, moment, like)
     if not is_of_one_leaf(like):
         raise ValueError(
@@ -62,7 +62,9 @@ def store(
         base = base_of(call, name, like, base)
         root = load(call, name, base, _float32_like(like.codes))
         likes = [like.codes] * 2
-        moment = compute_like(call, name, _over_root, [moment, root], likes)
+        moment = compute_like(
+            call, name, _over_root, [moment, root], likes, elementwise=True
+        )
     encode = partial(_encode, codec=like.codec, groups=(like.axes, like.group_size))
     codes, scales = compute_like(
         call, name, encode, *_with_parameter([moment], [like.codes], like)
@@ -107,7 +109,7 @@ def load(
     if isinstance(stored, QuantMoment) and stored.relative_to is not None:
         base = base_of(call, name, stored, base)
         both = [_load(call, name, stored, like), load(call, name, base, like)]
-        moment = compute_like(call, name, _times_root, both, both)
+        moment = compute_like(call, name, _times_root, both, both, elementwise=True)
         return put_like(call, name, moment, like)
     return _load(call, name, stored, like)
 
@@ -120,7 +122,8 @@ def _load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
         arrays, _ = _with_parameter(arrays, arrays, stored)
     else:
         function, arrays = partial(_cast, dtype=like.dtype), [stored]
-    moment = compute_like(call, name, function, arrays, arrays)
+    is_plain = not isinstance(stored, QuantMoment)
+    moment = compute_like(call, name, function, arrays, arrays, elementwise=is_plain)
     return put_like(call, name, moment, like)
 
 

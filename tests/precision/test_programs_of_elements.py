@@ -1,0 +1,104 @@
+"""What is computed element by element outside of programs: arrays of all shapes share a
+few of them."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import flashquinox as fq
+
+from ..helpers import array_of, tree_identical
+
+
+_COMPILED = []
+_OTHERS = itertools.count(1013)
+
+
+def _listen(event, duration, **details):
+    if event.endswith("backend_compile_duration"):
+        _COMPILED.append(details.get("fun_name"))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+_optim = fq.adamw(1e-3)
+_average = fq.ema(0.9)
+
+
+def _prepared(model):
+    return fq.prepare(model, _optim)
+
+
+def _changed(model):
+    """All that is computed of weights and corrections alone."""
+    narrow, state = _prepared(model)
+    masters = fq.master_weights(narrow, state)
+    wide = fq.widen_corrections(narrow, state)
+    return {
+        "prepare": (narrow, state.corrections),
+        "master_weights": masters,
+        "from_master_weights": fq.from_master_weights(masters, narrow, state)[0],
+        "widen_corrections": wide.corrections,
+        "narrow_corrections": fq.narrow_corrections(narrow, wide).corrections,
+        "cast": fq.cast(model, jnp.float16),
+        "ema": _average.init(narrow, state).weights,
+    }
+
+
+def _model(count, first=1, sharding=None):
+    """Weights of shapes that no other test has."""
+    rng = np.random.default_rng(first)
+    put = lambda x: x if sharding is None else jax.device_put(x, sharding)
+    sizes = [next(_OTHERS) for _ in range(count)]
+    return {
+        f"matrix{i}": put(array_of(rng.normal(size=(first + i, size)), jnp.float32))
+        for i, size in enumerate(sizes)
+    }
+
+
+def test_shapes_share_programs():
+    _changed(_model(3))
+    model = _model(3)
+    _COMPILED.clear()
+    jax.block_until_ready(jtu.tree_leaves(_changed(model)))
+    assert not _COMPILED
+
+
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("divided", [False, True])
+def test_larger_arrays_have_their_own(kind, divided, monkeypatch):
+    """With the same results, in the same places."""
+    sharding = None
+    if kind is not None:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        spec = PartitionSpec("data") if divided else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+    model = {
+        "a": np.linspace(-3, 3, 4 * 37, dtype=np.float32).reshape(4, 37),
+        "b": np.float32([1e-40, np.nan, np.inf, -0.0]),
+    }
+    model = {k: jax.device_put(x, sharding) for k, x in model.items()}
+    found = _changed(model)
+    monkeypatch.setattr("flashquinox._common.eager._MOST_BYTES", 0)
+    expected = _changed(model)
+    assert tree_identical(found, expected)
+    for x, y in zip(*map(jtu.tree_leaves, (found, expected)), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        assert x.committed == y.committed
+        assert jax.typeof(x) == jax.typeof(y)
+
+
+def test_arrays_of_numpy():
+    model = {"a": np.linspace(-3, 3, 4 * 37, dtype=np.float32).reshape(4, 37)}
+    expected = _changed(jtu.tree_map(jnp.asarray, model))
+    assert tree_identical(_changed(model), expected)
+
+
+def test_within_programs():
+    model = {"a": jnp.linspace(-3, 3, 4 * 37).reshape(4, 37)}
+    assert tree_identical(jax.jit(_changed)(model), _changed(model))
