@@ -1,5 +1,5 @@
-"""What is computed element by element outside of programs: arrays of all shapes share a
-few of them."""
+"""What is computed of elements and groups outside of programs: arrays of all shapes
+share a few of them."""
 
 import itertools
 
@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
+from flashquinox.exchange import from_optax, to_optax
 
 from ..helpers import array_of, tree_identical
 
@@ -62,10 +64,11 @@ def _model(count, first=1, sharding=None):
 
 
 def test_shapes_share_programs():
-    _changed(_model(3))
-    model = _model(3)
-    _COMPILED.clear()
-    jax.block_until_ready(jtu.tree_leaves(_changed(model)))
+    first, second = _model(3), _model(3)
+    for model in (first, second):
+        _COMPILED.clear()
+        jax.block_until_ready(jtu.tree_leaves(_changed(model)))
+        fq.check_numerics(model, _optim.init(model), learning_rate=1e-3)
     assert not _COMPILED
 
 
@@ -84,7 +87,7 @@ def test_larger_arrays_have_their_own(kind, divided, monkeypatch):
     }
     model = {k: jax.device_put(x, sharding) for k, x in model.items()}
     found = _changed(model)
-    monkeypatch.setattr("flashquinox._common.eager._MOST_BYTES", 0)
+    monkeypatch.setattr("flashquinox._common.eager._MOST_BYTES_BOTH_WAYS", 0)
     expected = _changed(model)
     assert tree_identical(found, expected)
     for x, y in zip(*map(jtu.tree_leaves, (found, expected)), strict=True):
@@ -102,3 +105,52 @@ def test_arrays_of_numpy():
 def test_within_programs():
     model = {"a": jnp.linspace(-3, 3, 4 * 37).reshape(4, 37)}
     assert tree_identical(jax.jit(_changed)(model), _changed(model))
+
+
+_MOMENT_SHAPES = [(4, 37), (3, 5, 64), (70, 3, 3), (7,), (), (64, 2, 96), (0, 3)]
+
+
+def _moments(optim, shapes):
+    """Moments that were stored, read, and stored again."""
+    rng = np.random.default_rng(3)
+    model = {
+        str(i): array_of(rng.normal(size=shape), jnp.bfloat16)
+        for i, shape in enumerate(shapes)
+    }
+    state = optim.init(model)
+    others = optax.adamw(1e-3)
+    drawn = jtu.tree_map(
+        lambda x: array_of(rng.normal(size=x.shape) ** 2, x.dtype),
+        others.init(fq.cast(model, jnp.float32)),
+    )
+    drawn = optax.tree.set(drawn, count=jnp.int32(3))
+    state = from_optax(drawn, state)
+    halved = fq.map_moments(lambda x: x * np.float32(0.5), state)
+    return state, halved, to_optax(halved, drawn)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        fq.Storage(),
+        fq.Storage(moments="learned"),
+        fq.Storage(moments="flashoptim"),
+        fq.Storage(moments="linear"),
+        fq.Storage(group_size=128),
+    ],
+    ids=str,
+)
+def test_moments(storage, monkeypatch):
+    optim = fq.adamw(1e-3, storage=storage)
+    found = _moments(optim, _MOMENT_SHAPES)
+    monkeypatch.setattr("flashquinox._common.eager._MOST_BYTES_BOTH_WAYS", 0)
+    assert tree_identical(found, _moments(optim, _MOMENT_SHAPES))
+
+
+def test_moments_share_programs():
+    shapes = lambda n: [(n, 40), (n, 64), (4 * n,), (16, 3, n)]
+    _moments(_optim, shapes(41))
+    _COMPILED.clear()
+    jax.block_until_ready(jtu.tree_leaves(_moments(_optim, shapes(43))))
+    ours = [x for x in _COMPILED if "code" in x or "root" in x]
+    assert _COMPILED and not ours

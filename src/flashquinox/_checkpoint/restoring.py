@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import PyTree
 
+from .._common import eager
 from .._common.placement import compute_like, no_mesh
 from .._common.target import Target
 from .._model.trees import is_array
@@ -128,7 +129,12 @@ class Wanted:
                 correction = [read[origin.correction]] if origin.correction else []
                 pair, likes = [x, *correction], [like, *(like for _ in correction)]
                 x = compute_like(
-                    self._call, name, decode_stored, pair, likes, elementwise=True
+                    self._call,
+                    name,
+                    decode_stored,
+                    pair,
+                    likes,
+                    for_small=eager.elementwise(decode_stored),
                 )
             new[name] = self._targets[name].put(x)
         for name, weight in plan.summed.items():

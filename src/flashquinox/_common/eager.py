@@ -2,7 +2,7 @@
 operation, shape and dtype, which takes tens of milliseconds."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.core
@@ -17,8 +17,11 @@ from .memory import HOST_KIND
 
 # Copies of larger arrays between host and device would take as long as a compiler.
 _MOST_BYTES = 2**24
-# Of vectors that are computed with. Shorter ones take as long.
-_LEAST_LENGTH = 2**12
+# Of arrays that come back: of the larger ones, models have dozens of one shape, for
+# which one program will do.
+_MOST_BYTES_BOTH_WAYS = 2**21
+# Fewer take as long.
+_LEAST_ELEMENTS = 2**12
 
 
 def is_traced() -> bool:
@@ -76,31 +79,65 @@ def put(x: np.ndarray, like: jax.Array) -> jax.Array:
     return jax.device_put(x, there if like.committed else None)
 
 
-def by_elements(
-    function: Callable[..., PyTree], arrays: Sequence[Any], where: Sharding | None
+ForSmall: TypeAlias = Callable[[list[np.ndarray]], PyTree]
+"""A function of small arrays, as NumPy has them. It takes the same few programs for
+arrays of all shapes."""
+
+
+def computed(
+    function: ForSmall, arrays: Sequence[Any], where: Sharding | None
 ) -> PyTree | None:
-    """`function(*arrays)`, of arrays of one shape, whose elements depend on those at
-    the same place alone, with its results in this sharding. It sees vectors whose
-    lengths are powers of two, so that arrays of all shapes share its few programs.
-    `None` for arrays that are not small, or not whole on each device, and within
-    programs."""
+    """`function` of small arrays, with its results in this sharding. `None` for arrays
+    that are not small, or not whole on each device, and within programs."""
     is_whole = where is None or (
         where.is_fully_addressable and where.is_fully_replicated
     )
-    jax_arrays = [x for x in arrays if not isinstance(x, np.ndarray)]
-    if not is_whole or not _are_small(arrays):
+    if not is_whole or _bytes(arrays) > _MOST_BYTES_BOTH_WAYS:
         return None
-    found = fetched(jax_arrays)
+    found = fetched([x for x in arrays if not isinstance(x, np.ndarray)])
     if found is None:
         return None
     left = iter(found)
     values = [x if isinstance(x, np.ndarray) else next(left) for x in arrays]
-    shape, size = values[0].shape, values[0].size
-    padding = _length(size) - size
-    # What is past the end is computed with the others.
-    rows = [jax.device_put(np.pad(x.reshape(-1), (0, padding))) for x in values]
-    restored = lambda x: np.asarray(x)[:size].reshape(shape)
-    return jtu.tree_map(lambda x: jax.device_put(restored(x), where), function(*rows))
+    put = lambda x: jax.device_put(np.asarray(x), where)
+    return jtu.tree_map(put, function(values))
+
+
+def elementwise(function: Callable[..., PyTree]) -> ForSmall:
+    """A function of arrays of one shape, where each element of the results depends on
+    those at the same place alone. It sees vectors."""
+
+    def of_vectors(values: list[np.ndarray]) -> PyTree:
+        shape, size = values[0].shape, values[0].size
+        new = function(*[lengthened(x.reshape(-1)) for x in values])
+        return jtu.tree_map(lambda x: np.asarray(x)[:size].reshape(shape), new)
+
+    return of_vectors
+
+
+def lengthened(x: np.ndarray, of_row: int = 1) -> jax.Array:
+    """With zeros past the end of its first axis, so that many arrays have its length, a
+    power of two. `of_row`: how many elements are computed of one of its rows."""
+    least = max(1, _LEAST_ELEMENTS // of_row)
+    length = max(least, 1 << max(0, len(x) - 1).bit_length())
+    zeros = [(0, 0)] * (x.ndim - 1)
+    return jax.device_put(np.pad(x, [(0, length - len(x)), *zeros]))
+
+
+def largest(x: Any) -> Any:
+    """The largest magnitude of an array's elements, on the host if that has them."""
+    here = on_host(x)
+    if here is None:
+        return _largest(x)
+    return np.max(np.abs(here), initial=0)
+
+
+def on_host(x: Any) -> np.ndarray | None:
+    """A small array as NumPy has it. `None` for others."""
+    if isinstance(x, np.ndarray):
+        return x
+    found = fetched([x])
+    return None if found is None else found[0]
 
 
 def place(x: Any) -> Sharding | None:
@@ -109,9 +146,14 @@ def place(x: Any) -> Sharding | None:
     return x.sharding if is_there and x.committed else None
 
 
-def _length(size: int) -> int:
-    return max(_LEAST_LENGTH, 1 << max(0, size - 1).bit_length())
+@jax.jit
+def _largest(x: Shaped[Array, "..."]) -> Shaped[Array, ""]:
+    return jnp.max(jnp.abs(x), initial=0)
 
 
 def _are_small(arrays: Sequence[Any]) -> bool:
-    return sum([x.size * jnp.dtype(x.dtype).itemsize for x in arrays]) <= _MOST_BYTES
+    return _bytes(arrays) <= _MOST_BYTES
+
+
+def _bytes(arrays: Sequence[Any]) -> int:
+    return sum([x.size * jnp.dtype(x.dtype).itemsize for x in arrays])

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int8, Int32, PyTree, ScalarLike
 
-from .._common import memory
+from .._common import eager, memory
 from .._common.dtypes import compute_dtype
 from .._common.number_checks import check_in_range
 from .._common.placement import compute_like, put_like
@@ -74,7 +74,12 @@ class EMA(eqx.Module):
             read = [leaf.value, opened.corrections[i]]
             read = [x for x in read if x is not None]
             stored = compute_like(
-                call, leaf.name, as_average, read, read, elementwise=True
+                call,
+                leaf.name,
+                as_average,
+                read,
+                read,
+                for_small=eager.elementwise(as_average),
             )
             stored = [
                 None if x is None else put_like(call, leaf.name, x, leaf.value)

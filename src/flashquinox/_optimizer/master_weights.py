@@ -147,7 +147,12 @@ def split_master_weight(
         correction_dtype=correction_dtype,
     )
     weight, new = compute_like(
-        call, leaf.name, split, [master], [leaf.value], elementwise=True
+        call,
+        leaf.name,
+        split,
+        [master],
+        [leaf.value],
+        for_small=eager.elementwise(split),
     )
     return put_like(call, leaf.name, weight, leaf.value), new
 
@@ -168,7 +173,8 @@ def _split(
 
 def _master_weight(weight: Any, correction: Any) -> Any:
     stored = [x for x in (weight, correction) if x is not None]
-    master = eager.by_elements(decode_stored, stored, eager.place(weight))
+    decode = eager.elementwise(decode_stored)
+    master = eager.computed(decode, stored, eager.place(weight))
     if master is not None:
         return master
     return _decoded(jnp.asarray(weight), memory.to_device(correction))

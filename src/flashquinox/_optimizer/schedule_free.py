@@ -3,6 +3,7 @@ from typing import Unpack
 import jax.numpy as jnp
 from jaxtyping import PyTree, ScalarLike
 
+from .._common import eager
 from .._common.placement import compute_like
 from .._common.text import shown
 from .._model.trained import is_trainable
@@ -122,7 +123,8 @@ def schedule_free_weights(model: Model, state: PyTree) -> Model:
             return leaf.value
         both = [leaf.value, offset]
         likes = both[:1] * 2
-        return compute_like(call, leaf.name, jnp.add, both, likes, elementwise=True)
+        of_small = eager.elementwise(jnp.add)
+        return compute_like(call, leaf.name, jnp.add, both, likes, for_small=of_small)
 
     pairs = zip(leaves, offsets, strict=True)
     return rebuild([averaged(leaf, offset) for leaf, offset in pairs])

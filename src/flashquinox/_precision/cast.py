@@ -132,7 +132,7 @@ def _as_dtype(x: Any, dtype: Any) -> Any:
     as_dtype = lambda x: jnp.asarray(x, dtype)
     new = None
     if isinstance(x, jax.Array) and x.dtype != dtype:
-        new = eager.by_elements(as_dtype, [x], eager.place(x))
+        new = eager.computed(eager.elementwise(as_dtype), [x], eager.place(x))
     return as_dtype(x) if new is None else new
 
 

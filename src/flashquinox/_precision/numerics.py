@@ -9,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .._common import eager
 from .._common.number_checks import check_flag, check_number
 from .._common.text import aligned
 from .._model.trees import dotted_name, State
@@ -227,9 +228,7 @@ def _report(
             step = max(steps) if owner is None else steps[owner]
             trained.append((leaf, correction, step))
     # One transfer from the device for all leaves.
-    maxima = jax.device_get(
-        [jnp.max(jnp.abs(jnp.asarray(leaf.value))) for leaf, _, _ in trained]
-    )
+    maxima = jax.device_get([eager.largest(leaf.value) for leaf, _, _ in trained])
     return NumericsReport(
         tuple(
             _of_leaf(dotted_name(leaf.path), leaf.value.dtype, correction, x, step)

@@ -88,7 +88,7 @@ def _change(
             dtype = CORRECTION_DTYPES[bits]
             change = partial(change_width, dtype=dtype)
             stored, there = [leaf.value, correction], eager.place(correction)
-            changed = eager.by_elements(change, stored, there)
+            changed = eager.computed(eager.elementwise(change), stored, there)
             if changed is None:
                 changed = change(jnp.asarray(leaf.value), correction)
             correction = changed

@@ -11,8 +11,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
+from .._common import eager
 from .._common.placement import compute_like, put_like
 from .codec import AbstractMomentCodec
+from .groups_of_small import decoding, encoding
 from .moment_bases import with_base
 from .quant_moment import base_of, QuantMoment, StoredMoment
 from .regroup import encode_nearest, Groups
@@ -50,7 +52,9 @@ def store(
         )
     if not isinstance(like, QuantMoment):
         cast = partial(_cast, dtype=like.dtype)
-        moment = compute_like(call, name, cast, [moment], [like], elementwise=True)
+        moment = compute_like(
+            call, name, cast, [moment], [like], for_small=eager.elementwise(cast)
+        )
         return put_like(call, name, moment, like)
     if not is_of_one_leaf(like):
         raise ValueError(
@@ -62,12 +66,18 @@ def store(
         base = base_of(call, name, like, base)
         root = load(call, name, base, _float32_like(like.codes))
         likes = [like.codes] * 2
+        of_small = eager.elementwise(_over_root)
         moment = compute_like(
-            call, name, _over_root, [moment, root], likes, elementwise=True
+            call, name, _over_root, [moment, root], likes, for_small=of_small
         )
     encode = partial(_encode, codec=like.codec, groups=(like.axes, like.group_size))
+    of_one = partial(_encode, codec=like.codec)
     codes, scales = compute_like(
-        call, name, encode, *_with_parameter([moment], [like.codes], like)
+        call,
+        name,
+        encode,
+        *_with_parameter([moment], [like.codes], like),
+        for_small=encoding(of_one, like.layout),
     )
     new = with_bits(call, name, codes, scales, like)
     return new if base is None else with_base(new, base)
@@ -109,7 +119,8 @@ def load(
     if isinstance(stored, QuantMoment) and stored.relative_to is not None:
         base = base_of(call, name, stored, base)
         both = [_load(call, name, stored, like), load(call, name, base, like)]
-        moment = compute_like(call, name, _times_root, both, both, elementwise=True)
+        of_small = eager.elementwise(_times_root)
+        moment = compute_like(call, name, _times_root, both, both, for_small=of_small)
         return put_like(call, name, moment, like)
     return _load(call, name, stored, like)
 
@@ -120,10 +131,13 @@ def _load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
         function = partial(_decode, codec=stored.codec, groups=groups, dtype=like.dtype)
         arrays: list[Any] = [stored.codes, stored.scales]
         arrays, _ = _with_parameter(arrays, arrays, stored)
+        of_one = partial(_decode, codec=stored.codec, dtype=like.dtype)
+        is_one = is_of_one_leaf(stored)
+        for_small = decoding(of_one, stored.layout) if is_one else None
     else:
         function, arrays = partial(_cast, dtype=like.dtype), [stored]
-    is_plain = not isinstance(stored, QuantMoment)
-    moment = compute_like(call, name, function, arrays, arrays, elementwise=is_plain)
+        for_small = eager.elementwise(function)
+    moment = compute_like(call, name, function, arrays, arrays, for_small=for_small)
     return put_like(call, name, moment, like)
 
 
@@ -205,7 +219,8 @@ def _stored(
     if not isinstance(new, QuantMoment):
         return new
     # Scales end before float32 does.
-    given, found = _largest(values), _largest(_numbers(call, name, new))
+    given = eager.largest(values)
+    found = eager.largest(_numbers(call, name, new))
     message = (
         f"`{call}`: {name} has numbers that are too large for the scales of "
         f"{type(new.codec).__name__}."
@@ -270,12 +285,14 @@ def _storable(call: str, name: str, values: Any, like: StoredMoment) -> Any:
     return values
 
 
-@jax.jit
-def _largest(x: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return jnp.max(jnp.abs(x), initial=0)
+def _is_wrong(x: Any, signed: bool) -> Any:
+    here = eager.on_host(x)
+    if here is None:
+        return _is_wrong_on_device(x, signed=signed)
+    return not np.all(np.isfinite(here) & (signed | (here >= 0)))
 
 
 @partial(jax.jit, static_argnames="signed")
-def _is_wrong(x: Float[Array, "*shape"], signed: bool) -> Bool[Array, ""]:
+def _is_wrong_on_device(x: Float[Array, "*shape"], signed: bool) -> Bool[Array, ""]:
     wrong = ~jnp.isfinite(x)
     return jnp.any(wrong if signed else wrong | (x < 0))
