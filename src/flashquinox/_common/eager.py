@@ -72,11 +72,13 @@ def fetched(arrays: Sequence[Any]) -> list[np.ndarray] | None:
 
 def put(x: np.ndarray, like: jax.Array) -> jax.Array:
     """An array where another one is that was fetched."""
-    there = like.sharding
-    if isinstance(there, NamedSharding):
-        # It may have another number of axes.
-        there = there.update(spec=PartitionSpec())
-    return jax.device_put(x, there if like.committed else None)
+    return jax.device_put(x, _whole(like.sharding) if like.committed else None)
+
+
+def _whole(where: Sharding) -> Sharding:
+    """The sharding of arrays of any number of axes that are whole where others are."""
+    is_named = isinstance(where, NamedSharding)
+    return where.update(spec=PartitionSpec()) if is_named else where
 
 
 ForSmall: TypeAlias = Callable[[list[np.ndarray]], PyTree]
@@ -99,8 +101,10 @@ def computed(
         return None
     left = iter(found)
     values = [x if isinstance(x, np.ndarray) else next(left) for x in arrays]
-    put = lambda x: jax.device_put(np.asarray(x), where)
-    return jtu.tree_map(put, function(values))
+    there = None if where is None else _whole(where)
+    return jtu.tree_map(
+        lambda x: jax.device_put(np.asarray(x), there), function(values)
+    )
 
 
 def elementwise(function: Callable[..., PyTree]) -> ForSmall:
