@@ -649,3 +649,15 @@ def exact_step(
         params = optax.apply_updates(params, updates)
         moments = {name: optax.tree.get(state, name) for name in moments}
         return jtu.tree_map(np.asarray, (params, moments))
+
+
+# The names of programs that this process has compiled. Tests clear it.
+COMPILED = []
+
+
+def _listen(event, duration, **details):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(details.get("fun_name"))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)

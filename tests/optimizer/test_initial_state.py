@@ -11,19 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
 
-from ..helpers import array_of, slow, tree_identical
+from ..helpers import array_of, COMPILED, slow, tree_identical
 
 
-_COMPILED = []
 _OTHERS = itertools.count(1009)
-
-
-def _listen(event, duration, **details):
-    if event.endswith("backend_compile_duration"):
-        _COMPILED.append(details.get("fun_name"))
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def _params(rows, sharding=None):
@@ -53,13 +44,13 @@ def test_compiles_nothing(storage, kind):
     optim = fq.adamw(1e-3, storage=storage)
     optim.init(_params(11, sharding))
     params = _params(13, sharding)
-    _COMPILED.clear()
+    COMPILED.clear()
     state = optim.init(params)
     jax.block_until_ready(jtu.tree_leaves((state.moments, state.corrections)))
-    assert not _COMPILED
+    assert not COMPILED
     # It is seen where there is something.
     jnp.zeros((13, next(_OTHERS))).block_until_ready()
-    assert _COMPILED
+    assert COMPILED
     # Within a program, it is the same.
     made = jax.jit(optim.init)(params) if kind is None else state
     assert tree_identical(

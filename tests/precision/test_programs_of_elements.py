@@ -14,19 +14,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import flashquinox as fq
 from flashquinox.exchange import from_optax, to_optax
 
-from ..helpers import array_of, tree_identical
+from ..helpers import array_of, COMPILED, tree_identical
 
 
-_COMPILED = []
 _OTHERS = itertools.count(1013)
-
-
-def _listen(event, duration, **details):
-    if event.endswith("backend_compile_duration"):
-        _COMPILED.append(details.get("fun_name"))
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
 
 _optim = fq.adamw(1e-3)
 _average = fq.ema(0.9)
@@ -66,10 +57,10 @@ def _model(count, first=1, sharding=None):
 def test_shapes_share_programs():
     first, second = _model(3), _model(3)
     for model in (first, second):
-        _COMPILED.clear()
+        COMPILED.clear()
         jax.block_until_ready(jtu.tree_leaves(_changed(model)))
         fq.check_numerics(model, _optim.init(model), learning_rate=1e-3)
-    assert not _COMPILED
+    assert not COMPILED
 
 
 @pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
@@ -150,7 +141,7 @@ def test_moments(storage, monkeypatch):
 def test_moments_share_programs():
     shapes = lambda n: [(n, 40), (n, 64), (4 * n,), (16, 3, n)]
     _moments(_optim, shapes(41))
-    _COMPILED.clear()
+    COMPILED.clear()
     jax.block_until_ready(jtu.tree_leaves(_moments(_optim, shapes(43))))
-    ours = [x for x in _COMPILED if "code" in x or "root" in x]
-    assert _COMPILED and not ours
+    ours = [x for x in COMPILED if "code" in x or "root" in x]
+    assert COMPILED and not ours
