@@ -4,6 +4,7 @@ In a traced program, each of these functions is a primitive of its own. A kernel
 recognizes it by identity, because a user's function may have the same name.
 """
 
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -35,14 +36,16 @@ _MAGNITUDE, _SIGN = np.int32(0x7FFF_FFFF), np.int32(-(2**31))
 
 class Replaceable:
     """An elementwise function that is a primitive in traced programs. Where no backend
-    replaces it, the function itself is compiled."""
+    replaces it, the function itself is compiled. `dtype` is that of its results, or
+    `None` if they have that of its first argument: to trace the function for it would
+    take a tenth of the time in which Python lowers a step."""
 
     _known: ClassVar[dict[_compat.Primitive, "Replaceable"]] = {}
 
-    def __init__(self, function: Callable[..., Array]):
+    def __init__(self, function: Callable[..., Array], dtype: DTypeLike | None = None):
         self.function = function
         name = f"flashquinox{getattr(function, '__name__', '')}"
-        self._primitive = _compat.operation(name, function)
+        self._primitive = _compat.operation(name, function, dtype)
         self._known[self._primitive] = self
 
     def __call__(self, *args: Array) -> Array:
@@ -54,7 +57,7 @@ class Replaceable:
         return cls._known.get(primitive)
 
 
-@Replaceable
+@functools.partial(Replaceable, dtype=jnp.int32)
 def byte_times(
     byte: Shaped[Array, "*#shape"], factor: Int32[Array, "*#shape"]
 ) -> Int32[Array, "*shape"]:
@@ -63,7 +66,7 @@ def byte_times(
     return byte.astype(jnp.int32) * factor
 
 
-@Replaceable
+@functools.partial(Replaceable, dtype=jnp.uint32)
 def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """The bits of a float32, with the same pattern for all NaNs."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -76,13 +79,13 @@ def canonical_pattern(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return lax.bitcast_convert_type(pattern, jnp.uint32)
 
 
-@Replaceable
+@functools.partial(Replaceable, dtype=jnp.int8)
 def nearest_int8(x: Float[Array, "*shape"]) -> Int8[Array, "*shape"]:
     """The nearest `int8`, of two the even one, and 0 for NaN."""
     return _nearest_byte(x, jnp.int8)
 
 
-@Replaceable
+@functools.partial(Replaceable, dtype=jnp.uint8)
 def nearest_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     """The nearest `uint8`, of two the even one, and 0 for NaN."""
     return _nearest_byte(x, jnp.uint8)

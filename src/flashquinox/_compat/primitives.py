@@ -1,6 +1,5 @@
 """Own primitives: elementwise functions, and errors."""
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
@@ -9,6 +8,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 
 Primitive: TypeAlias = jex.Primitive
@@ -37,18 +37,15 @@ def unchanged(
     return primitive.bind
 
 
-def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
+def operation(
+    name: str, function: Callable[..., jax.Array], dtype: DTypeLike | None
+) -> Primitive:
     """A primitive for an elementwise function. It is compiled, batched and
-    differentiated as that function, and kernels can recognize it."""
+    differentiated as that function, and kernels can recognize it. `dtype` is that of
+    its results, or `None` if they have that of its first argument."""
     primitive = Primitive(name)
     compiled = jax.jit(function)
     primitive.def_impl(compiled)
-
-    @functools.cache
-    def dtype_of(*dtypes: Any) -> Any:
-        scalars = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
-        found: Any = jax.make_jaxpr(function)(*scalars).out_avals[0]
-        return found.dtype
 
     def type_of_result(first: Any, *others: Any) -> Any:
         # Those of the others differ in their dtypes alone, but where meshes divide
@@ -57,7 +54,7 @@ def operation(name: str, function: Callable[..., jax.Array]) -> Primitive:
         for x in others:
             if x.update(dtype=first.dtype, weak_type=False) != kind:
                 return jax.make_jaxpr(compiled)(first, *others).out_avals[0]
-        return kind.update(dtype=dtype_of(first.dtype, *[x.dtype for x in others]))
+        return kind if dtype is None else kind.update(dtype=jnp.dtype(dtype))
 
     primitive.def_abstract_eval(type_of_result)
     ad.primitive_jvps[primitive] = lambda primals, tangents: jax.jvp(

@@ -126,8 +126,6 @@ class Walk:
         statement = Statement(*args)
         if any([x.text == VARIED for x in statement.operands]):
             raise Unsupported("an array of constants")
-        # What is not supported is found now.
-        statement.lines([x.text for x in statement.operands])
         self.statements.append(statement)
 
     def _reduce(self, function: str, x: Value) -> Value:
