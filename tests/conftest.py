@@ -88,9 +88,9 @@ def pytest_addoption(parser):
         "--part",
         choices=["first", "second"],
         help="CI runs one part on each of two Pythons. The second: one case of each "
-        "test, or one for each kernel, and none of what is marked as `once`. The "
-        "first: all that the second has not, and tests with a single case; but half "
-        "of the cases of tests that are marked as `product`.",
+        "test, or one for each kernel, and half of the tests with a single case, but "
+        "none of what is marked as `once`. The first: all that the second has not; but "
+        "half of the cases of tests that are marked as `product`.",
     )
 
 
@@ -101,26 +101,24 @@ def pytest_collection_modifyitems(config, items):
     if part is None:
         return
     groups = collections.defaultdict(list)
-    left_out = set()
     for item in items:
-        if part == "second" and item.get_closest_marker("once") is not None:
-            left_out.add(item)
-        elif hasattr(item, "callspec"):
-            # Each kernel in both parts.
-            kernel = item.callspec.params.get("backend")
-            groups[item.nodeid.split("[")[0], kernel].append(item)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        kernel = parameters.get("backend")
+        groups[item.nodeid.split("[")[0], kernel].append(item)
+    kept = set()
     for group in groups.values():
-        is_product = group[0].get_closest_marker("product") is not None
-        first, second = _halves(group) if is_product else (group, group)
+        marks = {mark.name for mark in group[0].iter_markers()}
+        first, second = _halves(group) if "product" in marks else (group, group)
         # Another one for each test.
-        chosen = second[zlib.crc32(group[0].nodeid.encode()) % len(second)]
-        kept = [chosen]
+        number = zlib.crc32(group[0].nodeid.encode())
+        is_in_first = "once" in marks or (len(group) == 1 and number % 2 == 1)
+        chosen = None if is_in_first else second[number % len(second)]
         if part == "first":
-            is_once = group[0].get_closest_marker("once") is not None
-            kept = [x for x in first if x is not chosen or is_once] or first
-        left_out.update(set(group) - set(kept))
-    config.hook.pytest_deselected(items=[x for x in items if x in left_out])
-    items[:] = [x for x in items if x not in left_out]
+            kept.update(x for x in first if x is not chosen)
+        elif chosen is not None:
+            kept.add(chosen)
+    config.hook.pytest_deselected(items=[x for x in items if x not in kept])
+    items[:] = [x for x in items if x in kept]
 
 
 def _halves(group):

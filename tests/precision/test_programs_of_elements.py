@@ -63,6 +63,7 @@ def test_shapes_share_programs():
     assert not COMPILED
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("divided", [False, True])
 def test_larger_arrays_have_their_own(kind, divided, monkeypatch):
@@ -120,6 +121,7 @@ def _moments(optim, shapes):
     return state, halved, to_optax(halved, drawn)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "storage",
     [
