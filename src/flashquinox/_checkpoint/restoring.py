@@ -128,14 +128,8 @@ class Wanted:
             if origin.widened:
                 correction = [read[origin.correction]] if origin.correction else []
                 pair, likes = [x, *correction], [like, *(like for _ in correction)]
-                x = compute_like(
-                    self._call,
-                    name,
-                    decode_stored,
-                    pair,
-                    likes,
-                    for_small=eager.elementwise(decode_stored),
-                )
+                decode = eager.elementwise(decode_stored)
+                x = compute_like(self._call, name, decode, pair, likes)
             new[name] = self._targets[name].put(x)
         for name, weight in plan.summed.items():
             x = new[weight]

@@ -2,7 +2,7 @@
 operation, shape and dtype, which takes tens of milliseconds."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -81,13 +81,19 @@ def _whole(where: Sharding) -> Sharding:
     return where.update(spec=PartitionSpec()) if is_named else where
 
 
-ForSmall: TypeAlias = Callable[[list[np.ndarray]], PyTree]
-"""A function of small arrays, as NumPy has them. It takes the same few programs for
-arrays of all shapes."""
+class Function(NamedTuple):
+    """A function of arrays, and the same one for small arrays outside of programs, as
+    NumPy has them. That takes the same few programs for arrays of all shapes."""
+
+    of_arrays: Callable[..., PyTree]
+    of_small: Callable[[list[np.ndarray]], PyTree]
+
+    def __call__(self, *arrays: Any) -> PyTree:
+        return self.of_arrays(*arrays)
 
 
 def computed(
-    function: ForSmall, arrays: Sequence[Any], where: Sharding | None
+    function: Function, arrays: Sequence[Any], where: Sharding | None
 ) -> PyTree | None:
     """`function` of small arrays, with its results in this sharding. `None` for arrays
     that are not small, or not whole on each device, and within programs."""
@@ -103,20 +109,20 @@ def computed(
     values = [x if isinstance(x, np.ndarray) else next(left) for x in arrays]
     there = None if where is None else _whole(where)
     return jtu.tree_map(
-        lambda x: jax.device_put(np.asarray(x), there), function(values)
+        lambda x: jax.device_put(np.asarray(x), there), function.of_small(values)
     )
 
 
-def elementwise(function: Callable[..., PyTree]) -> ForSmall:
+def elementwise(function: Callable[..., PyTree]) -> Function:
     """A function of arrays of one shape, where each element of the results depends on
-    those at the same place alone. It sees vectors."""
+    those at the same place alone. Of small ones, it sees vectors."""
 
     def of_vectors(values: list[np.ndarray]) -> PyTree:
         shape, size = values[0].shape, values[0].size
         new = function(*[lengthened(x.reshape(-1)) for x in values])
         return jtu.tree_map(lambda x: np.asarray(x)[:size].reshape(shape), new)
 
-    return of_vectors
+    return Function(function, of_vectors)
 
 
 def lengthened(x: np.ndarray, of_row: int = 1) -> jax.Array:

@@ -33,20 +33,17 @@ def compute_like(
     function: Callable[..., PyTree],
     arrays: Sequence[Any],
     likes: Sequence[Any],
-    *,
-    for_small: eager.ForSmall | None = None,
 ) -> PyTree:
     """`function(*arrays)`, with each array put where its `like` is. `Explicit` axes of
     meshes are made automatic, for functions that do not say how their results are
-    sharded. Arrays in host memory are copied to the device. `for_small`: the same
-    function for small arrays, outside of programs."""
+    sharded. Arrays in host memory are copied to the device."""
     if _is_traced(*arrays, *likes):
         return function(*memory.to_device(list(arrays)))
     targets = [Target.of(call, name, like) for like in likes]
     places = [target.sharding_of_read(automatic=True) for target in targets]
     with no_mesh():
-        if for_small is not None:
-            new = eager.computed(for_small, arrays, places[0])
+        if isinstance(function, eager.Function):
+            new = eager.computed(function, arrays, places[0])
             if new is not None:
                 return new
         return function(

@@ -73,14 +73,8 @@ class EMA(eqx.Module):
         for i, leaf in _averaged(opened):
             read = [leaf.value, opened.corrections[i]]
             read = [x for x in read if x is not None]
-            stored = compute_like(
-                call,
-                leaf.name,
-                as_average,
-                read,
-                read,
-                for_small=eager.elementwise(as_average),
-            )
+            average = eager.elementwise(as_average)
+            stored = compute_like(call, leaf.name, average, read, read)
             stored = [
                 None if x is None else put_like(call, leaf.name, x, leaf.value)
                 for x in stored

@@ -141,18 +141,10 @@ def split_master_weight(
 ) -> tuple[Any, Any]:
     """The new weight of a leaf, in the sharding of the old one, and its correction.
     Without a dtype for that, the weight is rounded."""
-    split = partial(
-        _split,
-        dtype=jnp.dtype(leaf.value.dtype),
-        correction_dtype=correction_dtype,
-    )
+    dtype = jnp.dtype(leaf.value.dtype)
+    split = partial(_split, dtype=dtype, correction_dtype=correction_dtype)
     weight, new = compute_like(
-        call,
-        leaf.name,
-        split,
-        [master],
-        [leaf.value],
-        for_small=eager.elementwise(split),
+        call, leaf.name, eager.elementwise(split), [master], [leaf.value]
     )
     return put_like(call, leaf.name, weight, leaf.value), new
 

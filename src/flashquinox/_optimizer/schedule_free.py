@@ -122,9 +122,8 @@ def schedule_free_weights(model: Model, state: PyTree) -> Model:
         if offset is None or not is_trainable(leaf.value):
             return leaf.value
         both = [leaf.value, offset]
-        likes = both[:1] * 2
-        of_small = eager.elementwise(jnp.add)
-        return compute_like(call, leaf.name, jnp.add, both, likes, for_small=of_small)
+        add = eager.elementwise(jnp.add)
+        return compute_like(call, leaf.name, add, both, both[:1] * 2)
 
     pairs = zip(leaves, offsets, strict=True)
     return rebuild([averaged(leaf, offset) for leaf, offset in pairs])

@@ -2,50 +2,55 @@
 share a few programs: of groups in rows, whose number is a power of two."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .._common.eager import ForSmall, lengthened
+from .._common.eager import Function, lengthened
 from .layout import Layout
 from .regroup import Groups
 
 
-def encoding(function: Callable[..., tuple[Any, Any]], layout: Layout) -> ForSmall:
-    """`function` of a moment, the parameter of its codec if it has one, and `groups`:
-    its codes and scales, in groups of this layout."""
+def encoding(encode: Callable[..., tuple[Any, Any]], layout: Layout) -> Function:
+    """A moment, and the parameter of its codec if it has one, to codes and scales in
+    groups of this layout: by `encode`, which also takes `groups`."""
 
     def of_rows(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         moment, *parameter = values
         rows = _rows(layout, moment)
         rows_of_many = lengthened(rows, layout.group_size)
-        codes, scales = function(rows_of_many, *parameter, groups=_groups(layout))
+        codes, scales = encode(rows_of_many, *parameter, groups=_of_row(layout))
         codes, scales = (np.asarray(x)[: len(rows)] for x in (codes, scales))
         return _of_rows(layout, codes), _of_groups(layout, scales)
 
-    return of_rows
+    return Function(partial(encode, groups=_groups(layout)), of_rows)
 
 
-def decoding(function: Callable[..., Any], layout: Layout) -> ForSmall:
-    """`function` of codes, scales, the parameter of their codec if it has one, and
-    `groups`: the moment."""
+def decoding(decode: Callable[..., Any], layout: Layout) -> Function:
+    """Codes, scales, and the parameter of their codec if it has one, to the moment: by
+    `decode`, which also takes `groups`."""
 
     def of_rows(values: list[np.ndarray]) -> np.ndarray:
         codes, scales, *parameter = values
         rows = _rows(layout, codes)
-        moment = function(
+        moment = decode(
             lengthened(rows, layout.group_size),
             lengthened(_in_groups(layout, scales), layout.group_size),
             *parameter,
-            groups=_groups(layout),
+            groups=_of_row(layout),
         )
         return _of_rows(layout, np.asarray(moment)[: len(rows)])
 
-    return of_rows
+    return Function(partial(decode, groups=_groups(layout)), of_rows)
 
 
 def _groups(layout: Layout) -> Groups:
-    """Those of rows."""
+    return layout.axes, layout.group_size
+
+
+def _of_row(layout: Layout) -> Groups:
+    """A group in each row."""
     return (-1,), layout.group_size
 
 

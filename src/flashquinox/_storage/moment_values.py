@@ -51,10 +51,8 @@ def store(
             f"{stored.shape}. Pass states of the same model."
         )
     if not isinstance(like, QuantMoment):
-        cast = partial(_cast, dtype=like.dtype)
-        moment = compute_like(
-            call, name, cast, [moment], [like], for_small=eager.elementwise(cast)
-        )
+        cast = eager.elementwise(partial(_cast, dtype=like.dtype))
+        moment = compute_like(call, name, cast, [moment], [like])
         return put_like(call, name, moment, like)
     if not is_of_one_leaf(like):
         raise ValueError(
@@ -65,20 +63,11 @@ def store(
     if like.relative_to is not None:
         base = base_of(call, name, like, base)
         root = load(call, name, base, _float32_like(like.codes))
-        likes = [like.codes] * 2
-        of_small = eager.elementwise(_over_root)
-        moment = compute_like(
-            call, name, _over_root, [moment, root], likes, for_small=of_small
-        )
-    encode = partial(_encode, codec=like.codec, groups=(like.axes, like.group_size))
-    of_one = partial(_encode, codec=like.codec)
-    codes, scales = compute_like(
-        call,
-        name,
-        encode,
-        *_with_parameter([moment], [like.codes], like),
-        for_small=encoding(of_one, like.layout),
-    )
+        divide = eager.elementwise(_over_root)
+        moment = compute_like(call, name, divide, [moment, root], [like.codes] * 2)
+    encode = encoding(partial(_encode, codec=like.codec), like.layout)
+    given = _with_parameter([moment], [like.codes], like)
+    codes, scales = compute_like(call, name, encode, *given)
     new = with_bits(call, name, codes, scales, like)
     return new if base is None else with_base(new, base)
 
@@ -119,25 +108,24 @@ def load(
     if isinstance(stored, QuantMoment) and stored.relative_to is not None:
         base = base_of(call, name, stored, base)
         both = [_load(call, name, stored, like), load(call, name, base, like)]
-        of_small = eager.elementwise(_times_root)
-        moment = compute_like(call, name, _times_root, both, both, for_small=of_small)
+        multiply = eager.elementwise(_times_root)
+        moment = compute_like(call, name, multiply, both, both)
         return put_like(call, name, moment, like)
     return _load(call, name, stored, like)
 
 
 def _load(call: str, name: str, stored: StoredMoment, like: Any) -> Any:
     if isinstance(stored, QuantMoment):
-        groups = stored.axes, stored.group_size
-        function = partial(_decode, codec=stored.codec, groups=groups, dtype=like.dtype)
+        decode = partial(_decode, codec=stored.codec, dtype=like.dtype)
         arrays: list[Any] = [stored.codes, stored.scales]
         arrays, _ = _with_parameter(arrays, arrays, stored)
-        of_one = partial(_decode, codec=stored.codec, dtype=like.dtype)
-        is_one = is_of_one_leaf(stored)
-        for_small = decoding(of_one, stored.layout) if is_one else None
+        if is_of_one_leaf(stored):
+            function = decoding(decode, stored.layout)
+        else:
+            function = partial(decode, groups=(stored.axes, stored.group_size))
     else:
-        function, arrays = partial(_cast, dtype=like.dtype), [stored]
-        for_small = eager.elementwise(function)
-    moment = compute_like(call, name, function, arrays, arrays, for_small=for_small)
+        function, arrays = eager.elementwise(partial(_cast, dtype=like.dtype)), [stored]
+    moment = compute_like(call, name, function, arrays, arrays)
     return put_like(call, name, moment, like)
 
 
