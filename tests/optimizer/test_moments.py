@@ -3,6 +3,7 @@ does in Optax."""
 
 import copy
 import dataclasses
+import functools as ft
 import operator
 import pickle
 from typing import Any
@@ -76,6 +77,15 @@ def _decode(moment, base=None):
 def _base(moment):
     """A moment alone, as `jit` gets it, does not know what it is relative to."""
     return None if moment.relative_to is None else moment.base
+
+
+def test_a_base_has_the_same_shape(trained):
+    _, _, state = trained
+    for moment in [x for x in _quant(state) if x.relative_to is not None]:
+        values = np.ones(moment.codes.shape, np.float32)
+        for call in (moment.decode, ft.partial(moment.encode, values)):
+            with pytest.raises(ValueError, match="to whose root it is relative"):
+                call(base=jnp.ones(moment.codes.shape[:-1]))
 
 
 @pytest.mark.product

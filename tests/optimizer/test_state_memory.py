@@ -213,7 +213,10 @@ def test_release(name):
 
 
 @pytest.mark.once
-def test_prepare_and_functions_of_states(tmp_path):
+@pytest.mark.parametrize("small", [True, False])
+def test_prepare_and_functions_of_states(small, tmp_path, monkeypatch):
+    if not small:
+        monkeypatch.setattr("flashquinox._common.eager._MOST_BYTES_BOTH_WAYS", 0)
     model = jtu.tree_map(lambda x: x.astype(jnp.float32) * 1.001, _weights())
     here, away = _MAKE["adamw"](), _MAKE["adamw"](state_memory=AWAY)
     one, other = fq.prepare(model, here), fq.prepare(model, away)
@@ -229,6 +232,8 @@ def test_prepare_and_functions_of_states(tmp_path):
     assert tree_identical(fq.master_weights(*one), masters)
     back = fq.from_master_weights(masters, *other)
     assert tree_identical(back, other) and _kinds(back) == _kinds(other)
+    narrowed = fq.narrow_corrections(other[0], fq.widen_corrections(*other))
+    assert tree_identical(narrowed, other[1]) and _kinds(narrowed) == kinds
     reports = [str(fq.check_numerics(*x, learning_rate=1e-3)) for x in (one, other)]
     assert reports[0] == reports[1]
     moved = [fq.map_moments(lambda x: x * 0.5, x[1]) for x in (one, other)]

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flashquinox as fq
+from flashquinox._common import eager
 from flashquinox.exchange import from_optax, to_optax
 
 from ..helpers import array_of, COMPILED, tree_identical
@@ -88,6 +89,27 @@ def test_larger_arrays_have_their_own(kind, divided, monkeypatch):
         assert jax.typeof(x) == jax.typeof(y)
 
 
+@pytest.mark.parametrize(
+    "shape, spec",
+    [((1,), PartitionSpec("a", None)), ((8, 1), PartitionSpec(None, "b"))],
+)
+def test_axes_of_size_one_have_names(shape, spec):
+    """They are in the types of arrays."""
+    mesh = jax.make_mesh(shape, ("a", "b")[: len(shape)])
+    weight = jax.device_put(np.ones((4, 37), np.float32), NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        found = _changed({"w": weight})
+        moments = jtu.tree_leaves(_moments(_optim, [(4, 37)]))
+    assert moments
+    arrays = jtu.tree_leaves(found)
+    assert {jax.typeof(x).sharding.spec for x in arrays if x.ndim == 2} == {spec}
+
+
+def test_results_are_no_parts_of_longer_arrays():
+    """They would keep these."""
+    assert eager.shortened(eager.lengthened(np.ones(10)), 10).base is None
+
+
 def test_arrays_of_numpy():
     model = {"a": np.linspace(-3, 3, 4 * 37, dtype=np.float32).reshape(4, 37)}
     expected = _changed(jtu.tree_map(jnp.asarray, model))
@@ -99,7 +121,16 @@ def test_within_programs():
     assert tree_identical(jax.jit(_changed)(model), _changed(model))
 
 
-_MOMENT_SHAPES = [(4, 37), (3, 5, 64), (70, 3, 3), (7,), (), (64, 2, 96), (0, 3)]
+_MOMENT_SHAPES = [
+    (4, 37),
+    (3, 5, 64),
+    (70, 3, 3),
+    (7,),
+    (),
+    (64, 2, 96),
+    (0, 3),
+    (2, 0, 64),
+]
 
 
 def _moments(optim, shapes):

@@ -120,6 +120,36 @@ def test_gradients_of_mixed_sizes():
         assert bool(found.norm.is_finite)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_large_gradients_are_read_in_pieces(dtype):
+    """On a CPU, so that nothing of their size is in memory. The last piece is partial:
+    its numbers, the largest ones, count once."""
+    values = np.random.default_rng(0).standard_normal((5, 8190))
+    values[-1, -10:] = 2.0**46
+    values[0, :4] = 2.0**-46
+    grads = [array_of(values, dtype)]
+    found = _factors(grads, 1.0)
+    product = np.prod([float64(x) for x in found.factors])
+    assert product == pytest.approx(1 / _norm(grads), rel=2**-20)
+    for wrong in (np.nan, np.inf):
+        values[3, 7] = wrong
+        assert not bool(_factors([array_of(values, dtype)], 1.0).norm.is_finite)
+
+
+@pytest.mark.parametrize("skip, max_norm", [(True, None), (False, 1.0)])
+def test_no_array_of_what_is_reduced(skip, max_norm):
+    params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)}
+    optim = fq.lion(1e-3, skip_nonfinite=skip, backend="xla")
+    state = jax.eval_shape(optim.init, params)
+    temporary = []
+    for step in (optim.step, ft.partial(optim.step, max_norm=max_norm)):
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+        memory = lowered.compile().memory_analysis()
+        temporary.append(memory.temp_size_in_bytes)
+    # Of the chunks in which a CPU takes a step, and of the pieces.
+    assert max(temporary) < 2**20
+
+
 _skipping = fq.adamw(
     1e-2,
     skip_nonfinite=True,

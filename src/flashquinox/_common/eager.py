@@ -72,13 +72,15 @@ def fetched(arrays: Sequence[Any]) -> list[np.ndarray] | None:
 
 def put(x: np.ndarray, like: jax.Array) -> jax.Array:
     """An array where another one is that was fetched."""
-    return jax.device_put(x, _whole(like.sharding) if like.committed else None)
+    return _put(x, like.sharding if like.committed else None, like.ndim)
 
 
-def _whole(where: Sharding) -> Sharding:
-    """The sharding of arrays of any number of axes that are whole where others are."""
-    is_named = isinstance(where, NamedSharding)
-    return where.update(spec=PartitionSpec()) if is_named else where
+def _put(x: np.ndarray, where: Sharding | None, axes: int) -> jax.Array:
+    """An array that is whole where others are, which have so many axes. One of as many
+    has their sharding: the axes of a mesh may all be of size 1, and have names."""
+    if isinstance(where, NamedSharding) and x.ndim != axes:
+        where = where.update(spec=PartitionSpec())
+    return jax.device_put(x, where)
 
 
 class Function(NamedTuple):
@@ -107,10 +109,8 @@ def computed(
         return None
     left = iter(found)
     values = [x if isinstance(x, np.ndarray) else next(left) for x in arrays]
-    there = None if where is None else _whole(where)
-    return jtu.tree_map(
-        lambda x: jax.device_put(np.asarray(x), there), function.of_small(values)
-    )
+    put = lambda x: _put(np.asarray(x), where, arrays[0].ndim)
+    return jtu.tree_map(put, function.of_small(values))
 
 
 def elementwise(function: Callable[..., PyTree]) -> Function:
@@ -118,9 +118,10 @@ def elementwise(function: Callable[..., PyTree]) -> Function:
     those at the same place alone. Of small ones, it sees vectors."""
 
     def of_vectors(values: list[np.ndarray]) -> PyTree:
+        values = list(np.broadcast_arrays(*values))
         shape, size = values[0].shape, values[0].size
         new = function(*[lengthened(x.reshape(-1)) for x in values])
-        return jtu.tree_map(lambda x: np.asarray(x)[:size].reshape(shape), new)
+        return jtu.tree_map(lambda x: shortened(x, size).reshape(shape), new)
 
     return Function(function, of_vectors)
 
@@ -132,6 +133,12 @@ def lengthened(x: np.ndarray, of_row: int = 1) -> jax.Array:
     length = max(least, 1 << max(0, len(x) - 1).bit_length())
     zeros = [(0, 0)] * (x.ndim - 1)
     return jax.device_put(np.pad(x, [(0, length - len(x)), *zeros]))
+
+
+def shortened(x: jax.Array, length: int) -> np.ndarray:
+    """What `lengthened` was given, of the result for that. A copy: a CPU's array could
+    be a part of the memory of the longer one, and would keep all of it."""
+    return np.asarray(x)[:length].copy()
 
 
 def largest(x: Any) -> Any:
@@ -146,19 +153,27 @@ def on_host(x: Any) -> np.ndarray | None:
     """A small array as NumPy has it. `None` for others."""
     if isinstance(x, np.ndarray):
         return x
+    if _bytes([x]) > _MOST_BYTES_BOTH_WAYS:
+        return None
     found = fetched([x])
     return None if found is None else found[0]
 
 
-def place(x: Any) -> Sharding | None:
-    """Where an array is committed to, if it is there already."""
-    is_there = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    return x.sharding if is_there and x.committed else None
+def place(*arrays: Any) -> Sharding | None:
+    """Where the first array is that is committed to devices, if they are there
+    already."""
+    for x in arrays:
+        is_there = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        if is_there and x.committed:
+            return x.sharding
+    return None
 
 
 @jax.jit
 def _largest(x: Shaped[Array, "..."]) -> Shaped[Array, ""]:
-    return jnp.max(jnp.abs(x), initial=0)
+    # XLA leaves NaN out of the maximum of an array on CPUs.
+    is_nan = jnp.any(jnp.isnan(x))
+    return jnp.where(is_nan, jnp.nan, jnp.max(jnp.abs(x), initial=0))
 
 
 def _are_small(arrays: Sequence[Any]) -> bool:

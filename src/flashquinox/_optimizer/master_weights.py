@@ -164,12 +164,11 @@ def _split(
 
 
 def _master_weight(weight: Any, correction: Any) -> Any:
+    correction = memory.to_device(correction)
     stored = [x for x in (weight, correction) if x is not None]
     decode = eager.elementwise(decode_stored)
-    master = eager.computed(decode, stored, eager.place(weight))
-    if master is not None:
-        return master
-    return _decoded(jnp.asarray(weight), memory.to_device(correction))
+    master = eager.computed(decode, stored, eager.place(*stored))
+    return _decoded(jnp.asarray(weight), correction) if master is None else master
 
 
 @jax.custom_jvp

@@ -42,9 +42,9 @@ class Options(TypedDict, total=False):
     - `backend` (`"auto"`): what computes a step. `"auto"` is the kernels of the
         platform for which a program is compiled, and plain XLA on platforms without
         kernels; those for GPUs only if JAX's default device is one. `"xla"` is plain
-        XLA everywhere. `"tpu"` and `"gpu"` are the kernels of that platform, with
-        states laid out for it, on any machine: other platforms interpret the kernels,
-        slowly, for debugging.
+        XLA everywhere. `"cpu"`, `"gpu"` and `"tpu"` are the kernels of that platform,
+        with states laid out for it, on any machine. Where they do not run, others take
+        plain XLA, but interpret those for TPUs, slowly, for debugging.
     - `shardings` (`None`): how weights are divided among devices: a tree like the
         model, or a prefix of it, of `jax.sharding.NamedSharding`s, with `None` where
         JAX knows. Only needed where JAX does not tell and `init` has not seen the

@@ -227,7 +227,7 @@ def _report(
             check_not_traced(call, leaf)
             step = max(steps) if owner is None else steps[owner]
             trained.append((leaf, correction, step))
-    # One transfer from the device for all leaves.
+    # One transfer from the device for all large leaves.
     maxima = jax.device_get([eager.largest(leaf.value) for leaf, _, _ in trained])
     return NumericsReport(
         tuple(

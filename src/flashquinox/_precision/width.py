@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._common import eager
+from .._common.placement import compute_like, put_like
 from .._model.selection import chosen_leaves, Selection, Selectors
 from .._model.trained import is_trainable
 from .._model.trees import dotted_name, State
@@ -86,11 +87,9 @@ def _change(
         if taken and jnp.finfo(leaf.value.dtype).bits < 32:
             check_has_correction(call, leaf, correction)
             dtype = CORRECTION_DTYPES[bits]
-            change = partial(change_width, dtype=dtype)
-            stored, there = [leaf.value, correction], eager.place(correction)
-            changed = eager.computed(eager.elementwise(change), stored, there)
-            if changed is None:
-                changed = change(jnp.asarray(leaf.value), correction)
-            correction = changed
+            change = eager.elementwise(partial(change_width, dtype=dtype))
+            stored = [leaf.value, correction]
+            changed = compute_like(call, leaf.name, change, stored, stored)
+            correction = put_like(call, leaf.name, changed, correction)
         new.append(correction)
     return opened.with_corrections(new)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from .._common import meshes
+from .._common.pieces import of_pieces
 from .._tile.clipping import Clipping, clipping, sums_of_squares
 from .._tile.stored_gradient import Gradient, on_device, StoredGradient
 from .parts import by_mesh, on_parts
@@ -71,12 +72,16 @@ def _all_parts_within(
 def _all_within(limits: tuple[float, ...], grads: list[Array]) -> Bool[Array, ""]:
     within = jnp.asarray(True)
     for grad, limit in zip(grads, limits, strict=True):
-        if limit < float(jnp.finfo(grad.dtype).max):
-            # Also false for NaN.
-            within = within & jnp.all(jnp.abs(grad) <= limit)
-        else:
-            within = within & jnp.all(jnp.isfinite(grad))
+        most = min(limit, float(jnp.finfo(grad.dtype).max))
+        # False for NaN, where the largest one may not be: XLA leaves NaN out of the
+        # maximum of an array on CPUs.
+        are_within = of_pieces(partial(_is_within, most), grad)
+        within = within & jnp.all(are_within)
     return within
+
+
+def _is_within(most: float, grad: Array) -> Bool[Array, ""]:
+    return jnp.all(jnp.abs(grad) <= most)
 
 
 def clip(

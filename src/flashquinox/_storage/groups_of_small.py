@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._common.eager import Function, lengthened
+from .._common.eager import Function, lengthened, shortened
 from .layout import Layout
 from .regroup import Groups
 
@@ -21,7 +21,7 @@ def encoding(encode: Callable[..., tuple[Any, Any]], layout: Layout) -> Function
         rows = _rows(layout, moment)
         rows_of_many = lengthened(rows, layout.group_size)
         codes, scales = encode(rows_of_many, *parameter, groups=_of_row(layout))
-        codes, scales = (np.asarray(x)[: len(rows)] for x in (codes, scales))
+        codes, scales = (shortened(x, len(rows)) for x in (codes, scales))
         return _of_rows(layout, codes), _of_groups(layout, scales)
 
     return Function(partial(encode, groups=_groups(layout)), of_rows)
@@ -40,7 +40,7 @@ def decoding(decode: Callable[..., Any], layout: Layout) -> Function:
             *parameter,
             groups=_of_row(layout),
         )
-        return _of_rows(layout, np.asarray(moment)[: len(rows)])
+        return _of_rows(layout, shortened(moment, len(rows)))
 
     return Function(partial(decode, groups=_groups(layout)), of_rows)
 
@@ -64,7 +64,8 @@ def _rows(layout: Layout, x: np.ndarray) -> np.ndarray:
 
 
 def _of_rows(layout: Layout, rows: np.ndarray) -> np.ndarray:
-    x = rows.reshape(layout.matrices, layout.columns, -1)[..., : layout.run]
+    length = layout.groups * layout.group_size
+    x = rows.reshape(layout.matrices, layout.columns, length)[..., : layout.run]
     return x.swapaxes(1, 2).reshape(layout.shape)
 
 

@@ -246,6 +246,13 @@ def base_of(
             f"{moment.relative_to!r}, which is not known here. Take it from "
             f"`state.moments`, or pass the other one: `base={moment.relative_to}`."
         )
+    shape = base.codes.shape if isinstance(base, QuantMoment) else jnp.shape(base)
+    if shape != moment.codes.shape:
+        raise ValueError(
+            f"`{call}`: {name} has the shape {moment.codes.shape}, and "
+            f"{moment.relative_to!r}, to whose root it is relative, {shape}. Pass both "
+            "moments of one leaf."
+        )
     return base
 
 

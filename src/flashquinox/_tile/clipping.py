@@ -7,11 +7,14 @@ leaves the range of the dtype. These sums are all that devices exchange.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar, ScalarLike
+
+from .._common.pieces import of_pieces
 
 
 # Two factors, to be applied one after the other: their product alone may be too small
@@ -51,6 +54,10 @@ def scaled(grad: Float[Array, "*shape"], factors: Factors) -> Float[Array, "*sha
 def sums_of_squares(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "3"]:
     """The sums of the squares of the small, the ordinary and the large numbers in an
     array, each in its own unit."""
+    return jnp.sum(of_pieces(partial(_sums, dtype=dtype), x), axis=0)
+
+
+def _sums(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "3"]:
     x = x.astype(dtype)
     size, unit = jnp.abs(x), _unit(dtype)
     border = math.sqrt(unit)
