@@ -143,8 +143,10 @@ def test_encode_under_vmap_and_sharded(trained):
             )
             expected = _jit_encode(like, values[i], _member(bases, i))
             assert tree_identical(_member(found, i), expected)
-        if many.scales.shape != many.layout.scale_shape:
-            with pytest.raises(ValueError, match="vmap"):
+        differs = many.scales.shape != many.layout.scale_shape
+        if differs or many.parameter is not None:
+            what = "scales" if differs else "a parameter"
+            with pytest.raises(ValueError, match=f"with {what} of shape .*vmap"):
                 many.encode(values)
         mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
 

@@ -54,12 +54,7 @@ def store(
         cast = eager.elementwise(partial(_cast, dtype=like.dtype))
         moment = compute_like(call, name, cast, [moment], [like])
         return put_like(call, name, moment, like)
-    if not is_of_one_leaf(like):
-        raise ValueError(
-            f"`{call}`: {name} is to be stored in scales of shape {like.scales.shape}, "
-            f"where its groups need {like.layout.scale_shape}. Convert an ensemble "
-            "under `jax.vmap`."
-        )
+    _check_is_of_one_leaf(call, name, like)
     if like.relative_to is not None:
         base = base_of(call, name, like, base)
         root = load(call, name, base, _float32_like(like.codes))
@@ -76,6 +71,19 @@ def is_of_one_leaf(like: QuantMoment) -> bool:
     """Whether a moment is that of one leaf, not of an ensemble made by `vmap`."""
     is_one = like.parameter is None or like.parameter.ndim == 0
     return is_one and like.scales.shape == like.layout.scale_shape
+
+
+def _check_is_of_one_leaf(call: str, name: str, like: QuantMoment) -> None:
+    if is_of_one_leaf(like):
+        return
+    what, found, needed = "scales", like.scales.shape, like.layout.scale_shape
+    if found == needed:
+        assert like.parameter is not None
+        what, found, needed = "a parameter", like.parameter.shape, ()
+    raise ValueError(
+        f"`{call}`: {name} is stored with {what} of shape {found}, where one leaf of "
+        f"its shape has {needed}. Call it under `jax.vmap` for an ensemble."
+    )
 
 
 def with_bits(
@@ -236,12 +244,7 @@ def _numbers(
 ) -> Any:
     if not isinstance(stored, QuantMoment):
         return stored
-    if not is_of_one_leaf(stored):
-        raise ValueError(
-            f"`{call}`: {name} has scales of shape {stored.scales.shape}, where those "
-            f"of one leaf have {stored.layout.scale_shape}. Call it under `jax.vmap` "
-            "for an ensemble."
-        )
+    _check_is_of_one_leaf(call, name, stored)
     return load(call, name, stored, _float32_like(stored.codes), base)
 
 
