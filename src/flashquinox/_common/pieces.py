@@ -14,23 +14,29 @@ from .. import _compat
 _ELEMENTS = 2**13
 
 
-def of_pieces(
+def in_pieces(
     function: Callable[[Shaped[Array, "..."]], Shaped[Array, "..."]],
+    combine: Callable[[Shaped[Array, "pieces ..."]], Shaped[Array, "..."]],
     x: Shaped[Array, "..."],
-) -> Shaped[Array, "pieces ..."]:
-    """What a function makes of the pieces of an array, one after the other. Zeros must
-    not count for it. XLA for CPUs has all that is compared or chosen in memory before
-    it reduces that, which would be up to 12 bytes for an element. Elsewhere, an array
-    is one piece."""
+) -> Shaped[Array, "..."]:
+    """What a function makes of an array. In programs for CPUs, of its pieces, one after
+    the other; `combine` makes the result of theirs. Zeros must not count for it. XLA
+    for CPUs has all that is compared or chosen in memory before it reduces that, which
+    would be up to 12 bytes for an element."""
     if x.size <= _ELEMENTS or _compat.traced_device().platform != "cpu":
-        return function(x)[None]
-    flat = x.reshape(-1)
+        return function(x)
 
-    def of_piece(i: Int32[Array, ""]) -> Shaped[Array, "..."]:
-        # The last one begins earlier, to be whole; what is before it is done.
-        start = jnp.minimum(i * _ELEMENTS, x.size - _ELEMENTS)
-        piece = lax.dynamic_slice_in_dim(flat, start, _ELEMENTS)
-        is_new = start + jnp.arange(_ELEMENTS) >= i * _ELEMENTS
-        return function(jnp.where(is_new, piece, 0))
+    def of_all(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        flat = x.reshape(-1)
 
-    return lax.map(of_piece, jnp.arange(-(-x.size // _ELEMENTS)))
+        def of_piece(i: Int32[Array, ""]) -> Shaped[Array, "..."]:
+            # The last one begins earlier, to be whole; what is before it is done.
+            start = jnp.minimum(i * _ELEMENTS, x.size - _ELEMENTS)
+            piece = lax.dynamic_slice_in_dim(flat, start, _ELEMENTS)
+            is_new = start + jnp.arange(_ELEMENTS) >= i * _ELEMENTS
+            return function(jnp.where(is_new, piece, 0))
+
+        return combine(lax.map(of_piece, jnp.arange(-(-x.size // _ELEMENTS))))
+
+    # The program may be for another platform than that of the default device.
+    return lax.platform_dependent(x, cpu=of_all, default=function)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from .._common import meshes
-from .._common.pieces import of_pieces
+from .._common.pieces import in_pieces
 from .._tile.clipping import Clipping, clipping, sums_of_squares
 from .._tile.stored_gradient import Gradient, on_device, StoredGradient
 from .parts import by_mesh, on_parts
@@ -75,8 +75,7 @@ def _all_within(limits: tuple[float, ...], grads: list[Array]) -> Bool[Array, ""
         most = min(limit, float(jnp.finfo(grad.dtype).max))
         # False for NaN, where the largest one may not be: XLA leaves NaN out of the
         # maximum of an array on CPUs.
-        are_within = of_pieces(partial(_is_within, most), grad)
-        within = within & jnp.all(are_within)
+        within = within & in_pieces(partial(_is_within, most), jnp.all, grad)
     return within
 
 

@@ -14,7 +14,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar, ScalarLike
 
-from .._common.pieces import of_pieces
+from .._common.pieces import in_pieces
 
 
 # Two factors, to be applied one after the other: their product alone may be too small
@@ -54,7 +54,7 @@ def scaled(grad: Float[Array, "*shape"], factors: Factors) -> Float[Array, "*sha
 def sums_of_squares(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "3"]:
     """The sums of the squares of the small, the ordinary and the large numbers in an
     array, each in its own unit."""
-    return jnp.sum(of_pieces(partial(_sums, dtype=dtype), x), axis=0)
+    return in_pieces(partial(_sums, dtype=dtype), partial(jnp.sum, axis=0), x)
 
 
 def _sums(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "3"]:
