@@ -105,6 +105,14 @@ def test_axes_of_size_one_have_names(shape, spec):
     assert {jax.typeof(x).sharding.spec for x in arrays if x.ndim == 2} == {spec}
 
 
+def test_nan_is_the_largest():
+    """On CPUs, XLA leaves it out of the maximum of an array."""
+    x = jnp.ones((1024, 1024)).at[5, 7].set(jnp.nan)
+    assert x.nbytes > eager._MOST_BYTES_BOTH_WAYS and jnp.isnan(eager.largest(x))
+    small = x[:8, :9]
+    assert jnp.isnan(eager.largest(small)) and eager.largest(small[:5]) == 1
+
+
 def test_results_are_no_parts_of_longer_arrays():
     """They would keep these."""
     assert eager.shortened(eager.lengthened(np.ones(10)), 10).base is None
