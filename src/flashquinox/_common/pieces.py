@@ -9,8 +9,8 @@ from jaxtyping import Array, Int32, Shaped
 from .. import _compat
 
 
-# Of a piece. With twice as many, the norm of a large array takes a sixth to a third less
-# time (two cores of a Xeon), and memory that small models do not have.
+# Of a piece. With twice as many, the norm of a large array takes a sixth to a third
+# less time (two cores of a Xeon), and memory that small models do not have.
 _ELEMENTS = 2**13
 
 
