@@ -37,8 +37,8 @@ _MAGNITUDE, _SIGN = np.int32(0x7FFF_FFFF), np.int32(-(2**31))
 class Replaceable:
     """An elementwise function that is a primitive in traced programs. Where no backend
     replaces it, the function itself is compiled. `dtype` is that of its results, or
-    `None` if they have that of its first argument: to trace the function for it would
-    take a tenth of the time in which Python lowers a step."""
+    `None` if they have that of its first argument: else, the function would be traced
+    for it in every process."""
 
     _known: ClassVar[dict[_compat.Primitive, "Replaceable"]] = {}
 

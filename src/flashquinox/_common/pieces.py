@@ -21,8 +21,8 @@ def in_pieces(
 ) -> Shaped[Array, "..."]:
     """What a function makes of an array. In programs for CPUs, of its pieces, one after
     the other; `combine` makes the result of theirs. Zeros must not count for it. XLA
-    for CPUs has all that is compared or chosen in memory before it reduces that, which
-    would be up to 12 bytes for an element."""
+    for CPUs has all that is compared or chosen in memory before it reduces that: for a
+    norm, three arrays of float32."""
     if x.size <= _ELEMENTS or _compat.traced_device().platform != "cpu":
         return function(x)
 

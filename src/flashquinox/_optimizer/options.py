@@ -43,8 +43,9 @@ class Options(TypedDict, total=False):
         platform for which a program is compiled, and plain XLA on platforms without
         kernels; those for GPUs only if JAX's default device is one. `"xla"` is plain
         XLA everywhere. `"cpu"`, `"gpu"` and `"tpu"` are the kernels of that platform,
-        with states laid out for it, on any machine. Where they do not run, others take
-        plain XLA, but interpret those for TPUs, slowly, for debugging.
+        with states laid out for it, on any machine. Other platforms take plain XLA in
+        place of those for CPUs and GPUs, and interpret those for TPUs, slowly, for
+        debugging.
     - `shardings` (`None`): how weights are divided among devices: a tree like the
         model, or a prefix of it, of `jax.sharding.NamedSharding`s, with `None` where
         JAX knows. Only needed where JAX does not tell and `init` has not seen the
