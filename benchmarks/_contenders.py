@@ -143,10 +143,11 @@ def our_step(
     state_for: Any = "auto",
     backend: Any = "auto",
     pack_below: int = 0,
+    hyperparameters: dict[str, Any] = HYPERPARAMETERS,
 ) -> JaxStep:
     """`state_for` is the backend by which groups are laid out."""
     make: Callable[..., Any] = getattr(fq, optimizer)
-    keywords: Any = HYPERPARAMETERS | (
+    keywords: Any = hyperparameters | (
         {"momentum": MOMENTUM} if optimizer == "sgdw" else {}
     )
     keywords |= {"storage": fq.Storage(pack_below=pack_below)}
@@ -155,7 +156,12 @@ def our_step(
     return JaxStep(params, state, params, make(**keywords, backend=backend).step)
 
 
-def optax_step(optimizer: str, shapes: Shapes, dtype: Any) -> JaxStep:
+def optax_step(
+    optimizer: str,
+    shapes: Shapes,
+    dtype: Any,
+    hyperparameters: dict[str, Any] = HYPERPARAMETERS,
+) -> JaxStep:
     if optimizer == "sgdw":
         optim = optax.chain(
             optax.trace(MOMENTUM),
@@ -163,7 +169,8 @@ def optax_step(optimizer: str, shapes: Shapes, dtype: Any) -> JaxStep:
             optax.scale_by_learning_rate(HYPERPARAMETERS["learning_rate"]),
         )
     else:
-        optim = getattr(optax, optimizer)(**HYPERPARAMETERS)
+        there = optax if hasattr(optax, optimizer) else optax.contrib
+        optim = getattr(there, optimizer)(**hyperparameters)
 
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = optim.update(grads, state, params)

@@ -1,7 +1,7 @@
 """Steps of optimizers on the leaves of a model, measured on the present device."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,9 +15,6 @@ from _timing import Plan, Timing
 
 Row = dict[str, Any]
 
-# Whose programs are made one after the other, so that we know how long each took. All
-# others are made together, in less time.
-COMPARED = ("adamw", "optax")
 # Of parameters. Below, a step is launches, and calls from Python are measured too.
 _SMALL = 2_000_000
 
@@ -32,20 +29,27 @@ def on_gpu() -> bool:
 
 
 def measure_model(
-    shapes: Shapes, contenders: dict[str, Any], plan: Plan, bytes_per_second: float
+    shapes: Shapes,
+    contenders: dict[str, Any],
+    plan: Plan,
+    bytes_per_second: float,
+    compared: Collection[str],
 ) -> list[Row]:
-    """A row of each contender: of what has a method `ready`, from the shapes."""
+    """A row of each contender: of what has a method `ready`, from the shapes. Programs
+    of those that are `compared` are made one after the other, so that we know how long
+    each took; all others together, in less time."""
     parameters, names = count(shapes), list(contenders)
     rows: dict[str, Row] = {name: {"contender": name} for name in names}
     together = _how_many_fit(parameters)
     for start in range(0, len(names), together):
         some = {name: contenders[name] for name in names[start : start + together]}
-        _take_turns(shapes, some, _steps_in_program(parameters), plan, rows)
+        steps = _steps_in_program(parameters)
+        _take_turns(shapes, some, compared, steps, plan, rows)
     if parameters < _SMALL and on_gpu():
         for name in names:
             rows[name]["call"] = {}
         calls = {name: row["call"] for name, row in rows.items()}
-        _take_turns(shapes, contenders, 1, plan, calls)
+        _take_turns(shapes, contenders, compared, 1, plan, calls)
     for row in rows.values():
         if "median" in row:
             fastest = row["moved bytes"] / bytes_per_second
@@ -56,6 +60,7 @@ def measure_model(
 def _take_turns(
     shapes: Shapes,
     contenders: dict[str, Any],
+    compared: Collection[str],
     steps: int,
     plan: Plan,
     rows: dict[str, Row],
@@ -75,7 +80,7 @@ def _take_turns(
                 ready.pop(name).close()
 
     def prepare(name: str) -> None:
-        alone = name in COMPARED
+        alone = name in compared
         ready[name] = contenders[name](shapes=shapes).ready(steps, alone)
         rows[name] |= ready[name].facts
 
@@ -97,10 +102,10 @@ def _take_turns(
         ready.pop(name).close()
 
     for name in contenders:
-        if name in COMPARED:
+        if name in compared:
             attempt(name, prepare)
     with ThreadPoolExecutor() as pool:
-        others = [name for name in contenders if name not in COMPARED]
+        others = [name for name in contenders if name not in compared]
         list(pool.map(partial(attempt, action=prepare), others))
     for name in list(ready):
         attempt(name, calibrate)

@@ -15,7 +15,9 @@ easy. Steps are those of
 - optax, optax-bf16: `optax.adamw` in float32; and in bfloat16, without master weights;
 - flashoptim, flashoptim-jax: AdamW of FlashOptim (PyTorch) and of flashoptim-jax, on
   bfloat16 weights, where they can be imported: `--peers DIR` adds a directory of
-  sources to the path.
+  sources to the path;
+- if asked for, lamb, adafactor and others of flashquinox, on bfloat16 weights; and
+  optax-lamb, optax-adafactor and others of Optax in float32.
 
 **On the device that there is**, in one run with its copy bandwidth. On GPUs, steps run
 in a loop inside of one compiled program; on CPUs, and for models of less than 2
@@ -28,8 +30,8 @@ fit into memory take turns.
   move: gradients once, weights and state twice;
 - temp: what the compiled program takes beside its arguments, in bytes per parameter;
 - trace, lower, compile: seconds to trace it in Python, to lower it there, and to
-    compile it; of adamw and optax, as all other programs are made at the same time.
-    Kernels are traced and written when a program is lowered.
+    compile it; not of the contenders from lion to flashoptim-jax, whose programs are
+    made at the same time. Kernels are traced and written when a program is lowered.
 
 **With `--chips`**, the compiler for TPUs compiles steps; no TPU is needed:
 
@@ -102,6 +104,10 @@ CONTENDERS = (
     "flashoptim",
     "flashoptim-jax",
 )
+# Of both libraries, with their defaults but for the learning rate.
+_OTHERS = ("lamb", "lars", "adafactor", "schedule_free_adamw", "muon")
+_RATE = {"learning_rate": 1e-3}
+_ASKED_FOR = (*_OTHERS, *[f"optax-{name}" for name in _OTHERS])
 # On CPUs and for TPUs, if nothing else is asked for.
 _FEW_CONTENDERS = ("adamw", "optax")
 # On CPUs: others take minutes, or gigabytes.
@@ -128,6 +134,13 @@ def contender(name: str) -> Callable[..., Any] | None:
             if torch is None or package is None:
                 return None
             return partial(flashoptim_step, torch, package, "adamw")
+        case _ if name in _OTHERS:
+            return partial(our_step, name, hyperparameters=_RATE)
+        case _ if name in _ASKED_FOR:
+            optimizer = name.removeprefix("optax-")
+            return partial(
+                optax_step, optimizer, dtype=jnp.float32, hyperparameters=_RATE
+            )
         case _:
             package = optional("flashoptim_jax")
             return package and partial(flashoptim_jax_step, package, "adamw")
@@ -147,11 +160,13 @@ def on_device(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     record |= {"cores": os.cpu_count(), "copy bytes per second": bytes_per_second}
     print(f"{kind}: a copy moves {bytes_per_second / 1e9:.0f} GB/s")
     names = arguments.contenders or (CONTENDERS if on_gpu else _FEW_CONTENDERS)
-    chosen = contenders(names)
+    chosen, compared = contenders(names), ("adamw", "optax", *_ASKED_FOR)
 
     def rows(shapes: Shapes) -> Rows:
         # Not one by one: they take turns.
-        yield from _zoo_device.measure_model(shapes, chosen, plan, bytes_per_second)
+        yield from _zoo_device.measure_model(
+            shapes, chosen, plan, bytes_per_second, compared
+        )
 
     models = arguments.models or (ZOO if on_gpu else _FEW_MODELS)
     fill(record, models, rows, _zoo_device, arguments.json)
@@ -215,10 +230,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     several(
         "--contenders",
-        choices=CONTENDERS,
+        choices=(*CONTENDERS, *_ASKED_FOR),
         metavar="NAME",
-        help=f"some of {' '.join(CONTENDERS)} (default: all that are installed; on "
-        "CPUs and for TPUs adamw optax)",
+        help=f"some of {' '.join((*CONTENDERS, *_ASKED_FOR))} (default: of the first "
+        f"{len(CONTENDERS)} all that are installed; on CPUs and for TPUs adamw optax)",
     )
     several(
         "--chips",

@@ -94,13 +94,14 @@ def test_divided_among_devices(name, axis_type):
     ],
 )
 def test_kernels_take_both_passes(backend, make, members):
-    """Of leaves of one shape, kernels for GPUs have directions in one array."""
+    """Kernels for GPUs have directions in one array: of Muon, a stack of leaves of one
+    shape; of others, one leaf after the other, of any size."""
     try:
         kernel = make(0.1, backend=backend)
     except ImportError:
         pytest.skip("this JAX has no such kernels")
     plain = make(0.1, backend="xla")
-    shapes = {"a": (64, 128), "b": (64, 128), "d": (36, 7), "v": (8,)}
+    shapes = {"a": (64, 128), "b": (64, 128), "c": (37, 5), "d": (36, 7), "v": (8,)}
     if members is not None:
         shapes = {key: (members, *shape) for key, shape in shapes.items()}
     model, grads = (arrays(shapes, jnp.bfloat16, seed) for seed in (0, 1))

@@ -1,12 +1,13 @@
-def batches_by_size(sizes: dict[int, int]) -> list[list[int]]:
+def batches_by_size(sizes: dict[int, int], room: int = 0) -> list[list[int]]:
     """Batches of leaves to update together, by the numbers of the leaves. No batch is
-    larger than the largest leaf, so that batching does not raise the peak memory."""
+    larger than the largest leaf, so that batching does not raise the peak memory, or
+    than `room` where that is more."""
     batches: list[list[int]] = []
     left = 0
     for index, size in sizes.items():
         if size > left:
             batches.append([])
-            left = max(sizes.values())
+            left = max(room, *sizes.values())
         batches[-1].append(index)
         left -= size
     return batches

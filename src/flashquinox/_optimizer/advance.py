@@ -205,8 +205,7 @@ class Advance:
                     self.as_update and is_last,
                     storage.dither_weights and is_last,
                     as_direction=one is of_leaf.first,
-                    in_stack=is_last
-                    and isinstance(of_leaf.between, AbstractMatrixRule),
+                    in_stack=isinstance(of_leaf.between, AbstractMatrixRule),
                     is_packed=is_packed,
                     in_loop=self.in_loop,
                 )

@@ -1,13 +1,15 @@
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar, ScalarLike
 
 from .bias_correction import bias_correction
+from .chained import AbstractChainedRule
 from .rule import AbstractRule, hyperparameter, Moment
-from .whole_leaf import AbstractWholeLeafRule
 
 
-class ScheduleFreeAdamW(AbstractWholeLeafRule):
+class ScheduleFreeAdamW(AbstractChainedRule):
     r"""Adam's second moment with an average of all iterates in place of momentum, and
     of a schedule.
 
@@ -51,18 +53,13 @@ class ScheduleFreeAdamW(AbstractWholeLeafRule):
     def after(self) -> AbstractRule:
         return _Averaged(self.b1, self.warmup_steps)
 
-    def transform(
-        self, direction: Float[Array, "*shape"], weight: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
-        del weight
-        return direction
-
 
 class _Normalized(AbstractRule):
     """The gradient over the root of the second moment."""
 
-    b2: ScalarLike
-    eps: ScalarLike
+    # Numbers, but in the structure of a rule.
+    b2: Any
+    eps: Any
 
     @property
     def moments(self) -> dict[str, Moment]:
@@ -93,7 +90,7 @@ class _Normalized(AbstractRule):
 class _Averaged(AbstractRule):
     """The step of z, and the average of all z."""
 
-    b1: ScalarLike
+    b1: Any
     warmup_steps: int = eqx.field(static=True)
 
     @property

@@ -36,8 +36,8 @@ class StepStructure(eqx.Module):
     # Give the update alone, in the dtype of the weight, whose numbers are not read: the
     # first of two passes.
     as_direction: bool = eqx.field(static=True, default=False)
-    # Whether the gradients of leaves that are updated together were one array, of all
-    # of them in order: the second of two passes.
+    # Whether leaves of one shape that are updated together have a stack: of their
+    # directions, as which a first pass gives it, or of gradients that were one.
     in_stack: bool = eqx.field(static=True, default=False)
     # Whether the arrays of the state are parts of common ones: of each kind, one array
     # with those of all leaves that are stored alike, in order.

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Scalar, Shaped
 
 from .._common.dtypes import compute_dtype, numbers_of
+from .._rules.chained import regularized_update
 from .._storage import relative_moment
 from .._storage.codec import Boundary, no_boundary
 from .._storage.split import (
@@ -205,10 +206,11 @@ def move(
     wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
     wide_grad = wide_grad.astype(master.dtype)
     decay = None if scalars.decay is None else scalars.decay * master
-    if decay is not None and not structure.decoupled:
-        wide_grad = wide_grad + decay
-    update, moments = structure.rule.update(wide_grad, master, moments, scalars.rule)
-    if decay is not None and structure.decoupled:
+    l2, decay = (None, decay) if structure.decoupled else (decay, None)
+    update, moments = regularized_update(
+        structure.rule, wide_grad, master, l2, moments, scalars.rule
+    )
+    if decay is not None:
         # A factor of 1 - x on the weight would be rounded to multiples of 2^-24: for x
         # of 1e-6, in each step to the same side by 1.3 % of x.
         update = update - decay

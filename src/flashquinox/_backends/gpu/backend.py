@@ -65,8 +65,7 @@ class Gpu(AbstractBackend):
         kinds = []
         for step, view in zip(steps, views, strict=True):
             kind = kind_of(step), view.group_size, view.is_consecutive
-            if step.structure.as_direction or step.structure.in_stack:
-                # Of one shape, they are in one array.
+            if step.structure.in_stack:
                 kind = *kind, step.grad.shape
             kinds.append(kind)
         arrays = lambda i: len(jtu.tree_leaves((steps[i].grad, steps[i].old)))

@@ -36,7 +36,8 @@ def update_leaves(
     """One step of leaves that are stored alike. See `AbstractBackend.load`."""
     words = Words.of(scalars, leaves, all(view.number is not None for view in views))
     of_leaf = jtu.tree_leaves((grads[0], old[0]))
-    in_one = {GRAD} if structure.in_stack else set[int]()
+    from_stack = structure.in_stack and not structure.as_direction
+    in_one = {GRAD} if from_stack else set[int]()
     if structure.as_direction:
         # Nobody reads weights.
         in_one.add(WEIGHT)
@@ -51,25 +52,34 @@ def update_leaves(
         results=_results(old, structure.as_direction) - len(common) * (len(old) - 1),
         own=tuple([i for i in range(len(of_leaf)) if i not in {*in_one, *common}]),
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
-        shape=grads[0].shape if structure.as_direction else (),
+        shape=grads[0].shape if structure.as_direction and structure.in_stack else None,
     )
     # XLA takes a reshape of what is in host memory for work of the host.
     in_a_row = lambda x: x if memory.is_on_host(x) else flat(x)
     each = [jtu.tree_leaves(x) for x in zip(grads, old, strict=True)]
     arrays = [in_a_row(of_leaf[i]) for of_leaf in each for i in kernel.own]
     whole = joined(each, common)
-    if structure.in_stack:
+    if from_stack:
         whole = [flat(jnp.stack(grads)), *whole]
     new = list(launched(run, kernel, _through_device)(*words.arrays, *whole, *arrays))
     found: dict[int, list[Any]] = {}
     if structure.as_direction:
-        stack = new.pop(0)
-        found[WEIGHT] = [
-            lax.index_in_dim(stack, i, keepdims=False) for i in range(len(grads))
-        ]
+        found[WEIGHT] = _directions(kernel, new.pop(0))
     for i in common:
         found[i] = parts(new.pop(0), [x[i].size for x in each])
     return new_states(old, found, new)
+
+
+def _directions(kernel: Kernel, x: Shaped[Array, "..."]) -> list[Array]:
+    """Those of all leaves, from the array that they are in."""
+    numbers = range(len(kernel.views))
+    if kernel.shape is not None:
+        return [lax.index_in_dim(x, i, keepdims=False) for i in numbers]
+    starts = [kernel.before(i, WEIGHT) for i in numbers]
+    return [
+        lax.slice_in_dim(x, start, start + view.size)
+        for start, view in zip(starts, kernel.views, strict=True)
+    ]
 
 
 def _results(old: tuple[TileState, ...], with_stack: bool) -> int:

@@ -42,14 +42,15 @@ class Kernel(NamedTuple):
     # Which of the gradient and the arrays of its state each leaf has as an argument. Of
     # others, there is one array of all leaves, one after the other: gradients and
     # arrays of states before the arguments of leaves, new weights before the other
-    # results. Leaves are of one size if that is gradients or new weights.
+    # results. Leaves are of one size if that is gradients.
     own: tuple[int, ...] = ()
     # The dtype of new weights that are in such an array; old ones are not read. Or
     # `None`.
     fresh: str | None = None
-    # That of a new weight in such an array: XLA would not know its parts, put together,
-    # to be the array, if it was flat.
-    shape: tuple[int, ...] = ()
+    # That of a new weight in such an array, if they are to be a stack: XLA would not
+    # know its parts, put together, to be the array, if it was flat. Or `None`: then
+    # leaves of any size start at multiples of `threads.alignment`.
+    shape: tuple[int, ...] | None = None
 
     @property
     def blocks(self) -> int:
@@ -70,8 +71,10 @@ class Kernel(NamedTuple):
         memory, a number that nobody writes or reads, but that can be waited for."""
         if self.fresh is not None:
             members = operands[-1].shape[:-1]
-            shape = (*members, len(self.views), *self.shape)
-            return [jax.ShapeDtypeStruct(shape, jnp.dtype(self.fresh))]
+            own = (self.before(len(self.views), WEIGHT),)
+            if self.shape is not None:
+                own = len(self.views), *self.shape
+            return [jax.ShapeDtypeStruct((*members, *own), jnp.dtype(self.fresh))]
         if self.results == 0:
             return [jax.ShapeDtypeStruct((1,), jnp.int32)]
         return []
@@ -87,11 +90,18 @@ class Kernel(NamedTuple):
         arrays = range(WEIGHT + 1, len(self.translation.input_types))
         return [i for i in arrays if i not in self.own]
 
-    def _before(self, leaf: int, array: int) -> int:
+    def before(self, leaf: int, array: int) -> int:
         """How many entries an array of all leaves has before those of a leaf."""
         is_scale = self.translation.is_scale[array]
-        before = self.views[:leaf]
-        return sum([view.groups if is_scale else view.size for view in before])
+        sizes = [view.groups if is_scale else view.size for view in self.views[:leaf]]
+        if array == WEIGHT and self._has_flat_results:
+            unit = self.threads.alignment
+            sizes = [-(-size // unit) * unit for size in sizes]
+        return sum(sizes)
+
+    @property
+    def _has_flat_results(self) -> bool:
+        return self.fresh is not None and self.shape is None
 
     @property
     def _words(self) -> list[tuple[str, int]]:
@@ -152,7 +162,7 @@ class Kernel(NamedTuple):
             for i, is_scale in enumerate(self.translation.is_scale):
                 size = "groups" if is_scale else "size"
                 if i not in self.own:
-                    size = f"{self._before(len(self.views), i)}ll"
+                    size = f"{self.before(len(self.views), i)}ll"
                 yield f"p{i} += member * {size};"
 
     def _chosen(self, starts: Sequence[int], first: int, last: int) -> Iterator[str]:
@@ -180,12 +190,14 @@ class Kernel(NamedTuple):
         if self.fresh is not None:
             whole[WEIGHT] = f"({types[WEIGHT]}*)q0"
         for i, text in whole.items():
-            texts[i] = f"{text} + {self._before(first, i)}ll"
+            texts[i] = f"{text} + {self.before(first, i)}ll"
         yield " ".join(f"p{i} = {text};" for i, text in enumerate(texts))
 
     @property
     def _has_parts(self) -> bool:
-        return len(self.own) < len(self.translation.input_types)
+        """Whether leaves are parts of arrays, wherever the one before ends."""
+        in_one = len(self.translation.input_types) - len(self.own)
+        return in_one > int(self._has_flat_results)
 
     @property
     def _is_consecutive(self) -> bool:

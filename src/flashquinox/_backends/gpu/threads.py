@@ -53,7 +53,13 @@ class Threads:
         if not views[0].is_consecutive:
             return 1
         starts = [view.size for view in views] if are_parts else []
-        common = math.gcd(self.group_size, self.elements, *starts)
+        return math.gcd(self.alignment, *starts)
+
+    @property
+    def alignment(self) -> int:
+        """As many elements, a power of two, divide the first of each thread, where
+        groups are of consecutive elements."""
+        common = math.gcd(self.group_size, self.elements)
         return common & -common
 
     def blocks(self, view: View) -> int:
