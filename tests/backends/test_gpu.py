@@ -145,7 +145,7 @@ _LOWERED = [
 
 
 # Rules of whole leaves that have moments before and after.
-_PASSES = {"lamb": 2, "schedule-free": 2, "adafactor-whole": 2}
+_PASSES = {"lamb": 2, "adafactor-whole": 2}
 
 
 @needs_compiler

@@ -6,8 +6,11 @@ What is learned, and how, is the codec's: see `_storage/learned_codec.py`.
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int32, Scalar, Shaped
 
@@ -15,14 +18,17 @@ from .._common import memory
 from .._rules.rule import AbstractRule
 from .._storage.layout import Layout
 from .._storage.learned_codec import AbstractLearnedCodec, AbstractLearner, Observation
-from .._tile.step import dtype_of, StepScalars, StepStructure, TileState
+from .._tile.step import dtype_of, StepScalars, StepStructure
 from .._tile.tile import with_roots
+from .base import grouped, kind_of, LeafStep
 from .interpreter.arithmetic import Arithmetic
 
 
 # The elements of a sample, and how many of them lie along one group at most while other
 # axes are long enough. Each fit takes other elements.
 _SAMPLE, _ALONG = 16384, 32
+# Leaves whose samples are looked at together: each takes 2.3 MB meanwhile.
+_LEAVES = 8
 # Steps between fits, each until which step: moments change most in the first steps.
 _INTERVALS = {4: 32, 16: 128, 64: None}
 
@@ -45,28 +51,85 @@ def learners(structure: StepStructure) -> dict[str, AbstractLearner]:
     }
 
 
+class Sample(eqx.Module):
+    """Some elements of each moment of a leaf: codes, the scales of their groups, and
+    how many there are. What follows these is zeros."""
+
+    codes: dict[str, Shaped[Array, " sample"]]
+    scales: dict[str, Shaped[Array, " sample"] | None]
+    size: Int32[np.ndarray, ""] | Int32[Array, ""]
+
+    @staticmethod
+    def of(step: LeafStep) -> "Sample":
+        old = memory.to_device(step.old)
+        elements, groups = _places(step.layout, step.scalars.count)
+        codes = {name: elements(x) for name, x in old.codes.items()}
+        scales = {k: None if x is None else groups(x) for k, x in old.scales.items()}
+        (size,) = {x.size for x in codes.values()}
+        pad = lambda x: jnp.pad(x, (0, _SAMPLE - size))
+        codes, scales = jtu.tree_map(pad, (codes, scales))
+        return Sample(codes, scales, np.asarray(size, np.int32))
+
+
+def errors(
+    kind: type[AbstractLearner],
+    names: Sequence[Sequence[str]],
+    steps: Sequence[LeafStep],
+) -> Shaped[Array, "moments ..."]:
+    """What learners of one kind find in samples of these leaves, of the moments of each
+    that have these names: one moment after another."""
+    kinds = [
+        (tuple(of_leaf), kind_of(x)) for of_leaf, x in zip(names, steps, strict=True)
+    ]
+    alike = grouped(kinds)
+    found = [
+        _errors_of_alike(kind, names[numbers[0]], [steps[i] for i in numbers])
+        for numbers in alike
+    ]
+    keys = [(i, name) for numbers in alike for i in numbers for name in names[i]]
+    places = {key: place for place, key in enumerate(keys)}
+    wanted = [(i, name) for i, of_leaf in enumerate(names) for name in of_leaf]
+    return jnp.concatenate(found)[np.array([places[key] for key in wanted])]
+
+
+def _errors_of_alike(
+    kind: type[AbstractLearner], names: Sequence[str], steps: Sequence[LeafStep]
+) -> Shaped[Array, "moments ..."]:
+    """The same of leaves of one kind: one program looks at a few of them at a time."""
+    structure, dtype = steps[0].structure, dtype_of(steps[0].old)
+    chosen = [learners(structure)[name] for name in names]
+
+    def look(x: tuple[StepScalars, Sample]) -> Shaped[Array, "moments ..."]:
+        scalars, sample = x
+        known = [scalars.leaf.parameters[name][0] for name in names]
+        observed = observe(names, structure, dtype, scalars, sample)
+        return kind.errors(chosen, observed, jnp.stack(known))
+
+    each = [(step.scalars, Sample.of(step)) for step in steps]
+    stacked = jtu.tree_map(lambda *xs: jnp.stack(xs), *each)
+    return jnp.concatenate(lax.map(look, stacked, batch_size=_LEAVES))
+
+
 def observe(
     names: Sequence[str],
     structure: StepStructure,
-    layout: Layout,
+    dtype: Any,
     scalars: StepScalars,
-    old: TileState,
+    sample: Sample,
 ) -> list[Observation]:
-    """A sample of each of these moments of a leaf."""
-    dtype, old = dtype_of(old), memory.to_device(old)
-    elements, groups = _places(layout, scalars.count)
+    """A sample of a leaf that computes in `dtype`, as learners of these moments take
+    it."""
     factors = structure.factors(scalars)
     codecs, _ = structure.codecs_before_and_after(scalars)
     moments, constants = {}, {}
     for name, codec in codecs.items():
-        scales = old.scales[name]
         constants[name] = codec.decode_constants(
-            None if scales is None else groups(scales), factors[name][0], dtype
+            sample.scales[name], factors[name][0], dtype
         )
-        codes = elements(old.codes[name])
-        moments[name] = codec.dequantize(codes, constants[name], dtype)
+        moments[name] = codec.dequantize(sample.codes[name], constants[name], dtype)
     whole = with_roots(structure, moments)
-    nothing = jnp.zeros(moments[next(iter(moments))].shape, dtype)
+    nothing = jnp.zeros(_SAMPLE, dtype)
+    is_there = np.arange(_SAMPLE) < sample.size
 
     observations = []
     for name in names:
@@ -84,12 +147,10 @@ def observe(
             return Arithmetic().trace(_update, *operands, static=static)(*operands)
 
         _, derivative = jax.jvp(update, (moment,), (jnp.ones_like(moment),))
-        n, unit = codec.observe(elements(old.codes[name]), constants[name], dtype)
+        n, unit = codec.observe(sample.codes[name], constants[name], dtype)
         weight = jnp.where(moment == 0, 0, (derivative * unit) ** 2)
-        pad = lambda x: jnp.pad(
-            x.astype(jnp.float32), (0, _SAMPLE - x.size), constant_values=-1
-        )
-        observations.append(Observation(pad(n), pad(weight)))
+        there = lambda x: jnp.where(is_there, x.astype(jnp.float32), -1)
+        observations.append(Observation(there(n), there(weight)))
     return observations
 
 

@@ -68,11 +68,11 @@ def _learn(
     learners are of this kind."""
     axes = () if mesh is None else tuple(meshes.free_axes(mesh))
     learners = [
-        {
-            name: learner
+        [
+            name
             for name, learner in learning.learners(step.structure).items()
             if isinstance(learner, kind)
-        }
+        ]
         for step in steps
     ]
     keys = [(i, name) for i, of_leaf in enumerate(learners) for name in of_leaf]
@@ -86,17 +86,8 @@ def _learn(
         steps: list[LeafStep], old: Float32[Array, " moments"]
     ) -> Float32[Array, " moments"]:
         def fitted() -> Float32[Array, " moments"]:
-            observations = [
-                observation
-                for names, step in zip(
-                    learners, map(with_own_shape, steps), strict=True
-                )
-                for observation in learning.observe(
-                    [*names], step.structure, step.layout, step.scalars, step.old
-                )
-            ]
-            of_keys = [learners[i][name] for i, name in keys]
-            errors = kind.errors(of_keys, observations, old)
+            here = [*map(with_own_shape, steps)]
+            errors = learning.errors(kind, learners, here)
             return kind.follow(old, lax.psum(errors, axes))
 
         return lax.cond(learning.is_due(steps[0].scalars.count), fitted, lambda: old)
