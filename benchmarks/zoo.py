@@ -118,7 +118,7 @@ _VERSIONS = "jax jaxlib libtpu optax torch triton flashquinox".split()
 Rows = Iterator[dict[str, Any]]
 
 
-def contender(name: str) -> Callable[..., Any] | None:
+def contender(name: str) -> partial[Any] | None:
     """From shapes to what can be made ready. `None` for what is not installed."""
     match name:
         case "adamw" | "lion":
@@ -146,7 +146,7 @@ def contender(name: str) -> Callable[..., Any] | None:
             return package and partial(flashoptim_jax_step, package, "adamw")
 
 
-def contenders(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def contenders(names: Sequence[str]) -> dict[str, partial[Any]]:
     """Those of them that are installed."""
     made = {name: contender(name) for name in names}
     return {name: make for name, make in made.items() if make is not None}
@@ -181,7 +181,7 @@ def for_tpus(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
         for chip in arguments.chips:
             for name, make in chosen.items():
                 row = {"chip": chip, "contender": name}
-                groups = {"state_for": "tpu"} if name == "adamw" else {}
+                groups = {"state_for": "tpu"} if make.func is our_step else {}
                 try:
                     row |= _zoo_tpu.compile_step(make(shapes=shapes, **groups), chip)
                 except Exception as error:
