@@ -22,6 +22,9 @@ import flashquinox as fq
 # Of every contender that takes them.
 HYPERPARAMETERS = {"learning_rate": 1e-3, "weight_decay": 0.01}
 MOMENTUM = 0.9
+# Optimizers of both libraries that are measured on request, with their defaults but for
+# the learning rate; of Optax, as `optax-lamb` and so on.
+OTHERS = ("lamb", "lars", "adafactor", "schedule_free_adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)

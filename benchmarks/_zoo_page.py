@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from _contenders import OTHERS
 from _zoo import ZOO
 
 
@@ -28,9 +30,46 @@ def page(records: list[dict[str, Any]]) -> dict[str, str]:
     for kind, tables in (("gpu", _on_gpu), ("tpu", _on_tpus), ("cpu", _on_cpu)):
         some = [record for record in records if record["kind"] == kind]
         rows = [row for record in some for row in record["rows"]]
+        others = [row for row in rows if _optimizer(row) in OTHERS]
+        rows = [row for row in rows if _optimizer(row) not in OTHERS]
         if rows:
             sections[kind] = "\n\n".join(tables(some[0], rows))
+        if others and kind != "tpu":
+            sections[f"others, {kind}"] = _of_others(some[0], others)
     return sections
+
+
+def _number(digits: int, of: Callable[[Row], float], row: Row) -> str:
+    return f"{of(row):.{digits}f}"
+
+
+def _optimizer(row: Row) -> str:
+    return row["contender"].removeprefix("optax-")
+
+
+def _of_others(record: dict[str, Any], rows: list[Row]) -> str:
+    """Optimizers beside AdamW, each beside Optax's."""
+    device = f"one {record['device']}, {_version(record)}"
+    header = [device, "", "µs", "Optax, float32", "of its limit"]
+    header += ["temporaries, bytes per parameter", "Optax's", "to make, s", "Optax's"]
+    # Digits, and what they are of.
+    cells: list[tuple[int, Callable[[Row], float]]] = [
+        (0, lambda x: x["median"] * 1e6),
+        (2, lambda x: x["temporary bytes"] / x["parameters"]),
+        (1, lambda x: sum(x[f"{y} seconds"] for y in ("trace", "lower", "compile"))),
+    ]
+    lines = []
+    for model, some in by_model(rows, "contender").items():
+        for name in dict.fromkeys(map(_optimizer, some.values())):
+            both = [some.get(name), some.get(f"optax-{name}")]
+            times, spaces, seconds = (
+                [_of(x, partial(_number, digits, of)) for x in both]
+                for digits, of in cells
+            )
+            share = _of(both[0], lambda x: f"{x['share of limit']:.0%}")
+            name = f"`{name}`"
+            lines.append([ZOO[model].title, name, *times, share, *spaces, *seconds])
+    return _table(header, lines)
 
 
 def insert(sections: dict[str, str], text: str) -> str:

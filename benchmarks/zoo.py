@@ -84,6 +84,7 @@ from _contenders import (
     flashoptim_step,
     optax_step,
     optional,
+    OTHERS,
     our_step,
     torch_with_gpu,
 )
@@ -104,10 +105,8 @@ CONTENDERS = (
     "flashoptim",
     "flashoptim-jax",
 )
-# Of both libraries, with their defaults but for the learning rate.
-_OTHERS = ("lamb", "lars", "adafactor", "schedule_free_adamw", "muon")
+_ASKED_FOR = (*OTHERS, *[f"optax-{name}" for name in OTHERS])
 _RATE = {"learning_rate": 1e-3}
-_ASKED_FOR = (*_OTHERS, *[f"optax-{name}" for name in _OTHERS])
 # On CPUs and for TPUs, if nothing else is asked for.
 _FEW_CONTENDERS = ("adamw", "optax")
 # On CPUs: others take minutes, or gigabytes.
@@ -134,7 +133,7 @@ def contender(name: str) -> partial[Any] | None:
             if torch is None or package is None:
                 return None
             return partial(flashoptim_step, torch, package, "adamw")
-        case _ if name in _OTHERS:
+        case _ if name in OTHERS:
             return partial(our_step, name, hyperparameters=_RATE)
         case _ if name in _ASKED_FOR:
             optimizer = name.removeprefix("optax-")
