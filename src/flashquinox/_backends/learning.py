@@ -129,7 +129,7 @@ def observe(
         moments[name] = codec.dequantize(sample.codes[name], constants[name], dtype)
     whole = with_roots(structure, moments)
     nothing = jnp.zeros(_SAMPLE, dtype)
-    is_there = np.arange(_SAMPLE) < sample.size
+    is_there = np.arange(_SAMPLE, dtype=np.int32) < sample.size
 
     observations = []
     for name in names:
