@@ -149,23 +149,32 @@ _SHAPES = {
 
 
 @pytest.mark.parametrize("make", [fq.adamw, fq.lion, ft.partial(fq.sgdw, momentum=0.9)])
-def test_nothing_is_copied(make):
-    """A step whose arguments are donated works in place. A scalar is a number that XLA
-    keeps apart."""
+@pytest.mark.parametrize("method", ["step", "update"])
+def test_nothing_is_copied(make, method):
+    """A step whose arguments are donated works in place; and so does an update, which
+    takes the place of the gradient, and leaves the model alone. A scalar is a number
+    that XLA keeps apart."""
     params = arrays(_SHAPES, jnp.float32, 0)
     optim = make(1e-3)
     model, state = fq.prepare(params, optim)
     grads = jax.tree.map(jnp.ones_like, model)
-    step = jax.jit(optim.step, donate_argnums=(0, 1))
+    donated = {"step": ("model", "state"), "update": ("grads", "state")}[method]
+
+    def take(model, state, grads):
+        if method == "step":
+            return optim.step(model, state, grads)
+        return optim.update(grads, state, model)
+
+    step = jax.jit(take, donate_argnames=donated)
     compiled = step.lower(model, state, grads).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4096
     entry = compiled.as_text().split("ENTRY")[1]
     sizes = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", entry)
     assert all(x == "" or np.prod([*map(int, x.split(","))]) <= 5 for x in sizes)
     # Nothing is lost where they are kept.
-    kept = jax.tree.map(jnp.copy, (model, state))
-    expected = jax.jit(optim.step)(model, state, grads)
-    assert tree_identical((model, state), kept)
+    kept = jax.tree.map(jnp.copy, (model, state, grads))
+    expected = jax.jit(take)(model, state, grads)
+    assert tree_identical((model, state, grads), kept)
     assert tree_identical(step(model, state, grads), expected)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
 from ..base import Unsupported
-from ..cpp.common import common_of, joined, new_states, parts
+from ..cpp.common import common_of, joined, new_states, parts, written_first
 from ..cpp.members import launched
 from ..cpp.translation import translation_of, WEIGHT
 from ..cpp.view import View
@@ -44,6 +44,8 @@ class Kernel(NamedTuple):
     fresh: str | None
     # See `gpu.source.Kernel`.
     strides: tuple[int, ...]
+    # The array that takes the first result: see `written_first`.
+    first: int = WEIGHT
     members: int = 1
 
     @property
@@ -108,7 +110,8 @@ def update_leaves(
         ) from None
     fresh = str(old[0].weight.dtype) if structure.as_direction else None
     strides = (0,) * len(words.arrays)
-    kernel = Kernel(target, views, len(common), len(own), fresh, strides)
+    first = written_first(structure, grads[0], old[0])
+    kernel = Kernel(target, views, len(common), len(own), fresh, strides, first)
     # XLA would copy what is reshaped.
     operands = [of_leaf[i] for of_leaf in each for i in own]
     new = launched(_run, kernel)(*words.arrays, *joined(each, common), *operands)
@@ -128,8 +131,9 @@ def _run(kernel: Kernel, *operands: Shaped[Array, "..."]) -> Sequence[Array]:
         grad, *arrays = map(like, operands[first : first + kernel.own])
         if kernel.fresh is not None:
             results.append(jax.ShapeDtypeStruct(grad.shape, jnp.dtype(kernel.fresh)))
-        for i, x in enumerate(arrays, start=first + 1):
-            aliases[i] = len(results)
+        for i, x in enumerate(arrays, start=WEIGHT):
+            is_first = kernel.fresh is None and i == WEIGHT
+            aliases[first + (kernel.first if is_first else i)] = len(results)
             results.append(x)
     call = jax.ffi.ffi_call(kernel.target, results, input_output_aliases=aliases)
     return call(*operands, plan=kernel.plan)

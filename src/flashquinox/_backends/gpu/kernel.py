@@ -11,7 +11,7 @@ from jaxtyping import Array, Shaped
 
 from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
-from ..cpp.common import common_of, joined, new_states, parts
+from ..cpp.common import common_of, joined, new_states, parts, written_first
 from ..cpp.members import launched, Run
 from ..cpp.translation import GRAD, translation_of, WEIGHT
 from ..cpp.view import View
@@ -51,6 +51,7 @@ def update_leaves(
         (0,) * len(words.arrays),
         results=_results(old, structure.as_direction) - len(common) * (len(old) - 1),
         own=tuple([i for i in range(len(of_leaf)) if i not in {*in_one, *common}]),
+        first=WEIGHT if in_one else written_first(structure, grads[0], old[0]),
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
         shape=grads[0].shape if structure.as_direction and structure.in_stack else None,
     )

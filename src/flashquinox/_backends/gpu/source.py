@@ -23,7 +23,8 @@ class Kernel(NamedTuple):
 
     Its arguments are pointers: to the words of the scalars of all leaves, and, if there
     are any, to those of each leaf; of each leaf in turn, to the gradient and the arrays
-    of its state; and to the arrays of the new states, which are the same ones.
+    of its state; and to the arrays of the new states, which are the same ones: see
+    `first`.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Kernel(NamedTuple):
     # arrays of states before the arguments of leaves, new weights before the other
     # results. Leaves are of one size if that is gradients.
     own: tuple[int, ...] = ()
+    # The array that takes the first result: see `written_first`.
+    first: int = WEIGHT
     # The dtype of new weights that are in such an array; old ones are not read. Or
     # `None`.
     fresh: str | None = None
@@ -58,11 +61,13 @@ class Kernel(NamedTuple):
         return sum([self.threads.blocks(view) for view in self.views])
 
     def states(self, operands: int) -> list[int]:
-        """Which of so many arrays of words, gradients and states are of states."""
+        """Which of so many arrays of words, gradients and states are written to, in the
+        order of the arrays of states."""
         first = len(self.strides) + self._has_stack
         start = first + len(self._common)
         own = [self.own[i % len(self.own)] for i in range(operands - start)]
-        of_leaves = [start + i for i, which in enumerate(own) if which != GRAD]
+        kept = WEIGHT if self.first == GRAD else GRAD
+        of_leaves = [start + i for i, which in enumerate(own) if which != kept]
         return [*range(first, start), *of_leaves]
 
     def own_results(self, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -257,7 +262,7 @@ class Kernel(NamedTuple):
             if is_scale:
                 yield f"if (first == 0) p{i}[group] = y{i - 1};"
             else:
-                arrays.append((f"y{i - 1}", i))
+                arrays.append((f"y{i - 1}", self.first if i == WEIGHT else i))
         yield from self._moved("store", arrays)
 
     def _moved(self, function: str, arrays: Sequence[tuple[str, int]]) -> Iterator[str]:
