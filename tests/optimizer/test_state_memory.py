@@ -13,7 +13,7 @@ from jax.sharding import AxisType, SingleDeviceSharding
 
 import flashquinox as fq
 from flashquinox._common import host_memory, memory
-from flashquinox._optimizer import state_memory, together
+from flashquinox._optimizer import advance, state_memory, together
 from flashquinox._optimizer.slices import slices_of
 from flashquinox._storage.layout import Layout
 from flashquinox.checkpoint import Checkpoints
@@ -320,3 +320,21 @@ def test_slices(shape, axes):
             part = layout.of_shape((x.rows.end - x.rows.start, *shape[1:]))
             assert part.scale_shape[0] == x.of_scales.end - x.of_scales.start
     assert slices_of(shape, layouts, None, math.prod(shape)) is None
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("make", [fq.lamb, fq.lars])
+def test_portions_of_rules_that_need_whole_leaves(make, monkeypatch):
+    """No more is on the device than the largest leaf, although directions of more than
+    that are made together where the state is there."""
+    found, portions = [], advance.portions
+
+    def record(*args):
+        found.append([len(x) for x in portions(*args)])
+        return portions(*args)
+
+    monkeypatch.setattr(advance, "portions", record)
+    params = {f"w{i}": jnp.zeros((32, 64), jnp.bfloat16) for i in range(3)}
+    optim = make(1e-3, state_memory="pinned_host", backend="xla")
+    jax.eval_shape(optim.step, params, optim.init(params), params)
+    assert found == [[1, 1, 1]]

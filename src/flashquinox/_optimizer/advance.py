@@ -25,7 +25,7 @@ from .part import Advanced, Part
 from .passes import Pass
 from .stored_leaf import Learned
 from .streaming import Stream
-from .together import batches, portions
+from .together import batches, portions, room_for_directions
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Advance:
         )
         previous: list[int] = []
         two = [i for i in range(len(of)) if i not in done]
-        for batch in batches(self.step, of, two):
+        room = room_for_directions(self.step)
+        for batch in batches(self.step, of, two, room):
             here = [of[i] for i in batch]
             # One batch after the other, so that only one has directions in memory.
             grads, before = lax.optimization_barrier(

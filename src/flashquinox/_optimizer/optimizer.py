@@ -136,7 +136,7 @@ def optimizer(
         \alpha_\text{peak}$ for $\lambda\alpha$: it follows the shape of the schedule,
         not its height. `"unscaled"`: the same with $\lambda$ for $\lambda\alpha$.
         `"l2"`: L2 regularization: $\lambda w$ is added to the gradient; of rules that
-        need whole leaves, to the direction.
+        need whole leaves, and of [`flashquinox.ScheduleFreeAdamW`][], to the direction.
     - `peak_learning_rate`: $\alpha_\text{peak}$. Needed with `decay="independent"`,
         unless `learning_rate` is a number, which is its own peak.
     - `storage`: how weights and moments are stored: a [`flashquinox.Storage`][].

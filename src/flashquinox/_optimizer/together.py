@@ -1,6 +1,7 @@
 """Which leaves a step takes together: those of one stack of matrices, and those whose
 copies from host memory are on the device at the same time."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TYPE_CHECKING
 
@@ -23,17 +24,31 @@ if TYPE_CHECKING:
 # they get, in 57 MB of bfloat16.
 STACK = 2**25
 
-# Of other leaves, a batch may have a quarter of all elements, or so many: each batch is
-# kernels of its own, and has its directions in memory. Without this ConvNeXt-T, whose
-# largest leaf is a twelfth of it, has 50 kernels for LAMB; with it, 20.
-_SHARE, _FEW = 4, 2**22
+# Of other leaves, a batch may also have this share of all elements, or so many: each
+# batch has its directions in memory, and kernels of its own. If it was no larger than
+# the largest leaf, of which ConvNeXt-T has twelve times as much in all, that would have
+# 50 kernels for LAMB on a GPU; it has 15.
+_SHARE, _LEAST_ROOM = 4, 2**22
+
+
+def room_for_directions(step: "StepInProgress") -> int:
+    """How many elements of leaves a device has directions of, if that is more than the
+    largest leaf has."""
+    rules = {i: x.between for i, x in step.passes.items()}
+    whole = [
+        math.prod(step.leaves[i].value.shape)
+        for i, rule in rules.items()
+        if rule is not None and not isinstance(rule, AbstractMatrixRule)
+    ]
+    return max(sum(whole) // _SHARE, _LEAST_ROOM)
 
 
 def batches(
-    step: "StepInProgress", of: Sequence[Part], numbers: list[int]
+    step: "StepInProgress", of: Sequence[Part], numbers: list[int], room: int = 0
 ) -> list[list[int]]:
     """Which of these leaves take their two passes together: those of one stack of
-    matrices, or as many as are not larger than the largest one or a share of all."""
+    matrices, or as many as are not larger than the largest one, or than `room` where
+    that is more."""
     stacks: dict[Any, list[int]] = {}
     others: dict[int, int] = {}
     for i in numbers:
@@ -46,7 +61,7 @@ def batches(
         kind = rule_structure(rule), grad.shape, dtype, sharding  # pyright: ignore
         group = step.rules[number].group
         stacks.setdefault((group, *kind), []).append(i)
-    found = batches_by_size(others, max(sum(others.values()) // _SHARE, _FEW))
+    found = batches_by_size(others, room)
     for stack in stacks.values():
         grad, sharding = of[stack[0]].grad, of[stack[0]].sharding
         devices = 1 if sharding is None else sharding.mesh.size
@@ -59,9 +74,10 @@ def portions(
     step: "StepInProgress", of: Sequence[Part], numbers: list[int]
 ) -> list[Portion]:
     """Which of these leaves, or slices of them, are on the device together. Rules
-    that need whole leaves get them, in the batches of leaves on the device, so that
-    their products are the same; and so do codecs that learn, and kernels that take
-    states where they are."""
+    that need whole leaves get them: matrices in the batches of leaves on the device, so
+    that their products are the same, and no more of others than the largest leaf has.
+    Codecs that learn get whole leaves too, and kernels that take states where they
+    are."""
     found: list[Portion] = []
     room, whole = 0, []
     for i in numbers:

@@ -21,9 +21,9 @@ class AbstractChainedRule(AbstractRule):
     @property
     @abc.abstractmethod
     def before(self) -> AbstractRule:
-        """The rule whose update, for a learning rate of -1, is the direction. It is
-        made of `self` with its numbers, and of what they leave behind in its structure.
-        """
+        """The rule whose update, for a learning rate of -1, is the direction. Is also
+        called on `rule_structure(self)`, where placeholders are in the place of
+        numbers; and so is `after`."""
 
     @property
     @abc.abstractmethod

@@ -57,7 +57,7 @@ class ScheduleFreeAdamW(AbstractChainedRule):
 class _Normalized(AbstractRule):
     """The gradient over the root of the second moment."""
 
-    # Numbers, but in the structure of a rule.
+    # Numbers, or their placeholders in the structure of a rule.
     b2: Any
     eps: Any
 
@@ -90,6 +90,7 @@ class _Normalized(AbstractRule):
 class _Averaged(AbstractRule):
     """The step of z, and the average of all z."""
 
+    # A number, or its placeholder.
     b1: Any
     warmup_steps: int = eqx.field(static=True)
 
