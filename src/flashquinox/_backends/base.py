@@ -136,6 +136,17 @@ def kind_of(step: LeafStep) -> Hashable:
     return step.structure, jtu.tree_structure(step.scalars), structure, types
 
 
+def takes_place_of_gradient(
+    structure: StepStructure, grad: Shaped[Array, "..."], old: TileState
+) -> bool:
+    """Whether a kernel writes its first result to where the gradient is, and not to
+    where the old weight is. It does so with an update, which will be added to the old
+    weight: XLA would copy that. Nobody else needs the gradient in most programs."""
+    is_like_grad = grad.dtype == old.weight.dtype
+    is_here = not memory.any_on_host((grad, old))
+    return structure.as_update and is_like_grad and is_here
+
+
 def grouped(
     kinds: Iterable[Hashable], most: Callable[[int], int] | None = None
 ) -> list[list[int]]:

@@ -1,5 +1,5 @@
 """Arrays that all leaves of a kernel have in one, the parts of one leaf after those of
-another; and which array of a leaf a kernel writes its first result to."""
+another."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,28 +10,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Shaped
 
-from ..._common import memory
 from ..._tile.step import StepStructure, TileState
 from ..groups import flat
-from .translation import GRAD, WEIGHT
+from .translation import WEIGHT
 
 
 def common_of(structure: StepStructure, arrays: int) -> range:
     """Which of the gradient of a leaf and the arrays of its state, so many in all, are
     parts of such arrays in a packed state: all but weights, which the caller has."""
     return range(WEIGHT + 1, arrays if structure.is_packed else WEIGHT + 1)
-
-
-def written_first(
-    structure: StepStructure, grad: Shaped[Array, "..."], old: TileState
-) -> int:
-    """The array of a leaf that a new weight takes the place of: the old weight. An
-    update, which will be added to that, takes the place of the gradient, which nobody
-    else needs in most programs: XLA would copy the weight."""
-    is_like_grad = grad.dtype == old.weight.dtype
-    if structure.as_update and is_like_grad and not memory.any_on_host((grad, old)):
-        return GRAD
-    return WEIGHT
 
 
 def joined(each: Sequence[Sequence[Any]], common: Sequence[int]) -> list[Array]:

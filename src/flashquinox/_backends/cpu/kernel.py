@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
-from ..base import Unsupported
-from ..cpp.common import common_of, joined, new_states, parts, written_first
+from ..base import takes_place_of_gradient, Unsupported
+from ..cpp.common import common_of, joined, new_states, parts
 from ..cpp.members import launched
-from ..cpp.translation import translation_of, WEIGHT
+from ..cpp.translation import GRAD, translation_of, WEIGHT
 from ..cpp.view import View
 from ..cpp.words import Words
 from . import compiler
@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
     fresh: str | None
     # See `gpu.source.Kernel`.
     strides: tuple[int, ...]
-    # The array that takes the first result: see `written_first`.
+    # The array whose place the first result takes.
     first: int = WEIGHT
     members: int = 1
 
@@ -110,7 +110,8 @@ def update_leaves(
         ) from None
     fresh = str(old[0].weight.dtype) if structure.as_direction else None
     strides = (0,) * len(words.arrays)
-    first = written_first(structure, grads[0], old[0])
+    as_grad = takes_place_of_gradient(structure, grads[0], old[0])
+    first = GRAD if as_grad else WEIGHT
     kernel = Kernel(target, views, len(common), len(own), fresh, strides, first)
     # XLA would copy what is reshaped.
     operands = [of_leaf[i] for of_leaf in each for i in own]

@@ -11,7 +11,8 @@ from jaxtyping import Array, Shaped
 
 from ..._common import memory
 from ..._tile.step import LeafScalars, StepScalars, StepStructure, TileState
-from ..cpp.common import common_of, joined, new_states, parts, written_first
+from ..base import takes_place_of_gradient
+from ..cpp.common import common_of, joined, new_states, parts
 from ..cpp.members import launched, Run
 from ..cpp.translation import GRAD, translation_of, WEIGHT
 from ..cpp.view import View
@@ -42,6 +43,7 @@ def update_leaves(
         # Nobody reads weights.
         in_one.add(WEIGHT)
     common = common_of(structure, len(of_leaf))
+    as_grad = not in_one and takes_place_of_gradient(structure, grads[0], old[0])
     kernel = Kernel(
         f"flashquinox_{type(structure.rule).__name__.lower()}",
         translation_of(structure, scalars, grads[0], old[0]),
@@ -51,7 +53,7 @@ def update_leaves(
         (0,) * len(words.arrays),
         results=_results(old, structure.as_direction) - len(common) * (len(old) - 1),
         own=tuple([i for i in range(len(of_leaf)) if i not in {*in_one, *common}]),
-        first=WEIGHT if in_one else written_first(structure, grads[0], old[0]),
+        first=GRAD if as_grad else WEIGHT,
         fresh=str(old[0].weight.dtype) if structure.as_direction else None,
         shape=grads[0].shape if structure.as_direction and structure.in_stack else None,
     )

@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
     # arrays of states before the arguments of leaves, new weights before the other
     # results. Leaves are of one size if that is gradients.
     own: tuple[int, ...] = ()
-    # The array that takes the first result: see `written_first`.
+    # The array whose place the first result takes.
     first: int = WEIGHT
     # The dtype of new weights that are in such an array; old ones are not read. Or
     # `None`.

@@ -24,6 +24,7 @@ from ..._tile.step import (
     TileState,
 )
 from ..._tile.tile import no_update
+from ..base import takes_place_of_gradient
 from ..interpreter.arithmetic import Arithmetic
 from ..interpreter.scalars import pack, with_leaf
 from .block import AbstractGridBlock
@@ -77,6 +78,10 @@ def update_leaf(
     packed = [x.reshape(1, -1) for x in (*packed, *own)]
     arrays, treedef = jtu.tree_flatten(state)
     in_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    # Operands after the scalars: the gradient, then the arrays.
+    written = range(1, len(arrays) + 1)
+    if takes_place_of_gradient(structure, grad, state):
+        written = 0, *written[1:]
     new = pl.pallas_call(
         partial(
             _kernel,
@@ -97,7 +102,7 @@ def update_leaf(
             *scratch_shapes(structure, block),
             *(moved.scratch_shapes if moved is not None else []),
         ],
-        input_output_aliases={len(packed) + 1 + i: i for i in range(len(arrays))},
+        input_output_aliases={len(packed) + x: i for i, x in enumerate(written)},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(
                 *["parallel" for _ in block.grid[1:]],

@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ..._tile.step import StepScalars, StepStructure, TileState
 from ..._tile.tile import no_update
+from ..base import takes_place_of_gradient
 from ..interpreter.scalars import pack, with_leaf
 from .block import AbstractBlock
 from .chip import Chip
@@ -75,8 +76,10 @@ def update_many(
     arrays = [[g, *jtu.tree_leaves(x)] for g, x in zip(grads, old, strict=True)]
     flat = [x for of_leaf in arrays for x in of_leaf]
     width = len(arrays[0])
-    # All but the gradients are updated in place.
+    # All but the gradients, or the weights, are updated in place.
     results = [i for i in range(len(flat)) if i % width > 0]
+    as_grad = takes_place_of_gradient(structure, grads[0], old[0])
+    written = [i - 1 if as_grad and i % width == 1 else i for i in results]
 
     *packed, unpack = pack(scalars)
     own, own_structure = jtu.tree_flatten(own)
@@ -139,7 +142,7 @@ def update_many(
             *scratch_shapes(structure, block),
             pltpu.SemaphoreType.DMA,
         ],
-        input_output_aliases={len(small) + i: j for j, i in enumerate(results)},
+        input_output_aliases={len(small) + i: j for j, i in enumerate(written)},
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=chip.vmem_limit, disable_bounds_checks=True
         ),
