@@ -604,6 +604,19 @@ def test_compiles_without_temporaries(chip, variant, shape):
     assert memory.temp_size_in_bytes <= 2**20 + sample
 
 
+def test_updates_compile_without_temporaries():
+    """They take the place of gradients; the weights, which were not donated, are not
+    copied. Vectors share a kernel."""
+    optim = _VARIANTS["adamw"]
+    shapes = {"stack": (128, 128, 384), "v": (16384,), "w": (32768,)}
+    params = {k: jax.ShapeDtypeStruct(x, jnp.bfloat16) for k, x in shapes.items()}
+    compiled = _compile("v5e", optim, params, params, method="update")
+    state = jax.eval_shape(optim.init, params)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= _bytes((params, state.moments))
+    assert memory.temp_size_in_bytes <= 2**14
+
+
 def test_clipping_compiles_without_temporaries():
     """Gradients are not scaled in memory."""
     params = {"stack": jax.ShapeDtypeStruct((128, 128, 384), jnp.bfloat16)}
