@@ -57,8 +57,8 @@ class Threads:
 
     @property
     def alignment(self) -> int:
-        """As many elements, a power of two, divide the first of each thread, where
-        groups are of consecutive elements."""
+        """The first element of each thread is at a multiple of this number, a power of
+        two, where groups are of consecutive elements."""
         common = math.gcd(self.group_size, self.elements)
         return common & -common
 
