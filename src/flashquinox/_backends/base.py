@@ -142,9 +142,10 @@ def takes_place_of_gradient(
     """Whether a kernel writes its first result to where the gradient is, and not to
     where the old weight is. It does so with an update, which will be added to the old
     weight: XLA would copy that. Nobody else needs the gradient in most programs."""
+    if not structure.as_update or old.weight is None:
+        return False
     is_like_grad = grad.dtype == old.weight.dtype
-    is_here = not memory.any_on_host((grad, old))
-    return structure.as_update and is_like_grad and is_here
+    return is_like_grad and not memory.any_on_host((grad, old))
 
 
 def grouped(
