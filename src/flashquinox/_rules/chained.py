@@ -60,17 +60,7 @@ class AbstractChainedRule(AbstractRule):
         weight: Float[Array, "*tile"],
         moments: dict[str, Float[Array, "*tile"]],
         scalars: dict[str, Scalar],
-    ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
-        """The update, without L2 regularization."""
-        return self.regularized_update(grad, weight, None, moments, scalars)
-
-    def regularized_update(
-        self,
-        grad: Float[Array, "*tile"],
-        weight: Float[Array, "*tile"],
-        l2: Float[Array, "*tile"] | None,
-        moments: dict[str, Float[Array, "*tile"]],
-        scalars: dict[str, Scalar],
+        l2: Float[Array, "*tile"] | None = None,
     ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
         """The update with L2 regularization, or none, added to the direction."""
         new = {}
@@ -97,15 +87,15 @@ def regularized_update(
     rule: AbstractRule,
     grad: Float[Array, "*tile"],
     weight: Float[Array, "*tile"],
-    l2: Float[Array, "*tile"] | None,
     moments: dict[str, Float[Array, "*tile"]],
     scalars: dict[str, Scalar],
+    l2: Float[Array, "*tile"],
 ) -> tuple[Float[Array, "*tile"], dict[str, Float[Array, "*tile"]]]:
-    """The update of a rule, and its new moments, with L2 regularization, or none, where
-    it belongs."""
+    """The update of a rule, and its new moments, with L2 regularization where it
+    belongs."""
     if isinstance(rule, AbstractChainedRule):
-        return rule.regularized_update(grad, weight, l2, moments, scalars)
-    return rule.update(grad if l2 is None else grad + l2, weight, moments, scalars)
+        return rule.update(grad, weight, moments, scalars, l2)
+    return rule.update(grad + l2, weight, moments, scalars)
 
 
 def _of(part: str, scalar: str | None) -> str | None:

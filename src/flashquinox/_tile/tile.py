@@ -206,11 +206,12 @@ def move(
     wide_grad = grad if scalars.clip is None else scaled(grad, scalars.clip)
     wide_grad = wide_grad.astype(master.dtype)
     decay = None if scalars.decay is None else scalars.decay * master
-    l2, decay = (None, decay) if structure.decoupled else (decay, None)
-    update, moments = regularized_update(
-        structure.rule, wide_grad, master, l2, moments, scalars.rule
-    )
-    if decay is not None:
+    rule, arguments = structure.rule, (wide_grad, master, moments, scalars.rule)
+    if decay is not None and not structure.decoupled:
+        update, moments = regularized_update(rule, *arguments, decay)
+    else:
+        update, moments = rule.update(*arguments)
+    if decay is not None and structure.decoupled:
         # A factor of 1 - x on the weight would be rounded to multiples of 2^-24: for x
         # of 1e-6, in each step to the same side by 1.3 % of x.
         update = update - decay
